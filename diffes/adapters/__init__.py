@@ -1,0 +1,74 @@
+"""Model families. `adapter_for` finds the one of a pipeline; `load_pipeline` finds a pipeline by name, folder or hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from diffes.adapters.base import GroupSet, ModelAdapter, Probes, SamplingState
+from diffes.adapters.dit import DiTAdapter
+from diffes.errors import DiffesError, unknown_name
+
+__all__ = ["GroupSet", "ModelAdapter", "Probes", "SamplingState", "adapter_for", "load_pipeline", "shipped_models"]
+
+SHIPPED = Path(__file__).parents[1] / "models"
+ADAPTERS: tuple[type[ModelAdapter], ...] = (DiTAdapter,)
+
+
+def shipped_models() -> list[str]:
+    """Names of the trained pipelines that come with the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob("*/model_index.json"))
+
+
+def model_folder(model: str) -> Path | None:
+    """The folder of a shipped name or local path; None for what must be a hub id.
+
+    Raises:
+        DiffesError: it is a folder without a pipeline in it, or neither a known name nor of the form of a hub id.
+    """
+    if model in shipped_models():
+        return SHIPPED / model
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise DiffesError(
+                f"{model} is no pipeline: it holds no model_index.json; pass a folder that diffusers' save_pretrained wrote"
+            )
+        return path
+    if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise unknown_name("model", model, [*shipped_models(), "a folder in diffusers' format", "a hub id OWNER/NAME"])
+    return None
+
+
+def load_pipeline(model: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """Loads a pipeline.
+
+    Args:
+        model: a shipped name, a local folder in diffusers' format, or a hub id (the one case that may download).
+        device: "cpu", "cuda", "cuda:1", "mps".
+        dtype: of all weights.
+
+    Raises:
+        DiffesError: there is no such model, or it does not load.
+    """
+    folder = model_folder(model)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(str(folder or model), dtype=dtype)
+        return pipe.to(device)
+    except Exception as error:  # safetensors, hub clients and torch each raise classes of their own here
+        reason = " ".join(str(error).split())[:300]
+        raise DiffesError(f"{model!r} could not be loaded on {device}: {type(error).__name__}: {reason}") from error
+
+
+def adapter_for(pipe: DiffusionPipeline) -> ModelAdapter:
+    """The adapter of a pipeline's family.
+
+    Raises:
+        DiffesError: no adapter knows the pipeline class.
+    """
+    for adapter in ADAPTERS:
+        if type(pipe).__name__ == adapter.pipeline_class:
+            return adapter(pipe)
+    raise unknown_name("pipeline class", type(pipe).__name__, [a.pipeline_class for a in ADAPTERS])

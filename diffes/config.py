@@ -1,0 +1,64 @@
+"""All settings of a run: the options of `diffes search` and the content of a run's `config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from diffes.errors import DiffesError
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What to search, on what, and how long. The defaults finish in minutes on two CPU cores."""
+
+    model: str = "fashion-dit"
+    """A shipped pipeline by name, a local folder in diffusers' format, or a hub id OWNER/NAME."""
+    method: str = "obs"
+    """Pruning method: obs compensates for what it removes, magnitude looks at the weights alone."""
+    stages: int = 10
+    """Number of equal stages that the training timesteps are divided into; each has a level of its own."""
+    steps: int = 20
+    """Sampling steps with the pipeline's own scheduler."""
+    guidance: float = 2.0
+    """Classifier-free guidance scale; 1 and less switch it off."""
+    budget: float = 0.5
+    """Mean sparsity over the steps, in [0, 1]: the fraction of prunable parameters that every schedule removes."""
+    metric: str = "ssim"
+    """Fitness: latent_mse, latent_cosine, or any pyiqa metric by its name there."""
+    strategy: str = "evolution"
+    """Search strategy: evolution (the paper's), random, tpe, uniform, or one of your own by its entry point."""
+    max_evals: int = 120
+    """Schedules to evaluate."""
+    probes: int = 16
+    """Images per evaluation, from fixed noise and conditions."""
+    heldout: int = 64
+    """Images of the final comparison, from noise that no search sees."""
+    calibration_samples: int = 256
+    """Clean latents per stage that calibration draws its statistics from."""
+    calibration_data: str | None = None
+    """An .npz of images (n, channels, h, w) uint8 and labels (n,). Left out: calibration.npz in the model's folder if it
+    has one, else samples of the dense model."""
+    seed: int = 0
+    """Seed of the strategy, of the search probes and of the calibration noise."""
+    device: str = "auto"
+    """Where the model runs: cpu, cuda, cuda:1, mps; auto takes cuda where there is one."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """What the model computes in."""
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "stages": 1, "steps": 1, "max_evals": 1, "probes": 1, "heldout": 2, "calibration_samples": 1, "seed": 0,
+        }  # fmt: skip
+        for name, smallest in at_least.items():
+            value = getattr(self, name)
+            if value < smallest:
+                raise DiffesError(f"{name} must be at least {smallest}, got {value}")
+        if not math.isfinite(self.guidance) or self.guidance < 0:
+            raise DiffesError(f"guidance must be a finite number of at least 0, got {self.guidance}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values by field name."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,31 @@
+"""The one error a user of diffes can mend: what was wrong, what is allowed, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DiffesError(ValueError):
+    """Bad input. The message is one paragraph; the command line prints it without a traceback and exits with 2."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> DiffesError:
+    """Builds the error for a name that no registry knows, with the nearest known names first."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return DiffesError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known) or 'none'}.")
+
+
+def at_least(name: str, value: int, least: int) -> int:
+    """The value, if it is a whole number that is large enough.
+
+    Raises:
+        DiffesError: it is not; the message names the parameter.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DiffesError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise DiffesError(f"{name} must be at least {least}, got {value}")
+    return value

@@ -1,0 +1,173 @@
+"""The run folder: which files it has, how they are written without loss, and how they are read without trust."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from diffes.config import RunConfig
+from diffes.errors import DiffesError
+from diffes.schedule import Schedule
+
+CONFIG, JOURNAL, SCHEDULE, BANK, REPORT = (
+    "config.json", "study.journal", "schedule.json", "bank.safetensors", "report.json",
+)  # fmt: skip
+FIGURES = ("schedule.png", "convergence.png", "images.png")
+FILES = (CONFIG, JOURNAL, SCHEDULE, BANK, *FIGURES, REPORT)
+SCHEDULE_VERSION = 1
+
+
+def write_safely(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a file beside `path` and moves it there when it is whole; an error leaves `path` as it was."""
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    except OSError:
+        raise
+    except Exception as error:  # safetensors turns a full disk into an error class of its own
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Indented JSON with a final newline."""
+    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+    write_safely(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a run folder.
+
+    Raises:
+        DiffesError: the file is missing, truncated or no JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        hint = "the run is unfinished: run the same `diffes search` again to go on" if path.with_name(CONFIG).exists() else (
+            "this is no run folder of diffes"
+        )
+        raise DiffesError(f"{path} is missing; {hint}") from error
+    except (ValueError, OSError) as error:
+        raise DiffesError(f"{path} is damaged ({error}); restore it or run `diffes search` again") from error
+    if not isinstance(data, dict):
+        raise DiffesError(f"{path} holds no JSON object; restore it or run `diffes search` again")
+    return data
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum(data: Mapping[str, Any]) -> str:
+    """Hex digest of everything in a JSON object but its own `checksum`."""
+    content = {key: value for key, value in data.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_schedule(folder: Path, schedule: Schedule, facts: Mapping[str, Any]) -> None:
+    """Writes `schedule.json` after its bank, with digests of both."""
+    data = {"format_version": SCHEDULE_VERSION, **schedule.to_json(), **facts}
+    data["bank_sha256"] = file_sha256(folder / BANK)
+    data["checksum"] = checksum(data)
+    write_json(folder / SCHEDULE, data)
+
+
+def read_schedule(folder: Path) -> tuple[Schedule, dict[str, Any]]:
+    """The schedule of a run and all that `schedule.json` says, checked against its digest and its bank's.
+
+    Raises:
+        DiffesError: there is none, or it or its bank was truncated or altered.
+    """
+    if not folder.is_dir():
+        raise DiffesError(f"{folder} is no folder; pass the --out folder of a `diffes search`")
+    data = read_json(folder / SCHEDULE)
+    if data.get("checksum") != checksum(data):
+        raise DiffesError(
+            f"{folder / SCHEDULE} was altered after it was written (its checksum differs); restore it or run "
+            "`diffes search` again"
+        )
+    if data["format_version"] > SCHEDULE_VERSION:
+        raise DiffesError(
+            f"{folder / SCHEDULE} has format version {data['format_version']}, this diffes reads up to "
+            f"{SCHEDULE_VERSION}: install a newer diffes"
+        )
+    bank = folder / BANK
+    if not bank.is_file():
+        raise DiffesError(f"{bank} is missing; restore it or run `diffes search` again")
+    if file_sha256(bank) != data["bank_sha256"]:
+        raise DiffesError(
+            f"{bank} is not the file that {SCHEDULE} was written with: it was truncated or altered; restore it or run "
+            "`diffes search` again"
+        )
+    return Schedule.from_json(data), data
+
+
+def config_record(config: RunConfig) -> dict[str, Any]:
+    """Settings and the versions they ran with."""
+    packages = ("diffes", "torch", "diffusers", "deap", "optuna", "pyiqa", "numpy", "safetensors")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"settings": config.to_json(), "versions": versions}
+
+
+def open_run(folder: Path, config: RunConfig, *, overwrite: bool) -> bool:
+    """Checks that a run may go into `folder`, before any work is done and without touching what is there.
+
+    Returns:
+        True when an unfinished run of the same settings is there to go on with.
+
+    Raises:
+        DiffesError: the folder holds something else, a finished run, or an unfinished one of other settings.
+        OSError: it cannot be made or written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise DiffesError(f"--out {folder} is a file; name a folder")
+    resumes = False
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / CONFIG).is_file():
+            raise DiffesError(f"--out {folder} is not empty and holds no run of diffes; name another folder")
+        if not overwrite:
+            resumes = _check_same_run(folder, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test") as test:
+        test.write(b"\0" * 4096)
+        test.flush()
+    return resumes
+
+
+def _check_same_run(folder: Path, config: RunConfig) -> bool:
+    if (folder / REPORT).exists():
+        raise DiffesError(f"--out {folder} holds a finished run; pass --overwrite to replace it, or name another folder")
+    before = read_json(folder / CONFIG)
+    now = config_record(config)
+    changed = [
+        f"{name} was {before.get(part, {}).get(name)!r} and is {value!r}"
+        for part in ("settings", "versions")
+        for name, value in now[part].items()
+        if before.get(part, {}).get(name) != value
+    ]
+    if changed:
+        raise DiffesError(
+            f"--out {folder} holds an unfinished run that this one cannot go on with ({'; '.join(changed)}); name another "
+            "folder, or pass --overwrite to replace it"
+        )
+    return True
+
+
+def begin_run(folder: Path, config: RunConfig, *, resumes: bool) -> None:
+    """Clears the files of an earlier run, unless it is gone on with, and writes `config.json`."""
+    if not resumes:
+        for name in (REPORT, SCHEDULE, *FIGURES, BANK, JOURNAL, f"{JOURNAL}.lock"):
+            (folder / name).unlink(missing_ok=True)
+        write_json(folder / CONFIG, config_record(config))

@@ -1,0 +1,94 @@
+"""Metrics by name. All of them are turned so that higher is better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffes.errors import DiffesError, unknown_name
+from diffes.registry import Registry
+
+MetricFunction = Callable[[Tensor, Tensor], Tensor]
+METRICS: Registry[MetricFunction] = Registry("metric", "diffes.metrics")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score per probe.
+
+    Args:
+        name: as the user wrote it.
+        space: whether it reads final latents or decoded images.
+        needs_reference: whether it compares with the dense model's output from the same noise.
+        function: (n, ...) outputs and (n, ...) dense outputs to (n,) scores, higher is better.
+    """
+
+    name: str
+    space: Literal["latent", "image"]
+    needs_reference: bool
+    function: MetricFunction
+
+    @torch.no_grad()
+    def __call__(self, outputs: Tensor, references: Tensor) -> Tensor:
+        """Scores (n,) in fp64 on the CPU; one that is not a number becomes -inf."""
+        scores = self.function(outputs.float(), references.float()).double().cpu().reshape(-1)
+        if len(scores) != len(outputs):
+            raise DiffesError(f"metric {self.name!r} gave {len(scores)} scores for {len(outputs)} probes")
+        return scores.nan_to_num(nan=-math.inf)
+
+
+@METRICS.register("latent_mse")
+def latent_mse(outputs: Tensor, references: Tensor) -> Tensor:
+    """Negative mean squared difference of the final latents (n, C, h, w)."""
+    return -(outputs - references).square().flatten(1).mean(1)
+
+
+@METRICS.register("latent_cosine")
+def latent_cosine(outputs: Tensor, references: Tensor) -> Tensor:
+    """Cosine of the final latents (n, C, h, w), in [-1, 1]."""
+    return F.cosine_similarity(outputs.flatten(1), references.flatten(1))
+
+
+def make_metric(name: str, device: torch.device) -> Metric:
+    """Finds a metric: a registered latent one, else any of pyiqa's by its name there.
+
+    Raises:
+        DiffesError: nobody knows the name, or pyiqa lacks a weight file and cannot fetch it.
+    """
+    if name in METRICS.names():
+        return Metric(name, "latent", True, METRICS.get(name))
+    try:
+        import pyiqa  # takes seconds to import, so only where it is needed
+    except ImportError as error:
+        raise DiffesError(f"metric {name!r} needs pyiqa, which does not import: {error}") from error
+    known = pyiqa.list_models()
+    if name not in known:
+        raise unknown_name("metric", name, [*METRICS.names(), *known])
+    try:
+        model = pyiqa.create_metric(name, device=device, as_loss=False)
+    except Exception as error:  # each metric fails in its own way without its weights
+        folder = Path(torch.hub.get_dir()) / "pyiqa"
+        reason = " ".join(str(error).split())[:300]
+        raise DiffesError(
+            f"pyiqa metric {name!r} could not be set up ({type(error).__name__}: {reason}); where a weight file is missing, "
+            f"let pyiqa fetch it once with network access or put it into {folder}"
+        ) from error
+    return Metric(name, "image", model.metric_mode == "FR", _pyiqa_function(model))
+
+
+def _pyiqa_function(model: Any) -> MetricFunction:
+    """Wraps a pyiqa model: three channels in, higher is better out."""
+    sign = -1.0 if model.lower_better else 1.0
+
+    def score(outputs: Tensor, references: Tensor) -> Tensor:
+        pair = [images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1) for images in (outputs, references)]
+        return sign * (model(*pair) if model.metric_mode == "FR" else model(pair[0])).reshape(len(outputs))
+
+    return score

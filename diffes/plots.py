@@ -1,0 +1,72 @@
+"""Figures: schedules, convergence, image grids."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from diffes.schedule import Schedule
+
+COLOURS = ("#0b6e99", "#d1603d", "#6a994e", "#7d5ba6", "#c99700", "#444444")
+_STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, format="png", dpi=150, bbox_inches="tight")
+
+
+def schedules(named: Mapping[str, Schedule], path: Path) -> None:
+    """Step plot of sparsity over timesteps, in the order of sampling: noise on the left."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7, 3))
+        axes: Axes = figure.subplots()
+        for (name, schedule), colour in zip(named.items(), itertools.cycle(COLOURS)):
+            edges = [lo for lo, _ in schedule.plan.stages] + [schedule.plan.stages[-1][1]]
+            sparsity = [level / schedule.max_level for level in schedule.levels]
+            axes.stairs(sparsity, edges, label=name, color=colour, linewidth=2, baseline=None)
+        axes.invert_xaxis()
+        axes.set(xlabel="timestep (sampling goes from left to right)", ylabel="sparsity", ylim=(-0.03, 1.03))
+        axes.grid(axis="y", alpha=0.3)
+        axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        _save(figure, path)
+
+
+def convergence(fitness: Mapping[str, Sequence[float]], metric: str, path: Path) -> None:
+    """Every evaluation as a dot and the best so far as a line, by strategy."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7, 3.5))
+        axes: Axes = figure.subplots()
+        for (name, values), colour in zip(fitness.items(), itertools.cycle(COLOURS)):
+            count = np.arange(1, len(values) + 1)
+            finite = np.where(np.isfinite(values), values, np.nan)
+            axes.plot(count, finite, ".", color=colour, alpha=0.35, markersize=5)
+            axes.step(count, np.fmax.accumulate(finite), where="post", color=colour, linewidth=2, label=f"{name}, best so far")
+        axes.set(xlabel="evaluations", ylabel=f"fitness ({metric})")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
+        _save(figure, path)
+
+
+def image_grid(rows: Mapping[str, Tensor], path: Path, columns: Sequence[str] | None = None) -> None:
+    """Rows of images (n, channels, h, w) in [0, 1], same noise in each column, one label a row."""
+    n = max(len(images) for images in rows.values())
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(1.5 + n, 1.08 * len(rows)))
+        grid = figure.subplots(len(rows), n, squeeze=False, gridspec_kw={"wspace": 0.05, "hspace": 0.05})
+        for row, (name, images) in zip(grid, rows.items(), strict=True):
+            for axes, image in zip(row, images.float().cpu().permute(0, 2, 3, 1).numpy()):
+                axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)
+            for axes in row:
+                axes.set(xticks=[], yticks=[])
+                axes.spines[:].set_visible(False)
+            row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        for axes, title in zip(grid[0], columns or ()):
+            axes.set_title(title, fontsize=8)
+        _save(figure, path)

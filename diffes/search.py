@@ -1,0 +1,166 @@
+"""The loop of every search: a strategy asks, an evaluator measures, a store remembers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from diffes.errors import DiffesError
+from diffes.schedule import Schedule
+from diffes.strategy import Evaluation, Evaluator, Strategy
+
+if TYPE_CHECKING:
+    from diffes.store import EvaluationStore
+
+MAX_IDLE_BATCHES = 50
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found and what it cost.
+
+    Args:
+        best: the evaluation of highest fitness; of equals the first.
+        evaluations: all distinct evaluations in the order in which the strategy asked for them.
+        denoiser_calls: sum over the evaluations, those replayed from a store included.
+        seconds: sum over the evaluations, likewise.
+    """
+
+    best: Evaluation
+    evaluations: tuple[Evaluation, ...]
+    denoiser_calls: int
+    seconds: float
+
+    def curve(self) -> list[float]:
+        """Best fitness so far after each evaluation, (len(evaluations),)."""
+        return list(itertools.accumulate((evaluation.fitness for evaluation in self.evaluations), max))
+
+
+def run_search(
+    strategy: Strategy,
+    evaluate: Evaluator,
+    *,
+    max_evals: int | None = None,
+    max_denoiser_calls: int | None = None,
+    max_seconds: float | None = None,
+    store: EvaluationStore | None = None,
+    on_evaluation: Callable[[Evaluation], None] | None = None,
+) -> SearchResult:
+    """Runs a strategy until a limit is reached or it has nothing new to ask.
+
+    A schedule is paid for once: asked again, the strategy is told what is known. An evaluation found in the store costs
+    nothing now but counts towards the limits as it did when it was paid, so that a search run again over its store goes
+    the same way and ends in the same place, and with higher limits goes on from there.
+
+    Args:
+        strategy: a fresh one; what it was told before does not count.
+        evaluate: measures the new schedules of a batch in one call.
+        max_evals: distinct evaluations; a batch that would exceed it is cut.
+        max_denoiser_calls: looked at between batches, so the last batch may pass it.
+        max_seconds: seconds of evaluation, looked at between batches.
+        store: evaluations of earlier runs; takes those of this one as soon as they are measured.
+        on_evaluation: called with each distinct evaluation, stored already, for instance to show progress.
+
+    Raises:
+        DiffesError: no limit was given or one is not positive, the evaluator broke its contract, or nothing could be
+            evaluated.
+    """
+    limits = {"max_evals": max_evals, "max_denoiser_calls": max_denoiser_calls, "max_seconds": max_seconds}
+    _check_limits(limits)
+    done: dict[Schedule, Evaluation] = {}
+    spent: dict[str, float] = dict.fromkeys(limits, 0)
+    idle = 0
+    while idle < MAX_IDLE_BATCHES and all(limit is None or spent[name] < limit for name, limit in limits.items()):
+        batch = strategy.ask()
+        if not batch:
+            break
+        new = [schedule for schedule in batch if schedule not in done]
+        if max_evals is not None:
+            new = new[: max_evals - len(done)]
+        for evaluation in _measure(new, evaluate, store):
+            done[evaluation.schedule] = evaluation
+            spent["max_evals"] += 1
+            spent["max_denoiser_calls"] += evaluation.denoiser_calls
+            spent["max_seconds"] += evaluation.seconds
+            if on_evaluation is not None:
+                on_evaluation(evaluation)
+        strategy.tell([done[schedule] for schedule in batch if schedule in done])
+        idle = 0 if new else idle + 1
+    return _result(tuple(done.values()))
+
+
+def _check_limits(limits: dict[str, float | None]) -> None:
+    if all(limit is None for limit in limits.values()):
+        raise DiffesError(f"a search needs a limit: give at least one of {', '.join(limits)}")
+    for name, limit in limits.items():
+        if limit is not None and not limit > 0:
+            raise DiffesError(f"{name} must be above 0, got {limit}")
+
+
+def _measure(schedules: list[Schedule], evaluate: Evaluator, store: EvaluationStore | None) -> list[Evaluation]:
+    """Evaluations of distinct schedules, in order: from the store where it has them, else from one evaluator call."""
+    known = {s: found for s in schedules if store is not None and (found := store.get(s)) is not None}
+    missing = [schedule for schedule in schedules if schedule not in known]
+    if missing:
+        fresh = _evaluate(missing, evaluate)
+        if store is not None:
+            _keep(fresh, store)
+        known.update(zip(missing, fresh, strict=True))
+    return [known[schedule] for schedule in schedules]
+
+
+def _evaluate(schedules: list[Schedule], evaluate: Evaluator) -> list[Evaluation]:
+    """One evaluator call, checked: NaN becomes a failure; a call that was not timed inside is timed from here."""
+    start = time.perf_counter()
+    evaluations = list(evaluate(schedules))
+    share = (time.perf_counter() - start) / len(schedules)
+    if [evaluation.schedule for evaluation in evaluations] != schedules:
+        raise DiffesError(
+            f"the evaluator must return one Evaluation per schedule, in the order given: it got {len(schedules)} "
+            f"schedules and returned {len(evaluations)} evaluations"
+            + (" of other ones or in another order" if len(evaluations) == len(schedules) else "")
+        )
+    if not any(evaluation.seconds for evaluation in evaluations):
+        evaluations = [replace(evaluation, seconds=share) for evaluation in evaluations]
+    return [_without_nan(evaluation) for evaluation in evaluations]
+
+
+def _without_nan(evaluation: Evaluation) -> Evaluation:
+    if not math.isnan(evaluation.fitness):
+        return evaluation
+    warnings.warn(
+        f"the fitness of levels {list(evaluation.schedule.levels)} is NaN: recorded as a failed evaluation (-inf)",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+    return replace(evaluation, fitness=-math.inf)
+
+
+def _keep(evaluations: Sequence[Evaluation], store: EvaluationStore) -> None:
+    """Stores what was paid for, all of it, even when Ctrl-C comes in between."""
+    try:
+        for evaluation in evaluations:
+            store.add(evaluation)
+    except KeyboardInterrupt:
+        for evaluation in evaluations:
+            store.add(evaluation)
+        raise
+
+
+def _result(evaluations: tuple[Evaluation, ...]) -> SearchResult:
+    if not evaluations:
+        raise DiffesError("the strategy asked for no schedule at all, so there is no result")
+    best = max(evaluations, key=lambda evaluation: evaluation.fitness)
+    if best.fitness == -math.inf:
+        raise DiffesError(f"all {len(evaluations)} evaluations failed (fitness -inf or NaN), so there is no result")
+    return SearchResult(
+        best=best,
+        evaluations=evaluations,
+        denoiser_calls=sum(evaluation.denoiser_calls for evaluation in evaluations),
+        seconds=sum(evaluation.seconds for evaluation in evaluations),
+    )

@@ -1,0 +1,38 @@
+"""The baseline that a search has to beat: random schedules within the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from diffes.errors import at_least
+from diffes.space import SearchSpace
+from diffes.strategy import Evaluation, Strategy
+from search_strategies.initial import sample_unseen
+
+
+class RandomSearch(Strategy):
+    """Asks for random schedules, none of them twice, until it finds no more.
+
+    Args:
+        space: the feasible schedules.
+        seed: the only source of randomness.
+        batch: schedules asked at once, at least 1.
+    """
+
+    def __init__(self, space: SearchSpace, *, seed: int, batch: int = 16) -> None:
+        super().__init__(space, seed=seed)
+        self.batch = at_least("batch", batch, 1)
+        self._rng = np.random.default_rng(seed)
+        self._seen: set[tuple[int, ...]] = set()
+
+    def _ask(self) -> list[list[int]]:
+        batch: list[list[int]] = []
+        while len(batch) < self.batch and (levels := sample_unseen(self.space, self._rng, self._seen)) is not None:
+            self._seen.add(tuple(levels))
+            batch.append(levels)
+        return batch
+
+    def _tell(self, evaluations: Sequence[Evaluation]) -> None:
+        """There is nothing to learn."""

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_bank
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from diffes.adapters import ModelAdapter, adapter_for, load_pipeline
+from diffes.bank import WeightBank, check_fingerprint, fingerprint
+from diffes.errors import DiffesError
+from diffes.schedule import Schedule, StagePlan
+
+CPU = torch.device("cpu")
+
+
+def test_save_and_load_keep_every_bit(tiny: ModelAdapter, plan: StagePlan, tmp_path: Path) -> None:
+    bank = build_bank(tiny, "obs", plan).for_schedule(Schedule(plan, (0, 1, 2, 4), 4))
+    bank.save(tmp_path / "bank.safetensors", {"method": "obs"})
+    loaded, header = WeightBank.load(tmp_path / "bank.safetensors", CPU, torch.float32)
+    assert header == {"method": "obs"}
+    assert sorted(loaded) == sorted(bank) == [(1, 1), (2, 2), (3, 4)]
+    assert loaded.nbytes == bank.nbytes
+    for key in bank:
+        for name, weights in bank[key].items():
+            assert torch.equal(loaded[key][name].kept, weights.kept)
+            assert torch.equal(loaded[key][name].consumer, weights.consumer)
+
+
+def test_stages_do_not_depend_on_which_others_are_built(tiny: ModelAdapter, plan: StagePlan) -> None:
+    alone, together = build_bank(tiny, "obs", plan, [2]), build_bank(tiny, "obs", plan)
+    name = tiny.group_sets()[0].name
+    assert torch.equal(alone[2, 1][name].consumer, together[2, 1][name].consumer)
+
+
+def test_stages_share_what_does_not_depend_on_them(tiny: ModelAdapter, plan: StagePlan) -> None:
+    assert build_bank(tiny, "magnitude", plan).nbytes == build_bank(tiny, "magnitude", plan, [0]).nbytes
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "text", "foreign", "newer"])
+def test_unreadable_banks_are_refused(tiny: ModelAdapter, plan: StagePlan, tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "bank.safetensors"
+    build_bank(tiny, "obs", plan, [0]).save(path, {})
+    content = path.read_bytes()
+    messages = {"missing": "missing", "foreign": "no diffes bank", "newer": "version 2.*newer diffes"}
+    if damage == "missing":
+        path.unlink()
+    elif damage == "foreign":
+        save_file({"x": torch.zeros(2)}, path)
+    elif damage == "newer":
+        with safe_open(path, "pt") as file:
+            save_file({"x": torch.zeros(2)}, path, metadata=file.metadata() | {"format_version": "2"})
+    else:
+        path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"hello"}[damage])
+    with pytest.raises(DiffesError, match=messages.get(damage, "is damaged")):
+        WeightBank.load(path, CPU, torch.float32)
+
+
+def test_fingerprint_tells_models_apart_but_not_dtypes(tiny: ModelAdapter, tiny_folder: Path, tmp_path: Path) -> None:
+    expected = fingerprint(tiny.denoiser)
+    for dtype in (torch.float16, torch.bfloat16):
+        check_fingerprint(load_pipeline(str(tiny_folder), dtype=dtype).transformer, expected, tmp_path)
+    with pytest.raises(DiffesError, match="other layers"):
+        check_fingerprint(adapter_for(load_pipeline("fashion-dit")).denoiser, expected, tmp_path)
+    with torch.no_grad():
+        tiny.denoiser.proj_out_2.weight.add_(0.1)
+    with pytest.raises(DiffesError, match="other weights"):
+        check_fingerprint(tiny.denoiser, expected, tmp_path)

@@ -1,0 +1,160 @@
+"""The command line end to end, and every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diffes import folder
+from diffes.cli import main
+
+SMALL = ["--stages", "4", "--steps", "8", "--max-evals", "8", "--probes", "4", "--heldout", "4", "--metric", "latent_mse"]
+
+
+def search(out: Path, *options: str) -> None:
+    main(["search", *SMALL, "--out", str(out), *options])
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """Runs a command that must fail with status 2 and one paragraph; returns the message."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(args))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and error.strip()
+    return " ".join(error.replace("│", " ").split())
+
+
+def test_shipped_model_search_and_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    search(run, "--metric", "ssim", "--max-evals", "20")
+    assert "searched" in capsys.readouterr().out
+    assert sorted(path.name for path in run.iterdir()) == sorted(folder.FILES)
+    report = json.loads((run / folder.REPORT).read_text())
+    schedule = json.loads((run / folder.SCHEDULE).read_text())
+    assert schedule["stages"] == [[0, 250], [250, 500], [500, 750], [750, 1000]]
+    assert sum(schedule["levels"]) == 0.5 * 8 * 4 and schedule["max_level"] == 8
+    assert (schedule["method"], schedule["kind"], schedule["model"]) == ("obs", "width", "fashion-dit")
+    assert report["levels"] == schedule["levels"] and report["nominal_sparsity"] == 0.5
+    assert 0.5 < report["macs_fraction"] == schedule["macs_fraction"] < 0.6
+    assert report["evaluations"] == 20 and 0 < report["denoiser_calls"] <= 20 * 8 * 4 * 2
+    assert report["fitness"]["search"] >= report["baselines"]["uniform"]["search"]
+    assert {"dense_ms", "routed_ms", "speedup"} <= report["latency"].keys()
+    assert report["bank_bytes"] == (run / folder.BANK).stat().st_size
+    for name in folder.FIGURES:
+        with Image.open(run / name) as image:
+            assert min(image.size) > 200 and len(set(image.convert("L").getdata())) > 10
+    grid = tmp_path / "grid.png"
+    main(["sample", str(run), "--classes", "0", "3", "5", "--seed", "1", "--out", str(grid)])
+    with Image.open(grid) as image:
+        assert image.width > image.height
+    assert "exists" in fails(capsys, "sample", str(run), "--out", str(grid))
+    assert "[0, 9]" in fails(capsys, "sample", str(run), "--classes", "10", "--out", str(tmp_path / "x.png"))
+
+
+def test_same_seed_same_run_and_other_seed_other_run(tiny_folder: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        search(tmp_path / name, "--model", str(tiny_folder), "--seed", seed)
+    a, b, c = (json.loads((tmp_path / name / folder.REPORT).read_text()) for name in "abc")
+    timed = ("latency", "search_seconds")
+    for report in (a, b, c):
+        for name in timed:
+            del report[name]
+        for baseline in report["baselines"].values():
+            del baseline["speedup"]
+    assert a == b
+    assert a["fitness"] != c["fitness"]
+    assert (tmp_path / "a" / folder.SCHEDULE).read_bytes() == (tmp_path / "b" / folder.SCHEDULE).read_bytes()
+
+
+def test_a_killed_search_goes_on_and_ends_in_the_same_place(tiny_folder: Path, tmp_path: Path) -> None:
+    options = ["--model", str(tiny_folder), "--max-evals", "60"]
+    search(tmp_path / "whole", *options)
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "diffes.cli", "search", *SMALL, *options, "--out", str(killed)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        journal = killed / folder.JOURNAL
+        deadline = time.monotonic() + 120
+        while not (journal.exists() and journal.stat().st_size > 5000) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert not (killed / folder.REPORT).exists()
+    search(killed, *options)
+    whole, resumed = (json.loads((tmp_path / name / folder.REPORT).read_text()) for name in ("whole", "killed"))
+    assert whole["levels"] == resumed["levels"] and whole["fitness"] == resumed["fitness"]
+    assert whole["evaluations"] == resumed["evaluations"]
+
+
+def test_finished_and_foreign_folders_are_not_overwritten(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    model = ["--model", str(tiny_folder)]
+    search(run, *model)
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    arguments = ["search", *SMALL, *model, "--out", str(run)]
+    assert "--overwrite" in fails(capsys, *arguments)
+    (run / folder.REPORT).rename(tmp_path / "report")
+    assert "max_evals was 8 and is 9" in fails(capsys, *arguments, "--max-evals", "9")
+    (tmp_path / "report").rename(run / folder.REPORT)
+    assert "unknown metric" in fails(capsys, *arguments, "--overwrite", "--metric", "ssmi")
+    assert before == {path: path.read_bytes() for path in run.iterdir()}
+    search(run, *model, "--overwrite", "--seed", "1")
+    assert json.loads((run / folder.CONFIG).read_text())["settings"]["seed"] == 1
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("ten years")
+    assert "holds no run" in fails(capsys, "search", "--out", str(foreign), "--overwrite")
+    assert (foreign / "thesis.txt").read_text() == "ten years"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "1.2"], "[0, 1]"),
+        (["--budget", "-0.1"], "[0, 1]"),
+        (["--budget", "nan"], "[0, 1]"),
+        (["--method", "obss"], "'obs'"),
+        (["--metric", "sim"], "'ssim'"),
+        (["--strategy", "evolve"], "'evolution'"),
+        (["--model", "fashion_dit"], "'fashion-dit'"),
+        (["--stages", "0"], "stages must be at least 1, got 0"),
+        (["--stages", "1001"], "[1, 1000], got 1001"),
+        (["--max-evals", "0"], "max_evals must be at least 1"),
+        (["--guidance", "nan"], "guidance must be"),
+        (["--calibration-data", "none.npz"], "none.npz"),
+        (["--device", "abacus"], "abacus"),
+        (["--no-such-option"], "--no-such-option"),
+    ],
+)
+def test_bad_options_are_named(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in fails(capsys, "search", "--out", str(tmp_path / "run"), *options)
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_an_output_that_cannot_be_written_is_one_paragraph(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    assert "file" in fails(capsys, "search", "--out", str(blocked))
+    assert "cannot write" in fails(capsys, "search", "--out", str(blocked / "run"))
+    assert "cannot write" in fails(capsys, "search", "--out", "/proc/run")
+    assert blocked.read_text() == "in the way"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "schedule.json"
+    target.write_text("before")
+    with pytest.raises(OSError, match="No space left"):
+        folder.write_safely(target, lambda _: open("/dev/full", "w").write("x" * 100_000))
+    assert target.read_text() == "before" and list(tmp_path.iterdir()) == [target]

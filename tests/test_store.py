@@ -1,0 +1,128 @@
+"""EvaluationStore: nothing that was paid for is lost, and nothing foreign is taken."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from diffes.errors import DiffesError
+from diffes.schedule import Schedule, StagePlan
+from diffes.store import EvaluationStore
+from diffes.strategy import Evaluation
+
+PLAN = StagePlan.equal(3)
+
+
+def evaluation(*levels: int, fitness: float = 0.1 + 0.2) -> Evaluation:
+    return Evaluation(Schedule(PLAN, levels, 8), fitness, denoiser_calls=320, seconds=1.25)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "evaluations.journal"
+
+
+def reopen(path: Path) -> EvaluationStore:
+    return EvaluationStore(path, PLAN, 8)
+
+
+def test_round_trip_in_order_and_exact(path: Path) -> None:
+    kept = [evaluation(8, 0, 4), evaluation(0, 0, 0, fitness=-1e-17), evaluation(1, 2, 3, fitness=-math.inf)]
+    store = reopen(path)
+    assert len(store) == 0
+    for each in kept:
+        store.add(each)
+    for opened in (store, reopen(path)):
+        assert opened.evaluations() == kept
+        assert len(opened) == 3
+        assert [opened.get(each.schedule) for each in kept] == kept
+        assert opened.get(evaluation(8, 8, 8).schedule) is None
+
+
+def test_a_known_schedule_is_not_written_again(path: Path) -> None:
+    store = reopen(path)
+    store.add(evaluation(1, 1, 1))
+    size = path.stat().st_size
+    store.add(evaluation(1, 1, 1, fitness=9.0))
+    assert path.stat().st_size == size
+    assert reopen(path).evaluations() == [evaluation(1, 1, 1)]
+
+
+def test_optuna_opens_the_file(path: Path) -> None:
+    store = reopen(path)
+    store.add(evaluation(1, 2, 3, fitness=0.5))
+    store.add(evaluation(4, 5, 6, fitness=-math.inf))
+    study = optuna.load_study(study_name=None, storage=JournalStorage(JournalFileBackend(str(path))))
+    good, failed = study.trials
+    assert good.params == {"level_00": 1, "level_01": 2, "level_02": 3}
+    assert good.value == 0.5
+    assert good.user_attrs == {"denoiser_calls": 320, "seconds": 1.25}
+    assert failed.state == optuna.trial.TrialState.FAIL
+    assert failed.user_attrs["failed"] is True
+    assert study.best_trial.number == good.number
+
+
+@pytest.mark.parametrize("cut", [1, 2, 40, "all but one"])
+def test_a_line_cut_off_by_a_kill_is_dropped_and_the_journal_goes_on(path: Path, cut: int | str) -> None:
+    store = reopen(path)
+    store.add(evaluation(1, 1, 1))
+    size = path.stat().st_size
+    store.add(evaluation(2, 2, 2))
+    content = path.read_bytes()
+    path.write_bytes(content[: size + 1] if isinstance(cut, str) else content[:-cut])
+    store = reopen(path)
+    assert store.evaluations() == [evaluation(1, 1, 1)]
+    store.add(evaluation(3, 3, 3))
+    assert reopen(path).evaluations() == [evaluation(1, 1, 1), evaluation(3, 3, 3)]
+
+
+def test_a_run_killed_before_its_first_evaluation_can_be_opened(path: Path) -> None:
+    reopen(path)
+    first_line = path.read_bytes().split(b"\n")[0] + b"\n"
+    path.write_bytes(first_line)
+    reopen(path).add(evaluation(1, 1, 1))
+    assert reopen(path).evaluations() == [evaluation(1, 1, 1)]
+    with pytest.raises(DiffesError, match="max_level"):
+        EvaluationStore(path, PLAN, 4)
+
+
+@pytest.mark.parametrize(("plan", "max_level"), [(StagePlan.equal(4), 8), (StagePlan.equal(3, 999), 8), (PLAN, 4)])
+def test_a_journal_of_another_kind_is_refused(path: Path, plan: StagePlan, max_level: int) -> None:
+    reopen(path)
+    with pytest.raises(DiffesError, match=r"holds evaluations of (stages|max_level)"):
+        EvaluationStore(path, plan, max_level)
+
+
+def test_a_schedule_of_another_kind_is_refused(path: Path) -> None:
+    store = reopen(path)
+    with pytest.raises(DiffesError, match="max_level 8, got one of 4 stages"):
+        store.add(Evaluation(Schedule(StagePlan.equal(4), (1, 1, 1, 1), 8), 0.0))
+    with pytest.raises(DiffesError, match="NaN"):
+        store.add(evaluation(1, 1, 1, fitness=math.nan))
+    assert len(reopen(path)) == 0
+
+
+@pytest.mark.parametrize("content", [b"hello", b"hello\n", b'{"a": 1}\n', b"[]\n", b"\xff\xfe\n\n\n"])
+def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    with pytest.raises(DiffesError, match="no journal"):
+        reopen(path)
+    assert path.read_bytes() == content
+
+
+def test_optuna_is_quiet_and_its_verbosity_stays(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.DEBUG)
+    try:
+        reopen(path).add(evaluation(1, 1, 1))
+        reopen(path)
+        assert optuna.logging.get_verbosity() == optuna.logging.DEBUG
+    finally:
+        optuna.logging.set_verbosity(before)
+    assert capfd.readouterr() == ("", "")
