@@ -138,7 +138,12 @@ def _table(report: dict[str, Any], config: RunConfig) -> Table:
 def main(args: list[str] | None = None) -> None:
     """Entry point of the `diffes` command. Exit status: 0 done, 2 bad input, 130 interrupted."""
     try:
-        app.cli(prog="diffes", description="Faster diffusion models without retraining: search, then sample.", args=args)
+        app.cli(
+            prog="diffes",
+            description="Faster diffusion models without retraining: search, then sample.",
+            args=args,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
     except DiffesError as error:
         _fail(str(error))
     except OSError as error:

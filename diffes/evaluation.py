@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -71,16 +71,12 @@ class ScheduleEvaluator:
         self.denoiser_calls = 0
         self.reference = self._in_metric_space(self.dense_latents(n_steps))
 
-    def __call__(self, schedules: Sequence[Schedule]) -> list[Evaluation]:
-        """Evaluates a batch; neighbours in the trie are run one after the other, the answers come in the order given."""
-        found: dict[Schedule, Evaluation] = {}
+    def __call__(self, schedules: Sequence[Schedule]) -> Iterator[Evaluation]:
+        """Evaluates a batch in the order of the trie, so that neighbours follow each other; yields each when it is done."""
         for schedule in sorted(schedules, key=lambda schedule: schedule.levels[::-1]):
             start, before = time.perf_counter(), self.denoiser_calls
             fitness = float(self.scores(schedule).mean())
-            found[schedule] = Evaluation(
-                schedule, fitness, self.denoiser_calls - before, time.perf_counter() - start
-            )
-        return [found[schedule] for schedule in schedules]
+            yield Evaluation(schedule, fitness, self.denoiser_calls - before, time.perf_counter() - start)
 
     def scores(self, schedule: Schedule) -> Tensor:
         """Score of each probe (n,), higher is better."""

@@ -54,6 +54,23 @@ def convergence(fitness: Mapping[str, Sequence[float]], metric: str, path: Path)
         _save(figure, path)
 
 
+def convergence_bands(curves: Mapping[str, Sequence[Sequence[float]]], metric: str, path: Path) -> None:
+    """Best so far by strategy: the median over seeds as a line, the quartiles as a band."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7, 3.5))
+        axes: Axes = figure.subplots()
+        for (name, runs), colour in zip(curves.items(), itertools.cycle(COLOURS)):
+            length = min(map(len, runs))
+            low, middle, high = np.percentile([run[:length] for run in runs], [25, 50, 75], axis=0)
+            count = np.arange(1, length + 1)
+            axes.fill_between(count, low, high, step="post", color=colour, alpha=0.2, linewidth=0)
+            axes.step(count, middle, where="post", color=colour, linewidth=2, label=f"{name} ({len(runs)} seeds)")
+        axes.set(xlabel="evaluations", ylabel=f"best fitness so far ({metric})")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
+        _save(figure, path)
+
+
 def image_grid(rows: Mapping[str, Tensor], path: Path, columns: Sequence[str] | None = None) -> None:
     """Rows of images (n, channels, h, w) in [0, 1], same noise in each column, one label a row."""
     n = max(len(images) for images in rows.values())

@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -59,7 +59,7 @@ def run_search(
 
     Args:
         strategy: a fresh one; what it was told before does not count.
-        evaluate: measures the new schedules of a batch in one call.
+        evaluate: measures the new schedules of a batch in one call, and best yields each as soon as it is measured.
         max_evals: distinct evaluations; a batch that would exceed it is cut.
         max_denoiser_calls: looked at between batches, so the last batch may pass it.
         max_seconds: seconds of evaluation, looked at between batches.
@@ -82,13 +82,15 @@ def run_search(
         new = [schedule for schedule in batch if schedule not in done]
         if max_evals is not None:
             new = new[: max_evals - len(done)]
+        measured: dict[Schedule, Evaluation] = {}
         for evaluation in _measure(new, evaluate, store):
-            done[evaluation.schedule] = evaluation
+            measured[evaluation.schedule] = evaluation
             spent["max_evals"] += 1
             spent["max_denoiser_calls"] += evaluation.denoiser_calls
             spent["max_seconds"] += evaluation.seconds
             if on_evaluation is not None:
                 on_evaluation(evaluation)
+        done.update((schedule, measured[schedule]) for schedule in new)
         strategy.tell([done[schedule] for schedule in batch if schedule in done])
         idle = 0 if new else idle + 1
     return _result(tuple(done.values()))
@@ -102,32 +104,40 @@ def _check_limits(limits: dict[str, float | None]) -> None:
             raise DiffesError(f"{name} must be above 0, got {limit}")
 
 
-def _measure(schedules: list[Schedule], evaluate: Evaluator, store: EvaluationStore | None) -> list[Evaluation]:
-    """Evaluations of distinct schedules, in order: from the store where it has them, else from one evaluator call."""
-    known = {s: found for s in schedules if store is not None and (found := store.get(s)) is not None}
-    missing = [schedule for schedule in schedules if schedule not in known]
+def _measure(schedules: list[Schedule], evaluate: Evaluator, store: EvaluationStore | None) -> Iterator[Evaluation]:
+    """Evaluations of distinct schedules: what the store has first, then what one evaluator call yields, stored at once."""
+    missing = []
+    for schedule in schedules:
+        known = store.get(schedule) if store is not None else None
+        if known is None:
+            missing.append(schedule)
+        else:
+            yield known
     if missing:
-        fresh = _evaluate(missing, evaluate)
-        if store is not None:
-            _keep(fresh, store)
-        known.update(zip(missing, fresh, strict=True))
-    return [known[schedule] for schedule in schedules]
+        for evaluation in _evaluate(missing, evaluate):
+            if store is not None:
+                store.add(evaluation)
+            yield evaluation
 
 
-def _evaluate(schedules: list[Schedule], evaluate: Evaluator) -> list[Evaluation]:
-    """One evaluator call, checked: NaN becomes a failure; a call that was not timed inside is timed from here."""
+def _evaluate(schedules: list[Schedule], evaluate: Evaluator) -> Iterator[Evaluation]:
+    """One evaluator call, checked: NaN becomes a failure; an evaluation that was not timed inside is timed from here."""
+    waiting = set(schedules)
     start = time.perf_counter()
-    evaluations = list(evaluate(schedules))
-    share = (time.perf_counter() - start) / len(schedules)
-    if [evaluation.schedule for evaluation in evaluations] != schedules:
+    for evaluation in evaluate(schedules):
+        if evaluation.schedule not in waiting:
+            raise DiffesError(
+                f"the evaluator returned levels {list(evaluation.schedule.levels)}, which it was not given or has returned "
+                "before: it must return one Evaluation per schedule"
+            )
+        waiting.remove(evaluation.schedule)
+        taken = time.perf_counter() - start
+        yield _without_nan(evaluation if evaluation.seconds else replace(evaluation, seconds=taken))
+        start = time.perf_counter()
+    if waiting:
         raise DiffesError(
-            f"the evaluator must return one Evaluation per schedule, in the order given: it got {len(schedules)} "
-            f"schedules and returned {len(evaluations)} evaluations"
-            + (" of other ones or in another order" if len(evaluations) == len(schedules) else "")
+            f"the evaluator must return one Evaluation per schedule: it got {len(schedules)} and left out {len(waiting)}"
         )
-    if not any(evaluation.seconds for evaluation in evaluations):
-        evaluations = [replace(evaluation, seconds=share) for evaluation in evaluations]
-    return [_without_nan(evaluation) for evaluation in evaluations]
 
 
 def _without_nan(evaluation: Evaluation) -> Evaluation:
@@ -139,17 +149,6 @@ def _without_nan(evaluation: Evaluation) -> Evaluation:
         stacklevel=5,
     )
     return replace(evaluation, fitness=-math.inf)
-
-
-def _keep(evaluations: Sequence[Evaluation], store: EvaluationStore) -> None:
-    """Stores what was paid for, all of it, even when Ctrl-C comes in between."""
-    try:
-        for evaluation in evaluations:
-            store.add(evaluation)
-    except KeyboardInterrupt:
-        for evaluation in evaluations:
-            store.add(evaluation)
-        raise
 
 
 def _result(evaluations: tuple[Evaluation, ...]) -> SearchResult:

@@ -60,7 +60,7 @@ class EvaluationStore:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = JournalFileOpenLock(str(self.path), grace_period=LOCK_GRACE_SECONDS)
-        _drop_unfinished_line(self.path, lock)
+        _mend(self.path, lock)
         try:
             with quiet_optuna():
                 storage = JournalStorage(JournalFileBackend(str(self.path), lock_obj=lock))
@@ -140,8 +140,8 @@ class EvaluationStore:
         )
 
 
-def _drop_unfinished_line(path: Path, lock: JournalFileOpenLock) -> None:
-    """Cuts off what a process that was killed while writing left behind.
+def _mend(path: Path, lock: JournalFileOpenLock) -> None:
+    """Cuts off the unfinished line that a process killed while writing left behind; a foreign file is left alone.
 
     Optuna skips such a line when it reads, but then appends to it, and from there on the file cannot be read at all.
     """
@@ -152,7 +152,7 @@ def _drop_unfinished_line(path: Path, lock: JournalFileOpenLock) -> None:
         content = path.read_bytes()
         end = content.rfind(b"\n") + 1
         unfinished = content[end:]
-        if unfinished and unfinished[: len(LINE_START)] != LINE_START[: len(unfinished)]:
+        if not all(LINE_START.startswith(part[: len(LINE_START)]) for part in (content, unfinished)):
             raise DiffesError(f"{path} is no journal of evaluations; choose another file")
         if unfinished:
             os.truncate(path, end)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,9 +32,9 @@ class Evaluation:
 
 
 class Evaluator(Protocol):
-    """Measures schedules, one `Evaluation` each, in the order given."""
+    """Measures schedules, one `Evaluation` each, in any order; those yielded early are safe early."""
 
-    def __call__(self, schedules: Sequence[Schedule]) -> list[Evaluation]: ...
+    def __call__(self, schedules: Sequence[Schedule]) -> Iterable[Evaluation]: ...
 
 
 class Strategy(abc.ABC):

@@ -66,17 +66,15 @@ class Evolution(Strategy):
         self._survivors = self._toolbox.select(list(pool.values()), self.mu)
 
     def _offspring(self) -> list[list[int]]:
-        """Lambda distinct genomes (S,), unseen ones as long as there are any."""
+        """Lambda distinct unseen genomes (S,); fewer, and a seen one at the end, when no more of them are found."""
         batch: dict[tuple[int, ...], None] = {}
-        exhausted = False
-        for _ in range(self.lam):
+        while len(batch) < self.lam:
             taken = self._seen | batch.keys()
             child = self._mutated(taken)
-            if tuple(child) in taken and not exhausted:
-                sample = sample_unseen(self.space, self._rng, taken)
-                exhausted = sample is None
-                child = child if sample is None else sample
-            batch.setdefault(tuple(child))
+            sample = sample_unseen(self.space, self._rng, taken) if tuple(child) in taken else child
+            batch.setdefault(tuple(sample or child))
+            if sample is None:
+                break
         return [list(child) for child in batch]
 
     def _mutated(self, taken: set[tuple[int, ...]]) -> list[int]:

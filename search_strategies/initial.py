@@ -31,8 +31,8 @@ def uniform(space: SearchSpace) -> list[int]:
 def shapes(space: SearchSpace) -> list[list[int]]:
     """Feasible genomes (S,) of the seven shapes, in the order of `SHAPES`.
 
-    Each swings around the uniform schedule's mean level as far as [0, H] allows and is then repaired. They are distinct;
-    there are fewer than seven where the space has too few visited stages or too few levels to tell them apart.
+    Each swings around the uniform schedule's mean level as far as [0, H] allows and is then repaired. They are
+    distinct; there are fewer than seven where too few visited stages or levels leave some of them alike.
     """
     found: dict[tuple[int, ...], None] = {}
     for number, profile in enumerate(SHAPES.values()):

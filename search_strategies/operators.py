@@ -55,8 +55,8 @@ def level_switch(
 ) -> tuple[Genome]:
     """Shifts a few levels between pairs of stages.
 
-    `n = min(U{1..m}, U{1..m})` moves; each draws two distinct visited stages i and j and an amount `a` in `U{1..A}`, and
-    shifts `min(a, L_i, H - L_j)` levels from i to j. That keeps the sum of levels, hence the budget where steps are
+    `n = min(U{1..m}, U{1..m})` moves; each draws two distinct visited stages i and j and an amount `a` in `U{1..A}`,
+    and shifts `min(a, L_i, H - L_j)` levels from i to j. That keeps the sum of levels, hence the budget where steps are
     equal and costs linear; in other spaces a genome that left the budget is repaired. A genome of a single visited
     stage stays as it is.
 

@@ -16,7 +16,7 @@ from diffes.store import quiet_optuna
 from diffes.strategy import Evaluation, Strategy
 from search_strategies.initial import sample_unseen
 
-SUGGESTION_TRIES = 20
+SUGGESTION_TRIES = 10
 
 
 class Tpe(Strategy):

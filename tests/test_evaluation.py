@@ -13,6 +13,7 @@ from diffes.evaluation import ScheduleEvaluator
 from diffes.metrics import make_metric
 from diffes.routing import Router
 from diffes.schedule import Schedule, StagePlan
+from diffes.strategy import Evaluation
 
 
 def make(adapter: ModelAdapter, plan: StagePlan, metric: str = "latent_mse", **options: int) -> ScheduleEvaluator:
@@ -21,6 +22,11 @@ def make(adapter: ModelAdapter, plan: StagePlan, metric: str = "latent_mse", **o
         router, plan, adapter.make_probes(5, 3), n_steps=8, guidance=2.0, metric=make_metric(metric, adapter.device),
         batch=3, **options,
     )  # fmt: skip
+
+
+def only(evaluator: ScheduleEvaluator, schedule: Schedule) -> Evaluation:
+    (evaluation,) = evaluator([schedule])
+    return evaluation
 
 
 SCHEDULES = [(0, 1, 2, 3), (3, 1, 2, 3), (1, 1, 2, 3), (2, 2, 2, 0), (0, 0, 3, 3), (3, 3, 0, 0), (0, 0, 2, 3)]
@@ -33,20 +39,19 @@ def test_prefix_reuse_gives_the_same_bits_for_fewer_calls(
     adapter.pipe.scheduler = scheduler.from_config(adapter.pipe.scheduler.config)
     schedules = [Schedule(plan, levels, adapter.max_level) for levels in SCHEDULES]
     shared, alone = make(adapter, plan), make(adapter, plan, cache_bytes=0)
-    together = shared(schedules)
-    separately = [alone([schedule])[0] for schedule in schedules]
-    assert [e.fitness for e in together] == [e.fitness for e in separately]
-    assert [e.schedule for e in together] == schedules
+    together = {e.schedule: e for e in shared(schedules)}
+    separately = [only(alone, schedule) for schedule in schedules]
+    assert [together[schedule].fitness for schedule in schedules] == [e.fitness for e in separately]
     assert separately[0].denoiser_calls == 8 * 5 * 2  # steps x probes x branches
-    assert sum(e.denoiser_calls for e in together) < sum(e.denoiser_calls for e in separately)
-    assert sum(e.denoiser_calls for e in together) == shared.denoiser_calls
-    assert shared([schedules[0]])[0].denoiser_calls == 0
+    assert sum(e.denoiser_calls for e in together.values()) < sum(e.denoiser_calls for e in separately)
+    assert sum(e.denoiser_calls for e in together.values()) == shared.denoiser_calls
+    assert only(shared, schedules[0]).denoiser_calls == 0
 
 
 def test_dense_schedule_scores_perfectly(adapter: ModelAdapter, plan: StagePlan) -> None:
     dense = Schedule(plan, (0, 0, 0, 0), adapter.max_level)
-    assert make(adapter, plan)([dense])[0].fitness == 0
-    assert make(adapter, plan, "psnr")([dense])[0].fitness > 60
+    assert only(make(adapter, plan), dense).fitness == 0
+    assert only(make(adapter, plan, "psnr"), dense).fitness > 60
     evaluator = make(adapter, plan)
     assert evaluator.dense_scores(8).tolist() == [0] * 5
     assert evaluator.dense_scores(4).max() < 0
@@ -56,13 +61,13 @@ def test_more_sparsity_is_worse_on_the_trained_model(plan: StagePlan) -> None:
     from diffes.adapters import adapter_for, load_pipeline
 
     adapter = adapter_for(load_pipeline("fashion-dit"))
-    fitness = [e.fitness for e in make(adapter, plan, "ssim")([Schedule(plan, (k,) * 4, 8) for k in (1, 4, 7)])]
+    fitness = [only(make(adapter, plan, "ssim"), Schedule(plan, (k,) * 4, 8)).fitness for k in (1, 4, 7)]
     assert 1 > fitness[0] > fitness[1] > fitness[2]
 
 
 def test_global_random_state_is_left_alone(adapter: ModelAdapter, plan: StagePlan) -> None:
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    make(adapter, plan)([Schedule(plan, SCHEDULES[0], adapter.max_level)])
+    only(make(adapter, plan), Schedule(plan, SCHEDULES[0], adapter.max_level))
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
@@ -71,4 +76,4 @@ def test_failed_images_are_minus_infinity(tiny: ModelAdapter, plan: StagePlan) -
     bank = evaluator.router.bank
     name = tiny.group_sets()[0].name
     bank[0, 1][name].consumer.fill_(float("nan"))
-    assert evaluator([Schedule(plan, (1, 0, 0, 0), 4)])[0].fitness == -float("inf")
+    assert only(evaluator, Schedule(plan, (1, 0, 0, 0), 4)).fitness == -float("inf")

@@ -126,7 +126,7 @@ def test_a_budget_beyond_the_ends_is_refused_with_both_ends(budget: float) -> No
 
 
 def test_an_unreachable_cost_names_smallest_and_largest() -> None:
-    with pytest.raises(DiffesError, match="smallest possible is 8 .*largest 80"):
+    with pytest.raises(DiffesError, match=r"smallest possible is 8 .*largest 80"):
         SearchSpace(StagePlan.equal(4), 1, (2, 2, 2, 2), (10, 1), 7)
 
 

@@ -107,7 +107,7 @@ def test_a_schedule_of_another_kind_is_refused(path: Path) -> None:
     assert len(reopen(path)) == 0
 
 
-@pytest.mark.parametrize("content", [b"hello", b"hello\n", b'{"a": 1}\n', b"[]\n", b"\xff\xfe\n\n\n"])
+@pytest.mark.parametrize("content", [b"hello", b"hello\n", b"hello\nyou", b'{"a": 1}\n', b"[]\n", b"\xff\xfe\n\n\n"])
 def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(content)

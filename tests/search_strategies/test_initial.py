@@ -17,7 +17,7 @@ SMALL = SearchSpace.mean_sparsity(StagePlan.equal(3), 2, 0.5)  # 7 feasible sche
 
 @pytest.mark.parametrize(
     ("steps", "budget"),
-    itertools.product([None, (1, 4, 2, 3, 2, 7), (0, 4, 0, 3, 5, 0), (0, 0, 5, 0, 0, 0)], [0, 0.3, 0.33, 0.5, 1]),
+    list(itertools.product([None, (1, 4, 2, 3, 2, 7), (0, 4, 0, 3, 5, 0), (0, 0, 5, 0, 0, 0)], [0, 0.3, 0.33, 0.5, 1])),
 )
 def test_everything_is_feasible_and_distinct(steps: tuple[int, ...] | None, budget: float) -> None:
     space = SearchSpace.mean_sparsity(StagePlan.equal(6), 8, budget, steps)
