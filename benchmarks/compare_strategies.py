@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from diffes.config import RunConfig
 from diffes.folder import config_record
 from diffes.plots import convergence_bands

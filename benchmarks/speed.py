@@ -1,7 +1,7 @@
 """How fast is the routed model beside the dense one, and how near is that to its share of the MACs?
 
-Whole runs from noise to pixels (20 steps, guidance 2) of `fashion-dit`, uniform schedules, candidates taking turns in one
-process. Beside it: the dense model with the same MACs by fewer steps, which is the limit that routing can reach.
+Whole runs from noise to pixels (20 steps, guidance 2) of `fashion-dit`, uniform schedules, candidates taking turns in
+one process. Beside it: the dense model with the same MACs by fewer steps, which is the limit that routing can reach.
 
     python benchmarks/speed.py            # a few minutes
     python benchmarks/speed.py --smoke
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from compare_strategies import OneLine, with_budget
+
 from diffes.config import RunConfig
 from diffes.cost import interleaved_ms, macs_fraction
 from diffes.folder import config_record
@@ -89,8 +90,8 @@ def main() -> None:
             for row in measure(bench, batch, args.budgets, args.repeats):
                 file.write(json.dumps(row | record) + "\n")
                 lines.append(
-                    f"| {batch} | {row['budget']} | {row['macs_fraction']:.1%} | {row['dense_ms']} | {row['routed_ms']} "
-                    f"| {row['speedup']:.2f}x | {row['limit']:.2f}x "
+                    f"| {batch} | {row['budget']} | {row['macs_fraction']:.1%} | {row['dense_ms']} "
+                    f"| {row['routed_ms']} | {row['speedup']:.2f}x | {row['limit']:.2f}x "
                     f"| {row['fewer_steps']} steps: {row['fewer_steps_speedup']:.2f}x |"
                 )
     text = "\n".join(lines) + "\n"

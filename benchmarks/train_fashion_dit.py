@@ -167,9 +167,7 @@ def train_dit(
     bar = tqdm(range(first, args.dit_steps), initial=first, total=args.dit_steps, desc="denoiser", mininterval=10)
     for step in bar:
         chosen = torch.randint(len(mean), (args.dit_batch,), generator=generator, device=device)
-        noise, jitter = (
-            torch.randn(args.dit_batch, 4, 8, 8, generator=generator, device=device) for _ in range(2)
-        )
+        noise, jitter = (torch.randn(args.dit_batch, 4, 8, 8, generator=generator, device=device) for _ in range(2))
         latents = (mean[chosen] + std[chosen] * jitter) * vae.config.scaling_factor
         timesteps = torch.randint(1000, (args.dit_batch,), generator=generator, device=device)
         dropped = torch.rand(args.dit_batch, generator=generator, device=device) < 0.1

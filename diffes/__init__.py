@@ -1,8 +1,8 @@
 """diffes: stage-wise structural pruning schedules for diffusion models, found by evolutionary search.
 
 `diffes.apply(pipe, "runs/x")` makes a diffusers pipeline run a schedule that was found; `diffes.remove(pipe)` takes it
-off again. `diffes.load_pipeline("fashion-dit")` opens a pipeline that ships with the package. Searches run from the shell
-(`diffes search --help`) or through `diffes.run.search`.
+off again. `diffes.load_pipeline("fashion-dit")` opens a pipeline that ships with the package. Searches run from the
+shell (`diffes search --help`) or through `diffes.run.search`.
 """
 
 from __future__ import annotations

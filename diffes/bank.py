@@ -127,8 +127,8 @@ class WeightBank(Mapping[tuple[int, int], StageWeights]):
                 tensors[f"{prefix}:kept"] = weights.kept.cpu().clone()
                 if weights.consumer is not None:
                     tensors[f"{prefix}:consumer"] = weights.consumer.cpu().contiguous()
-        metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "header": json.dumps(dict(header))}
-        save_file(tensors, path, metadata=metadata)
+        # One metadata key: safetensors writes several in random order, and equal banks should be equal files.
+        save_file(tensors, path, metadata={FORMAT: json.dumps({"format_version": FORMAT_VERSION, **header})})
 
     @classmethod
     def load(cls, path: Path, device: torch.device, dtype: torch.dtype) -> tuple[WeightBank, dict[str, Any]]:
@@ -141,14 +141,14 @@ class WeightBank(Mapping[tuple[int, int], StageWeights]):
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
+                if FORMAT not in metadata:
                     raise DiffesError(f"{path} is a safetensors file but no diffes bank")
-                if int(metadata["format_version"]) > FORMAT_VERSION:
+                header = json.loads(metadata[FORMAT])
+                if header["format_version"] > FORMAT_VERSION:
                     raise DiffesError(
-                        f"{path} has bank format version {metadata['format_version']}, this diffes reads up to "
+                        f"{path} has bank format version {header['format_version']}, this diffes reads up to "
                         f"{FORMAT_VERSION}: install a newer diffes"
                     )
-                header = json.loads(metadata["header"])
                 for key in file.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
                     place, part = key.rsplit(":", 1)
                     stage, level, name = place.split(".", 2)
@@ -179,11 +179,10 @@ def check_fingerprint(denoiser: nn.Module, expected: Mapping[str, Any], path: Pa
         DiffesError: structure or weights differ by more than half precision explains.
     """
     found = fingerprint(denoiser)
-    same = found["structure"] == expected.get("structure") and torch.allclose(
-        torch.tensor(found["sample"]), torch.tensor(expected["sample"]), rtol=2e-2, atol=1e-3
-    )
-    if not same:
+    same_layers = found["structure"] == expected["structure"]
+    sample, expected_sample = torch.tensor(found["sample"]), torch.tensor(expected["sample"])
+    if not same_layers or not torch.allclose(sample, expected_sample, rtol=2e-2, atol=1e-3):
         raise DiffesError(
-            f"{path} was made for another model: its denoiser has other {'weights' if found['structure'] == expected.get('structure') else 'layers'} "
-            "than this pipeline's; load the pipeline named in the run's config.json"
+            f"{path} was made for another model: its denoiser has other {'weights' if same_layers else 'layers'} than "
+            "this pipeline's; load the pipeline named in the run's config.json"
         )

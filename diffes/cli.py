@@ -21,7 +21,16 @@ from diffes.errors import DiffesError
 app = tyro.extras.SubcommandApp()
 console = Console()
 _DEFAULT = RunConfig()
-WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EFBIG, errno.EIO}
+WRITE_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EFBIG,
+    errno.EIO,
+}
 
 
 class RichProgress:
@@ -30,7 +39,7 @@ class RichProgress:
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[Callable[[str], None]]:
         columns = (
-            TextColumn("{task.description}", table_column=None), BarColumn(bar_width=28), MofNCompleteColumn(),
+            TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
         )  # fmt: skip
         with Progress(*columns, console=console) as bars:
@@ -60,7 +69,9 @@ def search(
     report = run.search(config, out, RichProgress(), overwrite=overwrite)
     console.print(_table(report, config))
     console.print(f"levels by stage, cleanest first: {' '.join(map(str, report['levels']))}")
-    console.print(f"{report['evaluations']} evaluations, {report['denoiser_calls']:,} denoiser calls; written to {out}:")
+    console.print(
+        f"{report['evaluations']} evaluations, {report['denoiser_calls']:,} denoiser calls; written to {out}:"
+    )
     for path in sorted(out.iterdir()):
         console.print(f"  {path}  ({path.stat().st_size:,} bytes)", highlight=False)
     console.print(f"next: diffes sample {out} --classes 0 1 2 3 --out grid.png", highlight=False)
@@ -100,7 +111,7 @@ def sample(
 
 
 def _engine() -> Any:
-    """`diffes.run`, imported late (torch takes seconds and `--help` needs none of it), with the libraries kept quiet."""
+    """`diffes.run`, imported late (torch takes seconds and `--help` needs none of it), the libraries kept quiet."""
     import logging
     import warnings
 
@@ -149,7 +160,9 @@ def main(args: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno is not None and error.errno not in WRITE_ERRORS:
             raise
-        _fail(f"cannot write: {error}; what is finished is kept, run the same command again once there is room or access")
+        _fail(
+            f"cannot write: {error}; what is finished is kept, run the same command again once there is room or access"
+        )
     except KeyboardInterrupt:
         Console(stderr=True).print("\ninterrupted; the same command goes on from here")
         sys.exit(130)

@@ -39,8 +39,8 @@ class RunConfig:
     calibration_samples: int = 256
     """Clean latents per stage that calibration draws its statistics from."""
     calibration_data: str | None = None
-    """An .npz of images (n, channels, h, w) uint8 and labels (n,). Left out: calibration.npz in the model's folder if it
-    has one, else samples of the dense model."""
+    """An .npz of images (n, channels, h, w) uint8 and labels (n,). Left out: calibration.npz in the model's folder if
+    it has one, else samples of the dense model."""
     seed: int = 0
     """Seed of the strategy, of the search probes and of the calibration noise."""
     device: str = "auto"

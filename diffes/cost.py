@@ -31,7 +31,10 @@ def macs_fraction(router: Router, schedule: Schedule, steps: Sequence[int]) -> f
     """MACs of a routed sampling run over those of the dense one; `steps` (S,) are the calls per stage."""
     dense = macs_per_call(router.adapter)
     with router.routed(schedule):
-        stages = [macs_per_call(router.adapter, lo) if n else 0 for n, (lo, _) in zip(steps, schedule.plan.stages, strict=True)]
+        stages = [
+            macs_per_call(router.adapter, lo) if n else 0
+            for n, (lo, _) in zip(steps, schedule.plan.stages, strict=True)
+        ]
     return sum(n * macs for n, macs in zip(steps, stages, strict=True)) / (sum(steps) * dense)
 
 

@@ -1,4 +1,4 @@
-"""Fitness: images of the routed pipeline on fixed probes, compared with the dense model's, at the fewest denoiser calls."""
+"""Fitness: images of the routed pipeline on fixed probes, compared with the dense model's, at few denoiser calls."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class ScheduleEvaluator:
         self.reference = self._in_metric_space(self.dense_latents(n_steps))
 
     def __call__(self, schedules: Sequence[Schedule]) -> Iterator[Evaluation]:
-        """Evaluates a batch in the order of the trie, so that neighbours follow each other; yields each when it is done."""
+        """Evaluates a batch in the order of the trie, so that neighbours follow each other; yields each when done."""
         for schedule in sorted(schedules, key=lambda schedule: schedule.levels[::-1]):
             start, before = time.perf_counter(), self.denoiser_calls
             fitness = float(self.scores(schedule).mean())
@@ -90,7 +90,7 @@ class ScheduleEvaluator:
 
     @torch.no_grad()
     def dense_latents(self, n_steps: int) -> Tensor:
-        """Final latents (n, C, h, w) of the dense model at any number of steps: the reference, and the cheapest rival."""
+        """Final latents (n, C, h, w) of the dense model at any number of steps: the reference, the cheapest rival."""
         return torch.cat([self.adapter.sample(part, n_steps, self.guidance) for part in self._parts])
 
     def dense_scores(self, n_steps: int) -> Tensor:

@@ -53,8 +53,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        hint = "the run is unfinished: run the same `diffes search` again to go on" if path.with_name(CONFIG).exists() else (
-            "this is no run folder of diffes"
+        hint = (
+            "the run is unfinished: run the same `diffes search` again to go on"
+            if path.with_name(CONFIG).exists()
+            else ("this is no run folder of diffes")
         )
         raise DiffesError(f"{path} is missing; {hint}") from error
     except (ValueError, OSError) as error:
@@ -128,8 +130,8 @@ def open_run(folder: Path, config: RunConfig, *, overwrite: bool) -> bool:
         True when an unfinished run of the same settings is there to go on with.
 
     Raises:
-        DiffesError: the folder holds something else, a finished run, or an unfinished one of other settings.
-        OSError: it cannot be made or written to.
+        DiffesError: the folder cannot be written to, or holds something else, a finished run, or an unfinished one of
+            other settings.
     """
     if folder.exists() and not folder.is_dir():
         raise DiffesError(f"--out {folder} is a file; name a folder")
@@ -139,16 +141,21 @@ def open_run(folder: Path, config: RunConfig, *, overwrite: bool) -> bool:
             raise DiffesError(f"--out {folder} is not empty and holds no run of diffes; name another folder")
         if not overwrite:
             resumes = _check_same_run(folder, config)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test") as test:
-        test.write(b"\0" * 4096)
-        test.flush()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test") as test:
+            test.write(b"\0" * 4096)
+            test.flush()
+    except OSError as error:
+        raise DiffesError(f"cannot write to --out {folder} ({error}); name another folder") from error
     return resumes
 
 
 def _check_same_run(folder: Path, config: RunConfig) -> bool:
     if (folder / REPORT).exists():
-        raise DiffesError(f"--out {folder} holds a finished run; pass --overwrite to replace it, or name another folder")
+        raise DiffesError(
+            f"--out {folder} holds a finished run; pass --overwrite to replace it, or name another folder"
+        )
     before = read_json(folder / CONFIG)
     now = config_record(config)
     changed = [
@@ -159,8 +166,8 @@ def _check_same_run(folder: Path, config: RunConfig) -> bool:
     ]
     if changed:
         raise DiffesError(
-            f"--out {folder} holds an unfinished run that this one cannot go on with ({'; '.join(changed)}); name another "
-            "folder, or pass --overwrite to replace it"
+            f"--out {folder} holds an unfinished run that this one cannot go on with ({'; '.join(changed)}); name "
+            "another folder, or pass --overwrite to replace it"
         )
     return True
 

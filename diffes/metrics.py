@@ -77,8 +77,8 @@ def make_metric(name: str, device: torch.device) -> Metric:
         folder = Path(torch.hub.get_dir()) / "pyiqa"
         reason = " ".join(str(error).split())[:300]
         raise DiffesError(
-            f"pyiqa metric {name!r} could not be set up ({type(error).__name__}: {reason}); where a weight file is missing, "
-            f"let pyiqa fetch it once with network access or put it into {folder}"
+            f"pyiqa metric {name!r} could not be set up ({type(error).__name__}: {reason}); where a weight file is "
+            f"missing, let pyiqa fetch it once with network access or put it into {folder}"
         ) from error
     return Metric(name, "image", model.metric_mode == "FR", _pyiqa_function(model))
 

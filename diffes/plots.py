@@ -47,7 +47,9 @@ def convergence(fitness: Mapping[str, Sequence[float]], metric: str, path: Path)
             count = np.arange(1, len(values) + 1)
             finite = np.where(np.isfinite(values), values, np.nan)
             axes.plot(count, finite, ".", color=colour, alpha=0.35, markersize=5)
-            axes.step(count, np.fmax.accumulate(finite), where="post", color=colour, linewidth=2, label=f"{name}, best so far")
+            axes.step(
+                count, np.fmax.accumulate(finite), where="post", color=colour, linewidth=2, label=f"{name}, best so far"
+            )
         axes.set(xlabel="evaluations", ylabel=f"fitness ({metric})")
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
@@ -78,12 +80,12 @@ def image_grid(rows: Mapping[str, Tensor], path: Path, columns: Sequence[str] | 
         figure = Figure(figsize=(1.5 + n, 1.08 * len(rows)))
         grid = figure.subplots(len(rows), n, squeeze=False, gridspec_kw={"wspace": 0.05, "hspace": 0.05})
         for row, (name, images) in zip(grid, rows.items(), strict=True):
-            for axes, image in zip(row, images.float().cpu().permute(0, 2, 3, 1).numpy()):
+            for axes, image in zip(row, images.float().cpu().permute(0, 2, 3, 1).numpy(), strict=False):
                 axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)
             for axes in row:
                 axes.set(xticks=[], yticks=[])
                 axes.spines[:].set_visible(False)
             row[0].set_ylabel(name, rotation=0, ha="right", va="center")
-        for axes, title in zip(grid[0], columns or ()):
+        for axes, title in zip(grid[0], columns or (), strict=False):
             axes.set_title(title, fontsize=8)
         _save(figure, path)

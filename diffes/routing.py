@@ -108,7 +108,7 @@ class Router:
 class _SwappableLayers:
     """The layers around one group set, with their dense tensors at hand."""
 
-    def __init__(self, denoiser: nn.Module, groups: GroupSet) -> None:
+    def __init__(self, denoiser: Any, groups: GroupSet) -> None:
         self.groups = groups
         self.producers = [denoiser.get_submodule(path) for path in groups.producers]
         self.consumer = denoiser.get_submodule(groups.consumer)
@@ -131,13 +131,14 @@ class _SwappableLayers:
         now, then = self.consumer.weight, self.dense_consumer
         if (now.dtype, now.device) != (then.dtype, then.device):
             raise DiffesError(
-                f"the model was moved or cast (from {then.dtype} on {then.device} to {now.dtype} on {now.device}) while a "
-                "schedule was routed through it: call diffes.remove(pipe), then move it, then diffes.apply again"
+                f"the model was moved or cast (from {then.dtype} on {then.device} to {now.dtype} on {now.device}) while "
+                "a schedule was routed through it: call diffes.remove(pipe), move it, then call diffes.apply again"
             )
         features = self.groups.features(kept.to(self.dense_consumer.device, torch.long))
         for layer, (weight, bias) in zip(self.producers, self.dense_producers, strict=True):
-            halves = len(weight) // self.dense_consumer.shape[1]  # 2 where value rows lie over gate rows, else 1
-            rows = torch.cat([features + i * self.dense_consumer.shape[1] for i in range(halves)])
+            width = self.dense_consumer.shape[1]
+            halves = len(weight) // width  # 2 where value rows lie over gate rows, else 1
+            rows = torch.cat([features + i * width for i in range(halves)])
             layer.weight.data = weight.index_select(0, rows)
             if bias is not None:
                 layer.bias.data = bias.index_select(0, rows)

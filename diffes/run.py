@@ -188,7 +188,7 @@ def _write_result(bench: Workbench, schedule: Schedule, out: Path) -> None:
     facts = {
         "method": config.method,
         "kind": "width",
-        "model": str(home.resolve()) if home and not config.model == home.name else config.model,
+        "model": str(home.resolve()) if home and config.model != home.name else config.model,
         "steps": config.steps,
         "guidance": config.guidance,
         "nominal_sparsity": schedule.nominal_sparsity(steps),
@@ -198,13 +198,16 @@ def _write_result(bench: Workbench, schedule: Schedule, out: Path) -> None:
 
 
 def _compare(bench: Workbench, result: SearchResult, out: Path, progress: Progress) -> dict[str, Any]:
-    """Held-out fitness, MACs and speed of the searched schedule beside uniform and beside fewer dense steps; figures."""
+    """Held-out fitness, MACs and speed of the searched schedule beside uniform and fewer dense steps; figures."""
     config, router, steps = bench.config, bench.router, bench.space.steps
     best = result.best.schedule
     uniform = bench.space.schedule(bench.space.uniform())
     with progress.task("held-out probes, speed, figures", 5) as advance:
         heldout = bench.evaluator(config.heldout, HELDOUT_SEED)
-        macs = {"searched": cost.macs_fraction(router, best, steps), "uniform": cost.macs_fraction(router, uniform, steps)}
+        macs = {
+            "searched": cost.macs_fraction(router, best, steps),
+            "uniform": cost.macs_fraction(router, uniform, steps),
+        }
         fewer = max(1, round(config.steps * macs["searched"]))
         scores = {"searched": heldout.scores(best)}
         advance("searched")

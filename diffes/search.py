@@ -105,7 +105,7 @@ def _check_limits(limits: dict[str, float | None]) -> None:
 
 
 def _measure(schedules: list[Schedule], evaluate: Evaluator, store: EvaluationStore | None) -> Iterator[Evaluation]:
-    """Evaluations of distinct schedules: what the store has first, then what one evaluator call yields, stored at once."""
+    """Evaluations of distinct schedules: the store's first, then what one evaluator call yields, stored at once."""
     missing = []
     for schedule in schedules:
         known = store.get(schedule) if store is not None else None
@@ -121,14 +121,14 @@ def _measure(schedules: list[Schedule], evaluate: Evaluator, store: EvaluationSt
 
 
 def _evaluate(schedules: list[Schedule], evaluate: Evaluator) -> Iterator[Evaluation]:
-    """One evaluator call, checked: NaN becomes a failure; an evaluation that was not timed inside is timed from here."""
+    """One evaluator call, checked: NaN becomes a failure; what was not timed inside is timed from here."""
     waiting = set(schedules)
     start = time.perf_counter()
     for evaluation in evaluate(schedules):
         if evaluation.schedule not in waiting:
             raise DiffesError(
-                f"the evaluator returned levels {list(evaluation.schedule.levels)}, which it was not given or has returned "
-                "before: it must return one Evaluation per schedule"
+                f"the evaluator returned levels {list(evaluation.schedule.levels)}, which it was not given or has "
+                "returned before: it must return one Evaluation per schedule"
             )
         waiting.remove(evaluation.schedule)
         taken = time.perf_counter() - start
@@ -136,7 +136,8 @@ def _evaluate(schedules: list[Schedule], evaluate: Evaluator) -> Iterator[Evalua
         start = time.perf_counter()
     if waiting:
         raise DiffesError(
-            f"the evaluator must return one Evaluation per schedule: it got {len(schedules)} and left out {len(waiting)}"
+            f"the evaluator must return one Evaluation per schedule: it got {len(schedules)} and left out "
+            f"{len(waiting)}"
         )
 
 

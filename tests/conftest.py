@@ -65,8 +65,14 @@ def plan() -> StagePlan:
     return StagePlan.equal(N_STAGES)
 
 
+_BANKS: dict[tuple[object, ...], WeightBank] = {}
+
+
 def build_bank(adapter: ModelAdapter, method: str, plan: StagePlan, stages: list[int] | None = None) -> WeightBank:
-    """A bank with a handful of calibration images, enough for everything but quality."""
-    path = Path(adapter.pipe.config._name_or_path) / "calibration.npz"
-    data = load_calibration(adapter, path, 24)
-    return WeightBank.build(adapter, METHODS.get(method)(), plan, data, guided=True, seed=0, stages=stages)
+    """A bank with a handful of calibration images, enough for everything but quality; built once a session."""
+    model = adapter.pipe.config._name_or_path
+    key = (model, method, plan, tuple(stages) if stages else None)
+    if key not in _BANKS:
+        data = load_calibration(adapter, Path(model) / "calibration.npz", 24)
+        _BANKS[key] = WeightBank.build(adapter, METHODS.get(method)(), plan, data, guided=True, seed=0, stages=stages)
+    return _BANKS[key]

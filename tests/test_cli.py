@@ -16,7 +16,8 @@ from PIL import Image
 from diffes import folder
 from diffes.cli import main
 
-SMALL = ["--stages", "4", "--steps", "8", "--max-evals", "8", "--probes", "4", "--heldout", "4", "--metric", "latent_mse"]
+SMALL = ["--stages", "4", "--steps", "8", "--max-evals", "8", "--probes", "4", "--heldout", "4"]
+SMALL += ["--metric", "latent_mse"]
 
 
 def search(out: Path, *options: str) -> None:
@@ -156,5 +157,5 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     target = tmp_path / "schedule.json"
     target.write_text("before")
     with pytest.raises(OSError, match="No space left"):
-        folder.write_safely(target, lambda _: open("/dev/full", "w").write("x" * 100_000))
+        folder.write_safely(target, lambda _: Path("/dev/full").write_text("x" * 100_000))
     assert target.read_text() == "before" and list(tmp_path.iterdir()) == [target]

@@ -9,8 +9,10 @@ from conftest import build_bank
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from diffes.adapters import ModelAdapter
+from diffes.bank import WeightBank
 from diffes.evaluation import ScheduleEvaluator
 from diffes.metrics import make_metric
+from diffes.pruning import GroupWeights
 from diffes.routing import Router
 from diffes.schedule import Schedule, StagePlan
 from diffes.strategy import Evaluation
@@ -73,7 +75,9 @@ def test_global_random_state_is_left_alone(adapter: ModelAdapter, plan: StagePla
 
 def test_failed_images_are_minus_infinity(tiny: ModelAdapter, plan: StagePlan) -> None:
     evaluator = make(tiny, plan)
-    bank = evaluator.router.bank
-    name = tiny.group_sets()[0].name
-    bank[0, 1][name].consumer.fill_(float("nan"))
+    broken = {
+        name: GroupWeights(weights.kept, torch.full_like(weights.consumer, float("nan")))
+        for name, weights in evaluator.router.bank[0, 1].items()
+    }
+    evaluator.router.bank = WeightBank({(0, 1): broken})
     assert only(evaluator, Schedule(plan, (1, 0, 0, 0), 4)).fitness == -float("inf")

@@ -1,4 +1,4 @@
-"""Model families. `adapter_for` finds the one of a pipeline; `load_pipeline` finds a pipeline by name, folder or hub id."""
+"""Model families. `adapter_for` finds the one of a pipeline; `load_pipeline` a pipeline by name, folder or hub id."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def model_folder(model: str) -> Path | None:
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise DiffesError(
-                f"{model} is no pipeline: it holds no model_index.json; pass a folder that diffusers' save_pretrained wrote"
+                f"{model} is no pipeline: it holds no model_index.json; pass a folder that diffusers' "
+                "save_pretrained wrote"
             )
         return path
     if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):

@@ -1,4 +1,4 @@
-"""What diffes has to know about a model family: where its prunable groups are and how its pipeline calls the denoiser."""
+"""What diffes has to know about a model family: where its prunable groups are, how its pipeline calls the network."""
 
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ class ModelAdapter(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def denoiser(self) -> nn.Module: ...
+    def denoiser(self) -> Any:
+        """An `nn.Module`; typed loosely because diffusers' attributes are."""
 
     @property
     @abc.abstractmethod
@@ -177,5 +178,3 @@ class ModelAdapter(abc.ABC):
         for _ in range(len(state.scheduler.timesteps)):
             state = self.step(state, probes, guidance)
         return self.finish(state, guidance)
-
-

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import DiTPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffes.adapters.base import GroupSet, ModelAdapter, Probes, SamplingState
 from diffes.errors import DiffesError
@@ -22,7 +22,7 @@ class DiTAdapter(ModelAdapter):
     pipe: DiTPipeline
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> Any:
         return self.pipe.transformer
 
     @property
@@ -111,9 +111,7 @@ class DiTAdapter(ModelAdapter):
         return (encoded * vae.config.scaling_factor).to(self.dtype)
 
     def denoise_once(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        return self.denoiser(
-            latents, timestep=timesteps.to(self.device), class_labels=condition.to(self.device)
-        ).sample
+        return self.denoiser(latents, timestep=timesteps.to(self.device), class_labels=condition.to(self.device)).sample
 
     def null_condition(self, n: int) -> Tensor:
         return torch.full((n,), NULL_CLASS)

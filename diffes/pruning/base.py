@@ -5,10 +5,10 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffes.adapters.base import GroupSet
 from diffes.registry import Registry
@@ -46,7 +46,7 @@ class LayerWeights:
     consumer: Tensor
 
     @classmethod
-    def of(cls, denoiser: nn.Module, groups: GroupSet) -> LayerWeights:
+    def of(cls, denoiser: Any, groups: GroupSet) -> LayerWeights:
         """The present weights of a group set, detached."""
         return cls(
             tuple(denoiser.get_submodule(path).weight.detach() for path in groups.producers),

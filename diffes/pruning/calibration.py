@@ -46,8 +46,8 @@ def load_calibration(adapter: ModelAdapter, path: Path, n: int, batch: int = 64)
             raise ValueError(f"images are {images.dtype} {images.shape}, labels {labels.shape}")
     except Exception as error:  # zipfile, numpy and the check above each raise their own
         raise DiffesError(
-            f"{path} holds no calibration images: {error}; expected an .npz with `images` (n, channels, h, w) uint8 and "
-            "`labels` (n,)"
+            f"{path} holds no calibration images: {error}; expected an .npz with `images` (n, channels, h, w) uint8 "
+            "and `labels` (n,)"
         ) from error
     pixels = torch.from_numpy(images).float() / 255
     latents = torch.cat([adapter.encode(part) for part in pixels.split(batch)])
@@ -76,8 +76,8 @@ def second_moments(
 ) -> dict[str, Tensor]:
     """`E[x x^T]` (d, d) in fp32 of every consumer's inputs, over timesteps of one stage.
 
-    Each latent is noised, by the scheduler's own `add_noise`, to a timestep drawn from the stage. With guidance, half of
-    the rows carry the null condition, because half of the rows of a guided denoiser call do.
+    Each latent is noised, by the scheduler's own `add_noise`, to a timestep drawn from the stage. With guidance, half
+    of the rows carry the null condition, because half of the rows of a guided denoiser call do.
 
     Args:
         adapter: the model, dense.

@@ -59,5 +59,5 @@ def test_damaged_calibration_files_are_refused(tiny: ModelAdapter, tmp_path: Pat
         np.savez(path, images=np.zeros((4, 3, 16, 16), np.float32), labels=np.zeros(4))
     else:
         path.write_bytes(content)
-    with pytest.raises(DiffesError, match="expected an .npz"):
+    with pytest.raises(DiffesError, match="expected an"):
         load_calibration(tiny, path, 4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -35,7 +37,7 @@ def test_levels_are_nested_and_of_the_asked_size(name: str, groups: GroupSet) ->
     thin = METHODS.get(name)().prune(groups, weights, moment, wanted)
     assert [len(t.kept) for t in thin] == wanted
     assert wanted[-1] == 0
-    for larger, smaller in zip(thin, thin[1:], strict=False):
+    for larger, smaller in itertools.pairwise(thin):
         assert set(smaller.kept.tolist()) < set(larger.kept.tolist())
     for t in thin:
         assert t.kept.tolist() == sorted(set(t.kept.tolist()))
