@@ -39,21 +39,34 @@ def schedules(named: Mapping[str, Schedule], path: Path) -> None:
 
 
 def convergence(fitness: Mapping[str, Sequence[float]], metric: str, path: Path) -> None:
-    """Every evaluation as a dot and the best so far as a line, by strategy."""
+    """Every evaluation as a dot and the best so far as a line, by strategy.
+
+    The axis leaves out the steep start of the lines; dots below it are counted in the label.
+    """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(7, 3.5))
         axes: Axes = figure.subplots()
+        curves = {name: np.maximum.accumulate(values) for name, values in fitness.items()}
+        bottom, top = _axis_range(list(curves.values()))
         for (name, values), colour in zip(fitness.items(), itertools.cycle(COLOURS)):
             count = np.arange(1, len(values) + 1)
-            finite = np.where(np.isfinite(values), values, np.nan)
-            axes.plot(count, finite, ".", color=colour, alpha=0.35, markersize=5)
-            axes.step(
-                count, np.fmax.accumulate(finite), where="post", color=colour, linewidth=2, label=f"{name}, best so far"
-            )
+            hidden = int((np.array(values) < bottom).sum())
+            label = f"{name}, best so far" + (f" ({hidden} evaluations below)" if hidden else "")
+            axes.plot(count, values, ".", color=colour, alpha=0.35, markersize=5)
+            axes.step(count, curves[name], where="post", color=colour, linewidth=2, label=label)
+        axes.set_ylim(bottom, top)
         axes.set(xlabel="evaluations", ylabel=f"fitness ({metric})")
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
         _save(figure, path)
+
+
+def _axis_range(curves: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Limits of a fitness axis: what best-so-far curves do after their first tenth, and as much room below."""
+    settled = np.concatenate([curve[len(curve) // 10 :] for curve in curves])
+    settled = settled[np.isfinite(settled)]
+    room = max(float(np.ptp(settled)), 1e-9)
+    return float(settled.min()) - room, float(settled.max()) + 0.1 * room
 
 
 def convergence_bands(curves: Mapping[str, Sequence[Sequence[float]]], metric: str, path: Path) -> None:
@@ -67,6 +80,7 @@ def convergence_bands(curves: Mapping[str, Sequence[Sequence[float]]], metric: s
             count = np.arange(1, length + 1)
             axes.fill_between(count, low, high, step="post", color=colour, alpha=0.2, linewidth=0)
             axes.step(count, middle, where="post", color=colour, linewidth=2, label=f"{name} ({len(runs)} seeds)")
+        axes.set_ylim(*_axis_range([np.array(run) for runs in curves.values() for run in runs]))
         axes.set(xlabel="evaluations", ylabel=f"best fitness so far ({metric})")
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")

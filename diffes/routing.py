@@ -131,8 +131,9 @@ class _SwappableLayers:
         now, then = self.consumer.weight, self.dense_consumer
         if (now.dtype, now.device) != (then.dtype, then.device):
             raise DiffesError(
-                f"the model was moved or cast (from {then.dtype} on {then.device} to {now.dtype} on {now.device}) while "
-                "a schedule was routed through it: call diffes.remove(pipe), move it, then call diffes.apply again"
+                f"the model was moved or cast, from {then.dtype} on {then.device} to {now.dtype} on "
+                f"{now.device}, while a schedule was routed through it: call diffes.remove(pipe), move it, then call "
+                "diffes.apply again"
             )
         features = self.groups.features(kept.to(self.dense_consumer.device, torch.long))
         for layer, (weight, bias) in zip(self.producers, self.dense_producers, strict=True):
