@@ -262,7 +262,7 @@ def save_grid(images: torch.Tensor, caption: str, path: Path) -> None:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title(caption, fontsize=10)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    figure.savefig(path, dpi=130, bbox_inches="tight", pad_inches=0.08, metadata={"Software": None})
     plt.close(figure)
 
 
@@ -326,7 +326,7 @@ def main() -> None:
         sweep(pipe, classifier, real, args)
         return
     facts, images = measure(pipe, classifier, real, args)
-    facts |= {"minutes": round((time.perf_counter() - start) / 60, 1), "provenance": provenance(classifier, args)}
+    facts["provenance"] = provenance(classifier, args)
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
     print(text, end="")
     out = args.out or (None if args.smoke else RESULTS)
@@ -336,6 +336,7 @@ def main() -> None:
         caption = f"{args.model.resolve().name}, {args.main_steps} DDIM steps, guidance {args.guidance:g}, not selected"
         save_grid(images, caption, out / f"{NAME}.png")
         print(f"written: {NAME}.json and {NAME}.png in {out}")
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
