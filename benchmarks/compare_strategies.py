@@ -106,30 +106,31 @@ def main() -> None:
     parser.add_argument("--name", default="compare_strategies", help="file name of the results without its ending")
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
-    config = RunConfig(metric=args.metric, probes=args.probes, heldout=args.heldout)
+    config = RunConfig(metric=args.metric, probes=args.probes, heldout=args.heldout, max_evals=args.max_evals)
     if args.smoke:
         config = replace(config, stages=2, steps=4, probes=2, heldout=4, calibration_samples=16, metric="latent_mse")
-        args.budgets, args.seeds, args.max_evals = [0.5], 1, 3
+        config = replace(config, max_evals=3)
+        args.budgets, args.seeds = [0.5], 1
         args.out = Path("runs/smoke") if args.out == RESULTS else args.out
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.name}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(row["budget"], row["strategy"], row["seed"]) for row in rows}
     cells = [
-        (budget, strategy, seed)
+        replace(config, budget=budget, strategy=strategy, seed=seed)
         for seed in range(args.seeds)
         for budget in args.budgets
         for strategy in args.strategies
-        if (budget, strategy, seed) not in done
     ]
+    done = [row["settings"] for row in rows]
+    cells = [cell for cell in cells if cell.to_json() not in done]
     if cells:
         bench = prepare(config, OneLine())
         heldout = bench.evaluator(config.heldout, HELDOUT_SEED)
-        record = config_record(config) | {"threads": torch.get_num_threads()}
-        for i, (budget, strategy, seed) in enumerate(cells):
-            print(f"cell {i + 1} of {len(cells)}: budget {budget}, {strategy}, seed {seed}", flush=True)
-            cell = run_cell(with_budget(bench, budget), strategy, seed, args.max_evals, heldout)
-            rows.append({"budget": budget, "strategy": strategy, "seed": seed, **cell, **record})
+        for i, cell in enumerate(cells):
+            print(f"cell {i + 1} of {len(cells)}: {cell.strategy}, budget {cell.budget}, seed {cell.seed}", flush=True)
+            found = run_cell(with_budget(bench, cell.budget), cell.strategy, cell.seed, cell.max_evals, heldout)
+            place = {"budget": cell.budget, "strategy": cell.strategy, "seed": cell.seed}
+            rows.append(place | found | config_record(cell) | {"threads": torch.get_num_threads()})
             with path.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
     text = table(rows, config.metric)

@@ -25,7 +25,7 @@ StageWeights = Mapping[str, GroupWeights]
 
 
 class WeightBank(Mapping[tuple[int, int], StageWeights]):
-    """Thin weights by (stage, level), and inside by group-set name. Level 0 is dense and never stored."""
+    """Thin weights by (stage, level), inside by group-set name, in host memory. Level 0 is dense and never stored."""
 
     def __init__(self, entries: Mapping[tuple[int, int], StageWeights]) -> None:
         self._entries = dict(entries)
@@ -112,7 +112,8 @@ class WeightBank(Mapping[tuple[int, int], StageWeights]):
                         [groups.n_kept(level, adapter.max_level) for level in levels],
                     )
                     for level, weights in zip(levels, thin, strict=True):
-                        shared[level][groups.name] = weights
+                        consumer = None if weights.consumer is None else weights.consumer.cpu()
+                        shared[level][groups.name] = GroupWeights(weights.kept.cpu(), consumer)
             entries.update({(stage, level): shared[level] for level in levels})
             if progress:
                 progress(stage)
@@ -124,14 +125,14 @@ class WeightBank(Mapping[tuple[int, int], StageWeights]):
         for (stage, level), entry in self.items():
             for name, weights in entry.items():
                 prefix = f"stage{stage}.level{level}.{name}"
-                tensors[f"{prefix}:kept"] = weights.kept.cpu().clone()
+                tensors[f"{prefix}:kept"] = weights.kept.clone()
                 if weights.consumer is not None:
-                    tensors[f"{prefix}:consumer"] = weights.consumer.cpu().contiguous()
+                    tensors[f"{prefix}:consumer"] = weights.consumer.contiguous()
         # One metadata key: safetensors writes several in random order, and equal banks should be equal files.
         save_file(tensors, path, metadata={FORMAT: json.dumps({"format_version": FORMAT_VERSION, **header})})
 
     @classmethod
-    def load(cls, path: Path, device: torch.device, dtype: torch.dtype) -> tuple[WeightBank, dict[str, Any]]:
+    def load(cls, path: Path, dtype: torch.dtype) -> tuple[WeightBank, dict[str, Any]]:
         """Reads a file that `save` wrote, and its header.
 
         Raises:
@@ -139,7 +140,7 @@ class WeightBank(Mapping[tuple[int, int], StageWeights]):
         """
         entries: dict[tuple[int, int], dict[str, dict[str, Tensor]]] = {}
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if FORMAT not in metadata:
                     raise DiffesError(f"{path} is a safetensors file but no diffes bank")

@@ -97,13 +97,15 @@ def sample(
         seed: seed of the noise.
         steps: sampling steps; left out, as in the search. Any number will do.
         guidance: guidance scale; left out, as in the search.
-        device: cpu, cuda, cuda:1, mps; auto takes cuda where there is one.
+        device: cpu, cuda or cuda:1; auto takes cuda where there is one.
         overwrite: replace the PNG if it is there.
     """
+    if out.is_dir() or not out.parent.is_dir():
+        raise DiffesError(f"--out {out} is no file in an existing folder; name a PNG to write")
     if out.exists() and not overwrite:
         raise DiffesError(f"--out {out} exists; pass --overwrite to replace it, or name another file")
-    if steps is not None and steps < 1:
-        raise DiffesError(f"steps must be at least 1, got {steps}")
+    if not classes or not 0 <= seed < 2**32:
+        raise DiffesError(f"sample needs at least one class and a seed in [0, 2^32), got {classes} and {seed}")
     engine = _engine()
     images, names = engine.sample_images(run, classes, seed=seed, steps=steps, guidance=guidance, device=device)
     engine.folder.write_safely(out, lambda partial: engine.plots.image_grid({"": images}, partial, names))
@@ -135,8 +137,9 @@ def _table(report: dict[str, Any], config: RunConfig) -> Table:
         table.add_column(name, justify="left" if not name else "right")
     uniform, fewer, latency = report["baselines"]["uniform"], report["baselines"]["fewer_steps"], report["latency"]
 
-    def row(name: str, fitness: dict[str, float] | None, sparsity: float, macs: float, speedup: float) -> None:
-        scores = (f"{fitness['heldout_mean']:.4f}", f"{fitness['heldout_std']:.4f}") if fitness else ("reference", "")
+    def row(name: str, fitness: dict[str, float | None] | None, sparsity: float, macs: float, speedup: float) -> None:
+        values = [fitness["heldout_mean"], fitness["heldout_std"]] if fitness else []
+        scores = ["failed" if value is None else f"{value:.4f}" for value in values] or ["reference", ""]
         table.add_row(name, *scores, f"{sparsity:.2f}", f"{macs:.1%}", f"{speedup:.2f}x")
 
     row("dense", None, 0, 1, 1)
@@ -161,7 +164,7 @@ def main(args: list[str] | None = None) -> None:
         if error.errno is not None and error.errno not in WRITE_ERRORS:
             raise
         _fail(
-            f"cannot write: {error}; what is finished is kept, run the same command again once there is room or access"
+            f"cannot write ({error}); what is finished is kept: run the same command again once there is room or access"
         )
     except KeyboardInterrupt:
         Console(stderr=True).print("\ninterrupted; the same command goes on from here")

@@ -29,7 +29,7 @@ class RunConfig:
     metric: str = "ssim"
     """Fitness: latent_mse, latent_cosine, or any pyiqa metric by its name there."""
     strategy: str = "evolution"
-    """Search strategy: evolution (the paper's), random, tpe, uniform, or one of your own by its entry point."""
+    """Search strategy: evolution (the paper's algorithm), random, tpe, uniform, or one of your own by entry point."""
     max_evals: int = 120
     """Schedules to evaluate."""
     probes: int = 16
@@ -44,7 +44,7 @@ class RunConfig:
     seed: int = 0
     """Seed of the strategy, of the search probes and of the calibration noise."""
     device: str = "auto"
-    """Where the model runs: cpu, cuda, cuda:1, mps; auto takes cuda where there is one."""
+    """Where the model runs: cpu, cuda or cuda:1; auto takes cuda where there is one."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What the model computes in."""
 
@@ -56,6 +56,8 @@ class RunConfig:
             value = getattr(self, name)
             if value < smallest:
                 raise DiffesError(f"{name} must be at least {smallest}, got {value}")
+        if self.seed >= 2**32:
+            raise DiffesError(f"seed must be below 2^32, got {self.seed}")
         if not math.isfinite(self.guidance) or self.guidance < 0:
             raise DiffesError(f"guidance must be a finite number of at least 0, got {self.guidance}")
 

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from diffes.config import RunConfig
 from diffes.errors import DiffesError
 from diffes.schedule import Schedule
@@ -25,17 +27,23 @@ SCHEDULE_VERSION = 1
 
 
 def write_safely(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file beside `path` and moves it there when it is whole; an error leaves `path` as it was."""
+    """Lets `write` fill a file beside `path` and moves it there when it is whole; an error leaves `path` as it was.
+
+    Raises:
+        DiffesError: the disk is full, or the place cannot be written to.
+    """
     partial = path.with_name(f".partial-{path.name}")
     try:
-        write(partial)
-        os.replace(partial, path)
-    except OSError:
-        raise
-    except Exception as error:  # safetensors turns a full disk into an error class of its own
-        raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        try:
+            write(partial)
+            partial.chmod(0o644)  # safetensors makes files that only their owner may read
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise DiffesError(
+            f"cannot write {path} ({error}); what is finished is kept: run the same command again once there is room"
+        ) from error
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -137,18 +145,31 @@ def open_run(folder: Path, config: RunConfig, *, overwrite: bool) -> bool:
         raise DiffesError(f"--out {folder} is a file; name a folder")
     resumes = False
     if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / CONFIG).is_file():
+        if not _is_run(folder):
             raise DiffesError(f"--out {folder} is not empty and holds no run of diffes; name another folder")
         if not overwrite:
             resumes = _check_same_run(folder, config)
+    existed = folder.is_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test") as test:
             test.write(b"\0" * 4096)
             test.flush()
+        if not existed:
+            folder.rmdir()  # bad settings should leave nothing behind
     except OSError as error:
         raise DiffesError(f"cannot write to --out {folder} ({error}); name another folder") from error
     return resumes
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether `config.json` is one of ours: models have files of that name too."""
+    try:
+        record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    parts = [record.get(part) for part in ("settings", "versions")] if isinstance(record, dict) else []
+    return all(isinstance(part, dict) for part in parts) and bool(parts) and "diffes" in parts[1]
 
 
 def _check_same_run(folder: Path, config: RunConfig) -> bool:
@@ -159,10 +180,10 @@ def _check_same_run(folder: Path, config: RunConfig) -> bool:
     before = read_json(folder / CONFIG)
     now = config_record(config)
     changed = [
-        f"{name} was {before.get(part, {}).get(name)!r} and is {value!r}"
+        f"{name} was {before[part].get(name)!r} and is {value!r}"
         for part in ("settings", "versions")
         for name, value in now[part].items()
-        if before.get(part, {}).get(name) != value
+        if before[part].get(name) != value
     ]
     if changed:
         raise DiffesError(
@@ -174,6 +195,7 @@ def _check_same_run(folder: Path, config: RunConfig) -> bool:
 
 def begin_run(folder: Path, config: RunConfig, *, resumes: bool) -> None:
     """Clears the files of an earlier run, unless it is gone on with, and writes `config.json`."""
+    folder.mkdir(exist_ok=True)
     if not resumes:
         for name in (REPORT, SCHEDULE, *FIGURES, BANK, JOURNAL, f"{JOURNAL}.lock"):
             (folder / name).unlink(missing_ok=True)

@@ -38,7 +38,7 @@ class Metric:
     @torch.no_grad()
     def __call__(self, outputs: Tensor, references: Tensor) -> Tensor:
         """Scores (n,) in fp64 on the CPU; one that is not a number becomes -inf."""
-        scores = self.function(outputs.float(), references.float()).double().cpu().reshape(-1)
+        scores = self.function(outputs.float(), references.float()).reshape(-1).cpu().double()
         if len(scores) != len(outputs):
             raise DiffesError(f"metric {self.name!r} gave {len(scores)} scores for {len(outputs)} probes")
         return scores.nan_to_num(nan=-math.inf)
@@ -88,7 +88,10 @@ def _pyiqa_function(model: Any) -> MetricFunction:
     sign = -1.0 if model.lower_better else 1.0
 
     def score(outputs: Tensor, references: Tensor) -> Tensor:
+        broken = ~torch.isfinite(outputs).flatten(1).all(1)  # pyiqa refuses a batch with one such image in it
+        outputs = outputs.masked_fill(broken[:, None, None, None], 0)
         pair = [images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1) for images in (outputs, references)]
-        return sign * (model(*pair) if model.metric_mode == "FR" else model(pair[0])).reshape(len(outputs))
+        scores = (model(*pair) if model.metric_mode == "FR" else model(pair[0])).reshape(-1)
+        return (sign * scores).masked_fill(broken, math.nan) if len(scores) == len(outputs) else scores
 
     return score

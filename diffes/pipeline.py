@@ -36,7 +36,7 @@ def apply(pipe: P, run: str | Path) -> P:
     folder = Path(run)
     schedule, _ = read_schedule(folder)
     adapter = adapter_for(pipe)
-    bank, header = WeightBank.load(folder / BANK, adapter.device, adapter.dtype)
+    bank, header = WeightBank.load(folder / BANK, adapter.dtype)
     previous: Router | None = getattr(adapter.denoiser, _ATTRIBUTE, None)
     schedule_before = previous.schedule if previous else None
     if previous:

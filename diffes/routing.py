@@ -33,7 +33,8 @@ class Router:
 
     A pre-forward hook reads the timestep of every call; when it lies in another stage than the last call's, the
     parameters of the prunable layers are swapped in place. Attention modules keep diffusers' own processors: only their
-    number of heads changes. The dense tensors themselves are kept and put back, so restoration is exact.
+    number of heads changes. The dense tensors themselves are kept and put back, so restoration is exact. The bank stays
+    in host memory; the device holds the dense weights and the present stage's thin ones.
 
     Args:
         adapter: the model, dense.
@@ -50,6 +51,7 @@ class Router:
         self._sets = adapter.group_sets()
         self._layers = {groups.name: _SwappableLayers(adapter.denoiser, groups) for groups in self._sets}
         self._current: StageWeights | None = None
+        self._swapping = False  # an interrupted swap leaves it True: what is loaded is then unknown
         self._hook: torch.utils.hooks.RemovableHandle | None = None
 
     def install(self, schedule: Schedule) -> None:
@@ -88,13 +90,15 @@ class Router:
 
     def _before_call(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self.schedule is not None
+        self._layers[self._sets[0].name].check_not_moved()
         stage = self.schedule.plan.stage_of(self.adapter.timestep(args, kwargs))
         level = self.schedule.levels[stage]
         self._load(self.bank[stage, level] if level else None)
 
     def _load(self, weights: StageWeights | None) -> None:
-        if weights is self._current:
+        if weights is self._current and not self._swapping:
             return
+        self._swapping = True
         for groups in self._sets:
             layers = self._layers[groups.name]
             if weights is None:
@@ -103,6 +107,7 @@ class Router:
                 thin = weights[groups.name]
                 layers.load_thin(thin.kept, thin.consumer)
         self._current = weights
+        self._swapping = False
 
 
 class _SwappableLayers:
@@ -117,6 +122,14 @@ class _SwappableLayers:
         self.dense_consumer = self.consumer.weight.data
         self.processor = self.attention.processor if self.attention is not None else None
 
+    def check_not_moved(self) -> None:
+        now, then = self.consumer.weight, self.dense_consumer
+        if (now.dtype, now.device) != (then.dtype, then.device):
+            raise DiffesError(
+                f"the model was moved or cast, from {then.dtype} on {then.device} to {now.dtype} on {now.device}, "
+                "while a schedule was routed through it: call diffes.remove(pipe), move it, call diffes.apply again"
+            )
+
     def load_dense(self) -> None:
         for layer, (weight, bias) in zip(self.producers, self.dense_producers, strict=True):
             layer.weight.data = weight
@@ -128,13 +141,6 @@ class _SwappableLayers:
             self.attention.processor = self.processor
 
     def load_thin(self, kept: Tensor, consumer: Tensor | None) -> None:
-        now, then = self.consumer.weight, self.dense_consumer
-        if (now.dtype, now.device) != (then.dtype, then.device):
-            raise DiffesError(
-                f"the model was moved or cast, from {then.dtype} on {then.device} to {now.dtype} on "
-                f"{now.device}, while a schedule was routed through it: call diffes.remove(pipe), move it, then call "
-                "diffes.apply again"
-            )
         features = self.groups.features(kept.to(self.dense_consumer.device, torch.long))
         for layer, (weight, bias) in zip(self.producers, self.dense_producers, strict=True):
             width = self.dense_consumer.shape[1]
@@ -143,7 +149,10 @@ class _SwappableLayers:
             layer.weight.data = weight.index_select(0, rows)
             if bias is not None:
                 layer.bias.data = bias.index_select(0, rows)
-        self.consumer.weight.data = consumer if consumer is not None else self.dense_consumer.index_select(1, features)
+        if consumer is None:
+            self.consumer.weight.data = self.dense_consumer.index_select(1, features)
+        else:
+            self.consumer.weight.data = consumer.to(self.dense_consumer.device)
         if self.attention is not None:
             self.attention.heads = max(len(kept), 1)
             self.attention.processor = self.processor if len(kept) else NoHeads()

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from diffes import cost, folder, plots
-from diffes.adapters import ModelAdapter, adapter_for, load_pipeline
+from diffes.adapters import ModelAdapter, adapter_for, load_pipeline, shipped_models
 from diffes.adapters import model_folder as folder_of_model
 from diffes.bank import WeightBank, fingerprint
 from diffes.config import RunConfig
@@ -93,6 +93,7 @@ def prepare(config: RunConfig, progress: Progress) -> Workbench:
     steps = plan.count_steps(adapter.timesteps(config.steps))
     space = SearchSpace.mean_sparsity(plan, adapter.max_level, config.budget, steps)
     metric = make_metric(config.metric, adapter.device)
+    _try_metric(metric, adapter)
     data = _calibration(config, adapter, method)
     visited = space.visited
     with progress.task(f"calibrating {config.method}", len(visited)) as advance:
@@ -107,6 +108,24 @@ def prepare(config: RunConfig, progress: Progress) -> Workbench:
             progress=lambda stage: advance(f"stage {stage}"),
         )
     return Workbench(config, adapter, space, Router(adapter, bank), metric)
+
+
+def _try_metric(metric: Metric, adapter: ModelAdapter) -> None:
+    """Scores two images once, so that a metric that cannot work here says so before the long part.
+
+    Raises:
+        DiffesError: it does not score single images of this size.
+    """
+    latents = adapter.make_probes(2, 0).noise.to(adapter.device, adapter.dtype)
+    images = latents if metric.space == "latent" else adapter.decode(latents)
+    try:
+        metric(images, images)
+    except Exception as error:  # each metric fails in its own way
+        reason = " ".join(str(error).split())[:300]
+        raise DiffesError(
+            f"metric {metric.name!r} cannot score images of shape {tuple(images.shape[1:])} one by one "
+            f"({type(error).__name__}: {reason}); choose another, for instance ssim, psnr or latent_mse"
+        ) from error
 
 
 def _calibration(config: RunConfig, adapter: ModelAdapter, method: PruningMethod) -> CalibrationSet | None:
@@ -181,16 +200,19 @@ def _write_result(bench: Workbench, schedule: Schedule, out: Path) -> None:
     """The bank of the schedule, then the schedule itself."""
     config, steps = bench.config, bench.space.steps
     bank = bench.router.bank.for_schedule(schedule)
-    header = {"fingerprint": fingerprint(bench.adapter.denoiser), "method": config.method, "kind": "width",
-              "model": config.model, **schedule.to_json()}  # fmt: skip
-    folder.write_safely(out / folder.BANK, lambda partial: bank.save(partial, header))
     home = folder_of_model(config.model)
-    facts = {
+    pruned = {
         "method": config.method,
-        "kind": "width",
-        "model": str(home.resolve()) if home and config.model != home.name else config.model,
+        "kind": METHODS.get(config.method).kind,
+        "model": str(home.resolve()) if home and config.model not in shipped_models() else config.model,
+    }
+    header = {"fingerprint": fingerprint(bench.adapter.denoiser), **pruned, **schedule.to_json()}
+    folder.write_safely(out / folder.BANK, lambda partial: bank.save(partial, header))
+    facts = {
+        **pruned,
         "steps": config.steps,
         "guidance": config.guidance,
+        "dtype": config.dtype,
         "nominal_sparsity": schedule.nominal_sparsity(steps),
         "macs_fraction": cost.macs_fraction(bench.router, schedule, steps),
     }
@@ -221,8 +243,8 @@ def _compare(bench: Workbench, result: SearchResult, out: Path, progress: Progre
         _draw(bench, result, uniform, fewer, out)
         advance("figures")
 
-    def spread(name: str) -> dict[str, float]:
-        return {"heldout_mean": float(scores[name].mean()), "heldout_std": float(scores[name].std())}
+    def spread(name: str) -> dict[str, float | None]:
+        return {"heldout_mean": _finite(scores[name].mean()), "heldout_std": _finite(scores[name].std())}
 
     return {
         "model": config.model,
@@ -240,7 +262,7 @@ def _compare(bench: Workbench, result: SearchResult, out: Path, progress: Progre
         "baselines": {
             "uniform": {
                 "levels": list(uniform.levels),
-                "search": float(search_uniform.mean()),
+                "search": _finite(search_uniform.mean()),
                 **spread("uniform"),
                 "nominal_sparsity": uniform.nominal_sparsity(steps),
                 "macs_fraction": macs["uniform"],
@@ -256,6 +278,11 @@ def _compare(bench: Workbench, result: SearchResult, out: Path, progress: Progre
         "latency": latency,
         "bank_bytes": (out / folder.BANK).stat().st_size,
     }
+
+
+def _finite(score: torch.Tensor) -> float | None:
+    """A number for JSON; None where a probe failed."""
+    return float(score) if torch.isfinite(score) else None
 
 
 def measure_latency(bench: Workbench, best: Schedule, uniform: Schedule, fewer: int) -> dict[str, Any]:
@@ -283,7 +310,7 @@ def measure_latency(bench: Workbench, best: Schedule, uniform: Schedule, fewer: 
         "speedup": dense_ms / routed_ms,
         "batch": config.probes,
         "repeats": LATENCY_REPEATS,
-        "device": torch.cuda.get_device_name() if adapter.device.type == "cuda" else adapter.device.type,
+        "device": torch.cuda.get_device_name(adapter.device) if adapter.device.type == "cuda" else adapter.device.type,
         "threads": torch.get_num_threads(),
     }
 
@@ -322,18 +349,19 @@ def sample_images(run: Path, classes: list[int], *, seed: int, steps: int | None
     from diffes.pipeline import apply
 
     _, facts = folder.read_schedule(run)
-    settings = folder.read_json(run / folder.CONFIG)["settings"]
-    pipe = load_pipeline(facts["model"], device=pick_device(device), dtype=getattr(torch, settings["dtype"]))
+    pipe = load_pipeline(facts["model"], device=pick_device(device), dtype=getattr(torch, facts["dtype"]))
     names = {class_id: name for name, class_id in pipe.labels.items()}
     n_classes = len(names) or 1000
     for class_id in classes:
         if not 0 <= class_id < n_classes:
             raise DiffesError(f"classes must be in [0, {n_classes - 1}], got {class_id}")
+    n_steps = facts["steps"] if steps is None else steps
+    adapter_for(pipe).timesteps(n_steps)  # refuses numbers of steps that the scheduler cannot take
     apply(pipe, run)
     images = pipe(
         class_labels=classes,
         guidance_scale=facts["guidance"] if guidance is None else guidance,
-        num_inference_steps=steps or facts["steps"],
+        num_inference_steps=n_steps,
         generator=torch.Generator(pipe.device).manual_seed(seed),
         output_type="np",
     ).images

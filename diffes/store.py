@@ -73,7 +73,10 @@ class EvaluationStore:
         self._memo: dict[Schedule, Evaluation] = {}
         for trial in self._study.get_trials(deepcopy=False):
             if "denoiser_calls" in trial.user_attrs:
-                evaluation = self._to_evaluation(trial)
+                try:
+                    evaluation = self._to_evaluation(trial)
+                except (KeyError, TypeError, ValueError) as error:
+                    raise DiffesError(f"{self.path} is damaged: a trial lacks {error}; choose another file") from error
                 self._memo.setdefault(evaluation.schedule, evaluation)
 
     def __len__(self) -> int:

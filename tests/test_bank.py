@@ -13,13 +13,11 @@ from diffes.bank import FORMAT, WeightBank, check_fingerprint, fingerprint
 from diffes.errors import DiffesError
 from diffes.schedule import Schedule, StagePlan
 
-CPU = torch.device("cpu")
-
 
 def test_save_and_load_keep_every_bit(tiny: ModelAdapter, plan: StagePlan, tmp_path: Path) -> None:
     bank = build_bank(tiny, "obs", plan).for_schedule(Schedule(plan, (0, 1, 2, 4), 4))
     bank.save(tmp_path / "bank.safetensors", {"method": "obs"})
-    loaded, header = WeightBank.load(tmp_path / "bank.safetensors", CPU, torch.float32)
+    loaded, header = WeightBank.load(tmp_path / "bank.safetensors", torch.float32)
     assert header == {"format_version": 1, "method": "obs"}
     bank.save(tmp_path / "again.safetensors", {"method": "obs"})
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "bank.safetensors").read_bytes()
@@ -56,7 +54,7 @@ def test_unreadable_banks_are_refused(tiny: ModelAdapter, plan: StagePlan, tmp_p
     else:
         path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"hello"}[damage])
     with pytest.raises(DiffesError, match=messages.get(damage, "is damaged")):
-        WeightBank.load(path, CPU, torch.float32)
+        WeightBank.load(path, torch.float32)
 
 
 def test_fingerprint_tells_models_apart_but_not_dtypes(tiny: ModelAdapter, tiny_folder: Path, tmp_path: Path) -> None:

@@ -39,6 +39,13 @@ def test_nan_becomes_a_failure() -> None:
     assert make_metric("latent_mse", CPU)(broken, IMAGES).tolist() == [0, -float("inf"), 0, 0]
 
 
+def test_a_broken_image_fails_alone_in_pyiqa_metrics() -> None:
+    broken = IMAGES.clone()
+    broken[2, 0, 3, 3] = float("nan")
+    scores = make_metric("ssim", CPU)(broken, IMAGES)
+    assert scores[2] == -float("inf") and scores[[0, 1, 3]].tolist() == pytest.approx([1] * 3)
+
+
 def test_unknown_metric_names_the_nearest() -> None:
     with pytest.raises(DiffesError, match="'ssim'"):
         make_metric("ssmi", CPU)

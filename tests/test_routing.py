@@ -98,6 +98,18 @@ def test_dense_is_restored_however_the_context_is_left(
     assert_dense(adapter, before)
 
 
+def test_dense_is_restored_when_a_swap_is_interrupted(
+    tiny: ModelAdapter, plan: StagePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = state(tiny)
+    router = Router(tiny, build_bank(tiny, "obs", plan))
+    second = router._layers[tiny.group_sets()[1].name]
+    monkeypatch.setattr(second, "load_thin", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), router.routed(everywhere(plan, 2, 4)):
+        tiny.sample(tiny.make_probes(1, 0), 4, 2.0)
+    assert_dense(tiny, before)
+
+
 def test_weights_change_exactly_at_stage_borders(tiny: ModelAdapter, plan: StagePlan) -> None:
     router = Router(tiny, build_bank(tiny, "obs", plan))
     probes = tiny.make_probes(1, 0)

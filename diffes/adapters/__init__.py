@@ -48,7 +48,7 @@ def load_pipeline(model: str, *, device: str = "cpu", dtype: torch.dtype = torch
 
     Args:
         model: a shipped name, a local folder in diffusers' format, or a hub id (the one case that may download).
-        device: "cpu", "cuda", "cuda:1", "mps".
+        device: "cpu", "cuda", "cuda:1".
         dtype: of all weights.
 
     Raises:

@@ -12,6 +12,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from diffes.errors import DiffesError
+
 
 @dataclass(frozen=True)
 class GroupSet:
@@ -166,7 +168,13 @@ class ModelAdapter(abc.ABC):
         return [float(t) for t in self.fresh_scheduler(n_steps).timesteps]
 
     def fresh_scheduler(self, n_steps: int) -> Any:
-        """A scheduler of the pipeline's kind, ready for `n_steps`; the pipeline's own is left alone."""
+        """A scheduler of the pipeline's kind, ready for `n_steps`; the pipeline's own is left alone.
+
+        Raises:
+            DiffesError: there are more steps than training timesteps, or none.
+        """
+        if not 1 <= n_steps <= self.n_timesteps:
+            raise DiffesError(f"steps must be in [1, {self.n_timesteps}], got {n_steps}")
         scheduler = copy.deepcopy(self.pipe.scheduler)
         scheduler.set_timesteps(n_steps, device=self.device)
         return scheduler

@@ -1,0 +1,33 @@
+"""What the README shows runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from diffes.schedule import StagePlan
+from diffes.search import run_search
+from diffes.space import SearchSpace
+from diffes.strategy import STRATEGIES, Evaluation
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_strategy_of_the_readme_searches() -> None:
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "STRATEGIES.register" in block)
+    try:
+        exec(code, {})
+        space = SearchSpace.mean_sparsity(StagePlan.equal(4), 8, 0.5)
+        strategy = STRATEGIES.get("hill_climb")(space, seed=0)
+        result = run_search(
+            strategy, lambda batch: [Evaluation(s, -float(abs(s.levels[0] - 8))) for s in batch], max_evals=60
+        )
+        assert result.best.fitness > result.evaluations[0].fitness
+    finally:
+        STRATEGIES.unregister("hill_climb")
+
+
+def test_ci_runs_the_command_of_the_readme() -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    assert blocks[0].strip().endswith("diffes search") and blocks[1].strip().endswith("-m pytest")
+    assert "@@" not in README
