@@ -168,8 +168,10 @@ def _is_run(folder: Path) -> bool:
         record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    parts = [record.get(part) for part in ("settings", "versions")] if isinstance(record, dict) else []
-    return all(isinstance(part, dict) for part in parts) and bool(parts) and "diffes" in parts[1]
+    if not isinstance(record, dict):
+        return False
+    settings, versions = record.get("settings"), record.get("versions")
+    return isinstance(settings, dict) and isinstance(versions, dict) and "diffes" in versions
 
 
 def _check_same_run(folder: Path, config: RunConfig) -> bool:
