@@ -190,15 +190,16 @@ def search(config: RunConfig, out: Path, progress: Progress, *, overwrite: bool 
     result = search_on(
         bench, progress, strategy=config.strategy, seed=config.seed, max_evals=config.max_evals, store=store
     )
-    _write_result(bench, result.best.schedule, out)
-    report = _compare(bench, result, out, progress)
+    macs_fraction = cost.macs_fraction(bench.router, result.best.schedule, bench.space.steps)
+    _write_result(bench, result.best.schedule, macs_fraction, out)
+    report = _compare(bench, result, macs_fraction, out, progress)
     folder.write_json(out / folder.REPORT, report)
     return report
 
 
-def _write_result(bench: Workbench, schedule: Schedule, out: Path) -> None:
+def _write_result(bench: Workbench, schedule: Schedule, macs_fraction: float, out: Path) -> None:
     """The bank of the schedule, then the schedule itself."""
-    config, steps = bench.config, bench.space.steps
+    config = bench.config
     bank = bench.router.bank.for_schedule(schedule)
     home = folder_of_model(config.model)
     pruned = {
@@ -213,24 +214,22 @@ def _write_result(bench: Workbench, schedule: Schedule, out: Path) -> None:
         "steps": config.steps,
         "guidance": config.guidance,
         "dtype": config.dtype,
-        "nominal_sparsity": schedule.nominal_sparsity(steps),
-        "macs_fraction": cost.macs_fraction(bench.router, schedule, steps),
+        "nominal_sparsity": schedule.nominal_sparsity(bench.space.steps),
+        "macs_fraction": macs_fraction,
     }
     folder.write_schedule(out, schedule, facts)
 
 
-def _compare(bench: Workbench, result: SearchResult, out: Path, progress: Progress) -> dict[str, Any]:
+def _compare(
+    bench: Workbench, result: SearchResult, macs_fraction: float, out: Path, progress: Progress
+) -> dict[str, Any]:
     """Held-out fitness, MACs and speed of the searched schedule beside uniform and fewer dense steps; figures."""
     config, router, steps = bench.config, bench.router, bench.space.steps
     best = result.best.schedule
     uniform = bench.space.schedule(bench.space.uniform())
     with progress.task("held-out probes, speed, figures", 5) as advance:
         heldout = bench.evaluator(config.heldout, HELDOUT_SEED)
-        macs = {
-            "searched": cost.macs_fraction(router, best, steps),
-            "uniform": cost.macs_fraction(router, uniform, steps),
-        }
-        fewer = max(1, round(config.steps * macs["searched"]))
+        fewer = max(1, round(config.steps * macs_fraction))
         scores = {"searched": heldout.scores(best)}
         advance("searched")
         scores["uniform"] = heldout.scores(uniform)
@@ -254,7 +253,7 @@ def _compare(bench: Workbench, result: SearchResult, out: Path, progress: Progre
         "seed": config.seed,
         "levels": list(best.levels),
         "nominal_sparsity": best.nominal_sparsity(steps),
-        "macs_fraction": macs["searched"],
+        "macs_fraction": macs_fraction,
         "evaluations": len(result.evaluations),
         "denoiser_calls": result.denoiser_calls,
         "search_seconds": result.seconds,
@@ -265,7 +264,7 @@ def _compare(bench: Workbench, result: SearchResult, out: Path, progress: Progre
                 "search": _finite(search_uniform.mean()),
                 **spread("uniform"),
                 "nominal_sparsity": uniform.nominal_sparsity(steps),
-                "macs_fraction": macs["uniform"],
+                "macs_fraction": cost.macs_fraction(router, uniform, steps),
                 "speedup": latency["dense_ms"] / latency["uniform_ms"],
             },
             "fewer_steps": {
