@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=24_000, help="pictures composed for training")
     parser.add_argument("--vae-steps", type=int, default=1200)
     parser.add_argument("--vae-batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=5000, help="of the U-Net and its text encoders")
+    parser.add_argument("--steps", type=int, default=4000, help="of the U-Net and its text encoders")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of the same")
     parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints")
