@@ -172,7 +172,8 @@ def train_unet(
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimiser.load_state_dict(state["optimiser"])
-        rate.load_state_dict(state["rate"])
+        for _ in range(state["step"]):  # not its state: the rate follows --steps also where that has changed
+            rate.step()
         generator.set_state(state["generator"].cpu())
         first, smooth = state["step"], state["smooth"]
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="denoiser", mininterval=10)
@@ -197,7 +198,7 @@ def train_unet(
             torch.save(
                 {
                     "model": model.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict(),
-                    "rate": rate.state_dict(), "generator": generator.get_state(), "step": step + 1, "smooth": smooth,
+                    "generator": generator.get_state(), "step": step + 1, "smooth": smooth,
                 },
                 checkpoint,
             )  # fmt: skip
@@ -226,7 +227,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=24_000, help="pictures composed for training")
     parser.add_argument("--vae-steps", type=int, default=1200)
     parser.add_argument("--vae-batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=4000, help="of the U-Net and its text encoders")
+    parser.add_argument("--steps", type=int, default=3000, help="of the U-Net and its text encoders")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of the same")
     parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints")
