@@ -121,11 +121,11 @@ def main() -> None:
         for budget in args.budgets
         for strategy in args.strategies
     ]
-    done = [row["settings"] for row in rows]
+    done = [RunConfig().to_json() | row["settings"] for row in rows]  # settings that came later had their defaults
     cells = [cell for cell in cells if cell.to_json() not in done]
     if cells:
         bench = prepare(config, OneLine())
-        heldout = bench.evaluator(config.heldout, HELDOUT_SEED)
+        heldout = bench.evaluator(config.heldout, HELDOUT_SEED, "heldout")
         for i, cell in enumerate(cells):
             print(f"cell {i + 1} of {len(cells)}: {cell.strategy}, budget {cell.budget}, seed {cell.seed}", flush=True)
             found = run_cell(with_budget(bench, cell.budget), cell.strategy, cell.seed, cell.max_evals, heldout)

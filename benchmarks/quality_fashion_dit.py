@@ -266,10 +266,10 @@ def save_grid(images: torch.Tensor, caption: str, path: Path) -> None:
     plt.close(figure)
 
 
-def command_line() -> str:
+def command_line(name: str = NAME) -> str:
     """How the script was called, without the folders of this machine."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["python", f"benchmarks/{NAME}.py", *words])
+    return shlex.join(["python", f"benchmarks/{name}.py", *words])
 
 
 def provenance(classifier: Classifier, args: argparse.Namespace) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -250,7 +249,6 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)  # a script of its own: weight initialisation has no generator argument
-    start = time.perf_counter()
     seen, unseen = splits()
     pictures, scenes = compose(seen, args.images, args.font, args.seed)
     images = torch.from_numpy(pictures)
@@ -277,7 +275,6 @@ def main() -> None:
             name: sum(p.numel() for p in part.parameters())
             for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)
         },
-        "minutes": round((time.perf_counter() - start) / 60, 1),
     }  # fmt: skip
     save(pipe, args, facts)
     print(json.dumps(facts, indent=2))

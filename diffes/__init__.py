@@ -1,8 +1,8 @@
 """diffes: stage-wise structural pruning schedules for diffusion models, found by evolutionary search.
 
 `diffes.apply(pipe, "runs/x")` makes a diffusers pipeline run a schedule that was found; `diffes.remove(pipe)` takes it
-off again. `diffes.load_pipeline("fashion-dit")` opens a pipeline that ships with the package. Searches run from the
-shell (`diffes search --help`) or through `diffes.run.search`.
+off again. `diffes.load(FOLDER)` opens an exported run, `diffes.load_pipeline("fashion-dit")` a pipeline that ships with
+the package. Searches run from the shell (`diffes search --help`) or through `diffes.run.search`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ from diffes.errors import DiffesError
 
 if TYPE_CHECKING:
     from diffes.adapters import load_pipeline
-    from diffes.pipeline import apply, remove
+    from diffes.pipeline import apply, load, remove
 
-__all__ = ["DiffesError", "apply", "load_pipeline", "remove"]
+__all__ = ["DiffesError", "apply", "load", "load_pipeline", "remove"]
 __version__ = version("diffes")
 
-_LAZY = {"apply": "diffes.pipeline", "remove": "diffes.pipeline", "load_pipeline": "diffes.adapters"}
+_LAZY = {
+    "apply": "diffes.pipeline",
+    "load": "diffes.pipeline",
+    "load_pipeline": "diffes.adapters",
+    "remove": "diffes.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

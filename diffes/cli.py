@@ -1,20 +1,22 @@
-"""The command line: `diffes search` and `diffes sample`."""
+"""The command line: `diffes search`, `diffes sample` and `diffes export`."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from diffes import report as reports
 from diffes.config import RunConfig
 from diffes.errors import DiffesError
 
@@ -64,7 +66,8 @@ def search(
         overwrite: replace a run that is already there.
     """
     model = config.model.rstrip("/").rsplit("/", 1)[-1]
-    out = out or Path("runs") / f"{model}-{config.method}-{config.strategy}-{config.budget:g}-s{config.seed}"
+    name = f"{model}-{config.method}-{config.strategy}-{config.budget:g}-s{config.seed}"
+    out = out or Path("runs") / re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
     run = _engine()
     report = run.search(config, out, RichProgress(), overwrite=overwrite)
     console.print(_table(report, config))
@@ -74,13 +77,14 @@ def search(
     )
     for path in sorted(out.iterdir()):
         console.print(f"  {path}  ({path.stat().st_size:,} bytes)", highlight=False)
-    console.print(f"next: diffes sample {out} --classes 0 1 2 3 --out grid.png", highlight=False)
+    console.print(f"next: diffes sample {out} --out grid.png", highlight=False)
 
 
 @app.command
 def sample(
     run: tyro.conf.Positional[Path],
-    classes: list[int] = [0, 1, 2, 3, 4, 5, 6, 7],  # noqa: B006 (tyro shows it as the default)
+    classes: list[int] | None = None,
+    prompts: list[str] | None = None,
     out: Path = Path("grid.png"),
     seed: int = 0,
     steps: int | None = None,
@@ -91,8 +95,9 @@ def sample(
     """Make images with the pruned pipeline of a run.
 
     Args:
-        run: folder that `diffes search` wrote.
-        classes: class ids, one image each.
+        run: folder that `diffes search` or `diffes export` wrote.
+        classes: class ids, one image each, for class-conditional models. Left out: the model's first eight.
+        prompts: texts, one image each, for text-to-image models. Left out: eight that no search saw.
         out: the PNG to write.
         seed: seed of the noise.
         steps: sampling steps; left out, as in the search. Any number will do.
@@ -104,48 +109,71 @@ def sample(
         raise DiffesError(f"--out {out} is no file in an existing folder; name a PNG to write")
     if out.exists() and not overwrite:
         raise DiffesError(f"--out {out} exists; pass --overwrite to replace it, or name another file")
-    if not classes or not 0 <= seed < 2**32:
-        raise DiffesError(f"sample needs at least one class and a seed in [0, 2^32), got {classes} and {seed}")
+    if classes is not None and prompts is not None:
+        raise DiffesError("pass --classes or --prompts, whichever the model takes, not both")
+    conditions = classes if prompts is None else prompts
+    if conditions == [] or not 0 <= seed < 2**32:
+        raise DiffesError(f"sample needs at least one condition and a seed in [0, 2^32), got {conditions} and {seed}")
     engine = _engine()
-    images, names = engine.sample_images(run, classes, seed=seed, steps=steps, guidance=guidance, device=device)
+    images, names = engine.sample_images(run, conditions, seed=seed, steps=steps, guidance=guidance, device=device)
     engine.folder.write_safely(out, lambda partial: engine.plots.image_grid({"": images}, partial, names))
     console.print(f"written to {out}", highlight=False)
 
 
+@app.command
+def export(
+    run: tyro.conf.Positional[Path],
+    out: tyro.conf.Positional[Path],
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a finished run as a folder that stands alone.
+
+    It holds the base model (a local one as a copy, a shipped or hub one by name), the schedule, the bank and a card
+    with the measured table. `diffes.load(OUT)` opens it in one line on another machine; it can be pushed to a hub.
+
+    Args:
+        run: folder that `diffes search` wrote.
+        out: folder to write.
+        dtype: of the compensated weights in the bank. Left out: as in the run.
+        overwrite: replace an earlier export.
+    """
+    _engine()
+    from diffes.export import export as write_export
+
+    write_export(run, out, dtype=dtype, overwrite=overwrite)
+    console.print(f"written to {out}:", highlight=False)
+    for path in sorted(path for path in out.rglob("*") if path.is_file()):
+        console.print(f"  {path}  ({path.stat().st_size:,} bytes)", highlight=False)
+    console.print(f"next: python -c 'import diffes; pipe = diffes.load(\"{out}\")'", highlight=False, markup=False)
+
+
 def _engine() -> Any:
     """`diffes.run`, imported late (torch takes seconds and `--help` needs none of it), the libraries kept quiet."""
-    import logging
     import warnings
 
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore")
     with console.status("loading torch and diffusers"):
         from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
 
         from diffes import run
 
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     return run
 
 
 def _table(report: dict[str, Any], config: RunConfig) -> Table:
-    """Dense, uniform and searched side by side, and the cheapest rival: fewer steps of the dense model."""
+    """What was measured, on held-out probes."""
     table = Table(title=f"{config.model}, {config.method}, held-out {config.metric} over {config.heldout} probes")
-    for name in ("", "held-out fitness", "spread", "sparsity", "MACs", "speed-up"):
+    for name in reports.COLUMNS:
         table.add_column(name, justify="left" if not name else "right")
-    uniform, fewer, latency = report["baselines"]["uniform"], report["baselines"]["fewer_steps"], report["latency"]
-
-    def row(name: str, fitness: dict[str, float | None] | None, sparsity: float, macs: float, speedup: float) -> None:
-        values = [fitness["heldout_mean"], fitness["heldout_std"]] if fitness else []
-        scores = ["failed" if value is None else f"{value:.4f}" for value in values] or ["reference", ""]
-        table.add_row(name, *scores, f"{sparsity:.2f}", f"{macs:.1%}", f"{speedup:.2f}x")
-
-    row("dense", None, 0, 1, 1)
-    row("uniform", uniform, uniform["nominal_sparsity"], uniform["macs_fraction"], uniform["speedup"])
-    row("searched", report["fitness"], report["nominal_sparsity"], report["macs_fraction"], latency["speedup"])
-    row(f"dense, {fewer['steps']} of {config.steps} steps", fewer, 0, fewer["macs_fraction"], fewer["speedup"])
+    for row in reports.rows(report, config.steps):
+        table.add_row(*row)
     return table
 
 

@@ -17,7 +17,8 @@ class RunConfig:
     model: str = "fashion-dit"
     """A shipped pipeline by name, a local folder in diffusers' format, or a hub id OWNER/NAME."""
     method: str = "obs"
-    """Pruning method: obs compensates for what it removes, magnitude looks at the weights alone."""
+    """Pruning method. Of heads and channels: magnitude, activation, wanda, obs (makes up for what it removes). Of whole
+    blocks: layer_drop. Options follow a colon: obs:damping=0.01,weighting=log or layer_drop:importance=mse."""
     stages: int = 10
     """Number of equal stages that the training timesteps are divided into; each has a level of its own."""
     steps: int = 20
@@ -33,14 +34,17 @@ class RunConfig:
     max_evals: int = 120
     """Schedules to evaluate."""
     probes: int = 16
-    """Images per evaluation, from fixed noise and conditions."""
+    """Images per evaluation, from fixed noise and classes or prompts."""
     heldout: int = 64
     """Images of the final comparison, from noise that no search sees."""
     calibration_samples: int = 256
     """Clean latents per stage that calibration draws its statistics from."""
     calibration_data: str | None = None
-    """An .npz of images (n, channels, h, w) uint8 and labels (n,). Left out: calibration.npz in the model's folder if
-    it has one, else samples of the dense model."""
+    """An .npz of images (n, channels, h, w) uint8 and labels (n,) or prompts (n,). Left out: calibration.npz in the
+    model's folder if it has one, else samples of the dense model."""
+    prompts: str | None = None
+    """Text-to-image models: a JSON file with lists of prompts `search`, `heldout` and `calibration`, none in two of
+    them. Left out: prompts.json in the model's folder if it has one, else 64 of each that come with diffes."""
     seed: int = 0
     """Seed of the strategy, of the search probes and of the calibration noise."""
     device: str = "auto"
@@ -56,8 +60,8 @@ class RunConfig:
             value = getattr(self, name)
             if value < smallest:
                 raise DiffesError(f"{name} must be at least {smallest}, got {value}")
-        if self.seed >= 2**32:
-            raise DiffesError(f"seed must be below 2^32, got {self.seed}")
+        if self.seed >= 10**9:
+            raise DiffesError(f"seed must be below 10^9, got {self.seed}: held-out probes are drawn from one above")
         if not math.isfinite(self.guidance) or self.guidance < 0:
             raise DiffesError(f"guidance must be a finite number of at least 0, got {self.guidance}")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffes.adapters.base import ModelAdapter
+from diffes.adapters.base import GroupSet, Kind, ModelAdapter
 from diffes.routing import Router
 from diffes.schedule import Schedule
 
@@ -23,8 +23,9 @@ def macs_per_call(adapter: ModelAdapter, timestep: int = 0) -> int:
     probe = adapter.make_probes(1, 0)
     latents = probe.noise.to(adapter.device, adapter.dtype)
     with FlopCounterMode(display=False) as counter:
-        adapter.denoise_once(latents, torch.tensor([timestep]), probe.condition)
-    return counter.get_total_flops() // 2
+        adapter.denoise_once(latents, torch.tensor([timestep]), probe.conditions)
+    # by module: text encoders may have run as well
+    return sum(counter.get_flop_counts()[type(adapter.denoiser).__name__].values()) // 2
 
 
 def macs_fraction(router: Router, schedule: Schedule, steps: Sequence[int]) -> float:
@@ -52,3 +53,18 @@ def interleaved_ms(runs: Sequence[Callable[[], object]], repeats: int, device: t
             if repeat:  # the first round warms up
                 taken.append(1000 * (time.perf_counter() - start))
     return [statistics.median(taken) for taken in times]
+
+
+def prunable_fraction(adapter: ModelAdapter, kind: Kind) -> float:
+    """Share of the denoiser's parameters that the last level removes: what a sparsity is a fraction of."""
+    denoiser = adapter.denoiser
+    layers: set[str] = set()
+    for prunable in adapter.prunable(kind):
+        if isinstance(prunable, GroupSet):
+            layers.update(f"{path}." for path in prunable.producers)
+            layers.add(f"{prunable.consumer}.weight")  # its bias stays
+        else:
+            layers.update(f"{path}." for path in prunable.blocks)
+    prefixes = tuple(layers)
+    sizes = {name: parameter.numel() for name, parameter in denoiser.named_parameters()}
+    return sum(n for name, n in sizes.items() if name.startswith(prefixes)) / sum(sizes.values())

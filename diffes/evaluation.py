@@ -112,7 +112,7 @@ class ScheduleEvaluator:
         for i in range(done, len(visited)):
             for _ in range(self.steps[visited[i]]):
                 state = self.adapter.step(state, part, self.guidance)
-                self.denoiser_calls += len(state.latents)
+                self.denoiser_calls += len(part) * (2 if self.guidance > 1 else 1)
             self._cache.put(prefixes[i], state)
         return self.adapter.finish(state, self.guidance)
 

@@ -24,6 +24,7 @@ CONFIG, JOURNAL, SCHEDULE, BANK, REPORT = (
 FIGURES = ("schedule.png", "convergence.png", "images.png")
 FILES = (CONFIG, JOURNAL, SCHEDULE, BANK, *FIGURES, REPORT)
 SCHEDULE_VERSION = 1
+BASE = "base"  # of an exported folder: its copy of the base model
 
 
 def write_safely(path: Path, write: Callable[[Path], object]) -> None:
@@ -122,6 +123,12 @@ def read_schedule(folder: Path) -> tuple[Schedule, dict[str, Any]]:
             "`diffes search` again"
         )
     return Schedule.from_json(data), data
+
+
+def base_model(folder: Path, facts: Mapping[str, Any]) -> str:
+    """The name, path or hub id of the model that a schedule was made for; relative paths are the folder's own."""
+    model = str(facts["model"])
+    return str(folder / model) if model.startswith("./") else model
 
 
 def config_record(config: RunConfig) -> dict[str, Any]:

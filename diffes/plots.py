@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def convergence_bands(curves: Mapping[str, Sequence[Sequence[float]]], metric: s
 
 
 def image_grid(rows: Mapping[str, Tensor], path: Path, columns: Sequence[str] | None = None) -> None:
-    """Rows of images (n, channels, h, w) in [0, 1], same noise in each column, one label a row."""
+    """Rows of images (n, channels, h, w) in [0, 1], same noise in each column, a label for each row and column."""
     n = max(len(images) for images in rows.values())
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(1.5 + n, 1.08 * len(rows)))
@@ -101,5 +102,5 @@ def image_grid(rows: Mapping[str, Tensor], path: Path, columns: Sequence[str] | 
                 axes.spines[:].set_visible(False)
             row[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for axes, title in zip(grid[0], columns or (), strict=False):
-            axes.set_title(title, fontsize=8)
+            axes.set_title(textwrap.fill(title, 18), fontsize=7)
         _save(figure, path)

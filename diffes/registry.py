@@ -6,11 +6,13 @@ built-in strategies and mutations are entry points in this project's own `pyproj
 
 from __future__ import annotations
 
+import ast
+import inspect
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from diffes.errors import unknown_name
+from diffes.errors import DiffesError, unknown_name
 
 T = TypeVar("T")
 
@@ -53,6 +55,40 @@ class Registry(Generic[T]):
                 raise unknown_name(self.kind, name, self.names())
             self._registered[name] = offered[name].load()
         return self._registered[name]
+
+    def parse(self, spec: str) -> tuple[T, dict[str, Any]]:
+        """The thing and its options of a spec: a name, or `name:option=value,option=value`.
+
+        Raises:
+            DiffesError: nobody offers the name, or the options are not of that form.
+        """
+        name, _, text = spec.partition(":")
+        options: dict[str, Any] = {}
+        for part in text.split(",") if text else ():
+            option, equals, value = part.partition("=")
+            if not (equals and option.isidentifier() and value):
+                raise DiffesError(f"{self.kind} {spec!r}: {part!r} is no option; write name:option=value,option=value")
+            try:
+                options[option] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                options[option] = value
+        return self.get(name), options
+
+    def make(self, spec: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls the thing of a spec with the arguments given and the options of the spec.
+
+        Raises:
+            DiffesError: as `parse`, or the thing has no such option.
+        """
+        thing, options = self.parse(spec)
+        if not callable(thing):
+            raise TypeError(f"{self.kind} {spec!r} cannot be called")
+        try:
+            inspect.signature(thing).bind(*args, **kwargs, **options)
+        except TypeError as error:
+            known = [n for n in inspect.signature(thing).parameters if n not in kwargs][len(args) :]
+            raise DiffesError(f"{self.kind} {spec!r}: {error}; its options are {', '.join(known) or 'none'}") from error
+        return thing(*args, **kwargs, **options)
 
     def names(self) -> list[str]:
         """All names, sorted; nothing is imported for it."""

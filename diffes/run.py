@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,14 @@ from typing import Any, Protocol
 import torch
 
 from diffes import cost, folder, plots
-from diffes.adapters import ModelAdapter, adapter_for, load_pipeline, shipped_models
+from diffes.adapters import Condition, ModelAdapter, Split, adapter_for, load_pipeline, shipped_models
 from diffes.adapters import model_folder as folder_of_model
 from diffes.bank import WeightBank, fingerprint
 from diffes.config import RunConfig
 from diffes.errors import DiffesError
 from diffes.evaluation import ScheduleEvaluator
 from diffes.metrics import Metric, make_metric
+from diffes.pipeline import load, pick_device
 from diffes.pruning import METHODS, PruningMethod
 from diffes.pruning.calibration import CalibrationSet, load_calibration, sample_calibration
 from diffes.routing import Router
@@ -57,9 +58,9 @@ class Workbench:
     router: Router
     metric: Metric
 
-    def evaluator(self, n_probes: int, seed: int) -> ScheduleEvaluator:
+    def evaluator(self, n_probes: int, seed: int, split: Split = "search") -> ScheduleEvaluator:
         """An evaluator on probes of its own."""
-        probes = self.adapter.make_probes(n_probes, seed)
+        probes = self.adapter.make_probes(n_probes, seed, split)
         return ScheduleEvaluator(
             self.router,
             self.space.plan,
@@ -70,13 +71,6 @@ class Workbench:
         )
 
 
-def pick_device(name: str) -> str:
-    """Resolves "auto"."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def prepare(config: RunConfig, progress: Progress) -> Workbench:
     """Loads, checks every setting, then calibrates and prunes: the long part comes last.
 
@@ -84,14 +78,16 @@ def prepare(config: RunConfig, progress: Progress) -> Workbench:
         DiffesError: a name is unknown, the budget infeasible, the model or its calibration data unusable.
     """
     STRATEGIES.get(config.strategy)
-    method = METHODS.get(config.method)()
+    method = METHODS.make(config.method)
     device = pick_device(config.device)
     pipe = load_pipeline(config.model, device=device, dtype=getattr(torch, config.dtype))
     pipe.set_progress_bar_config(disable=True)
     adapter = adapter_for(pipe)
+    if config.prompts is not None:
+        adapter.use_prompts(Path(config.prompts))
     plan = StagePlan.equal(config.stages, adapter.n_timesteps)
     steps = plan.count_steps(adapter.timesteps(config.steps))
-    space = SearchSpace.mean_sparsity(plan, adapter.max_level, config.budget, steps)
+    space = SearchSpace.mean_sparsity(plan, adapter.max_level(method.kind), config.budget, steps)
     metric = make_metric(config.metric, adapter.device)
     _try_metric(metric, adapter)
     data = _calibration(config, adapter, method)
@@ -130,7 +126,7 @@ def _try_metric(metric: Metric, adapter: ModelAdapter) -> None:
 
 def _calibration(config: RunConfig, adapter: ModelAdapter, method: PruningMethod) -> CalibrationSet | None:
     """Images that were named, those that came with the model, or samples of the dense model."""
-    if not method.needs_inputs:
+    if method.needs == "nothing":
         return None
     if config.calibration_data is not None:
         path: Path | None = Path(config.calibration_data)
@@ -204,7 +200,7 @@ def _write_result(bench: Workbench, schedule: Schedule, macs_fraction: float, ou
     home = folder_of_model(config.model)
     pruned = {
         "method": config.method,
-        "kind": METHODS.get(config.method).kind,
+        "kind": bank.kind,
         "model": str(home.resolve()) if home and config.model not in shipped_models() else config.model,
     }
     header = {"fingerprint": fingerprint(bench.adapter.denoiser), **pruned, **schedule.to_json()}
@@ -228,7 +224,7 @@ def _compare(
     best = result.best.schedule
     uniform = bench.space.schedule(bench.space.uniform())
     with progress.task("held-out probes, speed, figures", 5) as advance:
-        heldout = bench.evaluator(config.heldout, HELDOUT_SEED)
+        heldout = bench.evaluator(config.heldout, HELDOUT_SEED, "heldout")
         fewer = max(1, round(config.steps * macs_fraction))
         scores = {"searched": heldout.scores(best)}
         advance("searched")
@@ -253,6 +249,7 @@ def _compare(
         "seed": config.seed,
         "levels": list(best.levels),
         "nominal_sparsity": best.nominal_sparsity(steps),
+        "prunable_fraction": cost.prunable_fraction(bench.adapter, router.bank.kind),
         "macs_fraction": macs_fraction,
         "evaluations": len(result.evaluations),
         "denoiser_calls": result.denoiser_calls,
@@ -287,7 +284,7 @@ def _finite(score: torch.Tensor) -> float | None:
 def measure_latency(bench: Workbench, best: Schedule, uniform: Schedule, fewer: int) -> dict[str, Any]:
     """Median milliseconds of whole runs (noise to pixels) of the search's probes, the candidates taking turns."""
     config, adapter = bench.config, bench.adapter
-    probes = adapter.make_probes(config.probes, HELDOUT_SEED)
+    probes = adapter.make_probes(config.probes, HELDOUT_SEED, "heldout")
 
     def images(n_steps: int) -> torch.Tensor:
         return adapter.decode(adapter.sample(probes, n_steps, config.guidance))
@@ -317,7 +314,8 @@ def measure_latency(bench: Workbench, best: Schedule, uniform: Schedule, fewer: 
 def _draw(bench: Workbench, result: SearchResult, uniform: Schedule, fewer: int, out: Path) -> None:
     config, adapter = bench.config, bench.adapter
     best = result.best.schedule
-    evaluator = bench.evaluator(10, HELDOUT_SEED)
+    evaluator = bench.evaluator(10, HELDOUT_SEED, "heldout")
+    columns = [adapter.label(c) for c in adapter.make_probes(10, HELDOUT_SEED, "heldout").conditions]
     rows = {
         f"dense, {config.steps} steps": adapter.decode(evaluator.dense_latents(config.steps)),
         "uniform": adapter.decode(evaluator.latents(uniform)),
@@ -329,39 +327,40 @@ def _draw(bench: Workbench, result: SearchResult, uniform: Schedule, fewer: int,
         "convergence.png": lambda path: plots.convergence(
             {config.strategy: [e.fitness for e in result.evaluations]}, config.metric, path
         ),
-        "images.png": lambda path: plots.image_grid(rows, path),
+        "images.png": lambda path: plots.image_grid(rows, path, columns),
     }
     for name, draw in figures.items():
         folder.write_safely(out / name, draw)
 
 
-def sample_images(run: Path, classes: list[int], *, seed: int, steps: int | None, guidance: float | None,
-                  device: str) -> tuple[torch.Tensor, list[str]]:  # fmt: skip
-    """Images of a run's pipeline, routed.
+def sample_images(run: Path, conditions: Sequence[Condition] | None, *, seed: int, steps: int | None,
+                  guidance: float | None, device: str) -> tuple[torch.Tensor, list[str]]:  # fmt: skip
+    """Images of a run's or exported folder's pipeline, routed.
+
+    Args:
+        run: the folder.
+        conditions: class ids or prompts, one image each; the model's first eight when left out.
+        seed: of the noise.
+        steps: sampling steps; as in the search when left out.
+        guidance: guidance scale; as in the search when left out.
+        device: where to run.
 
     Returns:
         Images (n, channels, h, w) in [0, 1] and a label for each.
 
     Raises:
-        DiffesError: the run or its model is damaged or missing, or a class id is not the model's.
+        DiffesError: the folder or its model is damaged or missing, or a condition is not the model's.
     """
-    from diffes.pipeline import apply
-
     _, facts = folder.read_schedule(run)
-    pipe = load_pipeline(facts["model"], device=pick_device(device), dtype=getattr(torch, facts["dtype"]))
-    names = {class_id: name for name, class_id in pipe.labels.items()}
-    n_classes = len(names) or 1000
-    for class_id in classes:
-        if not 0 <= class_id < n_classes:
-            raise DiffesError(f"classes must be in [0, {n_classes - 1}], got {class_id}")
+    adapter = adapter_for(load(run, device=device))
+    chosen = list(conditions) if conditions is not None else list(adapter.choices("heldout")[:8])
     n_steps = facts["steps"] if steps is None else steps
-    adapter_for(pipe).timesteps(n_steps)  # refuses numbers of steps that the scheduler cannot take
-    apply(pipe, run)
-    images = pipe(
-        class_labels=classes,
-        guidance_scale=facts["guidance"] if guidance is None else guidance,
-        num_inference_steps=n_steps,
-        generator=torch.Generator(pipe.device).manual_seed(seed),
-        output_type="np",
-    ).images
-    return torch.from_numpy(images).permute(0, 3, 1, 2), [names.get(c, str(c)) for c in classes]
+    adapter.timesteps(n_steps)  # refuses numbers of steps that the scheduler cannot take
+    adapter.pipe.set_progress_bar_config(disable=True)
+    images = adapter.generate(
+        chosen,
+        n_steps=n_steps,
+        guidance=facts["guidance"] if guidance is None else guidance,
+        generator=torch.Generator(adapter.device).manual_seed(seed),
+    )
+    return images, [adapter.label(condition) for condition in chosen]

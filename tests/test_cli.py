@@ -51,6 +51,7 @@ def test_shipped_model_search_and_sample(tmp_path: Path, capsys: pytest.CaptureF
     assert report["fitness"]["search"] >= report["baselines"]["uniform"]["search"]
     assert {"dense_ms", "routed_ms", "speedup"} <= report["latency"].keys()
     assert report["bank_bytes"] == (run / folder.BANK).stat().st_size
+    assert 0 < report["prunable_fraction"] < 1
     for name in folder.FIGURES:
         with Image.open(run / name) as image:
             assert min(image.size) > 200 and len(set(image.convert("L").getdata())) > 10
@@ -64,6 +65,29 @@ def test_shipped_model_search_and_sample(tmp_path: Path, capsys: pytest.CaptureF
         capsys, "sample", str(run), "--steps", "5000", "--out", str(tmp_path / "x.png")
     )
     assert "[0, 9]" in fails(capsys, "sample", str(run), "--classes", "10", "--out", str(tmp_path / "x.png"))
+
+
+def test_a_text_to_image_model_takes_prompts(
+    tiny_folder: Path, tiny_sdxl_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, grid = tmp_path / "run", tmp_path / "grid.png"
+    prompts = tmp_path / "mine.json"
+    prompts.write_text(json.dumps({"search": ["a b", "c"], "heldout": ["d e"], "calibration": ["f"]}))
+    search(run, "--model", str(tiny_sdxl_folder), "--method", "layer_drop:importance=mse", "--prompts", str(prompts))
+    facts = json.loads((run / folder.SCHEDULE).read_text())
+    assert (facts["method"], facts["kind"], facts["max_level"]) == ("layer_drop:importance=mse", "depth", 11)
+    main(["sample", str(run), "--prompts", "a cat", "a dog", "--out", str(grid)])
+    main(["sample", str(run), "--out", str(grid), "--overwrite"])
+    nothing = ["--out", str(tmp_path / "x.png")]
+    assert "takes prompts" in fails(capsys, "sample", str(run), "--classes", "1", *nothing)
+    assert "not both" in fails(capsys, "sample", str(run), "--classes", "1", "--prompts", "x", *nothing)
+    assert "at least one condition" in fails(capsys, "sample", str(run), "--prompts", *nothing)
+    of_classes = ["search", *SMALL, "--model", str(tiny_folder), "--out", str(tmp_path / "no")]
+    assert "takes class ids" in fails(capsys, *of_classes, "--prompts", str(prompts))
+    prompts.write_text("{}")
+    of_prompts = ["search", *SMALL, "--model", str(tiny_sdxl_folder), "--out", str(tmp_path / "no")]
+    assert "at least one prompt" in fails(capsys, *of_prompts, "--prompts", str(prompts))
+    assert not (tmp_path / "no").exists()
 
 
 def test_same_seed_same_run_and_other_seed_other_run(tiny_folder: Path, tmp_path: Path) -> None:
@@ -130,6 +154,7 @@ def test_finished_and_foreign_folders_are_not_overwritten(
         (["--budget", "-0.1"], "[0, 1]"),
         (["--budget", "nan"], "[0, 1]"),
         (["--method", "obss"], "'obs'"),
+        (["--method", "obs:damping=2"], "damping of obs must be in (0, 1], got 2"),
         (["--metric", "sim"], "'ssim'"),
         (["--strategy", "evolve"], "'evolution'"),
         (["--model", "fashion_dit"], "'fashion-dit'"),
@@ -138,7 +163,7 @@ def test_finished_and_foreign_folders_are_not_overwritten(
         (["--max-evals", "0"], "max_evals must be at least 1"),
         (["--guidance", "nan"], "guidance must be"),
         (["--steps", "1001"], "[1, 1000], got 1001"),
-        (["--seed", "5000000000"], "below 2^32"),
+        (["--seed", "5000000000"], "below 10^9"),
         (["--metric", "ms_ssim"], "cannot score images"),
         (["--calibration-data", "none.npz"], "none.npz"),
         (["--device", "abacus"], "abacus"),

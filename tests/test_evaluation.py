@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_bank
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 
 from diffes.adapters import ModelAdapter
 from diffes.bank import WeightBank
@@ -18,8 +18,10 @@ from diffes.schedule import Schedule, StagePlan
 from diffes.strategy import Evaluation
 
 
-def make(adapter: ModelAdapter, plan: StagePlan, metric: str = "latent_mse", **options: int) -> ScheduleEvaluator:
-    router = Router(adapter, build_bank(adapter, "obs", plan))
+def make(
+    adapter: ModelAdapter, plan: StagePlan, metric: str = "latent_mse", method: str = "magnitude", **options: int
+) -> ScheduleEvaluator:
+    router = Router(adapter, build_bank(adapter, method, plan))
     return ScheduleEvaluator(
         router, plan, adapter.make_probes(5, 3), n_steps=8, guidance=2.0, metric=make_metric(metric, adapter.device),
         batch=3, **options,
@@ -34,12 +36,20 @@ def only(evaluator: ScheduleEvaluator, schedule: Schedule) -> Evaluation:
 SCHEDULES = [(0, 1, 2, 3), (3, 1, 2, 3), (1, 1, 2, 3), (2, 2, 2, 0), (0, 0, 3, 3), (3, 3, 0, 0), (0, 0, 2, 3)]
 
 
-@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
-def test_prefix_reuse_gives_the_same_bits_for_fewer_calls(
-    adapter: ModelAdapter, plan: StagePlan, scheduler: type
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler])
+def test_prefix_reuse_gives_the_same_bits_for_fewer_calls_with_all_samplers(
+    untrained: ModelAdapter, plan: StagePlan, scheduler: type
 ) -> None:
-    adapter.pipe.scheduler = scheduler.from_config(adapter.pipe.scheduler.config)
-    schedules = [Schedule(plan, levels, adapter.max_level) for levels in SCHEDULES]
+    untrained.pipe.scheduler = scheduler.from_config(untrained.pipe.scheduler.config)
+    check_prefix_reuse(untrained, plan)
+
+
+def test_prefix_reuse_gives_the_same_bits_for_fewer_calls(adapter: ModelAdapter, plan: StagePlan) -> None:
+    check_prefix_reuse(adapter, plan)
+
+
+def check_prefix_reuse(adapter: ModelAdapter, plan: StagePlan) -> None:
+    schedules = [Schedule(plan, levels, adapter.max_level("width")) for levels in SCHEDULES]
     shared, alone = make(adapter, plan), make(adapter, plan, cache_bytes=0)
     together = {e.schedule: e for e in shared(schedules)}
     separately = [only(alone, schedule) for schedule in schedules]
@@ -51,7 +61,7 @@ def test_prefix_reuse_gives_the_same_bits_for_fewer_calls(
 
 
 def test_dense_schedule_scores_perfectly(adapter: ModelAdapter, plan: StagePlan) -> None:
-    dense = Schedule(plan, (0, 0, 0, 0), adapter.max_level)
+    dense = Schedule(plan, (0, 0, 0, 0), adapter.max_level("width"))
     assert only(make(adapter, plan), dense).fitness == 0
     assert only(make(adapter, plan, "psnr"), dense).fitness > 60
     evaluator = make(adapter, plan)
@@ -63,21 +73,21 @@ def test_more_sparsity_is_worse_on_the_trained_model(plan: StagePlan) -> None:
     from diffes.adapters import adapter_for, load_pipeline
 
     adapter = adapter_for(load_pipeline("fashion-dit"))
-    fitness = [only(make(adapter, plan, "ssim"), Schedule(plan, (k,) * 4, 8)).fitness for k in (1, 4, 7)]
+    fitness = [only(make(adapter, plan, "ssim", "obs"), Schedule(plan, (k,) * 4, 8)).fitness for k in (1, 4, 7)]
     assert 1 > fitness[0] > fitness[1] > fitness[2]
 
 
 def test_global_random_state_is_left_alone(adapter: ModelAdapter, plan: StagePlan) -> None:
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    only(make(adapter, plan), Schedule(plan, SCHEDULES[0], adapter.max_level))
+    only(make(adapter, plan), Schedule(plan, SCHEDULES[0], adapter.max_level("width")))
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
 def test_failed_images_are_minus_infinity(tiny: ModelAdapter, plan: StagePlan) -> None:
-    evaluator = make(tiny, plan)
+    evaluator = make(tiny, plan, method="obs")
     broken = {
         name: GroupWeights(weights.kept, torch.full_like(weights.consumer, float("nan")))
         for name, weights in evaluator.router.bank[0, 1].items()
     }
-    evaluator.router.bank = WeightBank({(0, 1): broken})
+    evaluator.router.bank = WeightBank({(0, 1): broken}, "width")
     assert only(evaluator, Schedule(plan, (1, 0, 0, 0), 4)).fitness == -float("inf")

@@ -29,5 +29,5 @@ def test_the_strategy_of_the_readme_searches() -> None:
 
 def test_ci_runs_the_command_of_the_readme() -> None:
     blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
-    assert blocks[0].strip().endswith("diffes search") and blocks[1].strip().endswith("-m pytest")
+    assert blocks[0].strip().endswith("diffes search") and blocks[1].strip().endswith("-m pytest -n 2 --dist loadfile")
     assert "@@" not in README

@@ -1,83 +1,119 @@
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from conftest import build_bank
 
-from diffes.adapters import ModelAdapter
+from diffes.adapters import GroupSet, ModelAdapter
+from diffes.bank import WeightBank
 from diffes.errors import DiffesError
 from diffes.pruning import METHODS
 from diffes.routing import Router
 from diffes.schedule import Schedule, StagePlan
 
 METHOD_NAMES = METHODS.names()
+STAGES = [1, 2]  # of the four: banks of two stages are enough, and are built once for all tests
+OF_KIND = {"width": "obs", "depth": "layer_drop"}
 
 
 def everywhere(plan: StagePlan, level: int, max_level: int) -> Schedule:
     return Schedule(plan, (level,) * len(plan), max_level)
 
 
-def state(adapter: ModelAdapter) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in adapter.denoiser.state_dict().items()}
+def state(adapter: ModelAdapter) -> dict[str, object]:
+    """Everything about a denoiser that routing may touch."""
+    found: dict[str, object] = {name: tensor.clone() for name, tensor in adapter.denoiser.state_dict().items()}
+    for name, module in adapter.denoiser.named_modules():
+        hooks = len(module._forward_pre_hooks), len(module._state_dict_pre_hooks)
+        found[f"{name}:own"] = sorted(set(module.__dict__) & {"forward"}), hooks
+        if hasattr(module, "heads"):
+            found[f"{name}:heads"] = module.heads, type(module.processor)
+    return found
 
 
-def assert_dense(adapter: ModelAdapter, before: dict[str, torch.Tensor]) -> None:
-    after = adapter.denoiser.state_dict()
+def assert_dense(adapter: ModelAdapter, before: dict[str, object]) -> None:
+    after = state(adapter)
     assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert all(block.attn1.heads == adapter.max_level for block in adapter.denoiser.transformer_blocks)
-    assert not adapter.denoiser._forward_pre_hooks
+    for name, value in before.items():
+        assert torch.equal(after[name], value) if isinstance(value, torch.Tensor) else after[name] == value, name
 
 
-def test_level_0_is_the_dense_model_bit_for_bit(adapter: ModelAdapter, plan: StagePlan) -> None:
-    probes = adapter.make_probes(3, 0)
-    dense = adapter.sample(probes, 8, 2.0)
-    router = Router(adapter, build_bank(adapter, "magnitude", plan))
-    with router.routed(everywhere(plan, 0, adapter.max_level)):
-        assert torch.equal(adapter.sample(probes, 8, 2.0), dense)
-    with router.routed(everywhere(plan, 2, adapter.max_level)):
-        assert not torch.equal(adapter.sample(probes, 8, 2.0), dense)
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_level_0_is_the_dense_model_bit_for_bit(adapter: ModelAdapter, plan: StagePlan, method: str) -> None:
+    probes = adapter.make_probes(2, 0)
+    dense = adapter.sample(probes, 4, 2.0)
+    bank = build_bank(adapter, method, plan, STAGES)
+    router, max_level = Router(adapter, bank), adapter.max_level(bank.kind)
+    with router.routed(everywhere(plan, 0, max_level)):
+        assert torch.equal(adapter.sample(probes, 4, 2.0), dense)
+    with router.routed(Schedule(plan, (0, 1, 1, 0), max_level)):
+        assert not torch.equal(adapter.sample(probes, 4, 2.0), dense)
+
+
+def masked(adapter: ModelAdapter, bank: WeightBank, level: int, stack: ExitStack) -> None:
+    """The dense model with what a level of stage 1 drops made ineffective, at full width and depth."""
+    for prunable in adapter.prunable(bank.kind):
+        thin = bank[1, level][prunable.name]
+        if isinstance(prunable, GroupSet):
+            columns = prunable.features(thin.kept.long())
+            layer = adapter.denoiser.get_submodule(prunable.consumer)
+            dense, full = layer.weight.data, torch.zeros_like(layer.weight)
+            full[:, columns] = thin.consumer if thin.consumer is not None else dense[:, columns]
+            layer.weight.data = full
+            stack.callback(setattr, layer.weight, "data", dense)
+        else:
+            for i, path in enumerate(prunable.blocks):
+                if i not in thin.kept:
+                    block = adapter.denoiser.get_submodule(path)
+                    stack.callback(block.register_forward_hook(lambda _m, args, _o: args[0]).remove)
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_sliced_equals_masked(adapter: ModelAdapter, plan: StagePlan, method: str) -> None:
-    """Thin layers against full-width ones in which dropped groups have zero columns in the consumer."""
-    bank = build_bank(adapter, method, plan, [1])
+    """Thin layers against full ones with zero columns, skipped blocks against blocks whose output is not used."""
+    bank = build_bank(adapter, method, plan, STAGES)
     router = Router(adapter, bank)
     probes = adapter.make_probes(2, 0)
     latents, timesteps = probes.noise, torch.tensor([300, 300])
-    for level in range(1, adapter.max_level + 1):
-        with torch.no_grad(), router.routed(Schedule(plan, (0, level, 0, 0), adapter.max_level)):
-            sliced = adapter.denoise_once(latents, timesteps, probes.condition)
-        dense = state(adapter)
-        for groups in adapter.group_sets():
-            thin = bank[1, level][groups.name]
-            columns = groups.features(thin.kept.long())
-            layer = adapter.denoiser.get_submodule(groups.consumer)
-            full = torch.zeros_like(layer.weight)
-            full[:, columns] = thin.consumer if thin.consumer is not None else layer.weight.detach()[:, columns]
-            layer.weight.data = full
-        with torch.no_grad():
-            masked = adapter.denoise_once(latents, timesteps, probes.condition)
-        adapter.denoiser.load_state_dict(dense)
-        torch.testing.assert_close(sliced, masked, rtol=1e-4, atol=1e-4)
+    max_level = adapter.max_level(bank.kind)
+    before = state(adapter)
+    for level in range(1, max_level + 1):
+        with torch.no_grad(), router.routed(Schedule(plan, (0, level, 0, 0), max_level)):
+            sliced = adapter.denoise_once(latents, timesteps, probes.conditions)
+        with torch.no_grad(), ExitStack() as stack:
+            masked(adapter, bank, level, stack)
+            expected = adapter.denoise_once(latents, timesteps, probes.conditions)
+        torch.testing.assert_close(sliced, expected, rtol=1e-4, atol=1e-4)
+    assert_dense(adapter, before)
 
 
-def test_attention_and_ffn_lose_the_same_fraction(adapter: ModelAdapter, plan: StagePlan) -> None:
-    bank = build_bank(adapter, "magnitude", plan)
-    for level in range(1, adapter.max_level + 1):
-        for groups in adapter.group_sets():
-            kept = len(bank[0, level][groups.name].kept)
-            assert kept == groups.n_groups * (adapter.max_level - level) / adapter.max_level
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_level_k_removes_k_of_h_everywhere_and_levels_are_nested(
+    adapter: ModelAdapter, plan: StagePlan, method: str
+) -> None:
+    bank = build_bank(adapter, method, plan, STAGES)
+    max_level = adapter.max_level(bank.kind)
+    for prunable in adapter.prunable(bank.kind):
+        kept = set(range(prunable.n_groups))
+        for level in range(1, max_level + 1):
+            left = set(bank[1, level][prunable.name].kept.tolist())
+            assert left <= kept
+            assert abs(len(left) - prunable.n_groups * (max_level - level) / max_level) <= 0.5
+            kept = left
+        assert not kept
 
 
+@pytest.mark.parametrize("method", METHOD_NAMES)
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
 def test_dense_is_restored_however_the_context_is_left(
-    adapter: ModelAdapter, plan: StagePlan, error: type[BaseException] | None
+    adapter: ModelAdapter, plan: StagePlan, error: type[BaseException] | None, method: str
 ) -> None:
     before = state(adapter)
-    router = Router(adapter, build_bank(adapter, "obs", plan))
-    probes = adapter.make_probes(2, 0)
+    bank = build_bank(adapter, method, plan, STAGES)
+    router, max_level = Router(adapter, bank), adapter.max_level(bank.kind)
+    probes = adapter.make_probes(1, 0)
     calls = 0
 
     def interrupt(*_: object) -> None:
@@ -86,9 +122,9 @@ def test_dense_is_restored_however_the_context_is_left(
         if error is not None and calls == 5:
             raise error("in the middle of a run")
 
-    handle = adapter.denoiser.transformer_blocks[1].register_forward_hook(interrupt)
+    handle = adapter.denoiser.get_submodule(adapter.blocks()[1]).register_forward_hook(interrupt)
     try:
-        with router.routed(Schedule(plan, (1, 2, adapter.max_level, 1), adapter.max_level)):
+        with router.routed(Schedule(plan, (0, max_level, 2, 0), max_level)):
             adapter.sample(probes, 8, 2.0)
         assert error is None
     except (RuntimeError, KeyboardInterrupt) as raised:
@@ -98,16 +134,23 @@ def test_dense_is_restored_however_the_context_is_left(
     assert_dense(adapter, before)
 
 
+@pytest.mark.parametrize("kind", OF_KIND)
 def test_dense_is_restored_when_a_swap_is_interrupted(
-    tiny: ModelAdapter, plan: StagePlan, monkeypatch: pytest.MonkeyPatch
+    untrained: ModelAdapter, plan: StagePlan, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    before = state(tiny)
-    router = Router(tiny, build_bank(tiny, "obs", plan))
-    second = router._layers[tiny.group_sets()[1].name]
-    monkeypatch.setattr(second, "load_thin", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt), router.routed(everywhere(plan, 2, 4)):
-        tiny.sample(tiny.make_probes(1, 0), 4, 2.0)
-    assert_dense(tiny, before)
+    before = state(untrained)
+    router = Router(untrained, build_bank(untrained, OF_KIND[kind], plan))
+    last = router._parts[untrained.prunable(kind)[-1].name]
+    load_thin = last.load_thin
+
+    def interrupted(thin: object) -> None:
+        load_thin(thin)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(last, "load_thin", interrupted)
+    with pytest.raises(KeyboardInterrupt), router.routed(everywhere(plan, 2, untrained.max_level(kind))):
+        untrained.sample(untrained.make_probes(1, 0), 4, 2.0)
+    assert_dense(untrained, before)
 
 
 def test_weights_change_exactly_at_stage_borders(tiny: ModelAdapter, plan: StagePlan) -> None:
@@ -116,9 +159,17 @@ def test_weights_change_exactly_at_stage_borders(tiny: ModelAdapter, plan: Stage
     schedule = Schedule(plan, (0, 1, 2, 4), 4)
     with torch.no_grad(), router.routed(schedule):
         for timestep, width in [(999, 0), (750, 0), (749, 2), (500, 2), (499, 3), (250, 3), (249, 4), (0, 4), (999, 0)]:
-            tiny.denoise_once(probes.noise, torch.tensor([timestep]), probes.condition)
+            tiny.denoise_once(probes.noise, torch.tensor([timestep]), probes.conditions)
             assert tiny.denoiser.transformer_blocks[0].attn1.to_q.weight.shape[0] == width * 8
             assert tiny.denoiser.transformer_blocks[1].ff.net[2].weight.shape[1] == width * 32
+
+
+def test_layers_of_few_heads_round_halves_up(tiny_sdxl: ModelAdapter, plan: StagePlan) -> None:
+    """Levels are fractions of every set: of H = 4, a layer with 2 heads keeps 2, 1, 1, 0 of them."""
+    assert tiny_sdxl.max_level("width") == 4
+    sets = {groups.n_groups: groups for groups in tiny_sdxl.group_sets() if groups.kind == "heads"}
+    assert [sets[2].n_kept(level, 4) for level in range(5)] == [2, 2, 1, 1, 0]
+    assert [sets[4].n_kept(level, 4) for level in range(5)] == [4, 3, 2, 1, 0]
 
 
 def test_unsuitable_schedules_are_refused(tiny: ModelAdapter, plan: StagePlan) -> None:
@@ -137,4 +188,4 @@ def test_moving_the_model_while_routed_is_refused(tiny: ModelAdapter, plan: Stag
     router.install(everywhere(plan, 1, 4))
     tiny.pipe.to(torch.float16)
     with pytest.raises(DiffesError, match="moved or cast"), torch.no_grad():
-        tiny.denoise_once(probes.noise.half(), torch.tensor([10]), probes.condition)
+        tiny.denoise_once(probes.noise.half(), torch.tensor([10]), probes.conditions)

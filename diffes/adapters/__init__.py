@@ -7,14 +7,18 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from diffes.adapters.base import GroupSet, ModelAdapter, Probes, SamplingState
+from diffes.adapters.base import BlockSet, Condition, GroupSet, Kind, ModelAdapter, Probes, SamplingState, Split
 from diffes.adapters.dit import DiTAdapter
+from diffes.adapters.sdxl import SDXLAdapter
 from diffes.errors import DiffesError, unknown_name
 
-__all__ = ["GroupSet", "ModelAdapter", "Probes", "SamplingState", "adapter_for", "load_pipeline", "shipped_models"]
+__all__ = [
+    "BlockSet", "Condition", "GroupSet", "Kind", "ModelAdapter", "Probes", "SamplingState", "Split", "adapter_for",
+    "load_pipeline", "shipped_models",
+]  # fmt: skip
 
 SHIPPED = Path(__file__).parents[1] / "models"
-ADAPTERS: tuple[type[ModelAdapter], ...] = (DiTAdapter,)
+ADAPTERS: tuple[type[ModelAdapter], ...] = (DiTAdapter, SDXLAdapter)
 
 
 def shipped_models() -> list[str]:

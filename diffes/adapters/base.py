@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import abc
 import copy
-from collections.abc import Mapping, Sequence
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
 from diffes.errors import DiffesError
 
+Kind = Literal["width", "depth"]
+Split = Literal["search", "heldout", "calibration"]  # of prompts: what one draws from, the others do not
+Condition = int | str | None  # a class id, a prompt, or the null condition of classifier-free guidance
+
+
+class Prunable:
+    """Groups that compete with each other for their place at a level."""
+
+    name: str
+    n_groups: int
+
+    def n_kept(self, level: int, max_level: int) -> int:
+        """Groups left at a level: `n_groups * (1 - level / max_level)`, rounded to whole groups, halves up."""
+        return math.floor(self.n_groups * (max_level - level) / max_level + 0.5)
+
 
 @dataclass(frozen=True)
-class GroupSet:
-    """Groups of one layer that compete with each other: the heads of an attention or the channels of an FFN.
+class GroupSet(Prunable):
+    """Groups inside one layer (width): the heads of an attention or the channels of an FFN.
 
     Removing a group takes its rows out of every producer and its columns out of the consumer.
 
@@ -26,7 +45,8 @@ class GroupSet:
         kind: "heads" or "channels".
         n_groups: how many there are when dense.
         size: consumer inputs per group: the head's width, or 1.
-        producers: paths of the linear layers whose output rows belong to the groups.
+        producers: paths of the linear layers whose output rows belong to the groups; of a gated FFN (GEGLU), channel i
+            is row i and row n_groups + i.
         consumer: path of the linear layer that reads them.
     """
 
@@ -37,13 +57,26 @@ class GroupSet:
     producers: tuple[str, ...]
     consumer: str
 
-    def n_kept(self, level: int, max_level: int) -> int:
-        """Groups left at a level: `n_groups * (1 - level / max_level)`, rounded to the nearest whole group."""
-        return self.n_groups - round(self.n_groups * level / max_level)
-
     def features(self, groups: Tensor) -> Tensor:
         """Consumer input indices (n * size,) of group indices (n,), group by group."""
         return (groups[:, None] * self.size + torch.arange(self.size, device=groups.device)).flatten()
+
+
+@dataclass(frozen=True)
+class BlockSet(Prunable):
+    """All transformer blocks of a denoiser (depth): a removed one hands its input on.
+
+    Args:
+        blocks: module paths, in the order of the forward pass.
+        name: the name in a bank.
+    """
+
+    blocks: tuple[str, ...]
+    name: str = "blocks"
+
+    @property
+    def n_groups(self) -> int:  # type: ignore[override]
+        return len(self.blocks)
 
 
 @dataclass(frozen=True)
@@ -51,18 +84,18 @@ class Probes:
     """What images are made from: the same probes give the same images, whatever is changed in the model.
 
     Args:
-        noise: (n, C, h, w) starting latents in fp32 on the CPU.
-        condition: (n,) class ids.
+        noise: (n, C, h, w) unit normal noise in fp32 on the CPU; the scheduler scales it.
+        conditions: n class ids or prompts.
     """
 
     noise: Tensor
-    condition: Tensor
+    conditions: tuple[Condition, ...]
 
     def __len__(self) -> int:
         return len(self.noise)
 
     def __getitem__(self, part: slice) -> Probes:
-        return Probes(self.noise[part], self.condition[part])
+        return Probes(self.noise[part], self.conditions[part])
 
 
 @dataclass(frozen=True)
@@ -70,7 +103,7 @@ class SamplingState:
     """A trajectory between two steps: everything that the rest of it depends on.
 
     Args:
-        latents: what the next denoiser call reads, both guidance branches where there are two.
+        latents: what the next step starts from.
         scheduler: the sampler with its memory of earlier steps (multi-step solvers have one).
         index: number of steps done.
     """
@@ -88,7 +121,6 @@ class ModelAdapter(abc.ABC):
 
     Attributes:
         denoiser: the network that is called once per step.
-        max_level: H, so that level `k` removes `k / H` of every group set.
     """
 
     pipeline_class: ClassVar[str]
@@ -104,21 +136,30 @@ class ModelAdapter(abc.ABC):
     def denoiser(self) -> Any:
         """An `nn.Module`; typed loosely because diffusers' attributes are."""
 
-    @property
     @abc.abstractmethod
-    def max_level(self) -> int: ...
+    def blocks(self) -> list[str]:
+        """Module paths of all transformer blocks (diffusers' `BasicTransformerBlock`), in the order of the forward."""
 
-    @abc.abstractmethod
-    def group_sets(self) -> list[GroupSet]:
-        """Every prunable group set, in the order of the forward pass."""
-
-    @abc.abstractmethod
     def timestep(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-        """The training timestep of a denoiser call, from its arguments."""
+        """The training timestep of a denoiser call, from its arguments: the second one, or the one of that name."""
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        return float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
 
     @abc.abstractmethod
-    def make_probes(self, n: int, seed: int) -> Probes:
-        """`n` probes with balanced conditions; probe i depends on nothing but `seed` and i."""
+    def choices(self, split: Split) -> Sequence[Condition]:
+        """The conditions that probes of a split are drawn from."""
+
+    @abc.abstractmethod
+    def label(self, condition: Condition) -> str:
+        """How a picture of a condition is captioned."""
+
+    def use_prompts(self, path: Path) -> None:
+        """Draws probes from the prompts of a file (see `diffes.prompts.read_prompts`).
+
+        Raises:
+            DiffesError: the model takes no prompts, or the file is not of that form.
+        """
+        raise DiffesError(f"{self.pipeline_class} takes class ids, no prompts; leave --prompts {path} out")
 
     @abc.abstractmethod
     def start(self, probes: Probes, n_steps: int, guidance: float) -> SamplingState:
@@ -133,20 +174,74 @@ class ModelAdapter(abc.ABC):
         """The final latents (n, C, h, w) of a finished trajectory."""
 
     @abc.abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (n, channels, height, width) in [0, 1] of latents (n, C, h, w)."""
+    def denoise_once(self, latents: Tensor, timesteps: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        """A bare denoiser call: predictions (n, C, h, w) for latents (n, C, h, w) at timesteps (n,)."""
 
     @abc.abstractmethod
-    def encode(self, images: Tensor) -> Tensor:
-        """Latents (n, C, h, w), scaled as the denoiser reads them, of images (n, channels, height, width) in [0, 1]."""
+    def generate(
+        self, conditions: Sequence[Condition], *, n_steps: int, guidance: float, generator: torch.Generator
+    ) -> Tensor:
+        """Images (n, channels, height, width) in [0, 1] by the family's own pipeline call."""
 
-    @abc.abstractmethod
-    def denoise_once(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        """A bare denoiser call; `condition` (n,) as `null_condition` and `Probes.condition` give it."""
+    def max_level(self, kind: Kind) -> int:
+        """H, so that level `k` removes `k / H` of every group set.
 
-    @abc.abstractmethod
-    def null_condition(self, n: int) -> Tensor:
-        """(n,) conditions of the unconditional branch of classifier-free guidance."""
+        Width: the number of heads, the largest where layers differ (SDXL has 10 and 20); a layer with fewer rounds to
+        whole heads. Depth: the number of blocks.
+        """
+        if kind == "depth":
+            return len(self.blocks())
+        return max(groups.n_groups for groups in self.group_sets() if groups.kind == "heads")
+
+    def prunable(self, kind: Kind) -> Sequence[GroupSet | BlockSet]:
+        """What a method of that kind removes."""
+        return [BlockSet(tuple(self.blocks()))] if kind == "depth" else self.group_sets()
+
+    def group_sets(self) -> list[GroupSet]:
+        """Heads and FFN channels of every block, in the order of the forward pass."""
+        sets = []
+        for path in self.blocks():
+            block = self.denoiser.get_submodule(path)
+            for name in ("attn1", "attn2"):
+                attention = getattr(block, name, None)
+                if attention is not None:
+                    sets.append(_heads(f"{path}.{name}", attention))
+            channels = block.ff.net[2].weight.shape[1]
+            sets.append(GroupSet(f"{path}.ff", "channels", channels, 1, (f"{path}.ff.net.0.proj",), f"{path}.ff.net.2"))
+        return sets
+
+    def make_probes(self, n: int, seed: int, split: Split = "search") -> Probes:
+        """`n` probes with balanced conditions; probe i depends on `seed`, i and, for its condition, `split` alone."""
+        choices = self.choices(split)
+        config = self.denoiser.config
+        shape = (config.in_channels, config.sample_size, config.sample_size)
+        noise = torch.stack(
+            [torch.randn(shape, generator=torch.Generator().manual_seed(seed * 100_003 + i)) for i in range(n)]
+        )
+        turns = [
+            torch.randperm(len(choices), generator=torch.Generator().manual_seed(seed * 100_003 + turn))
+            for turn in range(n // len(choices) + 1)
+        ]
+        return Probes(noise, tuple(choices[i] for i in torch.cat(turns)[:n].tolist()))
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser reads at training timesteps (n,): `sqrt(a) x + sqrt(1 - a) e` (n, C, h, w).
+
+        It is the forward process of the scheduler's own noise schedule. Samplers that count in sigmas (Euler, Heun)
+        add noise at the timesteps of a run only and scale afterwards, to the same result.
+        """
+        process = DDPMScheduler.from_config(self.pipe.scheduler.config)
+        # in fp32: bf16 has no number between 0.996 and 1, and the cleanest timesteps would get no noise at all
+        noisy = process.add_noise(latents.float(), noise.to(latents.device).float(), timesteps.to(latents.device))
+        return noisy.to(latents.dtype)
+
+    def advance(self, state: SamplingState, prediction: Tensor, timestep: Tensor, latents: Tensor) -> SamplingState:
+        """The scheduler's step. Samplers that add noise draw the same for every schedule, so that schedules compare."""
+        scheduler = state.scheduler
+        draws = "generator" in inspect.signature(scheduler.step).parameters
+        options = {"generator": torch.Generator().manual_seed(state.index)} if draws else {}
+        after = scheduler.step(prediction, timestep, latents, **options).prev_sample
+        return SamplingState(after, scheduler, state.index + 1)
 
     @property
     def device(self) -> torch.device:
@@ -164,17 +259,22 @@ class ModelAdapter(abc.ABC):
         return int(self.pipe.scheduler.config.num_train_timesteps)
 
     def timesteps(self, n_steps: int) -> list[float]:
-        """The timesteps that a sampling run of `n_steps` visits, one per denoiser call, noisiest first."""
+        """The timesteps of a sampling run, one per denoiser call (Heun makes two a step), noisiest first."""
         return [float(t) for t in self.fresh_scheduler(n_steps).timesteps]
 
     def fresh_scheduler(self, n_steps: int) -> Any:
         """A scheduler of the pipeline's kind, ready for `n_steps`; the pipeline's own is left alone.
 
         Raises:
-            DiffesError: there are more steps than training timesteps, or none.
+            DiffesError: there are more steps than training timesteps, or none, or the scheduler does not count in them.
         """
         if not 1 <= n_steps <= self.n_timesteps:
             raise DiffesError(f"steps must be in [1, {self.n_timesteps}], got {n_steps}")
+        if not hasattr(self.pipe.scheduler, "alphas_cumprod"):
+            raise DiffesError(
+                f"{type(self.pipe.scheduler).__name__} does not count in training timesteps, which stages are made "
+                "of; give the pipeline another scheduler, for instance EulerDiscreteScheduler.from_config"
+            )
         scheduler = copy.deepcopy(self.pipe.scheduler)
         scheduler.set_timesteps(n_steps, device=self.device)
         return scheduler
@@ -186,3 +286,57 @@ class ModelAdapter(abc.ABC):
         for _ in range(len(state.scheduler.timesteps)):
             state = self.step(state, probes, guidance)
         return self.finish(state, guidance)
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        """Latents as the autoencoder reads them, by the family's own arithmetic, to the bit."""
+        return latents / self.pipe.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (n, channels, height, width) in [0, 1] of latents (n, C, h, w)."""
+        vae = self.pipe.vae
+        with _in_float32(vae):
+            scaled = self.unscale(latents.to(vae.dtype))
+            side = scaled.shape[-1] * 2 ** (len(vae.config.block_out_channels) - 1)
+            samples = torch.cat([vae.decode(part).sample for part in scaled.split(_images_at_once(side))])
+        return (samples / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents (n, C, h, w), scaled as the denoiser reads them, of images (n, channels, height, width) in [0, 1]."""
+        vae = self.pipe.vae
+        with _in_float32(vae):
+            parts = (images.to(vae.device, vae.dtype) * 2 - 1).split(_images_at_once(images.shape[-1]))
+            encoded = torch.cat([vae.encode(part).latent_dist.mean for part in parts])
+        return (encoded * vae.config.scaling_factor).to(self.dtype)
+
+
+def unwrapped(module: Any) -> Any:
+    """The module itself, where `torch.compile` has put another around it."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _heads(path: str, attention: Any) -> GroupSet:
+    heads = attention.heads
+    size = attention.to_out[0].weight.shape[1] // heads
+    producers = tuple(f"{path}.{part}" for part in ("to_q", "to_k", "to_v"))
+    return GroupSet(path, "heads", heads, size, producers, f"{path}.to_out.0")
+
+
+def _images_at_once(side: int) -> int:
+    """How many square images an autoencoder takes in one call: their activations at full size are what fills a GPU."""
+    return max(1, 2**21 // side**2)
+
+
+@contextmanager
+def _in_float32(vae: Any) -> Iterator[None]:
+    """Autoencoders that overflow in half precision say so in their configuration (`force_upcast`, SDXL's does)."""
+    before = vae.dtype
+    upcasts = before == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if upcasts:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if upcasts:
+            vae.to(before)

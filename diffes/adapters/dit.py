@@ -2,75 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import DiTPipeline
 from torch import Tensor
 
-from diffes.adapters.base import GroupSet, ModelAdapter, Probes, SamplingState
+from diffes.adapters.base import Condition, ModelAdapter, Probes, SamplingState, Split, unwrapped
 from diffes.errors import DiffesError
 
 NULL_CLASS = 1000  # what DiTPipeline passes for the unconditional branch, whatever the model
 
 
 class DiTAdapter(ModelAdapter):
-    """Adapter for `diffusers.DiTPipeline`; every block gives one set of heads and one set of FFN channels."""
+    """Adapter for `diffusers.DiTPipeline`; conditions are class ids, the same for searches and reports."""
 
     pipeline_class = "DiTPipeline"
     pipe: DiTPipeline
 
     @property
     def denoiser(self) -> Any:
-        return self.pipe.transformer
+        return unwrapped(self.pipe.transformer)
 
-    @property
-    def max_level(self) -> int:
-        return int(self.denoiser.config.num_attention_heads)
+    def blocks(self) -> list[str]:
+        return [f"transformer_blocks.{i}" for i in range(len(self.denoiser.transformer_blocks))]
 
-    def group_sets(self) -> list[GroupSet]:
-        sets = []
-        for i, block in enumerate(self.denoiser.transformer_blocks):
-            attention, ffn = f"transformer_blocks.{i}.attn1", f"transformer_blocks.{i}.ff"
-            heads = block.attn1.heads
-            sets.append(
-                GroupSet(
-                    name=attention,
-                    kind="heads",
-                    n_groups=heads,
-                    size=block.attn1.to_out[0].weight.shape[1] // heads,
-                    producers=tuple(f"{attention}.{part}" for part in ("to_q", "to_k", "to_v")),
-                    consumer=f"{attention}.to_out.0",
-                )
-            )
-            channels = block.ff.net[2].weight.shape[1]
-            if block.ff.net[0].proj.weight.shape[0] != channels:
-                raise DiffesError(
-                    f"the FFN activation {type(block.ff.net[0]).__name__} of {ffn} is gated; DiT models with plain "
-                    "activations (gelu, gelu-approximate) are supported"
-                )
-            sets.append(GroupSet(ffn, "channels", channels, 1, (f"{ffn}.net.0.proj",), f"{ffn}.net.2"))
-        return sets
-
-    def timestep(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        return float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
-
-    def class_ids(self) -> list[int]:
+    def choices(self, split: Split) -> list[int]:
         """Ids of the pipeline's own labels, or all the model has where the pipeline carries no labels."""
         return sorted(set(self.pipe.labels.values())) or list(range(NULL_CLASS))
 
-    def make_probes(self, n: int, seed: int) -> Probes:
-        ids = self.class_ids()
-        config = self.denoiser.config
-        shape = (config.in_channels, config.sample_size, config.sample_size)
-        noise = torch.stack(
-            [torch.randn(shape, generator=torch.Generator().manual_seed(seed * 100_003 + i)) for i in range(n)]
-        )
-        turns = [torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed * 100_003 + turn))
-                 for turn in range(n // len(ids) + 1)]  # fmt: skip
-        return Probes(noise, torch.tensor(ids)[torch.cat(turns)[:n]])
+    def label(self, condition: Condition) -> str:
+        names = {class_id: name for name, class_id in self.pipe.labels.items()}
+        return names.get(condition, str(condition))
 
     def start(self, probes: Probes, n_steps: int, guidance: float) -> SamplingState:
         latents = probes.noise.to(self.device, self.dtype)
@@ -81,37 +45,38 @@ class DiTAdapter(ModelAdapter):
         latents, scheduler = state.latents, state.scheduler
         channels = self.denoiser.config.in_channels
         timestep = scheduler.timesteps[state.index]
-        condition = probes.condition
+        conditions = probes.conditions
         if guidance > 1:
             half = latents[: len(probes)]
             latents = torch.cat([half, half])
-            condition = torch.cat([condition, self.null_condition(len(probes))])
+            conditions = conditions + (None,) * len(probes)
         latents = scheduler.scale_model_input(latents, timestep)
-        predicted = self.denoise_once(latents, timestep.expand(len(latents)), condition)
+        predicted = self.denoise_once(latents, timestep.expand(len(latents)), conditions)
         noise = predicted[:, :channels]  # the rest, where there is any, is a learned variance that no sampler here uses
         if guidance > 1:
             conditional, unconditional = noise.chunk(2)
             mixed = unconditional + guidance * (conditional - unconditional)
             noise = torch.cat([mixed, mixed])
-        return SamplingState(scheduler.step(noise, timestep, latents).prev_sample, scheduler, state.index + 1)
+        return self.advance(state, noise, timestep, latents)
 
     def finish(self, state: SamplingState, guidance: float) -> Tensor:
         return state.latents.chunk(2)[0] if guidance > 1 else state.latents
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        vae = self.pipe.vae
-        samples = vae.decode(1 / vae.config.scaling_factor * latents.to(vae.dtype)).sample
-        return (samples / 2 + 0.5).clamp(0, 1)
+    def unscale(self, latents: Tensor) -> Tensor:
+        return 1 / self.pipe.vae.config.scaling_factor * latents
 
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        vae = self.pipe.vae
-        encoded = vae.encode(images.to(vae.device, vae.dtype) * 2 - 1).latent_dist.mean
-        return (encoded * vae.config.scaling_factor).to(self.dtype)
+    def denoise_once(self, latents: Tensor, timesteps: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        labels = torch.tensor([NULL_CLASS if c is None else c for c in conditions], device=self.device)
+        return self.denoiser(latents, timestep=timesteps.to(self.device), class_labels=labels).sample
 
-    def denoise_once(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        return self.denoiser(latents, timestep=timesteps.to(self.device), class_labels=condition.to(self.device)).sample
-
-    def null_condition(self, n: int) -> Tensor:
-        return torch.full((n,), NULL_CLASS)
+    def generate(
+        self, conditions: Sequence[Condition], *, n_steps: int, guidance: float, generator: torch.Generator
+    ) -> Tensor:
+        known = self.choices("heldout")
+        for class_id in conditions:
+            if class_id not in known:
+                raise DiffesError(f"classes must be in [{known[0]}, {known[-1]}], got {class_id!r}")
+        images = self.pipe(
+            list(conditions), guidance, generator=generator, num_inference_steps=n_steps, output_type="np"
+        ).images
+        return torch.from_numpy(images).permute(0, 3, 1, 2)

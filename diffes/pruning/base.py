@@ -1,16 +1,16 @@
-"""What a pruning method is: a function from one group set's weights to the thin weights of every level."""
+"""What a pruning method is: from one stage's statistics to what is left at every level."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from diffes.adapters.base import GroupSet
+from diffes.adapters.base import GroupSet, Kind
 from diffes.registry import Registry
 
 
@@ -54,35 +54,71 @@ class LayerWeights:
         )
 
 
-class PruningMethod(abc.ABC):
-    """Decides which groups go first and how the rest makes up for them.
+@dataclass(frozen=True)
+class BlockChanges:
+    """How much each block changes what passes through it, averaged over the tokens of one stage.
 
-    Attributes:
-        kind: "width" where groups inside blocks go.
-        needs_inputs: whether `prune` wants the second moment of the consumer's inputs, and so calibration.
+    Args:
+        cosine_distance: (n_blocks,) 1 - cosine between a token before and after the block, in [0, 2].
+        squared_error: (n_blocks,) mean squared difference between the two.
     """
 
-    kind: ClassVar[str] = "width"
-    needs_inputs: ClassVar[bool]
+    cosine_distance: Tensor
+    squared_error: Tensor
+
+
+class PruningMethod(abc.ABC):
+    """Decides what goes first. A class of either kind below, found by name in `METHODS`.
+
+    Attributes:
+        kind: "width" where groups inside blocks go, "depth" where whole blocks go.
+        needs: the statistics of a stage that it is given, and so whether it wants calibration.
+    """
+
+    kind: ClassVar[Kind]
+    needs: ClassVar[Literal["nothing", "squares", "second_moment", "blocks"]]
+
+    def timestep_weights(self, progress: Tensor) -> Tensor:
+        """Weights (n,), positive, of calibration samples at `progress` (n,) through their stage: 0 where sampling
+        enters it, 1 where it leaves it. All equal unless a method says otherwise."""
+        return torch.ones_like(progress)
+
+
+class WidthMethod(PruningMethod):
+    """Removes heads and FFN channels, in each group set the same fraction."""
+
+    kind = "width"
 
     @abc.abstractmethod
     def prune(
-        self, groups: GroupSet, weights: LayerWeights, second_moment: Tensor | None, n_kept: Sequence[int]
+        self, groups: GroupSet, weights: LayerWeights, inputs: Tensor | None, n_kept: Sequence[int]
     ) -> list[GroupWeights]:
-        """Thin weights for each of `n_kept`, nested: what is kept at a smaller number is kept at every larger one.
+        """What is left for each of `n_kept`, nested: kept at a smaller number is kept at every larger one.
 
         Args:
             groups: the group set.
             weights: its dense weights.
-            second_moment: (d, d) `E[x x^T]` of the consumer's inputs in one stage, d = n_groups * size; None where
-                `needs_inputs` is False.
+            inputs: of the consumer's inputs x in one stage, d = n_groups * size: `E[x x^T]` (d, d) where `needs` is
+                "second_moment", its diagonal `E[x^2]` (d,) where it is "squares", None where it is "nothing".
             n_kept: falling numbers of groups to keep, each in [0, n_groups].
         """
+
+
+class DepthMethod(PruningMethod):
+    """Removes whole transformer blocks."""
+
+    kind = "depth"
+    needs = "blocks"
+
+    @abc.abstractmethod
+    def importance(self, changes: BlockChanges) -> Tensor:
+        """Importance (n_blocks,) of the blocks in one stage; the least goes first."""
 
 
 METHODS: Registry[type[PruningMethod]] = Registry("pruning method", "diffes.pruning_methods")
 
 
-def nested(order: Tensor, n_kept: Sequence[int]) -> list[GroupWeights]:
-    """Levels without compensation from one order (n_groups,), most important first."""
+def nested(importance: Tensor, n_kept: Sequence[int]) -> list[GroupWeights]:
+    """Levels without compensation: the most important of (n_groups,) stay, of equal ones the first."""
+    order = importance.argsort(descending=True, stable=True)
     return [GroupWeights(order[:n].sort().values.to(torch.int32)) for n in n_kept]

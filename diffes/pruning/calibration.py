@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from diffes.adapters.base import GroupSet, ModelAdapter
+from diffes.adapters.base import BlockSet, Condition, GroupSet, ModelAdapter
 from diffes.errors import DiffesError
+from diffes.pruning.base import BlockChanges
+
+FORM = "expected an .npz with `images` (n, channels, h, w) uint8 and `labels` (n,) or `prompts` (n,)"
 
 
 @dataclass(frozen=True)
@@ -21,97 +26,145 @@ class CalibrationSet:
 
     Args:
         latents: (n, C, h, w), scaled as the denoiser reads them.
-        condition: (n,) class ids.
+        conditions: n class ids or prompts.
         source: where they come from, for the record.
     """
 
     latents: Tensor
-    condition: Tensor
+    conditions: tuple[Condition, ...]
     source: str
 
     def __len__(self) -> int:
         return len(self.latents)
 
 
+@dataclass(frozen=True)
+class StagePass:
+    """How the denoiser is run for the statistics of one stage.
+
+    Each latent is noised, by the noise schedule of the pipeline's scheduler, to a timestep drawn from the stage. With
+    guidance, half of the rows carry the null condition, because half of the rows of a guided denoiser call do.
+
+    Args:
+        adapter: the model, dense.
+        stage: [lo, hi) timesteps.
+        data: clean latents.
+        guided: whether sampling will use classifier-free guidance.
+        seed: of timesteps, noise and the rows without condition.
+        weigh: weights (n,) of samples at progress (n,) through the stage, from 0 where sampling enters it to 1.
+        batch: latents per denoiser call.
+    """
+
+    adapter: ModelAdapter
+    stage: tuple[int, int]
+    data: CalibrationSet
+    guided: bool
+    seed: int
+    weigh: Callable[[Tensor], Tensor] = torch.ones_like
+    batch: int = 64
+
+    @torch.no_grad()
+    def run(self) -> Iterator[Tensor]:
+        """Yields the weights (n,) of each batch before the denoiser is called on it."""
+        adapter, (lo, hi) = self.adapter, self.stage
+        generator = torch.Generator().manual_seed(self.seed)
+        for start in range(0, len(self.data), self.batch):
+            latents = self.data.latents[start : start + self.batch].to(adapter.device, adapter.dtype)
+            conditions = self.data.conditions[start : start + self.batch]
+            timesteps = torch.randint(lo, hi, (len(latents),), generator=generator)
+            noise = torch.randn(latents.shape, generator=generator)
+            if self.guided:
+                dropped = (torch.rand(len(latents), generator=generator) < 0.5).tolist()
+                conditions = tuple(None if drop else c for c, drop in zip(conditions, dropped, strict=True))
+            yield self.weigh((hi - timesteps) / (hi - lo)).to(adapter.device)
+            adapter.denoise_once(adapter.add_noise(latents, noise, timesteps), timesteps, conditions)
+
+
 def load_calibration(adapter: ModelAdapter, path: Path, n: int, batch: int = 64) -> CalibrationSet:
-    """Encodes the first `n` images of an .npz file with `images` (m, channels, h, w) uint8 and `labels` (m,).
+    """Encodes the first `n` images of an .npz file with `images` (m, channels, h, w) uint8 and conditions: `labels`
+    (m,) class ids or `prompts` (m,) texts.
 
     Raises:
-        DiffesError: the file is damaged or not of that form.
+        DiffesError: the file is damaged, not of that form, or for another kind of model.
     """
+    wanted = "labels" if isinstance(adapter.choices("search")[0], int) else "prompts"
     try:
         with np.load(path) as data:
-            images, labels = data["images"][:n], data["labels"][:n]
-        if images.ndim != 4 or images.dtype != np.uint8 or len(images) != len(labels) or not len(images):
-            raise ValueError(f"images are {images.dtype} {images.shape}, labels {labels.shape}")
-    except Exception as error:  # zipfile, numpy and the check above each raise their own
-        raise DiffesError(
-            f"{path} holds no calibration images: {error}; expected an .npz with `images` (n, channels, h, w) uint8 "
-            "and `labels` (n,)"
-        ) from error
-    pixels = torch.from_numpy(images).float() / 255
-    latents = torch.cat([adapter.encode(part) for part in pixels.split(batch)])
-    return CalibrationSet(latents, torch.from_numpy(labels.astype(np.int64)), path.name)
+            images, conditions = data["images"][:n], data[wanted][:n]
+        if images.ndim != 4 or images.dtype != np.uint8 or len(images) != len(conditions) or not len(images):
+            raise ValueError(f"images are {images.dtype} {images.shape}, {wanted} {conditions.shape}")
+        pixels = torch.from_numpy(images).float() / 255
+        latents = torch.cat([adapter.encode(part) for part in pixels.split(batch)])
+        config = adapter.denoiser.config
+        if latents.shape[1:] != (config.in_channels, config.sample_size, config.sample_size):
+            raise ValueError(f"images of {images.shape[1:]} become latents of {tuple(latents.shape[1:])}")
+    except Exception as error:  # zipfile, numpy, the model and the checks each raise their own
+        raise DiffesError(f"{path} holds no calibration images with {wanted}: {error}; {FORM}") from error
+    kind = int if wanted == "labels" else str
+    return CalibrationSet(latents, tuple(kind(c) for c in conditions), path.name)
 
 
 def sample_calibration(
     adapter: ModelAdapter, n: int, *, n_steps: int, guidance: float, seed: int, batch: int = 32
 ) -> CalibrationSet:
     """For models that come without images: latents that the dense model itself makes."""
-    probes = adapter.make_probes(n, seed)
+    probes = adapter.make_probes(n, seed, "calibration")
     latents = [adapter.sample(probes[i : i + batch], n_steps, guidance) for i in range(0, n, batch)]
-    return CalibrationSet(torch.cat(latents), probes.condition, "samples of the dense model")
+    return CalibrationSet(torch.cat(latents), probes.conditions, "samples of the dense model")
 
 
-@torch.no_grad()
-def second_moments(
-    adapter: ModelAdapter,
-    sets: Sequence[GroupSet],
-    stage: tuple[int, int],
-    data: CalibrationSet,
-    *,
-    guided: bool,
-    generator: torch.Generator,
-    batch: int = 64,
-) -> dict[str, Tensor]:
-    """`E[x x^T]` (d, d) in fp32 of every consumer's inputs, over timesteps of one stage.
-
-    Each latent is noised, by the scheduler's own `add_noise`, to a timestep drawn from the stage. With guidance, half
-    of the rows carry the null condition, because half of the rows of a guided denoiser call do.
+def input_moments(run: StagePass, sets: Sequence[GroupSet], *, full: bool) -> dict[str, Tensor]:
+    """Weighted means over the tokens of a stage, in fp32, of every consumer's inputs x.
 
     Args:
-        adapter: the model, dense.
-        sets: what to look at.
-        stage: [lo, hi) timesteps.
-        data: clean latents.
-        guided: whether sampling will use classifier-free guidance.
-        generator: CPU generator of timesteps and noise.
-        batch: latents per denoiser call.
+        run: the calls to look at.
+        sets: whose consumers.
+        full: `E[x x^T]` (d, d), else its diagonal `E[x^2]` (d,).
     """
     sums: dict[str, Tensor] = {}
-    rows: dict[str, int] = {}
+    total: dict[str, float] = {}
+    weights = torch.empty(0)
 
-    def observe(name: str):  # type: ignore[no-untyped-def]
+    def observe(name: str) -> Callable[[object, tuple[Tensor, ...]], None]:
         def hook(_module: object, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-            sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
-            rows[name] = rows.get(name, 0) + len(x)
+            scale = weights.sqrt().view(-1, *[1] * (inputs[0].ndim - 1))
+            x = (inputs[0].float() * scale).flatten(0, -2)
+            found = x.T @ x if full else x.square().sum(0)
+            sums[name] = sums[name].add_(found) if name in sums else found
+            total[name] = total.get(name, 0.0) + float(weights.sum()) * len(x) / len(weights)
 
         return hook
 
-    scheduler = adapter.pipe.scheduler
     with ExitStack() as hooks:
         for groups in sets:
-            layer = adapter.denoiser.get_submodule(groups.consumer)
+            layer = run.adapter.denoiser.get_submodule(groups.consumer)
             hooks.callback(layer.register_forward_pre_hook(observe(groups.name)).remove)
-        for start in range(0, len(data), batch):
-            latents = data.latents[start : start + batch].to(adapter.device, adapter.dtype)
-            condition = data.condition[start : start + batch]
-            timesteps = torch.randint(stage[0], stage[1], (len(latents),), generator=generator)
-            noise = torch.randn(latents.shape, generator=generator).to(latents)
-            if guided:
-                unconditional = torch.rand(len(latents), generator=generator) < 0.5
-                condition = torch.where(unconditional, adapter.null_condition(len(latents)), condition)
-            noisy = scheduler.add_noise(latents, noise, timesteps.to(adapter.device))
-            adapter.denoise_once(noisy, timesteps, condition)
-    return {name: sums[name] / rows[name] for name in sums}
+        for weights in run.run():  # noqa: B007 (the hooks read it)
+            pass
+    return {name: found / total[name] for name, found in sums.items()}
+
+
+def block_changes(run: StagePass, blocks: BlockSet) -> BlockChanges:
+    """Weighted means over the tokens of a stage of what each block does to them."""
+    cosine, squared = (torch.zeros(blocks.n_groups, dtype=torch.float64) for _ in range(2))
+    total = torch.zeros(blocks.n_groups, dtype=torch.float64)
+    weights = torch.empty(0)
+
+    def observe(i: int) -> Callable[..., None]:
+        def hook(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any], after: Tensor) -> None:
+            before = (args[0] if args else kwargs["hidden_states"]).float()
+            after = after.float()
+            share = weights[:, None] / before.shape[1]
+            cosine[i] += float((share * (1 - F.cosine_similarity(before, after, dim=-1))).sum())
+            squared[i] += float((share * (before - after).square().mean(-1)).sum())
+            total[i] += float(weights.sum())
+
+        return hook
+
+    with ExitStack() as hooks:
+        for i, path in enumerate(blocks.blocks):
+            block = run.adapter.denoiser.get_submodule(path)
+            hooks.callback(block.register_forward_hook(observe(i), with_kwargs=True).remove)
+        for weights in run.run():  # noqa: B007 (the hooks read it)
+            pass
+    return BlockChanges(cosine / total, squared / total)

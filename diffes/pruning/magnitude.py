@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from diffes.adapters.base import GroupSet
-from diffes.pruning.base import GroupWeights, LayerWeights, PruningMethod, nested
+from diffes.pruning.base import GroupWeights, LayerWeights, WidthMethod, nested
 
 
-class Magnitude(PruningMethod):
+class Magnitude(WidthMethod):
     """Importance of a group: the mean absolute weight of its rows in the producers and its columns in the consumer.
 
     No data is used, so every stage has the same order.
     """
 
-    needs_inputs = False
+    needs = "nothing"
 
     def prune(
-        self, groups: GroupSet, weights: LayerWeights, second_moment: Tensor | None, n_kept: Sequence[int]
+        self, groups: GroupSet, weights: LayerWeights, inputs: Tensor | None, n_kept: Sequence[int]
     ) -> list[GroupWeights]:
         d_out = weights.consumer.shape[0]
         total = weights.consumer.double().abs().view(d_out, groups.n_groups, groups.size).sum((0, 2))
@@ -29,4 +29,4 @@ class Magnitude(PruningMethod):
             rows = producer.double().abs().view(-1, groups.n_groups, groups.size * producer.shape[1])
             total = total + rows.sum((0, 2))
             count += rows.shape[0] * rows.shape[2]
-        return nested((total / count).argsort(descending=True, stable=True), n_kept)
+        return nested(total / count, n_kept)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diffes.adapters.base import GroupSet
-from diffes.pruning.base import GroupWeights, LayerWeights, PruningMethod
+from diffes.errors import DiffesError
+from diffes.pruning.base import GroupWeights, LayerWeights, WidthMethod
 
 
 def damped(second_moment: Tensor, damping: float) -> Tensor:
@@ -18,7 +21,7 @@ def damped(second_moment: Tensor, damping: float) -> Tensor:
     return hessian + extra * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
 
 
-class OBS(PruningMethod):
+class OBS(WidthMethod):
     """Drops groups one at a time with exact compensation.
 
     With `H = E[x x^T]`, the group g of least loss `tr(W_g (H^-1_gg)^-1 W_g^T)` goes, the rest is updated by
@@ -27,21 +30,34 @@ class OBS(PruningMethod):
 
     Args:
         damping: fraction of the mean diagonal of H added to it.
+        weighting: "uniform", or "log": H counts a sample less the later in the stage its timestep comes, falling
+            logarithmically from 1 to 1/2, because an early error is carried through all steps after it.
 
-    Source: Hassibi and Stork 1993 for single weights; grouped as in ZipLM and OBS-Diff.
+    Source: Hassibi and Stork 1993 for single weights; grouped as in ZipLM. The weighting follows OBS-Diff, which lets
+        it fall over the whole trajectory; stages are calibrated apart here, so it falls inside each.
     """
 
-    needs_inputs = True
+    needs = "second_moment"
 
-    def __init__(self, damping: float = 0.01) -> None:
+    def __init__(self, damping: float = 0.01, weighting: Literal["uniform", "log"] = "uniform") -> None:
+        if not (isinstance(damping, int | float) and 0 < damping <= 1):
+            raise DiffesError(f"damping of obs must be in (0, 1], got {damping!r}")
+        if weighting not in ("uniform", "log"):
+            raise DiffesError(f"weighting of obs must be uniform or log, got {weighting!r}")
         self.damping = damping
+        self.weighting = weighting
+
+    def timestep_weights(self, progress: Tensor) -> Tensor:
+        if self.weighting == "uniform":
+            return torch.ones_like(progress)
+        return 1 - 0.5 * torch.log1p((math.e - 1) * progress)
 
     def prune(
-        self, groups: GroupSet, weights: LayerWeights, second_moment: Tensor | None, n_kept: Sequence[int]
+        self, groups: GroupSet, weights: LayerWeights, inputs: Tensor | None, n_kept: Sequence[int]
     ) -> list[GroupWeights]:
-        if second_moment is None:
+        if inputs is None:
             raise TypeError("OBS.prune needs the second moment of the consumer's inputs, got None")
-        inverse = torch.linalg.inv(damped(second_moment, self.damping))
+        inverse = torch.linalg.inv(damped(inputs, self.damping))
         weight = weights.consumer.double().clone()
         groups_left = torch.arange(groups.n_groups, device=weight.device)
         thin = []

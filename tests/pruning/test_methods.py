@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from diffes.adapters import GroupSet
-from diffes.pruning import METHODS, LayerWeights
+from diffes.errors import DiffesError
+from diffes.pruning import METHODS, BlockChanges, DepthMethod, LayerWeights, WidthMethod
 from diffes.pruning.obs import OBS, damped
 
+WIDTH = [name for name in METHODS.names() if issubclass(METHODS.get(name), WidthMethod)]
+DEPTH = [name for name in METHODS.names() if issubclass(METHODS.get(name), DepthMethod)]
 SETS = [
     GroupSet("attention", "heads", 6, 4, ("q", "k", "v"), "out"),
     GroupSet("ffn", "channels", 24, 1, ("in",), "out"),
@@ -29,12 +32,17 @@ def example(groups: GroupSet, seed: int = 0) -> tuple[LayerWeights, torch.Tensor
     return LayerWeights(producers, torch.randn(10, d, generator=generator)), x.T @ x / 400
 
 
+def statistics(method: WidthMethod, moment: torch.Tensor) -> torch.Tensor | None:
+    return {"second_moment": moment, "squares": moment.diagonal(), "nothing": None}[method.needs]
+
+
 @pytest.mark.parametrize("groups", SETS, ids=lambda groups: groups.name)
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", WIDTH)
 def test_levels_are_nested_and_of_the_asked_size(name: str, groups: GroupSet) -> None:
     weights, moment = example(groups)
     wanted = [groups.n_kept(level, 6) for level in range(1, 7)]
-    thin = METHODS.get(name)().prune(groups, weights, moment, wanted)
+    method = METHODS.make(name)
+    thin = method.prune(groups, weights, statistics(method, moment), wanted)
     assert [len(t.kept) for t in thin] == wanted
     assert wanted[-1] == 0
     for larger, smaller in itertools.pairwise(thin):
@@ -45,11 +53,13 @@ def test_levels_are_nested_and_of_the_asked_size(name: str, groups: GroupSet) ->
 
 
 @pytest.mark.parametrize("groups", SETS, ids=lambda groups: groups.name)
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", WIDTH)
 def test_methods_leave_their_inputs_alone_and_repeat_themselves(name: str, groups: GroupSet) -> None:
     weights, moment = example(groups)
     before = [t.clone() for t in (*weights.producers, weights.consumer, moment)]
-    first, second = (METHODS.get(name)().prune(groups, weights, moment, [3, 1]) for _ in range(2))
+    method = METHODS.make(name)
+    given = statistics(method, moment)
+    first, second = (method.prune(groups, weights, given, [3, 1]) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(before, (*weights.producers, weights.consumer, moment), strict=True))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.kept, b.kept)
@@ -102,3 +112,57 @@ def test_magnitude_drops_what_is_smallest_in_all_layers() -> None:
     weights.consumer[:, span] *= 1e-3
     (thin,) = METHODS.get("magnitude")().prune(groups, weights, None, [5])
     assert thin.kept.tolist() == [0, 1, 3, 4, 5]
+
+
+def test_activation_drops_what_is_quietest_whatever_its_weights() -> None:
+    groups = SETS[0]
+    weights, moment = example(groups)
+    squares = moment.diagonal().clone()
+    squares[8:12] = 1e-6
+    weights.consumer[:, 8:12] *= 1e9
+    (thin,) = METHODS.make("activation").prune(groups, weights, squares, [5])
+    assert thin.kept.tolist() == [0, 1, 3, 4, 5]
+
+
+def test_wanda_weighs_activations_with_weights() -> None:
+    """By hand: scores |W| summed over outputs times the norm are 2 * 3, 1 * 5 and 4 * 1."""
+    groups = GroupSet("ffn", "channels", 3, 1, ("in",), "out")
+    weights = LayerWeights((torch.ones(3, 1),), torch.tensor([[1.0, -1, 2], [-1, 0, 2]]))
+    order = METHODS.make("wanda").prune(groups, weights, torch.tensor([9.0, 25, 1]), [2, 1])
+    assert [thin.kept.tolist() for thin in order] == [[0, 1], [0]]
+
+
+@pytest.mark.parametrize(("spec", "expected"), [("layer_drop", [0.5, 0.1]), ("layer_drop:importance=mse", [2.0, 3.0])])
+def test_layer_drop_ranks_by_what_it_is_told_to(spec: str, expected: list[float]) -> None:
+    changes = BlockChanges(torch.tensor([0.5, 0.1]), torch.tensor([2.0, 3.0]))
+    assert METHODS.make(spec).importance(changes).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_timestep_weights_are_positive_and_never_rise(name: str) -> None:
+    weights = METHODS.make(name).timestep_weights(torch.linspace(0, 1, 11))
+    assert weights.shape == (11,) and weights.min() > 0
+    assert (weights.diff() <= 0).all()
+
+
+def test_log_weighting_of_obs_falls_from_one_to_a_half() -> None:
+    method = METHODS.make("obs:weighting=log")
+    assert method.timestep_weights(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([1, 0.5])
+    assert METHODS.make("obs:damping=0.1").damping == 0.1
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("obs:weighting=linear", "weighting of obs must be uniform or log, got 'linear'"),
+        ("obs:damping=0", r"damping of obs must be in \(0, 1\], got 0"),
+        ("obs:dampin=0.1", "its options are damping, weighting"),
+        ("obs:damping", "is no option"),
+        ("layer_drop:importance=l1", "must be cosine or mse, got 'l1'"),
+        ("magnitude:x=1", "its options are none"),
+        ("obss", "Did you mean 'obs'"),
+    ],
+)
+def test_bad_specs_are_refused(spec: str, message: str) -> None:
+    with pytest.raises(DiffesError, match=message):
+        METHODS.make(spec)

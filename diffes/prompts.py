@@ -1,0 +1,66 @@
+"""Prompts for text-to-image models: searches, calibration and reports draw from disjoint ones."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+from diffes.errors import DiffesError
+
+PROMPTS = "prompts.json"
+SPLITS = ("search", "heldout", "calibration")
+
+_SUBJECTS = {
+    "search": (
+        "an old fisherman mending a net", "a red bicycle leaning against a wall", "a bowl of ramen with a soft egg",
+        "a lighthouse above a rocky shore", "a border collie running through grass", "a bottle with dried flowers",
+        "a narrow street with market stalls", "a sailing boat in a harbour",
+    ),
+    "heldout": (
+        "a girl reading under an apple tree", "a steam locomotive on a bridge", "a stack of pancakes with berries",
+        "a castle on a hill", "a tabby cat asleep on a windowsill", "a brass telescope on a wooden desk",
+        "a crowded city square", "a hot-air balloon over fields",
+    ),
+    "calibration": (
+        "a potter shaping clay", "a yellow vintage car", "a loaf of bread on a board", "a village beside a lake",
+        "an owl on a branch", "a violin in an open case", "a railway station hall", "a kayak on a calm river",
+    ),
+}  # fmt: skip
+_STYLES = (
+    "a photograph of {}", "an oil painting of {}", "a watercolour of {}", "{} at sunrise", "{} in heavy rain",
+    "a close-up of {}, shallow depth of field", "{}, flat vector illustration", "a black and white picture of {}",
+)  # fmt: skip
+
+
+def default_prompts() -> dict[str, list[str]]:
+    """64 prompts a split for models that come without their own; no subject is in two splits."""
+    return {
+        split: [style.format(subject) for style, subject in itertools.product(_STYLES, subjects)]
+        for split, subjects in _SUBJECTS.items()
+    }
+
+
+def read_prompts(path: Path) -> dict[str, list[str]]:
+    """Prompts of a JSON file with the lists `search`, `heldout` and, if wanted, `calibration`.
+
+    Raises:
+        DiffesError: the file is not of that form, or a prompt is in two lists.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        prompts = {split: list(data.get(split, [])) for split in SPLITS}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DiffesError(
+            f"{path} holds no prompts ({error}); expected JSON: {{'search': [...], 'heldout': [...]}}"
+        ) from error
+    if not all(isinstance(text, str) and text for texts in prompts.values() for text in texts):
+        raise DiffesError(f"every prompt in {path} must be a text that is not empty")
+    if not prompts["search"] or not prompts["heldout"]:
+        raise DiffesError(f"{path} must have at least one prompt in each of 'search' and 'heldout'")
+    for a, b in itertools.combinations(SPLITS, 2):
+        if shared := sorted(set(prompts[a]) & set(prompts[b])):
+            raise DiffesError(
+                f"{path} has {shared[0]!r} in both {a!r} and {b!r}; searches and reports must not share prompts"
+            )
+    return prompts
