@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS.names(), help="specs, as of `diffes search --method`")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.3, 0.5])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--max-evals", type=int, default=60)
+    parser.add_argument("--max-evals", type=int, default=40)
     parser.add_argument("--strategy", default=RunConfig().strategy)
     parser.add_argument("--metric", default="ssim")
     parser.add_argument("--heldout", type=int, default=64)
