@@ -102,5 +102,5 @@ def image_grid(rows: Mapping[str, Tensor], path: Path, columns: Sequence[str] | 
                 axes.spines[:].set_visible(False)
             row[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for axes, title in zip(grid[0], columns or (), strict=False):
-            axes.set_title(textwrap.fill(title, 18), fontsize=7)
+            axes.set_title(textwrap.fill(title, 15), fontsize=7)
         _save(figure, path)
