@@ -13,23 +13,35 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from compare_strategies import RESULTS, OneLine, run_cell, with_budget
 
 from diffes import cost
 from diffes.adapters import shipped_models
+from diffes.bench import HELDOUT_SEED, Workbench, prepare, search_on, vary
 from diffes.config import RunConfig
 from diffes.evaluation import ScheduleEvaluator
 from diffes.folder import config_record
 from diffes.pruning import METHODS
-from diffes.run import HELDOUT_SEED, Workbench, prepare
 
 NAME = "compare_methods"
+RESULTS = Path(__file__).parent / "results"
+
+
+class OneLine:
+    """Progress without bars."""
+
+    @contextmanager
+    def task(self, title: str, total: int) -> Iterator[Callable[..., None]]:
+        start = time.perf_counter()
+        yield lambda note, amount=1: None
+        print(f"{title}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def baselines(bench: Workbench, heldout: ScheduleEvaluator) -> dict[str, Any]:
@@ -56,11 +68,22 @@ def run_method(config: RunConfig, cells: list[RunConfig]) -> Iterator[dict[str, 
     known: dict[float, dict[str, Any]] = {}
     for cell in cells:
         print(f"{cell.model}, {cell.method}, budget {cell.budget}, seed {cell.seed}", flush=True)
-        here = replace(with_budget(bench, cell.budget), config=cell)
+        here = vary(bench, cell, OneLine())
         if cell.budget not in known:
             known[cell.budget] = baselines(here, heldout)
-        found = run_cell(here, cell.strategy, cell.seed, cell.max_evals, heldout)
-        schedule = here.space.schedule(found["levels"])
+        result = search_on(here, OneLine())
+        schedule = result.best.schedule
+        scores = heldout.scores(schedule)
+        found: dict[str, Any] = {
+            "levels": list(schedule.levels),
+            "search": result.best.fitness,
+            "heldout_mean": float(scores.mean()),
+            "heldout_std": float(scores.std()),
+            "evaluations": len(result.evaluations),
+            "denoiser_calls": result.denoiser_calls,
+            "seconds": round(result.seconds, 1),
+            "curve": [round(value, 6) for value in result.curve()],
+        }
         found["macs"] = cost.macs_fraction(here.router, schedule, here.space.steps)
         place = {"model": cell.model, "method": cell.method, "budget": cell.budget, "seed": cell.seed}
         yield place | known[cell.budget] | found | config_record(cell) | {"threads": torch.get_num_threads()}

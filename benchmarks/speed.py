@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_strategies import OneLine, with_budget
+from compare_methods import OneLine
 
+from diffes.bench import Workbench, prepare, vary
 from diffes.config import RunConfig
 from diffes.cost import interleaved_ms, macs_fraction
 from diffes.folder import config_record
-from diffes.run import Workbench, prepare
 from diffes.schedule import Schedule
 
 RESULTS = Path(__file__).parent / "results"
@@ -43,7 +43,8 @@ def routed(bench: Workbench, batch: int, schedule: Schedule) -> torch.Tensor:
 def measure(bench: Workbench, batch: int, budgets: list[float], repeats: int) -> list[dict[str, Any]]:
     """One row a budget; all candidates of a batch size take turns."""
     steps = bench.config.steps
-    schedules = [space.schedule(space.uniform()) for space in (with_budget(bench, b).space for b in budgets)]
+    spaces = [vary(bench, replace(bench.config, budget=budget), OneLine()).space for budget in budgets]
+    schedules = [space.schedule(space.uniform()) for space in spaces]
     fractions = [macs_fraction(bench.router, schedule, bench.space.steps) for schedule in schedules]
     fewer = [max(1, round(steps * fraction)) for fraction in fractions]
     dense_ms, *rest = interleaved_ms(

@@ -6,23 +6,21 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from diffes import report as reports
 from diffes.config import RunConfig
 from diffes.errors import DiffesError
+from diffes.progress import RichProgress, console
 
 app = tyro.extras.SubcommandApp()
-console = Console()
 _DEFAULT = RunConfig()
+_EQUAL_MACS = RunConfig(cost="macs", budget=0.7)  # levels cost something else with another method or number of stages
 WRITE_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -33,20 +31,6 @@ WRITE_ERRORS = {
     errno.EFBIG,
     errno.EIO,
 }
-
-
-class RichProgress:
-    """`diffes.run.Progress` as bars in the terminal; one line a finished task where there is no terminal."""
-
-    @contextmanager
-    def task(self, title: str, total: int) -> Iterator[Callable[[str], None]]:
-        columns = (
-            TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-        )  # fmt: skip
-        with Progress(*columns, console=console) as bars:
-            task = bars.add_task(f"{title:<32}", total=total, note="")
-            yield lambda note: bars.update(task, advance=1, note=note)
 
 
 @app.command
@@ -116,7 +100,8 @@ def sample(
         raise DiffesError(f"sample needs at least one condition and a seed in [0, 2^32), got {conditions} and {seed}")
     engine = _engine()
     images, names = engine.sample_images(run, conditions, seed=seed, steps=steps, guidance=guidance, device=device)
-    engine.folder.write_safely(out, lambda partial: engine.plots.image_grid({"": images}, partial, names))
+    figure = engine.plots.image_grid({"": images}, names)
+    engine.folder.write_safely(out, lambda partial: engine.plots.save(figure, partial))
     console.print(f"written to {out}", highlight=False)
 
 
@@ -148,6 +133,74 @@ def export(
     console.print(f"next: python -c 'import diffes; pipe = diffes.load(\"{out}\")'", highlight=False, markup=False)
 
 
+@app.command
+def compare(
+    strategies: list[str] = ["evolution", "evopress", "surrogate", "tpe", "random", "uniform"],  # noqa: B006
+    seeds: int = 5,
+    config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _DEFAULT,
+    out: Path | None = None,
+) -> None:
+    """Compare strategies at an equal number of denoiser calls, over several seeds, on held-out probes.
+
+    Writes a table with a paired test, CSV, JSON, best-so-far curves with quartile bands. The same command run again
+    goes on where it stopped; with more seeds or strategies it adds them.
+
+    Args:
+        strategies: names, with options after a colon; the first is what the others are tested against.
+        seeds: searches of each, from --seed on; each draws its own probes.
+        config: settings of all runs; --strategy is not used. All spend --max-calls denoiser calls, or if that is left
+            out what --max-evals whole evaluations cost.
+        out: folder of the results. Left out: runs/compare-MODEL-METHOD-BUDGET.
+    """
+    model = config.model.rstrip("/").rsplit("/", 1)[-1]
+    _experiment(config, {"strategy": strategies}, seeds, out, f"compare-{model}-{config.method}-{config.budget:g}")
+
+
+@app.command
+def ablate(
+    vary: tyro.conf.Positional[list[str]],
+    seeds: int = 3,
+    config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _EQUAL_MACS,
+    out: Path | None = None,
+) -> None:
+    """Vary any settings and measure every combination over several seeds, on held-out probes.
+
+    For instance: diffes ablate stages=2,5,10,20 metric=ssim,latent_mse --budget 0.6
+
+    The budget counts MACs here unless --cost says otherwise, so that all combinations cost the same.
+
+    Args:
+        vary: option=value,value,... for any option of `diffes search`. A value with a colon is taken whole; repeat the
+            option for more.
+        seeds: searches of each combination, from --seed on; each draws its own probes.
+        config: all other settings. All searches spend --max-calls denoiser calls, or if that is left out what
+            --max-evals whole evaluations cost.
+        out: folder of the results. Left out: runs/ablate-MODEL-OPTIONS.
+    """
+    from diffes.experiment import parse_variations
+
+    varied = parse_variations(vary)
+    model = config.model.rstrip("/").rsplit("/", 1)[-1]
+    _experiment(config, varied, seeds, out, f"ablate-{model}-{'-'.join(varied)}")
+
+
+def _experiment(config: RunConfig, varied: dict[str, list[Any]], seeds: int, out: Path | None, name: str) -> None:
+    _engine()
+    from diffes import experiment
+
+    out = out or Path("runs") / re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
+    head, body = experiment.run_experiment(config, varied, seeds, out, RichProgress()).table(brief=True)
+    table = Table(title=f"held-out {config.metric}" if "metric" not in varied else "held-out fitness")
+    for title in head:
+        table.add_column(title, justify="left" if title in varied else "right", no_wrap=title in varied)
+    for line in body:
+        table.add_row(*line)
+    console.print(table)
+    console.print(f"written to {out}:", highlight=False)
+    for path in sorted(path for path in out.iterdir() if path.is_file()):
+        console.print(f"  {path}  ({path.stat().st_size:,} bytes)", highlight=False)
+
+
 def _engine() -> Any:
     """`diffes.run`, imported late (torch takes seconds and `--help` needs none of it), the libraries kept quiet."""
     import warnings
@@ -155,15 +208,7 @@ def _engine() -> Any:
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore")
     with console.status("loading torch and diffusers"):
-        from diffusers.utils import logging as diffusers_logging
-        from transformers.utils import logging as transformers_logging
-
         from diffes import run
-
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     return run
 
 

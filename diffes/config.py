@@ -26,13 +26,26 @@ class RunConfig:
     guidance: float = 2.0
     """Classifier-free guidance scale; 1 and less switch it off."""
     budget: float = 0.5
-    """Mean sparsity over the steps, in [0, 1]: the fraction of prunable parameters that every schedule removes."""
+    """What every schedule has to meet, in [0, 1]. Of level: the mean sparsity over the steps, the fraction of prunable
+    parameters removed. Of macs or latency: the most that it may cost, as a fraction of the dense model."""
+    cost: Literal["level", "macs", "latency"] = "level"
+    """What the budget counts: levels, as in the paper; multiply-accumulates of the whole denoiser; or milliseconds,
+    measured on this device when the run begins."""
     metric: str = "ssim"
     """Fitness: latent_mse, latent_cosine, or any pyiqa metric by its name there."""
     strategy: str = "evolution"
-    """Search strategy: evolution (the paper's algorithm), random, tpe, uniform, or one of your own by entry point."""
+    """Search strategy, or one of your own by entry point. Searches: evolution (the paper's), evopress, surrogate, tpe,
+    cmaes, optuna:sampler=NAME, nsga2 (the whole front), exhaustive (small spaces). Baselines: uniform, random, mosaic.
+    Options follow a colon: evolution:mu=4,lam=16."""
+    mutation: str | None = None
+    """Mutation operator of evolution, evopress and nsga2, or one of your own: level_switch, level_switch_small,
+    level_step, swap_stages, shift_window, segment_transfer. Options follow a colon. Left out: the strategy's own."""
+    crossover: str | None = None
+    """Crossover operator of evolution and nsga2, or one of your own: level_exchange. Left out: the strategy's own."""
     max_evals: int = 120
-    """Schedules to evaluate."""
+    """Schedules to evaluate; one on a fraction of the probes counts as that fraction."""
+    max_calls: int | None = None
+    """Denoiser calls to spend, in rows. Left out: only max_evals ends the search."""
     probes: int = 16
     """Images per evaluation, from fixed noise and classes or prompts."""
     heldout: int = 64
@@ -45,6 +58,9 @@ class RunConfig:
     prompts: str | None = None
     """Text-to-image models: a JSON file with lists of prompts `search`, `heldout` and `calibration`, none in two of
     them. Left out: prompts.json in the model's folder if it has one, else 64 of each that come with diffes."""
+    storage: str | None = None
+    """URL of a database for the evaluations, for instance postgresql://HOST/NAME. Left out: study.journal in the run
+    folder. Both are opened by optuna-dashboard."""
     seed: int = 0
     """Seed of the strategy, of the search probes and of the calibration noise."""
     device: str = "auto"
@@ -60,6 +76,8 @@ class RunConfig:
             value = getattr(self, name)
             if value < smallest:
                 raise DiffesError(f"{name} must be at least {smallest}, got {value}")
+        if self.max_calls is not None and self.max_calls < 1:
+            raise DiffesError(f"max_calls must be at least 1, got {self.max_calls}")
         if self.seed >= 10**9:
             raise DiffesError(f"seed must be below 10^9, got {self.seed}: held-out probes are drawn from one above")
         if not math.isfinite(self.guidance) or self.guidance < 0:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffes.adapters.base import GroupSet, Kind, ModelAdapter
+from diffes.adapters.base import GroupSet, Kind, ModelAdapter, Probes
 from diffes.routing import Router
-from diffes.schedule import Schedule
+from diffes.schedule import Schedule, StagePlan
 
 
 @torch.no_grad()
@@ -39,11 +41,82 @@ def macs_fraction(router: Router, schedule: Schedule, steps: Sequence[int]) -> f
     return sum(n * macs for n, macs in zip(steps, stages, strict=True)) / (sum(steps) * dense)
 
 
-def interleaved_ms(runs: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[float]:
-    """Median wall time in milliseconds of each of `runs`, taken in turns so that all see the same machine."""
+@torch.no_grad()
+def macs_by_level(router: Router, plan: StagePlan, visited: Sequence[int], max_level: int) -> list[list[float]]:
+    """(S, H + 1) multiply-accumulates of one denoiser call on a batch of one; in stages not visited those when dense.
+
+    All stages lose as many heads and channels at a level, so width is counted in one stage; which blocks a level skips
+    differs by stage, and blocks need not be alike.
+    """
+    dense = float(macs_per_call(router.adapter))
+    table = [[dense] * (max_level + 1) for _ in range(len(plan))]
+    counted = visited if router.bank.kind == "depth" else visited[:1]
+    for level in range(1, max_level + 1):
+        with router.routed(_only(plan, counted, level, max_level)):
+            for stage in counted:
+                table[stage][level] = macs_per_call(router.adapter, plan.stages[stage][0])
+    for stage in visited if router.bank.kind == "width" else ():
+        table[stage] = list(table[visited[0]])
+    return table
+
+
+@torch.no_grad()
+def ms_by_level(
+    router: Router, plan: StagePlan, visited: Sequence[int], max_level: int, probes: Probes, repeats: int
+) -> list[list[float]]:
+    """(S, H + 1) median milliseconds of one denoiser call on the probes' batch, levels taking turns.
+
+    Measured in one stage for width, as MACs are counted; in every visited one for depth.
+    """
+    adapter = router.adapter
+    latents = probes.noise.to(adapter.device, adapter.dtype)
+    counted = visited if router.bank.kind == "depth" else visited[:1]
+    table = [[0.0] * (max_level + 1) for _ in range(len(plan))]
+    for stage in counted:
+        timesteps = torch.full((len(probes),), plan.stages[stage][0])
+
+        def call(timesteps: Tensor = timesteps) -> None:
+            adapter.denoise_once(latents, timesteps, probes.conditions)
+
+        def enter(level: int, stage: int = stage, call: Callable[[], None] = call) -> None:
+            router.install(_only(plan, [stage], level, max_level))
+            call()  # the weights are swapped once a stage, not in every call
+
+        levels = range(max_level + 1)
+        try:
+            before = [functools.partial(enter, level) for level in levels]
+            table[stage] = interleaved_ms([call] * len(levels), repeats, adapter.device, before)
+        finally:
+            router.remove()
+    for stage in range(len(plan)):
+        if stage not in counted:
+            table[stage] = list(table[counted[0]])
+    return table
+
+
+def _only(plan: StagePlan, stages: Sequence[int], level: int, max_level: int) -> Schedule:
+    """A schedule of one level in some stages and dense ones elsewhere."""
+    return Schedule(plan, tuple(level if s in stages else 0 for s in range(len(plan))), max_level)
+
+
+def interleaved_ms(
+    runs: Sequence[Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    before: Sequence[Callable[[], object]] | None = None,
+) -> list[float]:
+    """Median wall time in milliseconds of each of `runs`, taken in turns so that all see the same machine.
+
+    Args:
+        runs: what is timed.
+        repeats: rounds that count; one more goes first.
+        device: waited for before and after each.
+        before: what is done, untimed, before each run.
+    """
     times: list[list[float]] = [[] for _ in runs]
     for repeat in range(repeats + 1):
-        for run, taken in zip(runs, times, strict=True):
+        for prepare, run, taken in zip(before or [lambda: None] * len(runs), runs, times, strict=True):
+            prepare()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             start = time.perf_counter()

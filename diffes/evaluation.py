@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,9 @@ class ScheduleEvaluator:
     cached, a batch is walked as a trie, and only what differs is run. Scores are bit-identical to running all of it,
     because every denoiser call is made on the same inputs in the same batch.
 
-    Denoiser calls are counted in rows: a call on a batch of b counts b, both branches of guidance included.
+    Denoiser calls are counted in rows: a call on a batch of b counts b, both branches of guidance included. A search
+    that goes on over its store counts as if it had never stopped: what its cache would have held is run again, but not
+    counted again.
 
     Args:
         router: the model with its bank; dense outside of an evaluation.
@@ -41,7 +44,7 @@ class ScheduleEvaluator:
     Attributes:
         steps: (S,) denoiser calls per stage.
         reference: dense outputs (n, ...) in the metric's space.
-        denoiser_calls: rows run so far, the dense references excluded.
+        denoiser_calls: rows counted so far, the dense references excluded.
     """
 
     def __init__(
@@ -62,7 +65,8 @@ class ScheduleEvaluator:
         self.metric = metric
         self.n_steps = n_steps
         self.guidance = guidance
-        self._parts = [probes[i : i + batch] for i in range(0, len(probes), batch)]
+        self.probes = probes
+        self.batch = batch
         stages = [plan.stage_of(t) for t in self.adapter.timesteps(n_steps)]
         if stages != sorted(stages, reverse=True):
             raise DiffesError("this scheduler's timesteps do not fall; schedules need a sampler that walks downwards")
@@ -71,77 +75,116 @@ class ScheduleEvaluator:
         self.denoiser_calls = 0
         self.reference = self._in_metric_space(self.dense_latents(n_steps))
 
-    def __call__(self, schedules: Sequence[Schedule]) -> Iterator[Evaluation]:
+    def __call__(self, schedules: Sequence[Schedule], fidelity: float = 1.0) -> Iterator[Evaluation]:
         """Evaluates a batch in the order of the trie, so that neighbours follow each other; yields each when done."""
         for schedule in sorted(schedules, key=lambda schedule: schedule.levels[::-1]):
             start, before = time.perf_counter(), self.denoiser_calls
-            fitness = float(self.scores(schedule).mean())
-            yield Evaluation(schedule, fitness, self.denoiser_calls - before, time.perf_counter() - start)
+            fitness = float(self.scores(schedule, fidelity).mean())
+            calls, seconds = self.denoiser_calls - before, time.perf_counter() - start
+            yield Evaluation(schedule, fitness, calls, seconds, fidelity)
 
-    def scores(self, schedule: Schedule) -> Tensor:
-        """Score of each probe (n,), higher is better."""
-        return self.metric(self._in_metric_space(self.latents(schedule)), self.reference)
+    def remember(self, evaluation: Evaluation) -> None:
+        """Notes an evaluation of an earlier process, so that its shared trajectories are not counted twice."""
+        for part in self._parts(evaluation.fidelity):
+            prefixes = self._prefixes(part, evaluation.schedule)
+            for prefix in prefixes[self._cache.depth(prefixes) :]:
+                self._cache.put(prefix, None, self._state_bytes(part))
+
+    def scores(self, schedule: Schedule, fidelity: float = 1.0) -> Tensor:
+        """Score (n,) of each probe, or of the first `ceil(fidelity * n)`; higher is better."""
+        latents = self.latents(schedule, fidelity)
+        return self.metric(self._in_metric_space(latents), self.reference[: len(latents)])
 
     @torch.no_grad()
-    def latents(self, schedule: Schedule) -> Tensor:
+    def latents(self, schedule: Schedule, fidelity: float = 1.0) -> Tensor:
         """Final latents (n, C, h, w) of the routed model."""
         with self.router.routed(schedule):
-            return torch.cat([self._run(i, part, schedule) for i, part in enumerate(self._parts)])
+            return torch.cat([self._run(part, schedule) for part in self._parts(fidelity)])
 
     @torch.no_grad()
     def dense_latents(self, n_steps: int) -> Tensor:
         """Final latents (n, C, h, w) of the dense model at any number of steps: the reference, the cheapest rival."""
-        return torch.cat([self.adapter.sample(part, n_steps, self.guidance) for part in self._parts])
+        parts = [self.probes[rows] for rows in self._parts()]
+        return torch.cat([self.adapter.sample(part, n_steps, self.guidance) for part in parts])
 
     def dense_scores(self, n_steps: int) -> Tensor:
         """Score of each probe (n,) of the dense model with fewer steps, against its own full run."""
         return self.metric(self._in_metric_space(self.dense_latents(n_steps)), self.reference)
 
-    def _run(self, part_index: int, part: Probes, schedule: Schedule) -> Tensor:
-        """Walks the stages from the noisiest, from the deepest cached state on."""
+    def _parts(self, fidelity: float = 1.0) -> list[slice]:
+        """Which probes share a denoiser call."""
+        n = math.ceil(fidelity * len(self.probes))
+        return [slice(i, min(i + self.batch, n)) for i in range(0, n, self.batch)]
+
+    def _prefixes(self, rows: slice, schedule: Schedule) -> list[Prefix]:
+        """What decides the state after each visited stage, from the noisiest on: the probes, the levels so far."""
         visited = [s for s in reversed(range(len(self.plan))) if self.steps[s]]
-        prefixes = [(part_index, *(schedule.levels[s] for s in visited[: i + 1])) for i in range(len(visited))]
-        done, state = 0, None
-        for i in reversed(range(len(visited))):
-            state = self._cache.get(prefixes[i])
-            if state is not None:
-                done = i + 1
-                break
+        levels = [schedule.levels[s] for s in visited]
+        return [(rows.start, rows.stop, *levels[: i + 1]) for i in range(len(visited))]
+
+    def _state_bytes(self, rows: slice) -> int:
+        return (rows.stop - rows.start) * self.probes.noise[0].nbytes
+
+    def _run(self, rows: slice, schedule: Schedule) -> Tensor:
+        """Walks the stages from the noisiest, from the deepest cached state on."""
+        part, prefixes = self.probes[rows], self._prefixes(rows, schedule)
+        counted = self._cache.depth(prefixes)
+        done, state = self._cache.deepest(prefixes)
         if state is None:
             state = self.adapter.start(part, self.n_steps, self.guidance)
+        visited = [s for s in reversed(range(len(self.plan))) if self.steps[s]]
         for i in range(done, len(visited)):
             for _ in range(self.steps[visited[i]]):
                 state = self.adapter.step(state, part, self.guidance)
-                self.denoiser_calls += len(part) * (2 if self.guidance > 1 else 1)
-            self._cache.put(prefixes[i], state)
+                if i >= counted:
+                    self.denoiser_calls += len(part) * (2 if self.guidance > 1 else 1)
+            self._cache.put(prefixes[i], state, self._state_bytes(rows))
         return self.adapter.finish(state, self.guidance)
 
     def _in_metric_space(self, latents: Tensor) -> Tensor:
         if self.metric.space == "latent":
             return latents
-        return torch.cat([self.adapter.decode(part) for part in latents.split(len(self._parts[0]))])
+        return torch.cat([self.adapter.decode(part) for part in latents.split(self.batch)])
+
+
+Prefix = tuple[int, ...]
 
 
 class _StateCache:
-    """The most recently used sampling states, within a number of bytes."""
+    """The most recently used sampling states, within a number of bytes.
+
+    A prefix may be known without its state: it was computed by the process before this one, and would be here still.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._states: OrderedDict[tuple[int, ...], SamplingState] = OrderedDict()
+        self._states: OrderedDict[Prefix, tuple[int, SamplingState | None]] = OrderedDict()
 
-    def get(self, key: tuple[int, ...]) -> SamplingState | None:
-        state = self._states.get(key)
-        if state is None:
-            return None
-        self._states.move_to_end(key)
-        return replace(state, scheduler=copy.deepcopy(state.scheduler))
+    def depth(self, prefixes: Sequence[Prefix]) -> int:
+        """How many stages the longest known prefix has, which counts as used now; 0 when none is known."""
+        for i in reversed(range(len(prefixes))):
+            if prefixes[i] in self._states:
+                self._states.move_to_end(prefixes[i])
+                return i + 1
+        return 0
 
-    def put(self, key: tuple[int, ...], state: SamplingState) -> None:
-        if key in self._states:
+    def deepest(self, prefixes: Sequence[Prefix]) -> tuple[int, SamplingState | None]:
+        """The longest prefix with a state, how many stages it has, and a copy of the state; (0, None) when none has."""
+        for i in reversed(range(len(prefixes))):
+            _, state = self._states.get(prefixes[i], (0, None))
+            if state is not None:
+                return i + 1, replace(state, scheduler=copy.deepcopy(state.scheduler))
+        return 0, None
+
+    def put(self, prefix: Prefix, state: SamplingState | None, n_bytes: int) -> None:
+        """Adds a prefix, or gives a known one its state; drops the least recently used ones that do not fit."""
+        kept = replace(state, scheduler=copy.deepcopy(state.scheduler)) if state is not None else None
+        if prefix in self._states:
+            self._states[prefix] = n_bytes, kept
             return
-        self._states[key] = replace(state, scheduler=copy.deepcopy(state.scheduler))
-        self._bytes += state.latents.nbytes
+        self._states[prefix] = n_bytes, kept
+        self._bytes += n_bytes
         while self._bytes > self._max_bytes and len(self._states) > 1:
-            _, oldest = self._states.popitem(last=False)
-            self._bytes -= oldest.latents.nbytes
+            _, (size, _) = self._states.popitem(last=False)
+            self._bytes -= size

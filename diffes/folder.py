@@ -18,10 +18,11 @@ from diffes.config import RunConfig
 from diffes.errors import DiffesError
 from diffes.schedule import Schedule
 
-CONFIG, JOURNAL, SCHEDULE, BANK, REPORT = (
-    "config.json", "study.journal", "schedule.json", "bank.safetensors", "report.json",
+CONFIG, JOURNAL, SCHEDULE, BANK, REPORT, COSTS = (
+    "config.json", "study.journal", "schedule.json", "bank.safetensors", "report.json", "costs.json",
 )  # fmt: skip
 FIGURES = ("schedule.png", "convergence.png", "images.png")
+FRONT = "front.png"  # of strategies that search one
 FILES = (CONFIG, JOURNAL, SCHEDULE, BANK, *FIGURES, REPORT)
 SCHEDULE_VERSION = 1
 BASE = "base"  # of an exported folder: its copy of the base model
@@ -206,6 +207,6 @@ def begin_run(folder: Path, config: RunConfig, *, resumes: bool) -> None:
     """Clears the files of an earlier run, unless it is gone on with, and writes `config.json`."""
     folder.mkdir(exist_ok=True)
     if not resumes:
-        for name in (REPORT, SCHEDULE, *FIGURES, BANK, JOURNAL, f"{JOURNAL}.lock"):
+        for name in (REPORT, SCHEDULE, *FIGURES, FRONT, BANK, COSTS, JOURNAL, f"{JOURNAL}.lock"):
             (folder / name).unlink(missing_ok=True)
         write_json(folder / CONFIG, config_record(config))

@@ -7,6 +7,7 @@ built-in strategies and mutations are entry points in this project's own `pyproj
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
@@ -74,8 +75,13 @@ class Registry(Generic[T]):
                 options[option] = value
         return self.get(name), options
 
-    def make(self, spec: str, *args: Any, **kwargs: Any) -> Any:
-        """Calls the thing of a spec with the arguments given and the options of the spec.
+    def bind(self, spec: str, n_args: int = 0, **kwargs: Any) -> Callable[..., Any]:
+        """The thing of a spec with keyword arguments and the options of the spec filled in, to be called with the rest.
+
+        Args:
+            spec: as for `parse`.
+            n_args: how many positional arguments it will be called with.
+            kwargs: keyword arguments that are not the user's to choose.
 
         Raises:
             DiffesError: as `parse`, or the thing has no such option.
@@ -83,12 +89,17 @@ class Registry(Generic[T]):
         thing, options = self.parse(spec)
         if not callable(thing):
             raise TypeError(f"{self.kind} {spec!r} cannot be called")
+        signature = inspect.signature(thing)
         try:
-            inspect.signature(thing).bind(*args, **kwargs, **options)
+            signature.bind(*[None] * n_args, **kwargs, **options)
         except TypeError as error:
-            known = [n for n in inspect.signature(thing).parameters if n not in kwargs][len(args) :]
+            known = [name for name in signature.parameters if name not in kwargs][n_args:]
             raise DiffesError(f"{self.kind} {spec!r}: {error}; its options are {', '.join(known) or 'none'}") from error
-        return thing(*args, **kwargs, **options)
+        return functools.partial(thing, **kwargs, **options)
+
+    def make(self, spec: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls the thing of a spec with the arguments given and the options of the spec; errors as `bind`."""
+        return self.bind(spec, len(args), **kwargs)(*args)
 
     def names(self) -> list[str]:
         """All names, sorted; nothing is imported for it."""

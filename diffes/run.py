@@ -1,172 +1,31 @@
-"""One run from settings to results: calibrate, search, compare on held-out probes, write the run folder."""
+"""One run from settings to results: search, compare on held-out probes, write the run folder."""
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 
 from diffes import cost, folder, plots
-from diffes.adapters import Condition, ModelAdapter, Split, adapter_for, load_pipeline, shipped_models
+from diffes.adapters import Condition, adapter_for, shipped_models
 from diffes.adapters import model_folder as folder_of_model
-from diffes.bank import WeightBank, fingerprint
+from diffes.bank import fingerprint
+from diffes.bench import HELDOUT_SEED, LATENCY_REPEATS, Workbench, prepare, search_on
 from diffes.config import RunConfig
 from diffes.errors import DiffesError
 from diffes.evaluation import ScheduleEvaluator
-from diffes.metrics import Metric, make_metric
-from diffes.pipeline import load, pick_device
-from diffes.pruning import METHODS, PruningMethod
-from diffes.pruning.calibration import CalibrationSet, load_calibration, sample_calibration
-from diffes.routing import Router
-from diffes.schedule import Schedule, StagePlan
-from diffes.search import SearchResult, run_search
-from diffes.space import SearchSpace
-from diffes.store import EvaluationStore
+from diffes.pipeline import load
+from diffes.progress import Progress
+from diffes.schedule import Schedule
+from diffes.search import SearchResult
+from diffes.store import STUDY_NAME, EvaluationStore
 from diffes.strategy import STRATEGIES, Evaluation
 
-HELDOUT_SEED = 1_000_000_007  # of the held-out probes: the same for every run, so that runs can be compared
-LATENCY_REPEATS = 5
-
-
-class Progress(Protocol):
-    """What a run tells of its progress; `diffes.cli` draws it."""
-
-    def task(self, title: str, total: int) -> AbstractContextManager[Callable[[str], None]]:
-        """Starts a bar; the function it gives advances by one and shows a note."""
-
-
-@dataclass(frozen=True)
-class Workbench:
-    """A calibrated model, ready to evaluate schedules: what searches of the same model and method share.
-
-    Args:
-        config: the settings.
-        adapter: the model.
-        space: feasible schedules.
-        router: the model with its bank of all stages and levels.
-        metric: the fitness.
-    """
-
-    config: RunConfig
-    adapter: ModelAdapter
-    space: SearchSpace
-    router: Router
-    metric: Metric
-
-    def evaluator(self, n_probes: int, seed: int, split: Split = "search") -> ScheduleEvaluator:
-        """An evaluator on probes of its own."""
-        probes = self.adapter.make_probes(n_probes, seed, split)
-        return ScheduleEvaluator(
-            self.router,
-            self.space.plan,
-            probes,
-            n_steps=self.config.steps,
-            guidance=self.config.guidance,
-            metric=self.metric,
-        )
-
-
-def prepare(config: RunConfig, progress: Progress) -> Workbench:
-    """Loads, checks every setting, then calibrates and prunes: the long part comes last.
-
-    Raises:
-        DiffesError: a name is unknown, the budget infeasible, the model or its calibration data unusable.
-    """
-    STRATEGIES.get(config.strategy)
-    method = METHODS.make(config.method)
-    device = pick_device(config.device)
-    pipe = load_pipeline(config.model, device=device, dtype=getattr(torch, config.dtype))
-    pipe.set_progress_bar_config(disable=True)
-    adapter = adapter_for(pipe)
-    if config.prompts is not None:
-        adapter.use_prompts(Path(config.prompts))
-    plan = StagePlan.equal(config.stages, adapter.n_timesteps)
-    steps = plan.count_steps(adapter.timesteps(config.steps))
-    space = SearchSpace.mean_sparsity(plan, adapter.max_level(method.kind), config.budget, steps)
-    metric = make_metric(config.metric, adapter.device)
-    _try_metric(metric, adapter)
-    data = _calibration(config, adapter, method)
-    visited = space.visited
-    with progress.task(f"calibrating {config.method}", len(visited)) as advance:
-        bank = WeightBank.build(
-            adapter,
-            method,
-            plan,
-            data,
-            guided=config.guidance > 1,
-            seed=config.seed,
-            stages=visited,
-            progress=lambda stage: advance(f"stage {stage}"),
-        )
-    return Workbench(config, adapter, space, Router(adapter, bank), metric)
-
-
-def _try_metric(metric: Metric, adapter: ModelAdapter) -> None:
-    """Scores two images once, so that a metric that cannot work here says so before the long part.
-
-    Raises:
-        DiffesError: it does not score single images of this size.
-    """
-    latents = adapter.make_probes(2, 0).noise.to(adapter.device, adapter.dtype)
-    images = latents if metric.space == "latent" else adapter.decode(latents)
-    try:
-        metric(images, images)
-    except Exception as error:  # each metric fails in its own way
-        reason = " ".join(str(error).split())[:300]
-        raise DiffesError(
-            f"metric {metric.name!r} cannot score images of shape {tuple(images.shape[1:])} one by one "
-            f"({type(error).__name__}: {reason}); choose another, for instance ssim, psnr or latent_mse"
-        ) from error
-
-
-def _calibration(config: RunConfig, adapter: ModelAdapter, method: PruningMethod) -> CalibrationSet | None:
-    """Images that were named, those that came with the model, or samples of the dense model."""
-    if method.needs == "nothing":
-        return None
-    if config.calibration_data is not None:
-        path: Path | None = Path(config.calibration_data)
-    else:
-        home = folder_of_model(config.model)
-        path = home / "calibration.npz" if home and (home / "calibration.npz").is_file() else None
-    if path is not None:
-        return load_calibration(adapter, path, config.calibration_samples)
-    return sample_calibration(
-        adapter, config.calibration_samples, n_steps=config.steps, guidance=config.guidance, seed=HELDOUT_SEED + 1
-    )
-
-
-def search_on(
-    bench: Workbench,
-    progress: Progress,
-    *,
-    strategy: str,
-    seed: int,
-    max_evals: int,
-    store: EvaluationStore | None = None,
-) -> SearchResult:
-    """One search on a workbench, its probes drawn from `seed` like everything else in it."""
-    config = bench.config
-    evaluator = bench.evaluator(config.probes, seed)
-    best = -math.inf
-    with progress.task(f"searching with {strategy}", max_evals) as advance:
-
-        def on_evaluation(evaluation: Evaluation) -> None:
-            nonlocal best
-            best = max(best, evaluation.fitness)
-            advance(f"best {config.metric} {best:.5g}")
-
-        return run_search(
-            STRATEGIES.get(strategy)(bench.space, seed=seed),
-            evaluator,
-            max_evals=max_evals,
-            store=store,
-            on_evaluation=on_evaluation,
-        )
+FRONT_POINTS = 10  # of a front, measured on held-out probes
 
 
 def search(config: RunConfig, out: Path, progress: Progress, *, overwrite: bool = False) -> dict[str, Any]:
@@ -180,12 +39,22 @@ def search(config: RunConfig, out: Path, progress: Progress, *, overwrite: bool 
         OSError: `out` cannot be written to.
     """
     resumes = folder.open_run(out, config, overwrite=overwrite)
-    bench = prepare(config, progress)
+    known = folder.read_json(out / folder.COSTS) if resumes and (out / folder.COSTS).exists() else {}
+    bench = prepare(config, progress, known.get("costs"))
     folder.begin_run(out, config, resumes=resumes)
-    store = EvaluationStore(out / folder.JOURNAL, bench.space.plan, bench.space.max_level)
-    result = search_on(
-        bench, progress, strategy=config.strategy, seed=config.seed, max_evals=config.max_evals, store=store
-    )
+    if bench.costs is not None:
+        folder.write_json(out / folder.COSTS, {"cost": config.cost, "costs": bench.costs})
+    place = config.storage or out / folder.JOURNAL
+    study = out.resolve().name if config.storage else STUDY_NAME
+    if config.storage is not None and overwrite:
+        EvaluationStore.forget(config.storage, study)
+    store = EvaluationStore(place, bench.space, study)
+    if not resumes and len(store):
+        raise DiffesError(
+            f"{place} has evaluations of a study {study!r} already; pass --overwrite to replace them, or name another "
+            "--out folder"
+        )
+    result = search_on(bench, progress, store)
     macs_fraction = cost.macs_fraction(bench.router, result.best.schedule, bench.space.steps)
     _write_result(bench, result.best.schedule, macs_fraction, out)
     report = _compare(bench, result, macs_fraction, out, progress)
@@ -223,7 +92,8 @@ def _compare(
     config, router, steps = bench.config, bench.router, bench.space.steps
     best = result.best.schedule
     uniform = bench.space.schedule(bench.space.uniform())
-    with progress.task("held-out probes, speed, figures", 5) as advance:
+    front = _thinned(result.front(bench.space)) if STRATEGIES.parse(config.strategy)[0].explores else []
+    with progress.task("held-out probes, speed, figures", 5 + len(front)) as advance:
         heldout = bench.evaluator(config.heldout, HELDOUT_SEED, "heldout")
         fewer = max(1, round(config.steps * macs_fraction))
         scores = {"searched": heldout.scores(best)}
@@ -237,6 +107,17 @@ def _compare(
         search_uniform = bench.evaluator(config.probes, config.seed).scores(uniform)
         _draw(bench, result, uniform, fewer, out)
         advance("figures")
+        fronts = _front(bench, front, heldout, advance) if front else {}
+        if fronts:
+            figure = plots.front(
+                {
+                    name: [(point["macs_fraction"], point["heldout_mean"]) for point in points]
+                    for name, points in fronts.items()
+                },
+                "MACs",
+                f"held-out {config.metric}",
+            )
+            folder.write_safely(out / folder.FRONT, functools.partial(plots.save, figure))
 
     def spread(name: str) -> dict[str, float | None]:
         return {"heldout_mean": _finite(scores[name].mean()), "heldout_std": _finite(scores[name].std())}
@@ -272,8 +153,40 @@ def _compare(
             },
         },
         "latency": latency,
+        "front": fronts,
         "bank_bytes": (out / folder.BANK).stat().st_size,
     }
+
+
+def _thinned(front: Sequence[Evaluation]) -> list[Evaluation]:
+    """At most `FRONT_POINTS` of a front, its ends among them."""
+    at = {round(i * (len(front) - 1) / (FRONT_POINTS - 1)) for i in range(FRONT_POINTS)}
+    return [front[i] for i in sorted(at)]
+
+
+def _front(
+    bench: Workbench, front: Sequence[Evaluation], heldout: ScheduleEvaluator, advance: Callable[[str], None]
+) -> dict[str, list[dict[str, Any]]]:
+    """Held-out fitness and MACs along the front that was searched, and of the dense model at fewer steps."""
+    steps, router = bench.config.steps, bench.router
+    searched: list[dict[str, Any]] = []
+    for evaluation in front:
+        schedule = evaluation.schedule
+        searched.append(
+            {
+                "levels": list(schedule.levels),
+                "macs_fraction": cost.macs_fraction(router, schedule, bench.space.steps),
+                "search": evaluation.fitness,
+                "heldout_mean": float(heldout.scores(schedule).mean()),
+            }
+        )
+        advance("front")
+    fewest = max(1, round(steps * min(point["macs_fraction"] for point in searched)))
+    counts = sorted({round(float(n)) for n in np.linspace(fewest, steps, min(FRONT_POINTS, steps + 1 - fewest))})
+    fewer = [
+        {"steps": n, "macs_fraction": n / steps, "heldout_mean": float(heldout.dense_scores(n).mean())} for n in counts
+    ]
+    return {"searched": searched, "dense, fewer steps": fewer}
 
 
 def _finite(score: torch.Tensor) -> float | None:
@@ -322,15 +235,14 @@ def _draw(bench: Workbench, result: SearchResult, uniform: Schedule, fewer: int,
         "searched": adapter.decode(evaluator.latents(best)),
         f"dense, {fewer} steps": adapter.decode(evaluator.dense_latents(fewer)),
     }
+    eligible = [e.fitness for e, counts in zip(result.evaluations, result.eligible, strict=True) if counts]
     figures = {
-        "schedule.png": lambda path: plots.schedules({"searched": best, "uniform": uniform}, path),
-        "convergence.png": lambda path: plots.convergence(
-            {config.strategy: [e.fitness for e in result.evaluations]}, config.metric, path
-        ),
-        "images.png": lambda path: plots.image_grid(rows, path, columns),
+        "schedule.png": plots.schedules({"searched": best, "uniform": uniform}),
+        "convergence.png": plots.convergence({config.strategy: eligible}, config.metric),
+        "images.png": plots.image_grid(rows, columns),
     }
-    for name, draw in figures.items():
-        folder.write_safely(out / name, draw)
+    for name, figure in figures.items():
+        folder.write_safely(out / name, functools.partial(plots.save, figure))
 
 
 def sample_images(run: Path, conditions: Sequence[Condition] | None, *, seed: int, steps: int | None,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 from deap import base, tools
 
 from diffes.errors import DiffesError, at_least, unknown_name
-from diffes.registry import Registry
 from diffes.space import SearchSpace
+from diffes.strategy import CROSSOVERS, MUTATIONS
 
 
 class Fitness(base.Fitness):  # type: ignore[misc]  # DEAP has no type hints
@@ -36,20 +36,16 @@ class Genome(list[int]):
         self.fitness = Fitness()
 
 
-Mutation = Callable[..., tuple[Genome]]
-MUTATIONS: Registry[Mutation] = Registry("mutation", "diffes.mutations")
 SELECTIONS: dict[str, Callable[..., list[Genome]]] = {"best": tools.selBest}
 
 
-def mutation(name: str) -> Callable[[Mutation], Mutation]:
-    """Decorator that registers `function(genome, *, space, rng, **params) -> (genome,)` under a name.
+def mended(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> Genome:
+    """The genome itself, repaired in place where an operator left the budget: the last line of most operators."""
+    if not space.is_feasible(genome):
+        genome[:] = space.repair(genome, rng)
+    return genome
 
-    The function maps feasible genomes to feasible ones, may change the genome it is given, and draws from `rng` only.
-    """
-    return MUTATIONS.register(name)
 
-
-@mutation("level_switch")
 def level_switch(
     genome: Genome, *, space: SearchSpace, rng: np.random.Generator, max_moves: int = 5, max_levels: int = 2
 ) -> tuple[Genome]:
@@ -80,9 +76,121 @@ def level_switch(
         shift = min(int(rng.integers(1, max_levels + 1)), genome[i], space.max_level - genome[j])
         genome[i] -= shift
         genome[j] += shift
-    if not space.is_feasible(genome):
-        genome[:] = space.repair(genome, rng)
-    return (genome,)
+    return (mended(genome, space, rng),)
+
+
+level_switch_small = functools.partial(level_switch, max_moves=3, max_levels=1)
+"""`level_switch` with the small moves that EvoPress' own ablation found best (m = 3, A = 1)."""
+
+
+def swap_stages(genome: Genome, *, space: SearchSpace, rng: np.random.Generator) -> tuple[Genome]:
+    """Exchanges the levels of two visited stages that differ; a genome of equal levels stays as it is."""
+    pairs = [(i, j) for i, j in itertools.combinations(space.visited, 2) if genome[i] != genome[j]]
+    if pairs:
+        i, j = pairs[int(rng.integers(len(pairs)))]
+        genome[i], genome[j] = genome[j], genome[i]
+    return (mended(genome, space, rng),)
+
+
+def shift_window(genome: Genome, *, space: SearchSpace, rng: np.random.Generator, max_shift: int = 2) -> tuple[Genome]:
+    """Moves a pattern along the trajectory: the levels of a window of visited stages rotate by a few stages.
+
+    Args:
+        genome: feasible levels (S,); changed in place.
+        space: the feasible schedules.
+        rng: draws the window, the distance in `U{1..max_shift}` and the direction.
+        max_shift: at least 1.
+    """
+    at_least("max_shift", max_shift, 1)
+    visited = space.visited
+    if len(visited) >= 2:
+        first, last = sorted(int(i) for i in rng.choice(len(visited), 2, replace=False))
+        window = visited[first : last + 1]
+        shift = int(rng.integers(1, max_shift + 1)) * (1 if rng.random() < 0.5 else -1)
+        for stage, level in zip(window, np.roll([genome[s] for s in window], shift), strict=True):
+            genome[stage] = int(level)
+    return (mended(genome, space, rng),)
+
+
+def level_step(genome: Genome, *, space: SearchSpace, rng: np.random.Generator, max_levels: int = 2) -> tuple[Genome]:
+    """Thins or thickens one visited stage by `U{1..max_levels}` levels; the repair takes it from others.
+
+    In a space without a budget this is the step that changes what a schedule costs.
+
+    Args:
+        genome: feasible levels (S,); changed in place.
+        space: the feasible schedules.
+        rng: draws everything.
+        max_levels: at least 1.
+    """
+    at_least("max_levels", max_levels, 1)
+    stage = int(rng.choice(space.visited))
+    change = int(rng.integers(1, max_levels + 1)) * (1 if rng.random() < 0.5 else -1)
+    genome[stage] = min(max(genome[stage] + change, 0), space.max_level)
+    return (mended(genome, space, rng),)
+
+
+def segment_transfer(
+    genome: Genome, *, space: SearchSpace, rng: np.random.Generator, max_length: int = 3, max_levels: int = 2
+) -> tuple[Genome]:
+    """Thickens one segment of the trajectory and thins another one of the same length, stage by stage.
+
+    Args:
+        genome: feasible levels (S,); changed in place.
+        space: the feasible schedules.
+        rng: draws the length in `U{1..max_length}` (at most half of the stages), two segments that do not overlap, and
+            the amount in `U{1..max_levels}`.
+        max_length: at least 1.
+        max_levels: at least 1.
+    """
+    at_least("max_length", max_length, 1)
+    at_least("max_levels", max_levels, 1)
+    visited = space.visited
+    if len(visited) < 2:
+        return (genome,)
+    length = int(rng.integers(1, min(max_length, len(visited) // 2) + 1))
+    # two starts at least `length` apart: draw them in the shorter row that is left without the first segment's body
+    first, second = sorted(int(i) for i in rng.choice(len(visited) - 2 * length + 2, 2, replace=False))
+    segments = [visited[first : first + length], visited[second + length - 1 : second + 2 * length - 1]]
+    source, target = segments if rng.random() < 0.5 else segments[::-1]
+    amount = int(rng.integers(1, max_levels + 1))
+    for i, j in zip(source, target, strict=True):
+        shift = min(amount, genome[i], space.max_level - genome[j])
+        genome[i] -= shift
+        genome[j] += shift
+    return (mended(genome, space, rng),)
+
+
+def level_exchange(
+    one: Genome, other: Genome, *, space: SearchSpace, rng: np.random.Generator, rate: float = 0.5
+) -> tuple[Genome, Genome]:
+    """Crossover: two children between their parents that keep the sum of levels.
+
+    The difference of the parents is a list of single levels to move from one stage to another. Each move is drawn with
+    probability `rate`; the first child is the first parent with those moves made, the second child the second parent
+    with the same moves undone. Where parents agree, so do the children.
+
+    Args:
+        one: feasible levels (S,); changed in place.
+        other: likewise.
+        space: the feasible schedules.
+        rng: draws the pairing and the moves.
+        rate: in [0, 1]; 0 leaves the parents as they are, 1 exchanges them.
+
+    Raises:
+        DiffesError: rate is outside [0, 1].
+    """
+    if not 0 <= rate <= 1:
+        raise DiffesError(f"rate must be in [0, 1], got {rate}")
+    gains = [s for s in space.visited for _ in range(other[s] - one[s])]
+    losses = [s for s in space.visited for _ in range(one[s] - other[s])]
+    for i, j in zip(rng.permutation(losses).tolist(), rng.permutation(gains).tolist(), strict=False):
+        if rng.random() < rate:
+            one[int(i)] -= 1
+            one[int(j)] += 1
+            other[int(i)] += 1
+            other[int(j)] -= 1
+    return mended(one, space, rng), mended(other, space, rng)
 
 
 def make_toolbox(
@@ -90,29 +198,25 @@ def make_toolbox(
     rng: np.random.Generator,
     *,
     mutate: str = "level_switch",
+    mate: str = "level_exchange",
     select: str = "best",
-    **mutate_params: Any,
 ) -> base.Toolbox:
-    """A DEAP toolbox with `mutate(genome)`, `select(genomes, k)` and `clone(genome)`.
+    """A DEAP toolbox with `mutate(genome)`, `mate(one, other)`, `select(genomes, k)` and `clone(genome)`.
 
     Args:
         space: the feasible schedules.
-        rng: what the mutation draws from.
-        mutate: name of a registered mutation.
+        rng: what the operators draw from.
+        mutate: a registered mutation, with options after a colon: "level_switch:max_moves=3,max_levels=1".
+        mate: a registered crossover, likewise.
         select: name of a selection; "best" takes the k fittest, of equals the earlier ones.
-        mutate_params: further keyword arguments of the mutation.
 
     Raises:
-        DiffesError: a name is unknown, or the mutation takes no such parameters.
+        DiffesError: a name is unknown, or an operator takes no such options.
     """
-    function = MUTATIONS.get(mutate)
     if select not in SELECTIONS:
         raise unknown_name("selection", select, SELECTIONS)
-    try:
-        inspect.signature(function).bind(Genome(), space=space, rng=rng, **mutate_params)
-    except TypeError as error:
-        raise DiffesError(f"mutation {mutate!r} cannot be called with {mutate_params}: {error}") from error
     toolbox = base.Toolbox()
-    toolbox.register("mutate", function, space=space, rng=rng, **mutate_params)
+    toolbox.register("mutate", MUTATIONS.bind(mutate, 1, space=space, rng=rng))
+    toolbox.register("mate", CROSSOVERS.bind(mate, 2, space=space, rng=rng))
     toolbox.register("select", SELECTIONS[select])
     return toolbox

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import optuna
 import pytest
 from PIL import Image
 
@@ -90,6 +92,71 @@ def test_a_text_to_image_model_takes_prompts(
     assert not (tmp_path / "no").exists()
 
 
+def test_ablate_varies_what_it_is_told_to(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    small = ["--model", str(tiny_folder), *SMALL, "--method", "magnitude", "--seeds", "2", "--out", str(out)]
+    main(["ablate", "stages=2,4", "metric=latent_mse,latent_cosine", *small])
+    table = capsys.readouterr().out
+    assert "stages" in table and "latent_cosine" in table
+    assert len((out / "cells.jsonl").read_text().splitlines()) == 8
+    assert {"results.csv", "results.json", "table.md", "convergence.png", "heldout.png", "schedules.png"} <= {
+        p.name for p in out.iterdir()
+    }
+    assert "Did you mean 'stages'" in fails(capsys, "ablate", "stage=2", *small)
+    assert "needs a profile" not in fails(capsys, "ablate", "strategy=mosaic,evolve", *small)
+
+
+def test_operators_and_strategies_take_options(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = ["--model", str(tiny_folder), "--method", "magnitude"]
+    strategies = {
+        "evolution": ["--mutation", "swap_stages"],
+        "nsga2:mu=8": [],
+        "mosaic": [],
+        "evopress": [],
+        "surrogate": [],
+    }
+    for i, (strategy, options) in enumerate(strategies.items()):
+        search(tmp_path / str(i), *tiny, "--strategy", strategy, *options)
+        report = json.loads((tmp_path / str(i) / folder.REPORT).read_text())
+        assert report["strategy"] == strategy and report["nominal_sparsity"] >= 0.5
+        if strategy.startswith("nsga2"):
+            fitness = [point["heldout_mean"] for point in report["front"]["searched"]]
+            assert len(fitness) > 1 and len(report["front"]["dense, fewer steps"]) > 1
+            assert (tmp_path / str(i) / "front.png").stat().st_size > 5000
+        else:
+            assert report["front"] == {}
+    out = ["--out", str(tmp_path / "no"), *SMALL, *tiny]
+    assert "takes no mutation" in fails(capsys, "search", *out, "--strategy", "random", "--mutation", "swap_stages")
+    assert "Did you mean 'swap_stages'" in fails(capsys, "search", *out, "--mutation", "swap_stage")
+    assert "its options are" in fails(capsys, "search", *out, "--strategy", "evolution:nu=4")
+
+
+def test_a_budget_in_macs_is_met_by_the_whole_denoiser(tiny_folder: Path, tmp_path: Path) -> None:
+    search(tmp_path / "run", "--model", str(tiny_folder), "--cost", "macs", "--budget", "0.7", "--method", "layer_drop")
+    report = json.loads((tmp_path / "run" / folder.REPORT).read_text())
+    assert report["macs_fraction"] <= 0.7001
+    assert json.loads((tmp_path / "run" / folder.COSTS).read_text())["cost"] == "macs"
+
+
+def test_evaluations_may_go_to_a_database(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    options = ["--model", str(tiny_folder), "--method", "magnitude", "--storage", url]
+    search(tmp_path / "one", *options)
+    assert not (tmp_path / "one" / folder.JOURNAL).exists()
+    study = optuna.load_study(study_name="one", storage=url)
+    assert len(study.trials) == 8
+    shutil.rmtree(tmp_path / "one")
+    assert "has evaluations" in fails(capsys, "search", *SMALL, *options, "--out", str(tmp_path / "one"))
+    search(tmp_path / "one", *options, "--overwrite", "--max-evals", "3")
+    assert len(optuna.load_study(study_name="one", storage=url).trials) == 3
+
+
 def test_same_seed_same_run_and_other_seed_other_run(tiny_folder: Path, tmp_path: Path) -> None:
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         search(tmp_path / name, "--model", str(tiny_folder), "--seed", seed)
@@ -105,6 +172,7 @@ def test_same_seed_same_run_and_other_seed_other_run(tiny_folder: Path, tmp_path
     assert (tmp_path / "a" / folder.SCHEDULE).read_bytes() == (tmp_path / "b" / folder.SCHEDULE).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_and_ends_in_the_same_place(tiny_folder: Path, tmp_path: Path) -> None:
     options = ["--model", str(tiny_folder), "--max-evals", "60"]
     search(tmp_path / "whole", *options)

@@ -91,3 +91,31 @@ def test_failed_images_are_minus_infinity(tiny: ModelAdapter, plan: StagePlan) -
     }
     evaluator.router.bank = WeightBank({(0, 1): broken}, "width")
     assert only(evaluator, Schedule(plan, (1, 0, 0, 0), 4)).fitness == -float("inf")
+
+
+def test_a_fraction_of_the_probes_costs_that_fraction(untrained: ModelAdapter, plan: StagePlan) -> None:
+    """Scores are those of the first probes; a denoiser call on 3 of 5 rows is another batch, so within rounding."""
+    evaluator = make(untrained, plan)
+    schedule = Schedule(plan, SCHEDULES[0], untrained.max_level("width"))
+    (part,) = evaluator([schedule], 0.5)
+    assert (part.fidelity, part.denoiser_calls) == (0.5, 8 * 3 * 2)
+    assert part.fitness == pytest.approx(float(evaluator.scores(schedule)[:3].mean()), rel=1e-3)
+    assert only(evaluator, schedule).fidelity == 1
+
+
+@pytest.mark.parametrize("cache_bytes", [1 << 28, 6000])
+def test_what_an_earlier_process_measured_is_counted_as_if_it_had_gone_on(
+    tiny: ModelAdapter, plan: StagePlan, cache_bytes: int
+) -> None:
+    """After any number of evaluations, a fresh evaluator that is told of them counts the rest as the old one does."""
+    rng = np.random.default_rng(0)
+    levels = [tuple(int(k) for k in rng.integers(0, 3, 4)) for _ in range(24)]
+    schedules = [Schedule(plan, each, 4) for each in dict.fromkeys(levels)]
+    whole = make(tiny, plan, cache_bytes=cache_bytes)
+    before = [only(whole, schedule) for schedule in schedules]
+    for done in (0, 1, 7, len(schedules) - 1):
+        resumed = make(tiny, plan, cache_bytes=cache_bytes)
+        for evaluation in before[:done]:
+            resumed.remember(evaluation)
+        after = [only(resumed, schedule) for schedule in schedules[done:]]
+        assert [(e.fitness, e.denoiser_calls) for e in after] == [(e.fitness, e.denoiser_calls) for e in before[done:]]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import diffes
 
 ROOT = Path(__file__).parents[1]
 FIRST_COLUMN = ("errors", "registry", "schedule", "space", "strategy", "search", "store")
@@ -68,3 +71,8 @@ def test_strategies_are_imported_without_torch() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_no_public_name_is_also_a_module() -> None:
+    modules = {module.name for module in pkgutil.iter_modules(diffes.__path__)}
+    assert not modules & set(diffes.__all__)  # importing the module would put it in the function's place

@@ -241,6 +241,7 @@ def test_a_pipeline_moved_while_applied_is_whole_again_after_remove(any_run: Pat
     np.testing.assert_array_equal(images(pipe), images(untouched))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "in_place"), [("obs", True), ("layer_drop", False)])
 def test_compile_after_apply(
     tiny_model: Path, method: str, in_place: bool, tmp_path_factory: pytest.TempPathFactory
@@ -287,6 +288,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_exported_and_loaded_in_another_process_gives_the_same_bits(
     tiny_folder: Path, tiny_sdxl_folder: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

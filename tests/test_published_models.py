@@ -56,6 +56,7 @@ def test_sdxl_base(sdxl: ModelAdapter) -> None:
     assert prunable_fraction(sdxl, "width") == pytest.approx(0.85, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["width", "depth"])
 def test_a_routed_call_of_each(dit_xl: ModelAdapter, sdxl: ModelAdapter, kind: str) -> None:
     plan = StagePlan.equal(2)

@@ -14,7 +14,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_strategy_of_the_readme_searches() -> None:
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "STRATEGIES.register" in block)
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "@strategy(" in block)
     try:
         exec(code, {})
         space = SearchSpace.mean_sparsity(StagePlan.equal(4), 8, 0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -28,13 +29,16 @@ def space(request: pytest.FixtureRequest) -> SearchSpace:
 
 def meets_budget(space: SearchSpace, levels: list[int]) -> bool:
     """Feasibility from its definition, without the library's bookkeeping."""
-    cost = sum(n * space.level_costs[level] for n, level in zip(space.steps, levels, strict=True))
+    cost = sum(n * row[level] for n, row, level in zip(space.steps, space.level_costs, levels, strict=True))
     if cost > space.budget:
         return False
     for s, level in enumerate(levels):
         if level > 0:
             thicker = [*levels[:s], level - 1, *levels[s + 1 :]]
-            if sum(n * space.level_costs[k] for n, k in zip(space.steps, thicker, strict=True)) <= space.budget:
+            if (
+                sum(n * row[k] for n, row, k in zip(space.steps, space.level_costs, thicker, strict=True))
+                <= space.budget
+            ):
                 return False
     return True
 
@@ -81,7 +85,7 @@ def test_repair_takes_any_integers(space: SearchSpace) -> None:
 
 
 def test_is_feasible_agrees_with_its_definition() -> None:
-    space = SearchSpace(StagePlan.equal(3), 3, (1, 2, 4), (10, 7, 3, 1), 40)
+    space = SearchSpace(StagePlan.equal(3), 3, (1, 2, 4), ((10, 7, 3, 1), (9, 8, 3, 0), (10, 7, 6, 1)), 40)
     feasible = 0
     for levels in itertools.product(range(4), repeat=3):
         assert space.is_feasible(levels) == meets_budget(space, list(levels))
@@ -127,7 +131,7 @@ def test_a_budget_beyond_the_ends_is_refused_with_both_ends(budget: float) -> No
 
 def test_an_unreachable_cost_names_smallest_and_largest() -> None:
     with pytest.raises(DiffesError, match=r"smallest possible is 8 .*largest 80"):
-        SearchSpace(StagePlan.equal(4), 1, (2, 2, 2, 2), (10, 1), 7)
+        SearchSpace(StagePlan.equal(4), 1, (2, 2, 2, 2), ((10, 1),) * 4, 7)
 
 
 @pytest.mark.parametrize("steps", [(1, 1), (0, 0, 0, 0), (1, 1, 1, -1)])
@@ -136,10 +140,46 @@ def test_wrong_steps_are_refused(steps: tuple[int, ...]) -> None:
         SearchSpace.mean_sparsity(StagePlan.equal(4), 8, 0.5, steps)
 
 
-@pytest.mark.parametrize("costs", [(3, 2), (3, 3, 1), (1, 2, 3)])
-def test_level_costs_must_fall(costs: tuple[int, ...]) -> None:
-    with pytest.raises(DiffesError, match="falling"):
+@pytest.mark.parametrize("costs", [((3, 2),) * 2, ((3, 2, 1),), ((3, 2, 1), (1, 2, 3))])
+def test_level_costs_must_not_rise(costs: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(DiffesError, match="never rise"):
         SearchSpace(StagePlan.equal(2), 2, (1, 1), costs, 6)
+
+
+MEASURED = [[10, 9.1, 6.2, 5, 1.3], [10, 8, 8.5, 3, 2], [9, 8, 7, 6, 5], [9, 5, 4, 3, 3]]
+
+
+@pytest.mark.parametrize("budget", [0.35, 0.5, 0.77, 1])
+def test_a_budget_in_measured_costs(budget: float) -> None:
+    """Feasible genomes cost at most that fraction; one level less anywhere, and they would cost more."""
+    steps = (3, 1, 2, 2)
+    space = SearchSpace.dense_fraction(StagePlan.equal(4), steps, MEASURED, budget)
+    dense = sum(n * row[0] for n, row in zip(steps, MEASURED, strict=True))
+    rng = np.random.default_rng(0)
+    for levels in [space.uniform(), *(space.sample(rng) for _ in range(50))]:
+        assert meets_budget(space, levels)
+        spent = sum(n * min(row[: k + 1]) for n, row, k in zip(steps, MEASURED, levels, strict=True))
+        assert budget - 0.4 <= spent / dense <= budget + 1e-5
+        assert levels[1] != 2 and levels[3] != 4  # as costly as the next denser level
+
+
+def test_a_measured_budget_below_the_cheapest_schedule_is_refused() -> None:
+    for budget in (0.2, 1.01, math.nan):
+        with pytest.raises(DiffesError, match=r"in \[0\.\d+, 1\], got"):
+            SearchSpace.dense_fraction(StagePlan.equal(4), (3, 1, 2, 2), MEASURED, budget)
+
+
+def test_without_a_budget_everything_is_feasible_but_thin_stages_that_no_step_visits() -> None:
+    space = SearchSpace.mean_sparsity(StagePlan.equal(3), 4, 0.5, (2, 0, 1)).without_budget()
+    assert space.is_feasible([4, 0, 1]) and not space.is_feasible([4, 1, 1]) and not space.is_feasible([5, 0, 1])
+    assert space.repair([9, 3, -2], np.random.default_rng(0)) == [4, 0, 0]
+    assert space.uniform() == [0, 0, 0]
+
+
+def test_what_counts_as_a_result() -> None:
+    space = SearchSpace.mean_sparsity(StagePlan.equal(3), 4, 0.5)
+    assert space.counts(space.any_schedule([2, 2, 2]), 1) and space.counts(space.any_schedule([4, 4, 4]), 1)
+    assert not space.counts(space.any_schedule([2, 2, 1]), 1) and not space.counts(space.any_schedule([2, 2, 2]), 0.5)
 
 
 def test_schedule_refuses_what_is_off_the_budget() -> None:

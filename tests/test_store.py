@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -12,10 +13,12 @@ from optuna.storages.journal import JournalFileBackend
 
 from diffes.errors import DiffesError
 from diffes.schedule import Schedule, StagePlan
+from diffes.space import SearchSpace
 from diffes.store import EvaluationStore
-from diffes.strategy import Evaluation
+from diffes.strategy import Evaluation, Origin
 
 PLAN = StagePlan.equal(3)
+SPACE = SearchSpace.mean_sparsity(PLAN, 8, 0.5)
 
 
 def evaluation(*levels: int, fitness: float = 0.1 + 0.2) -> Evaluation:
@@ -28,7 +31,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def reopen(path: Path) -> EvaluationStore:
-    return EvaluationStore(path, PLAN, 8)
+    return EvaluationStore(path, SPACE)
 
 
 def test_round_trip_in_order_and_exact(path: Path) -> None:
@@ -55,16 +58,43 @@ def test_a_known_schedule_is_not_written_again(path: Path) -> None:
 
 def test_optuna_opens_the_file(path: Path) -> None:
     store = reopen(path)
-    store.add(evaluation(1, 2, 3, fitness=0.5))
+    store.add(evaluation(4, 0, 8, fitness=0.5))
     store.add(evaluation(4, 5, 6, fitness=-math.inf))
+    store.add(evaluation(1, 2, 3, fitness=0.9))
+    store.add(replace(evaluation(2, 2, 8, fitness=0.7), fidelity=0.25), Origin("swap", ((4, 0, 8), (8, 8, 8))))
     study = optuna.load_study(study_name=None, storage=JournalStorage(JournalFileBackend(str(path))))
-    good, failed = study.trials
-    assert good.params == {"level_00": 1, "level_01": 2, "level_02": 3}
+    good, failed, too_dear, partial = study.trials
+    assert good.params == {"level_00": 4, "level_01": 0, "level_02": 8}
     assert good.value == 0.5
     assert good.user_attrs == {"denoiser_calls": 320, "seconds": 1.25}
     assert failed.state == optuna.trial.TrialState.FAIL
     assert failed.user_attrs["failed"] is True
+    assert too_dear.constraints["budget"] > 0 >= good.constraints["budget"]
     assert study.best_trial.number == good.number
+    assert partial.state == optuna.trial.TrialState.PRUNED
+    assert partial.intermediate_values == {25: 0.7}
+    assert partial.user_attrs["operator"] == "swap" and partial.user_attrs["parents"] == [good.number]
+
+
+def test_the_same_schedule_at_two_fidelities(path: Path) -> None:
+    kept = [replace(evaluation(1, 2, 3, fitness=0.5), fidelity=0.25), evaluation(1, 2, 3, fitness=0.4)]
+    kept.append(replace(evaluation(4, 2, 3, fitness=-math.inf), fidelity=0.25))
+    store = reopen(path)
+    for each in kept:
+        store.add(each)
+    for opened in (store, reopen(path)):
+        assert opened.evaluations() == kept
+        assert opened.get(kept[0].schedule, 0.25) == kept[0] and opened.get(kept[0].schedule) == kept[1]
+        assert opened.known([kept[2].schedule, kept[0].schedule], 0.25) == [kept[0], kept[2]]
+
+
+def test_a_database_holds_many_studies(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    EvaluationStore(url, SPACE, "one").add(evaluation(1, 2, 3))
+    assert len(EvaluationStore(url, SPACE, "two")) == 0
+    assert EvaluationStore(url, SPACE, "one").evaluations() == [evaluation(1, 2, 3)]
+    with pytest.raises(DiffesError, match="cannot be opened"):
+        EvaluationStore("nosuchdb://nowhere", SPACE)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 40, "all but one"])
@@ -88,14 +118,14 @@ def test_a_run_killed_before_its_first_evaluation_can_be_opened(path: Path) -> N
     reopen(path).add(evaluation(1, 1, 1))
     assert reopen(path).evaluations() == [evaluation(1, 1, 1)]
     with pytest.raises(DiffesError, match="max_level"):
-        EvaluationStore(path, PLAN, 4)
+        EvaluationStore(path, SearchSpace.mean_sparsity(PLAN, 4, 0.5))
 
 
 @pytest.mark.parametrize(("plan", "max_level"), [(StagePlan.equal(4), 8), (StagePlan.equal(3, 999), 8), (PLAN, 4)])
 def test_a_journal_of_another_kind_is_refused(path: Path, plan: StagePlan, max_level: int) -> None:
     reopen(path)
     with pytest.raises(DiffesError, match=r"holds evaluations of (stages|max_level)"):
-        EvaluationStore(path, plan, max_level)
+        EvaluationStore(path, SearchSpace.mean_sparsity(plan, max_level, 0.5))
 
 
 def test_a_schedule_of_another_kind_is_refused(path: Path) -> None:

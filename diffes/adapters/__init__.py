@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from diffes.adapters.base import BlockSet, Condition, GroupSet, Kind, ModelAdapter, Probes, SamplingState, Split
 from diffes.adapters.dit import DiTAdapter
@@ -60,11 +65,26 @@ def load_pipeline(model: str, *, device: str = "cpu", dtype: torch.dtype = torch
     """
     folder = model_folder(model)
     try:
-        pipe = DiffusionPipeline.from_pretrained(str(folder or model), dtype=dtype)
+        with _quiet(diffusers_logging), _quiet(transformers_logging):
+            pipe = DiffusionPipeline.from_pretrained(str(folder or model), dtype=dtype)
         return pipe.to(device)
     except Exception as error:  # safetensors, hub clients and torch each raise classes of their own here
         reason = " ".join(str(error).split())[:300]
         raise DiffesError(f"{model!r} could not be loaded on {device}: {type(error).__name__}: {reason}") from error
+
+
+@contextmanager
+def _quiet(log: Any) -> Iterator[None]:
+    """Keeps the bars and warnings of a library's loading back; downloads still show theirs."""
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
 
 
 def adapter_for(pipe: DiffusionPipeline) -> ModelAdapter:

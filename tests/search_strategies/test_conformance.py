@@ -1,173 +1,65 @@
-"""What holds for every strategy."""
+"""What holds for every registered strategy, mutation and crossover, and what is particular to one of them."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import math
-import random
-import subprocess
-import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from diffes.errors import DiffesError
-from diffes.schedule import Schedule, StagePlan
+from diffes.schedule import StagePlan
 from diffes.search import run_search
 from diffes.space import SearchSpace
-from diffes.strategy import Evaluation, Strategy
+from diffes.strategy import CROSSOVERS, MUTATIONS, STRATEGIES, Evaluation, StageProfile, mutation
+from diffes.testing import (
+    SPACES,
+    CrossoverConformance,
+    MutationConformance,
+    StrategyConformance,
+    evaluate,
+    separable,
+    trace,
+)
 from search_strategies.evolution import Evolution
-from search_strategies.operators import MUTATIONS, Genome, mutation
+from search_strategies.exhaustive import feasible
+from search_strategies.operators import Genome
 from search_strategies.optuna_search import Tpe
-from search_strategies.random_search import RandomSearch
-from search_strategies.uniform import Uniform
 
-ROOT = Path(__file__).parents[2]
-STRATEGIES: dict[str, type[Strategy]] = {
-    "evolution": Evolution,
-    "random": RandomSearch,
-    "tpe": Tpe,
-    "uniform": Uniform,
+
+def make_mosaic(self: StrategyConformance, space: SearchSpace | None = None, seed: int = 0) -> Any:
+    space = space or SPACES["small"]
+    n = space.n_stages
+    profile = StageProfile(tuple(1 / (i + 1) for i in range(n)), tuple(float(n - 2 * i) for i in range(n)))
+    return STRATEGIES.get("mosaic")(space, seed=seed, profile=profile)
+
+
+PARTICULAR: dict[str, dict[str, Any]] = {
+    "exhaustive": {"random": False},
+    "mosaic": {
+        "searches": False,
+        "random": False,
+        "make": make_mosaic,
+        "test_the_sequence_is_the_same_in_another_process": None,  # it needs a profile, which is no option
+    },
+    "optuna": {"evaluations": 40},
+    "tpe": {"evaluations": 40},
+    "uniform": {"searches": False, "random": False},
 }
-SPACES = {
-    "paper": SearchSpace.mean_sparsity(StagePlan.equal(10), 8, 0.25),
-    "unequal": SearchSpace.mean_sparsity(StagePlan.equal(6), 8, 0.33, (1, 4, 2, 0, 2, 7)),
-    "dense": SearchSpace.mean_sparsity(StagePlan.equal(3), 4, 0),
-    "thinnest": SearchSpace.mean_sparsity(StagePlan.equal(3), 4, 1),
-    "one_stage": SearchSpace.mean_sparsity(StagePlan.equal(1), 4, 0.3),
-    "uneven_costs": SearchSpace(StagePlan.equal(4), 4, (3, 1, 2, 2), (100, 90, 60, 50, 13), 500),
-}
 
-each_strategy = pytest.mark.parametrize("name", STRATEGIES)
-
-
-def make(name: str, space: SearchSpace = SPACES["paper"], seed: int = 0, **params: Any) -> Strategy:
-    return STRATEGIES[name](space, seed=seed, **params)  # type: ignore[call-arg]
-
-
-def score(schedule: Schedule) -> float:
-    """Separable: the later a stage is sampled, the more a level costs."""
-    weights = np.linspace(10, 1, len(schedule.levels))
-    return -float(weights @ np.array(schedule.levels) ** 1.5)
-
-
-def evaluate(schedules: Sequence[Schedule]) -> list[Evaluation]:
-    return [Evaluation(schedule, score(schedule)) for schedule in schedules]
-
-
-def trace(strategy: Strategy, n: int = 48, order: int = 1, failing: int = 0) -> list[tuple[int, ...]]:
-    """Levels asked for in order; told forwards or backwards; every `failing`-th evaluation is a failure."""
-    asked: list[tuple[int, ...]] = []
-    while len(asked) < n and (batch := strategy.ask()):
-        evaluations = evaluate(batch)
-        if failing:
-            evaluations = [
-                Evaluation(e.schedule, -math.inf) if (len(asked) + i) % failing == 0 else e
-                for i, e in enumerate(evaluations)
-            ]
-        asked += [schedule.levels for schedule in batch]
-        strategy.tell(evaluations[::order])
-    return asked
-
-
-@each_strategy
-@pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
-def test_batches_are_feasible_and_distinct(name: str, space: SearchSpace) -> None:
-    strategy = make(name, space)
-    for _ in range(8):
-        batch = strategy.ask()
-        assert all(space.is_feasible(schedule.levels) for schedule in batch)
-        assert len({schedule.levels for schedule in batch}) == len(batch)
-        strategy.tell(evaluate(batch))
-
-
-@each_strategy
-def test_nothing_is_asked_twice_in_a_large_space(name: str) -> None:
-    asked = trace(make(name))
-    assert len(set(asked)) == len(asked) == (1 if name == "uniform" else 48)
-
-
-@each_strategy
-def test_the_seed_decides_the_sequence(name: str) -> None:
-    first = trace(make(name, seed=3))
-    assert trace(make(name, seed=3)) == first
-    assert (trace(make(name, seed=4)) == first) == (name == "uniform")
-
-
-def test_the_sequence_is_the_same_in_another_process() -> None:
-    code = (
-        "import json, test_conformance as t; print(json.dumps({n: t.trace(t.make(n, seed=5)) for n in t.STRATEGIES}))"
+for name in STRATEGIES.names():
+    globals()[f"Test_strategy_{name}"] = type(
+        f"Test_strategy_{name}", (StrategyConformance,), {"name": name, **PARTICULAR.get(name, {})}
     )
-    path = [str(Path(__file__).parent), str(ROOT)]
-    run = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}; {code}"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"PYTHONHASHSEED": "123"},
-    )
-    there = json.loads(run.stdout)
-    for name in STRATEGIES:
-        assert [tuple(levels) for levels in there[name]] == trace(make(name, seed=5)), name
+for name in MUTATIONS.names():
+    globals()[f"Test_mutation_{name}"] = type(f"Test_mutation_{name}", (MutationConformance,), {"name": name})
+for name in CROSSOVERS.names():
+    globals()[f"Test_crossover_{name}"] = type(f"Test_crossover_{name}", (CrossoverConformance,), {"name": name})
 
 
-@each_strategy
-def test_the_order_of_telling_does_not_matter(name: str) -> None:
-    assert trace(make(name), order=-1) == trace(make(name), order=1)
-
-
-@each_strategy
-def test_nan_is_refused_and_does_no_harm(name: str) -> None:
-    strategy, twin = make(name), make(name)
-    batch = strategy.ask()
-    assert twin.ask() == batch
-    with pytest.raises(DiffesError, match="NaN"):
-        strategy.tell([Evaluation(schedule, math.nan) for schedule in batch])
-    for each in (strategy, twin):
-        each.tell(evaluate(batch))
-    assert trace(strategy) == trace(twin)
-
-
-@each_strategy
-@pytest.mark.parametrize("failing", [1, 3])
-def test_failed_evaluations_are_survived(name: str, failing: int) -> None:
-    strategy = make(name)
-    asked = trace(strategy, n=40, failing=failing)
-    assert len(asked) >= (1 if name == "uniform" else 40)
-    assert strategy.best is not None
-    assert (strategy.best.fitness == -math.inf) == (failing == 1 or name == "uniform")
-
-
-@each_strategy
-@pytest.mark.parametrize("steps", [None, (2, 1, 0, 3)], ids=["equal", "unequal"])
-def test_the_optimum_of_a_small_space_is_found(name: str, steps: tuple[int, ...] | None) -> None:
-    space = SearchSpace.mean_sparsity(StagePlan.equal(4), 4, 0.5, steps)
-    feasible = [levels for levels in itertools.product(range(5), repeat=4) if space.is_feasible(levels)]
-    optimum = max(score(space.schedule(levels)) for levels in feasible)
-    result = run_search(make(name, space), evaluate, max_evals=40 if name == "tpe" else 200)
-    assert len(result.evaluations) <= len(feasible)
-    assert (result.best.fitness == optimum) == (name != "uniform")
-
-
-@each_strategy
-def test_global_random_states_are_left_alone(name: str) -> None:
-    before = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
-    trace(make(name))
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # type: ignore[index, union-attr]
-
-
-@each_strategy
-def test_global_random_states_do_not_matter(name: str) -> None:
-    traces = []
-    for seed in (1, 2):
-        random.seed(seed)
-        np.random.seed(seed)
-        traces.append(trace(make(name)))
-    assert traces[0] == traces[1]
+def make(name: str, space: SearchSpace = SPACES["paper"], seed: int = 0, **params: Any) -> Any:
+    return STRATEGIES.get(name)(space, seed=seed, **params)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +70,17 @@ def test_global_random_states_do_not_matter(name: str) -> None:
         ("evolution", "initial", 0, "initial must be at least 1, got 0"),
         ("evolution", "mu", 1.5, "mu must be a whole number, got 1.5"),
         ("evolution", "mutation", "nothing", "unknown mutation 'nothing'"),
-        ("evolution", "mutation_params", {"moves": 1}, "moves"),
+        ("evolution", "mutation", "level_switch:moves=1", "moves"),
+        ("evolution", "crossover", "nothing", "unknown crossover 'nothing'"),
+        ("evolution", "crossover_rate", 2, r"crossover_rate must be in \[0, 1\], got 2"),
+        ("evopress", "lam", 0, "lam must be at least 1, got 0"),
+        ("evopress", "fidelities", (0.5, 0.25, 1), "fidelities must rise"),
+        ("evopress", "survivors", (4, 2), "fidelities must rise"),
+        ("nsga2", "mu", 3, "mu must be at least 4, got 3"),
+        ("exhaustive", "limit", 1000, "more than 1,000 feasible schedules"),
+        ("optuna", "sampler", "TpeSampler", "Did you mean 'TPESampler'"),
+        ("optuna", "n_startup", 3, "refuses {'n_startup': 3}"),
+        ("optuna", "sampler", "GridSampler", "refuses"),
         ("random", "batch", 0, "batch must be at least 1, got 0"),
         ("tpe", "startup", 0, "startup must be at least 1, got 0"),
     ],
@@ -191,9 +93,9 @@ def test_wrong_parameters_are_refused(name: str, param: str, value: Any, message
 def test_a_search_beats_random_and_random_beats_uniform() -> None:
     best = {
         name: np.mean([run_search(make(name, seed=s), evaluate, max_evals=64).best.fitness for s in range(2)])
-        for name in STRATEGIES
+        for name in ("evolution", "evopress", "tpe", "random", "uniform")
     }
-    assert min(best["evolution"], best["tpe"]) > best["random"] > best["uniform"]
+    assert min(best["evolution"], best["evopress"], best["tpe"]) > best["random"] > best["uniform"]
 
 
 def test_evolution_keeps_the_best_mu_of_parents_and_offspring() -> None:
@@ -239,5 +141,48 @@ def test_tpe_learns_from_measured_points_only() -> None:
     strategy = Tpe(SPACES["paper"], seed=0)
     asked = trace(strategy, n=20)
     complete = [trial for trial in strategy._study.trials if trial.value is not None]
-    assert [tuple(trial.params[f"level_{s:02d}"] for s in range(10)) for trial in complete] == asked
+    assert [tuple(trial.params[f"level_{s:02d}"] for s in range(10)) for trial in complete] == [
+        levels for levels, _ in asked
+    ]
     assert all(trial.state.is_finished() for trial in strategy._study.trials)
+
+
+def test_feasible_lists_all_of_a_space() -> None:
+    for label in ("unequal steps", "dense", "all pruned", "one stage", "one visited stage", "measured costs"):
+        space = SPACES[label]
+        every = itertools.product(range(space.max_level + 1), repeat=space.n_stages)
+        assert list(feasible(space)) == [list(levels) for levels in every if space.is_feasible(levels)], label
+
+
+def test_evopress_measures_survivors_on_all_probes() -> None:
+    strategy = make("evopress", lam=8, fidelities=(0.25, 0.5, 1.0), survivors=(4, 2))
+    for _ in range(3):
+        sizes = []
+        for fidelity in (0.25, 0.5, 1.0):
+            batch = strategy.ask()
+            sizes.append(len(batch))
+            assert strategy.fidelity == fidelity
+            best = sorted(batch, key=separable, reverse=True)
+            strategy.tell(evaluate(batch, fidelity))
+        assert sizes == [8, 4, 2]
+    assert strategy._parent is not None and strategy._parent.fitness == strategy.best.fitness >= separable(best[0])
+
+
+def test_nsga2_finds_a_front_and_a_result_within_the_budget() -> None:
+    space = SPACES["paper"]
+    result = run_search(make("nsga2"), evaluate, max_evals=300)
+    front = result.front(space)
+    costs = [space.cost(e.schedule.levels) for e in front]
+    assert costs == sorted(set(costs)) and len(front) > 10
+    assert costs[0] < space.budget < costs[-1]
+    assert space.cost(result.best.schedule.levels) <= space.budget
+    assert result.best in front
+    assert result.best.fitness > separable(space.schedule(space.uniform()))
+
+
+def test_crossover_of_evolution_has_two_parents() -> None:
+    strategy = make("evolution", mu=4, crossover="level_exchange", crossover_rate=1)
+    trace(strategy, 40)
+    operators = {origin.operator: len(origin.parents) for origin in strategy.origins.values()}
+    assert operators == {"level_exchange + level_switch": 2}
+    assert {len(parent) for origin in strategy.origins.values() for parent in origin.parents} == {10}

@@ -15,7 +15,8 @@ import pytest
 from diffes.errors import DiffesError
 from diffes.schedule import StagePlan
 from diffes.space import SearchSpace
-from search_strategies.operators import MUTATIONS, Fitness, Genome, level_switch, make_toolbox, mutation
+from diffes.strategy import MUTATIONS, mutation
+from search_strategies.operators import Fitness, Genome, level_switch, make_toolbox
 
 BUDGETS = [0, 0.3, 0.33, 0.5, 1]
 STEPS = [None, (1, 4, 2, 3, 2, 7), (0, 4, 0, 3, 5, 0), (0, 0, 5, 0, 0, 0)]
@@ -35,7 +36,7 @@ def test_level_switch_keeps_genomes_feasible(steps: tuple[int, ...] | None, budg
 
 
 def test_level_switch_keeps_genomes_feasible_under_uneven_costs() -> None:
-    space = SearchSpace(StagePlan.equal(4), 4, (3, 1, 2, 2), (100, 90, 60, 50, 13), 500)
+    space = SearchSpace(StagePlan.equal(4), 4, (3, 1, 2, 2), ((100, 90, 60, 50, 13),) * 4, 500)
     rng = np.random.default_rng(0)
     genome = Genome(space.sample(rng))
     visited = set()
@@ -153,11 +154,13 @@ def test_toolbox_uses_a_registered_mutation_with_its_parameters(swap_ends: str) 
     assert swap_ends in MUTATIONS.names()
     rng = np.random.default_rng(0)
     assert make_toolbox(PAPER, rng, mutate=swap_ends).mutate(Genome([1, 2, 3])) == ([3, 2, 1],)
-    assert make_toolbox(PAPER, rng, mutate=swap_ends, times=2).mutate(Genome([1, 2, 3])) == ([1, 2, 3],)
+    assert make_toolbox(PAPER, rng, mutate=f"{swap_ends}:times=2").mutate(Genome([1, 2, 3])) == ([1, 2, 3],)
 
 
 def test_toolbox_default_is_level_switch() -> None:
-    (ours,) = make_toolbox(PAPER, np.random.default_rng(5), max_levels=4).mutate(Genome(PAPER.uniform()))
+    (ours,) = make_toolbox(PAPER, np.random.default_rng(5), mutate="level_switch:max_levels=4").mutate(
+        Genome(PAPER.uniform())
+    )
     (theirs,) = level_switch(Genome(PAPER.uniform()), space=PAPER, rng=np.random.default_rng(5), max_levels=4)
     assert ours == theirs != PAPER.uniform()
 
@@ -184,5 +187,5 @@ def test_toolbox_refuses_unknown_names_and_parameters() -> None:
         make_toolbox(PAPER, rng, mutate="level_swich")
     with pytest.raises(DiffesError, match=r"unknown selection 'worst'.*Known: best"):
         make_toolbox(PAPER, rng, select="worst")
-    with pytest.raises(DiffesError, match=r"'level_switch' cannot be called with.*moves"):
-        make_toolbox(PAPER, rng, moves=3)
+    with pytest.raises(DiffesError, match=r"'level_switch:moves=3'.*its options are max_moves, max_levels"):
+        make_toolbox(PAPER, rng, mutate="level_switch:moves=3")

@@ -1,0 +1,258 @@
+"""Conformance suites for strategies, mutations and crossovers of your own.
+
+Subclass one in a test file and say what to test; pytest finds the tests:
+
+    from diffes.testing import MutationConformance
+
+    class TestMine(MutationConformance):
+        name = "my_mutation"
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from diffes.errors import DiffesError
+from diffes.schedule import Schedule, StagePlan
+from diffes.search import run_search
+from diffes.space import SearchSpace
+from diffes.strategy import CROSSOVERS, MUTATIONS, STRATEGIES, Evaluation, Strategy
+
+SPACES = {
+    "small": SearchSpace.mean_sparsity(StagePlan.equal(6), 4, 0.5),
+    "paper": SearchSpace.mean_sparsity(StagePlan.equal(10), 8, 0.25),
+    "half": SearchSpace.mean_sparsity(StagePlan.equal(10), 16, 0.5),
+    "unequal steps": SearchSpace.mean_sparsity(StagePlan.equal(6), 8, 0.33, (1, 4, 2, 0, 2, 7)),
+    "dense": SearchSpace.mean_sparsity(StagePlan.equal(3), 4, 0),
+    "all pruned": SearchSpace.mean_sparsity(StagePlan.equal(3), 4, 1),
+    "one stage": SearchSpace.mean_sparsity(StagePlan.equal(1), 4, 0.3),
+    "one visited stage": SearchSpace.mean_sparsity(StagePlan.equal(3), 8, 0.5, (0, 5, 0)),
+    "measured costs": SearchSpace.dense_fraction(
+        StagePlan.equal(4),
+        (3, 1, 2, 2),
+        [[10, 9.1, 6.2, 5, 1.3], [10, 8, 8.5, 3, 2], [9, 8, 7, 6, 5], [9, 5, 4, 3, 3]],
+        0.7,
+    ),
+}
+
+
+def _global_random_states() -> tuple[Any, ...]:
+    return random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
+
+
+class _OperatorConformance:
+    """What holds for mutations and crossovers alike: chains of 200 applications in every space."""
+
+    name: ClassVar[str]
+    applications: ClassVar[int] = 200
+
+    def operator(self) -> Callable[..., tuple[Any, ...]]:
+        raise NotImplementedError
+
+    def parents(self) -> int:
+        raise NotImplementedError
+
+    def chain(self, space: SearchSpace, seed: int) -> list[list[list[int]]]:
+        """The genomes after each application, each applied to the ones before."""
+        rng, operator = np.random.default_rng(seed), self.operator()
+        genomes, found = [space.sample(rng) for _ in range(self.parents())], []
+        for i in range(self.applications):
+            if i % 20 == 0:  # chains may come to rest, where there is nothing left to change
+                genomes = [space.sample(rng) for _ in range(self.parents())]
+            genomes = list(operator(*[list(genome) for genome in genomes], space=space, rng=rng))
+            found.append([list(genome) for genome in genomes])
+        return found
+
+    def test_feasible_genomes_stay_feasible_in_every_space(self) -> None:
+        for label, space in SPACES.items():
+            for genomes in self.chain(space, 0):
+                for genome in genomes:
+                    assert space.is_feasible(genome), f"{self.name} left the budget of the space {label!r}: {genome}"
+                    assert all(type(level) is int for level in genome), f"{self.name} made levels that are no ints"
+
+    def test_the_result_is_a_tuple_of_as_many_genomes(self) -> None:
+        space = SPACES["paper"]
+        result = self.operator()(*[space.uniform()] * self.parents(), space=space, rng=np.random.default_rng(0))
+        assert isinstance(result, tuple) and len(result) == self.parents(), f"{self.name} must return a tuple"
+
+    def test_it_changes_something_in_a_large_space(self) -> None:
+        distinct = {tuple(genome) for genomes in self.chain(SPACES["half"], 1) for genome in genomes}
+        assert len(distinct) > self.applications // 4, f"{self.name} found only {len(distinct)} different genomes"
+
+    def test_the_generator_decides_everything(self) -> None:
+        space = SPACES["half"]
+        random.seed(1)
+        first = self.chain(space, 3)
+        random.seed(2)
+        assert self.chain(space, 3) == first, f"{self.name} draws from something else than its rng"
+        assert self.chain(space, 4) != first
+
+    def test_global_random_states_are_left_alone(self) -> None:
+        before = _global_random_states()
+        self.chain(SPACES["half"], 0)
+        assert _global_random_states() == before, f"{self.name} draws from a global generator"
+
+
+class MutationConformance(_OperatorConformance):
+    """Tests of the mutation called `name`, which may have options: "level_switch:max_moves=3"."""
+
+    def operator(self) -> Callable[..., tuple[Any, ...]]:
+        function, options = MUTATIONS.parse(self.name)
+        return lambda genome, **given: function(genome, **given, **options)
+
+    def parents(self) -> int:
+        return 1
+
+
+class CrossoverConformance(_OperatorConformance):
+    """Tests of the crossover called `name`."""
+
+    def operator(self) -> Callable[..., tuple[Any, ...]]:
+        function, options = CROSSOVERS.parse(self.name)
+        return lambda one, other, **given: function(one, other, **given, **options)
+
+    def parents(self) -> int:
+        return 2
+
+    def test_equal_parents_have_equal_children(self) -> None:
+        space, rng = SPACES["half"], np.random.default_rng(0)
+        genome = space.sample(rng)
+        children = self.operator()(list(genome), list(genome), space=space, rng=rng)
+        assert [list(child) for child in children] == [genome, genome]
+
+
+def separable(schedule: Schedule) -> float:
+    """A score for tests: the later a stage is sampled, the more a level costs."""
+    weights = np.linspace(10, 1, len(schedule.levels))
+    return -float(weights @ np.array(schedule.levels) ** 1.5)
+
+
+def evaluate(schedules: Sequence[Schedule], fidelity: float = 1.0) -> list[Evaluation]:
+    """An evaluator of `separable`."""
+    return [Evaluation(schedule, separable(schedule), 100, 0.01, fidelity) for schedule in schedules]
+
+
+def trace(strategy: Strategy, n: int = 48, *, backwards: bool = False, failing: int = 0) -> list[tuple[Any, ...]]:
+    """(levels, fidelity) of the first n schedules asked for, every `failing`-th evaluation a failure."""
+    asked: list[tuple[Any, ...]] = []
+    while len(asked) < n and (batch := strategy.ask()):
+        evaluations = evaluate(batch, strategy.fidelity)
+        if failing:
+            evaluations = [
+                Evaluation(e.schedule, -math.inf, fidelity=e.fidelity) if (len(asked) + i) % failing == 0 else e
+                for i, e in enumerate(evaluations)
+            ]
+        asked += [(schedule.levels, strategy.fidelity) for schedule in batch]
+        strategy.tell(evaluations[::-1] if backwards else evaluations)
+    return asked
+
+
+class StrategyConformance:
+    """Tests of the strategy called `name`, which may have options: "evolution:mu=4,lam=16".
+
+    Attributes:
+        name: of a registered strategy.
+        searches: False for a baseline that needs not find the optimum.
+        random: False for what does the same whatever the seed.
+        evaluations: how many it may take to find the optimum of a space of 85 schedules.
+    """
+
+    name: ClassVar[str]
+    searches: ClassVar[bool] = True
+    random: ClassVar[bool] = True
+    evaluations: ClassVar[int] = 200
+
+    def make(self, space: SearchSpace | None = None, seed: int = 0) -> Strategy:
+        """A fresh one; spaces that it may refuse as too large are left out of the tests."""
+        return STRATEGIES.make(self.name, space or SPACES["small"], seed=seed)
+
+    def spaces(self) -> dict[str, SearchSpace]:
+        """The spaces that it accepts."""
+        accepted = {}
+        for label, space in SPACES.items():
+            try:
+                self.make(space)
+            except DiffesError:
+                continue
+            accepted[label] = space
+        return accepted
+
+    def test_batches_are_feasible_and_distinct(self) -> None:
+        for label, space in self.spaces().items():
+            strategy = self.make(space)
+            for _ in range(6):
+                batch = strategy.ask()
+                assert len({schedule.levels for schedule in batch}) == len(batch)
+                for schedule in batch:
+                    assert strategy.explores or space.is_feasible(schedule.levels), f"off the budget of {label!r}"
+                    assert all(n > 0 or level == 0 for n, level in zip(space.steps, schedule.levels, strict=True))
+                strategy.tell(evaluate(batch, strategy.fidelity))
+
+    def test_nothing_is_asked_twice_in_a_larger_space(self) -> None:
+        asked = trace(self.make(), 40)
+        assert len(set(asked)) == len(asked)
+
+    def test_the_seed_decides_the_sequence(self) -> None:
+        random.seed(1)
+        np.random.seed(1)
+        first = trace(self.make(seed=3))
+        random.seed(2)
+        np.random.seed(2)
+        assert trace(self.make(seed=3)) == first
+        assert (trace(self.make(seed=4)) != first) == self.random
+
+    def test_the_sequence_is_the_same_in_another_process(self) -> None:
+        code = (
+            "import json; from diffes import testing; "
+            f"s = testing.STRATEGIES.make({self.name!r}, testing.SPACES['small'], seed=5); "
+            "print(json.dumps(testing.trace(s)))"
+        )
+        command = [sys.executable, "-c", code]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "123"})
+        there = [(tuple(levels), fidelity) for levels, fidelity in json.loads(run.stdout)]
+        assert there == trace(self.make(seed=5))
+
+    def test_the_order_of_telling_does_not_matter(self) -> None:
+        assert trace(self.make(), backwards=True) == trace(self.make())
+
+    def test_nan_is_refused_and_does_no_harm(self) -> None:
+        strategy, twin = self.make(), self.make()
+        batch = strategy.ask()
+        assert twin.ask() == batch
+        try:
+            strategy.tell([Evaluation(schedule, math.nan, fidelity=strategy.fidelity) for schedule in batch])
+        except DiffesError as error:
+            assert "NaN" in str(error)
+        else:
+            raise AssertionError("a fitness of NaN was taken")
+        for each in (strategy, twin):
+            each.tell(evaluate(batch, each.fidelity))
+        assert trace(strategy) == trace(twin)
+
+    def test_failed_evaluations_are_survived(self) -> None:
+        for failing in (1, 3):
+            strategy = self.make()
+            trace(strategy, 40, failing=failing)
+            if strategy.best is not None and failing == 1:
+                assert strategy.best.fitness == -math.inf
+
+    def test_the_optimum_of_a_small_space_is_found(self) -> None:
+        for steps in (None, (2, 1, 0, 3)):
+            space = SearchSpace.mean_sparsity(StagePlan.equal(4), 4, 0.5, steps)
+            levels = np.stack(np.meshgrid(*[np.arange(5)] * 4), -1).reshape(-1, 4).tolist()
+            optimum = max(separable(space.any_schedule(each)) for each in levels if space.is_feasible(each))
+            found = run_search(self.make(space), evaluate, max_evals=self.evaluations).best.fitness
+            assert found == optimum or not self.searches, f"found {found}, the optimum is {optimum}"
+
+    def test_global_random_states_are_left_alone(self) -> None:
+        before = _global_random_states()
+        trace(self.make())
+        assert _global_random_states() == before

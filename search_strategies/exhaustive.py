@@ -1,0 +1,69 @@
+"""All schedules of a small space, in order: the optimum that other strategies are measured against."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from diffes.errors import DiffesError, at_least
+from diffes.space import SearchSpace
+from diffes.strategy import Evaluation, Strategy
+
+
+class Exhaustive(Strategy):
+    """Asks for every feasible schedule once, in lexicographic order.
+
+    Args:
+        space: the feasible schedules.
+        seed: taken like every strategy does; nothing here is random.
+        limit: refuses spaces with more feasible schedules than this, at least 1.
+        batch: schedules asked at once, at least 1.
+
+    Raises:
+        DiffesError: the space is too large.
+    """
+
+    def __init__(self, space: SearchSpace, *, seed: int, limit: int = 100_000, batch: int = 64) -> None:
+        super().__init__(space, seed=seed)
+        self.batch = at_least("batch", batch, 1)
+        at_least("limit", limit, 1)
+        if next(itertools.islice(feasible(space), limit, None), None) is not None:
+            raise DiffesError(
+                f"the space has more than {limit:,} feasible schedules ({space.n_stages} stages, levels 0 to "
+                f"{space.max_level}); take fewer stages, raise limit, or search with another strategy"
+            )
+        self._left = feasible(space)
+
+    def _ask(self) -> list[list[int]]:
+        return list(itertools.islice(self._left, self.batch))
+
+    def _tell(self, evaluations: Sequence[Evaluation]) -> None:
+        """There is nothing to learn."""
+
+
+def feasible(space: SearchSpace) -> Iterator[list[int]]:
+    """All feasible genomes (S,) in lexicographic order, without walking through the others."""
+    n, budget = space.n_stages, space.budget
+    if budget is None:
+        choices = [range(space.max_level + 1 if steps else 1) for steps in space.steps]
+        yield from map(list, itertools.product(*choices))
+        return
+    cheapest = [0] * (n + 1)  # what the stages from s on cost at least and at most
+    dearest = [0] * (n + 1)
+    for s in reversed(range(n)):
+        cheapest[s] = cheapest[s + 1] + space.steps[s] * space.level_costs[s][-1]
+        dearest[s] = dearest[s + 1] + space.steps[s] * space.level_costs[s][0]
+
+    def extend(levels: list[int], cost: int, smallest_gain: float) -> Iterator[list[int]]:
+        s = len(levels)
+        if cost + cheapest[s] > budget or cost + dearest[s] + smallest_gain <= budget:
+            return
+        if s == n:
+            yield levels
+            return
+        row = space.level_costs[s]
+        for level in range(space.max_level + 1 if space.steps[s] else 1):
+            gain = space.steps[s] * (row[level - 1] - row[level]) if level else float("inf")
+            yield from extend([*levels, level], cost + space.steps[s] * row[level], min(smallest_gain, gain))
+
+    yield from extend([], 0, float("inf"))

@@ -1,0 +1,95 @@
+"""MosaicDiff's heuristic: three segments of the trajectory, the middle one pruned least; no search at all."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffes.errors import DiffesError
+from diffes.space import SearchSpace
+from diffes.strategy import Evaluation, Origin, StageProfile, Strategy
+
+LEAST = 0.25  # sparsity of the most important segment over that of the least important one
+
+
+class Mosaic(Strategy):
+    """Asks for one schedule, made from how fast the denoising loss changes along the trajectory.
+
+    The score of a stage is the gradient of the denoising loss plus `weight` times the logarithm of the signal-to-noise
+    ratio, both scaled to [0, 1]. The two edges that divide the scores into the most uniform three segments are the
+    edges of the schedule; a segment is pruned the less the higher its score is, and the middle one least.
+
+    Args:
+        space: the feasible schedules.
+        seed: taken like every strategy does; nothing here is random.
+        profile: loss and signal-to-noise ratio by stage; a run measures them.
+        weight: lambda of the paper, at least 0.
+
+    Raises:
+        DiffesError: there is no profile, it has another number of stages, or the weight is negative.
+
+    Source: MosaicDiff (Guo et al. 2025), which sets edges and sparsities by hand from such a score; the rule that makes
+    them from it for any budget and number of stages is ours.
+    """
+
+    def __init__(
+        self, space: SearchSpace, *, seed: int, profile: StageProfile | None = None, weight: float = 0.1
+    ) -> None:
+        super().__init__(space, seed=seed)
+        if profile is None or len(profile.loss) != space.n_stages:
+            raise DiffesError(f"mosaic needs a profile of the model with {space.n_stages} stages, got {profile}")
+        if not weight >= 0:
+            raise DiffesError(f"weight must be at least 0, got {weight}")
+        self.profile = profile
+        self.weight = weight
+        self._exhausted = False
+
+    def _ask(self) -> list[list[int]]:
+        batch = [] if self._exhausted else [self._levels()]
+        self._exhausted = True
+        return batch
+
+    def _tell(self, evaluations: Sequence[Evaluation]) -> None:
+        """There is nothing to learn."""
+
+    def _levels(self) -> list[int]:
+        loss, log_snr = np.array(self.profile.loss), np.array(self.profile.log_snr)
+        slope = np.abs(np.gradient(loss)) if len(loss) > 1 else np.zeros(1)
+        importance = segments(_unit(slope) + self.weight * _unit(log_snr))
+        shape = 1 - (1 - LEAST) * importance
+        top = self.space.max_level
+        low, high = 0.0, 1 / LEAST
+        for _ in range(50):  # the least thinning that is within the budget
+            middle = (low + high) / 2
+            levels = [min(round(middle * top * s), top) for s in shape]
+            low, high = (low, middle) if self.space.fits(levels) else (middle, high)
+        levels = [min(round(high * top * s), top) for s in shape]
+        repaired = self.space.repair(levels, np.random.default_rng(0))
+        self.origins[tuple(repaired)] = Origin("mosaic")
+        return repaired
+
+
+def segments(score: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Importance (S,) in [0, 1]: the mean score of each of three segments, the middle one at least as high as others.
+
+    The edges are those that leave the least variance inside the segments; fewer than three stages are segments each.
+    """
+    n = len(score)
+    if n < 3:
+        return _unit(score)
+    edges = min(
+        itertools.combinations(range(1, n), 2),
+        key=lambda pair: sum(((part - part.mean()) ** 2).sum() for part in np.split(score, pair)),
+    )
+    means = np.array([part.mean() for part in np.split(score, edges)])
+    means[1] = means.max()
+    return np.repeat(_unit(means), np.diff([0, *edges, n]))
+
+
+def _unit(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Scaled to [0, 1]; zeros where all are equal."""
+    spread = np.ptp(values)
+    return (values - values.min()) / spread if spread else np.zeros(len(values))
