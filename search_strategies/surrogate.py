@@ -29,14 +29,15 @@ MEMORY = 300  # fittest schedules that the model is fitted to
 
 
 class Surrogate(Strategy):
-    """Few denoiser calls: a Gaussian process over schedules and the largest expected gain per call under the budget.
+    """Few denoiser calls: a Gaussian process over schedules, and climbs on what it believes.
 
     What a schedule is worth is modelled as a sum over stages, each a smooth function of its level, and over pairs of
     stages; how much each stage counts and how fast it varies is fitted. Ranks are modelled, not scores: fitness falls
-    off steeply, and what matters is the order at the top. Each round starts from the optimum of the sum over stages,
-    found exactly by dynamic programming, from the fittest schedules known and from random ones, moves single levels
-    between stages as long as the expected improvement rises, and asks for the best of all that it passed, per denoiser
-    call: a schedule that shares the first stages with one that was measured costs less.
+    off steeply, and what matters is the order at the top. Each schedule of a batch is the best that a climb passed:
+    from the optimum of the sum over stages, found exactly by dynamic programming, from the fittest schedules known and
+    from random ones, it moves single levels between stages as long as the upper bound rises of what the model believes.
+    That bound is the mean for the first schedule of a batch and two standard deviations above it for the last. Of
+    equals the one is asked that shares the first stages with one that was measured: it costs fewer denoiser calls.
 
     Args:
         space: the feasible schedules.
