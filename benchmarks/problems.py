@@ -185,7 +185,7 @@ def main() -> None:
             for strategy in args.strategies
             if strategy != "uniform"
         }
-        save(convergence_over_calls(curves, f"{kind}, without noise: minus regret"), args.out / f"problems_{kind}.png")
+        save(convergence_over_calls(curves, f"{kind}, minus regret"), args.out / f"problems_{kind}.png")
     print(table(rows))
 
 
