@@ -238,7 +238,8 @@ def vary(bench: Workbench, config: RunConfig, progress: Progress, costs: list[li
         return Workbench(
             config, adapter, SearchSpace.mean_sparsity(plan, max_level, config.budget, steps), router, metric
         )
-    costs = costs if costs is not None else bench.costs if config.cost == bench.config.cost else None
+    if costs is None and config.cost == bench.config.cost and config.probes == bench.config.probes:
+        costs = bench.costs  # milliseconds depend on the batch
     if costs is None:
         with progress.task(f"{config.cost} by level", 1) as advance:
             costs = _measure_costs(config, router, plan, bench.space.visited, max_level)
@@ -268,6 +269,10 @@ def check_strategy(config: RunConfig) -> dict[str, str]:
         if name not in inspect.signature(strategy).parameters:
             raise DiffesError(f"strategy {config.strategy!r} takes no {name}; leave --{name} {spec} out")
         {"mutation": MUTATIONS, "crossover": CROSSOVERS}[name].parse(spec)
+    given: dict[str, Any] = dict(operators)
+    if "profile" in inspect.signature(strategy).parameters:
+        given["profile"] = StageProfile((1.0, 0.5), (0.0, 1.0))
+    STRATEGIES.make(config.strategy, SearchSpace.mean_sparsity(StagePlan.equal(2), 2, 0.5), seed=0, **given)
     return operators
 
 

@@ -17,6 +17,7 @@ from scipy.stats import wilcoxon
 from diffes import folder, plots
 from diffes.schedule import Schedule
 
+MEASURE = ("model", "metric", "steps", "guidance", "heldout", "dtype")  # settings that held-out fitness depends on
 TABLE, CSV, JSON = "table.md", "results.csv", "results.json"
 
 
@@ -33,32 +34,39 @@ class Comparison:
     rows: tuple[Mapping[str, Any], ...]
 
     def summary(self) -> list[dict[str, Any]]:
-        """One line for each combination of what was varied, over its seeds; others are tested against the first one.
+        """One line for each combination of what was varied, over its seeds.
 
-        `p` is that of a two-sided Wilcoxon signed-rank test of held-out fitness, paired by seed.
+        Each is tested against the first one that was measured in the same way. `p` is that of a two-sided Wilcoxon
+        signed-rank test of held-out fitness, paired by seed. Seeds whose held-out fitness is None, because a probe
+        failed, are left out of the statistics; where all are, they are None.
         """
         groups: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = {}
         for row in self.rows:
             key = tuple(row["settings"][name] for name in self.varied)
             groups.setdefault(key, {})[row["settings"]["seed"]] = row
-        reference = next(iter(groups.values()))
-        return [dict(zip(self.varied, key, strict=True)) | _line(by_seed, reference) for key, by_seed in groups.items()]
+        references: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = {}
+        lines = []
+        for key, by_seed in groups.items():
+            settings = next(iter(by_seed.values()))["settings"]
+            reference = references.setdefault(tuple(settings.get(name) for name in MEASURE), by_seed)
+            lines.append(dict(zip(self.varied, key, strict=True)) | _line(by_seed, reference))
+        return lines
 
     def table(self, *, brief: bool = False) -> tuple[list[str], list[list[str]]]:
         """Head and body of the table; a brief one fits a terminal."""
         lines = self.summary()
         columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
-            "held-out": lambda line: f"{line['heldout_mean']:.4f} ± {line['heldout_std']:.4f}",
-            "uniform": lambda line: f"{line['uniform_heldout']:.4f}",
-            "dense, fewer steps": lambda line: f"{line['fewer_steps_heldout']:.4f}",
+            "held-out": lambda line: f"{_number(line['heldout_mean'])} ± {_number(line['heldout_std'])}",
+            "uniform": lambda line: _number(line["uniform_heldout"]),
+            "dense, fewer steps": lambda line: _number(line["fewer_steps_heldout"]),
             "MACs": lambda line: f"{line['macs']:.1%}",
             "ahead of first": lambda line: "" if line["ahead"] is None else f"{line['ahead']} of {line['seeds']}",
             "p": lambda line: "" if line["p"] is None else f"{line['p']:.3f}",
         }
         if not brief:
             columns |= {
-                "median held-out": lambda line: f"{line['heldout_median']:.4f}",
-                "on its own probes": lambda line: f"{line['search_mean']:.4f}",
+                "median held-out": lambda line: _number(line["heldout_median"]),
+                "on its own probes": lambda line: _number(line["search_mean"]),
                 "denoiser calls": lambda line: f"{line['denoiser_calls']:,.0f}",
                 "evaluations": lambda line: f"{line['evaluations']:.0f}",
             }
@@ -76,22 +84,27 @@ class Comparison:
         """Figures by name.
 
         `convergence`: best so far over denoiser calls; `heldout`: held-out fitness of every seed; `schedules`: of each
-        combination the schedule that did best on its own probes.
+        combination the schedule that did best on its own probes. Where metrics differ, the first two are drawn for
+        each, their names ending with it.
         """
-        by_label: dict[str, list[Mapping[str, Any]]] = {}
+        by_metric: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
         for row in self.rows:
             label = ", ".join(str(row["settings"][name]) for name in self.varied)
-            by_label.setdefault(label, []).append(row)
-        metrics = {row["settings"]["metric"] for row in self.rows}
-        metric = metrics.pop() if len(metrics) == 1 else "fitness"
-        curves = {label: [row["curve"] for row in group] for label, group in by_label.items()}
-        heldout = {label: [row["heldout"] for row in group] for label, group in by_label.items()}
-        best = {label: max(group, key=lambda row: row["search"]) for label, group in by_label.items()}
-        return {
-            "convergence": plots.convergence_over_calls(curves, metric),
-            "heldout": plots.spread_by_label(heldout, f"held-out {metric}"),
-            "schedules": plots.schedules({label: Schedule.from_json(row) for label, row in best.items()}),
-        }
+            by_metric.setdefault(row["settings"]["metric"], {}).setdefault(label, []).append(row)
+        figures, best = {}, {}
+        for metric, groups in by_metric.items():
+            ending = f"-{metric}" if len(by_metric) > 1 else ""
+            curves = {label: [row["curve"] for row in group] for label, group in groups.items()}
+            heldout = {
+                label: [row["heldout"] for row in group if row["heldout"] is not None]
+                for label, group in groups.items()
+            }
+            known = {label: values for label, values in heldout.items() if values}
+            figures[f"convergence{ending}"] = plots.convergence_over_calls(curves, metric)
+            figures[f"heldout{ending}"] = plots.spread_by_label(known, f"held-out {metric}")
+            for label, group in groups.items():
+                best[label] = Schedule.from_json(max(group, key=lambda row: row["search"]))
+        return figures | {"schedules": plots.schedules(best)}
 
     def write(self, out: Path) -> None:
         """CSV, JSON, the table in Markdown and the figures."""
@@ -105,18 +118,21 @@ class Comparison:
 
 def _line(by_seed: Mapping[int, Mapping[str, Any]], reference: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Statistics of one combination over its seeds."""
-    heldout = [row["heldout"] for row in by_seed.values()]
-    differences = [by_seed[s]["heldout"] - reference[s]["heldout"] for s in by_seed if s in reference]
+    heldout = [row["heldout"] for row in by_seed.values() if row["heldout"] is not None]
+    pairs = [(row["heldout"], reference[s]["heldout"]) for s, row in by_seed.items() if s in reference]
+    differences = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
     tested = len(differences) > 1 and any(differences)
 
-    def mean(name: str) -> float:
-        return statistics.mean(row[name] for row in by_seed.values())
+    def mean(name: str) -> float | None:
+        values = [row[name] for row in by_seed.values() if row[name] is not None]
+        return statistics.mean(values) if values else None
 
     return {
-        "seeds": len(heldout),
-        "heldout_mean": statistics.mean(heldout),
+        "seeds": len(by_seed),
+        "failed": len(by_seed) - len(heldout),
+        "heldout_mean": mean("heldout"),
         "heldout_std": statistics.stdev(heldout) if len(heldout) > 1 else 0.0,
-        "heldout_median": statistics.median(heldout),
+        "heldout_median": statistics.median(heldout) if heldout else None,
         "search_mean": mean("search"),
         "uniform_heldout": mean("uniform_heldout"),
         "fewer_steps_heldout": mean("fewer_steps_heldout"),
@@ -126,6 +142,10 @@ def _line(by_seed: Mapping[int, Mapping[str, Any]], reference: Mapping[int, Mapp
         "ahead": sum(d > 0 for d in differences) if by_seed is not reference else None,
         "p": float(wilcoxon(differences).pvalue) if tested else None,
     }
+
+
+def _number(value: float | None) -> str:
+    return "failed" if value is None else f"{value:.4f}"
 
 
 def _write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

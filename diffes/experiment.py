@@ -14,7 +14,7 @@ from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 from diffes import cost, folder
-from diffes.bench import HeldOut, Workbench, prepare, search_on, vary
+from diffes.bench import HeldOut, Workbench, check_strategy, prepare, search_on, vary
 from diffes.comparison import Comparison
 from diffes.config import RunConfig
 from diffes.errors import DiffesError, unknown_name
@@ -128,6 +128,8 @@ def run_cells(cells: Sequence[RunConfig], out: Path, progress: Progress) -> list
         DiffesError: a setting is unusable, or `out` cannot be written or holds something else.
         OSError: likewise.
     """
+    for cell in cells:
+        check_strategy(cell)
     _open(out)
     done = {_key(row["settings"]): row for row in _read(out / CELLS)}
     costs: dict[str, Any] = folder.read_json(out / COSTS) if (out / COSTS).exists() else {}
@@ -164,7 +166,7 @@ def run_cell(bench: Workbench, heldout: HeldOut, journals: Path, progress: Progr
     spent = result.calls()
     curve = [(calls, best) for calls, best in zip(spent, result.curve(), strict=True) if best > -math.inf]
     best = result.best.schedule
-    mean, deviation = heldout(best)
+    mean, deviation = map(_finite, heldout(best))
     uniform = space.schedule(space.uniform())
     macs = cost.macs_fraction(router, best, space.steps)
     fewer = max(1, round(config.steps * macs))
@@ -174,9 +176,9 @@ def run_cell(bench: Workbench, heldout: HeldOut, journals: Path, progress: Progr
         "heldout": mean,
         "heldout_std": deviation,
         "search": result.best.fitness,
-        "uniform_heldout": heldout(uniform)[0],
+        "uniform_heldout": _finite(heldout(uniform)[0]),
         "fewer_steps": fewer,
-        "fewer_steps_heldout": heldout(fewer)[0],
+        "fewer_steps_heldout": _finite(heldout(fewer)[0]),
         "nominal_sparsity": best.nominal_sparsity(space.steps),
         "macs": macs,
         "uniform_macs": cost.macs_fraction(router, uniform, space.steps),
@@ -185,6 +187,11 @@ def run_cell(bench: Workbench, heldout: HeldOut, journals: Path, progress: Progr
         "seconds": round(result.seconds, 2),
         "curve": [[calls, float(f"{value:.7g}")] for calls, value in _thin(curve)],
     }
+
+
+def _finite(score: float) -> float | None:
+    """A number for JSON; None where a held-out probe failed."""
+    return score if math.isfinite(score) else None
 
 
 def _thin(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -207,7 +214,7 @@ def _open(out: Path) -> None:
         raise DiffesError(f"--out {out} is a file; name a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / CELLS).exists() and not (out / "journals").exists():
         raise DiffesError(f"--out {out} is not empty and holds no comparison of diffes; name another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    (out / "journals").mkdir(parents=True, exist_ok=True)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -155,8 +155,11 @@ def open_run(folder: Path, config: RunConfig, *, overwrite: bool) -> bool:
     if folder.is_dir() and any(folder.iterdir()):
         if not _is_run(folder):
             raise DiffesError(f"--out {folder} is not empty and holds no run of diffes; name another folder")
-        if not overwrite:
+        try:
             resumes = _check_same_run(folder, config)
+        except DiffesError:
+            if not overwrite:
+                raise
     existed = folder.is_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)

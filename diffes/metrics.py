@@ -41,7 +41,7 @@ class Metric:
         scores = self.function(outputs.float(), references.float()).reshape(-1).cpu().double()
         if len(scores) != len(outputs):
             raise DiffesError(f"metric {self.name!r} gave {len(scores)} scores for {len(outputs)} probes")
-        return scores.nan_to_num(nan=-math.inf)
+        return scores.nan_to_num(nan=-math.inf, neginf=-math.inf)
 
 
 @METRICS.register("latent_mse")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
@@ -65,7 +66,7 @@ class Registry(Generic[T]):
         """
         name, _, text = spec.partition(":")
         options: dict[str, Any] = {}
-        for part in text.split(",") if text else ():
+        for part in re.split(r",(?=\s*[A-Za-z_]\w*=)", text) if text else ():
             option, equals, value = part.partition("=")
             if not (equals and option.isidentifier() and value):
                 raise DiffesError(f"{self.kind} {spec!r}: {part!r} is no option; write name:option=value,option=value")
@@ -99,7 +100,13 @@ class Registry(Generic[T]):
 
     def make(self, spec: str, *args: Any, **kwargs: Any) -> Any:
         """Calls the thing of a spec with the arguments given and the options of the spec; errors as `bind`."""
-        return self.bind(spec, len(args), **kwargs)(*args)
+        made = self.bind(spec, len(args), **kwargs)
+        try:
+            return made(*args)
+        except (TypeError, ValueError) as error:
+            if ":" not in spec:
+                raise
+            raise DiffesError(f"{self.kind} {spec!r}: an option is not of its type ({error})") from error
 
     def names(self) -> list[str]:
         """All names, sorted; nothing is imported for it."""

@@ -22,7 +22,7 @@ from diffes.pipeline import load
 from diffes.progress import Progress
 from diffes.schedule import Schedule
 from diffes.search import SearchResult
-from diffes.store import STUDY_NAME, EvaluationStore
+from diffes.store import EvaluationStore
 from diffes.strategy import STRATEGIES, Evaluation
 
 FRONT_POINTS = 10  # of a front, measured on held-out probes
@@ -41,25 +41,34 @@ def search(config: RunConfig, out: Path, progress: Progress, *, overwrite: bool 
     resumes = folder.open_run(out, config, overwrite=overwrite)
     known = folder.read_json(out / folder.COSTS) if resumes and (out / folder.COSTS).exists() else {}
     bench = prepare(config, progress, known.get("costs"))
-    folder.begin_run(out, config, resumes=resumes)
+    if config.storage is not None:
+        store = _database_store(config.storage, bench, out, resumes=resumes, overwrite=overwrite)
+        folder.begin_run(out, config, resumes=resumes)
+    else:
+        folder.begin_run(out, config, resumes=resumes)
+        store = EvaluationStore(out / folder.JOURNAL, bench.space)
     if bench.costs is not None:
         folder.write_json(out / folder.COSTS, {"cost": config.cost, "costs": bench.costs})
-    place = config.storage or out / folder.JOURNAL
-    study = out.resolve().name if config.storage else STUDY_NAME
-    if config.storage is not None and overwrite:
-        EvaluationStore.forget(config.storage, study)
-    store = EvaluationStore(place, bench.space, study)
-    if not resumes and len(store):
-        raise DiffesError(
-            f"{place} has evaluations of a study {study!r} already; pass --overwrite to replace them, or name another "
-            "--out folder"
-        )
     result = search_on(bench, progress, store)
     macs_fraction = cost.macs_fraction(bench.router, result.best.schedule, bench.space.steps)
     _write_result(bench, result.best.schedule, macs_fraction, out)
     report = _compare(bench, result, macs_fraction, out, progress)
     folder.write_json(out / folder.REPORT, report)
     return report
+
+
+def _database_store(url: str, bench: Workbench, out: Path, *, resumes: bool, overwrite: bool) -> EvaluationStore:
+    """The study of this run in a database; it has the name of the run folder and remembers which folder that was."""
+    study, owner = out.resolve().name, str(out.resolve())
+    if overwrite and not resumes:
+        EvaluationStore.forget(url, study, owner)
+    store = EvaluationStore(url, bench.space, study, owner)
+    if not resumes and len(store):
+        raise DiffesError(
+            f"{url} has evaluations of a study {study!r} already; pass --overwrite to replace them, or name another "
+            "--out folder"
+        )
+    return store
 
 
 def _write_result(bench: Workbench, schedule: Schedule, macs_fraction: float, out: Path) -> None:
@@ -111,7 +120,7 @@ def _compare(
         if fronts:
             figure = plots.front(
                 {
-                    name: [(point["macs_fraction"], point["heldout_mean"]) for point in points]
+                    name: [(p["macs_fraction"], p["heldout_mean"]) for p in points if p["heldout_mean"] is not None]
                     for name, points in fronts.items()
                 },
                 "MACs",
@@ -177,14 +186,15 @@ def _front(
                 "levels": list(schedule.levels),
                 "macs_fraction": cost.macs_fraction(router, schedule, bench.space.steps),
                 "search": evaluation.fitness,
-                "heldout_mean": float(heldout.scores(schedule).mean()),
+                "heldout_mean": _finite(heldout.scores(schedule).mean()),
             }
         )
         advance("front")
     fewest = max(1, round(steps * min(point["macs_fraction"] for point in searched)))
     counts = sorted({round(float(n)) for n in np.linspace(fewest, steps, min(FRONT_POINTS, steps + 1 - fewest))})
     fewer = [
-        {"steps": n, "macs_fraction": n / steps, "heldout_mean": float(heldout.dense_scores(n).mean())} for n in counts
+        {"steps": n, "macs_fraction": n / steps, "heldout_mean": _finite(heldout.dense_scores(n).mean())}
+        for n in counts
     ]
     return {"searched": searched, "dense, fewer steps": fewer}
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from diffes.store import EvaluationStore
 
 MAX_IDLE_BATCHES = 50
+ROUNDING = 1e-6  # tenths of evaluations do not add up exactly
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def run_search(
     idle = 0
 
     def goes_on() -> bool:
-        return all(limit is None or spent[name] < limit for name, limit in limits.items())
+        return all(limit is None or spent[name] < limit - ROUNDING for name, limit in limits.items())
 
     while idle < MAX_IDLE_BATCHES and goes_on():
         batch = strategy.ask()
@@ -104,7 +105,7 @@ def run_search(
         fidelity = strategy.fidelity
         new = [schedule for schedule in batch if (schedule, fidelity) not in done]
         if max_evals is not None:
-            new = new[: math.ceil((max_evals - spent["max_evals"]) / fidelity)]
+            new = new[: math.ceil((max_evals - spent["max_evals"]) / fidelity - ROUNDING)]
         measured: dict[Schedule, Evaluation] = {}
         for evaluation in _measure(new, fidelity, evaluate, store, strategy.origins):
             measured[evaluation.schedule] = evaluation

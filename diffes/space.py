@@ -103,7 +103,8 @@ class SearchSpace:
             )
         unit = float(falling[:, 0].max()) / COST_RESOLUTION
         whole = tuple(tuple(int(cost) for cost in row) for row in np.round(falling / unit))
-        limit = max(int(budget * dense / unit), sum(n * row[-1] for n, row in zip(steps, whole, strict=True)))
+        thinnest, densest = (sum(n * row[k] for n, row in zip(steps, whole, strict=True)) for k in (-1, 0))
+        limit = max(math.floor(budget * densest * (1 + 1e-9)), thinnest)
         return cls(plan, falling.shape[1] - 1, tuple(steps), whole, limit)
 
     def without_budget(self) -> SearchSpace:

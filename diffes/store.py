@@ -51,12 +51,15 @@ class EvaluationStore:
         path: the journal, made, with its folder, when there is none; or the URL of a database, as SQLAlchemy has them.
         space: the stages and max_level of every schedule in it, and the budget.
         study: name of the study; a journal holds one, a database may hold many.
+        owner: what a study of that name must belong to, where others may have one of that name.
 
     Raises:
         DiffesError: the file is no journal of this library, or one of other stages or of another max_level.
     """
 
-    def __init__(self, path: str | os.PathLike[str], space: SearchSpace, study: str = STUDY_NAME) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], space: SearchSpace, study: str = STUDY_NAME, owner: str | None = None
+    ) -> None:
         self.path = path if isinstance(path, str) and "://" in path else Path(path)
         self.space = space
         self.plan = space.plan
@@ -72,7 +75,7 @@ class EvaluationStore:
                 )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DiffesError(f"{self.path} is no journal of evaluations: {type(error).__name__} {error}") from error
-        self._check_kind()
+        self._check_kind(owner)
         self._memo: dict[tuple[Schedule, float], Evaluation] = {}
         self._numbers: dict[tuple[int, ...], int] = {}
         for trial in self._study.get_trials(deepcopy=False):
@@ -87,14 +90,18 @@ class EvaluationStore:
         return len(self._memo)
 
     @staticmethod
-    def forget(url: str, study: str) -> None:
+    def forget(url: str, study: str, owner: str) -> None:
         """Deletes a study from a database, where there is one of that name.
 
         Raises:
-            DiffesError: the database cannot be opened.
+            DiffesError: the database cannot be opened, or the study belongs to another owner.
         """
+        storage = _open_database(url)
         with contextlib.suppress(KeyError), quiet_optuna():
-            optuna.delete_study(study_name=study, storage=_open_database(url))
+            theirs = optuna.load_study(study_name=study, storage=storage).user_attrs.get("run")
+            if theirs != owner:
+                raise DiffesError(f"{url} has a study {study!r} of {theirs}, not of {owner}; name another --out folder")
+            optuna.delete_study(study_name=study, storage=storage)
 
     def get(self, schedule: Schedule, fidelity: float = 1.0) -> Evaluation | None:
         """What was measured for a schedule, None when it never was."""
@@ -132,9 +139,10 @@ class EvaluationStore:
         self._memo.setdefault((evaluation.schedule, evaluation.fidelity), evaluation)
         self._numbers.setdefault(evaluation.schedule.levels, number)
 
-    def _check_kind(self) -> None:
+    def _check_kind(self, owner: str | None) -> None:
         """Marks a new study with its stages and max_level; compares those of an old one."""
         ours = {"stages": [list(stage) for stage in self.plan.stages], "max_level": self.max_level}
+        ours |= {"run": owner} if owner is not None else {}
         theirs = {key: self._study.user_attrs.get(key) for key in ours}
         for key, value in ours.items():
             if theirs[key] is None and not self._study.get_trials(deepcopy=False):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -210,13 +211,15 @@ class StrategyConformance:
         assert (trace(self.make(seed=4)) != first) == self.random
 
     def test_the_sequence_is_the_same_in_another_process(self) -> None:
+        module = STRATEGIES.parse(self.name)[0].__module__  # that of a decorated class has to be imported first
         code = (
-            "import json; from diffes import testing; "
+            f"import json, sys; sys.path[:] = {sys.path!r}; import {module}; from diffes import testing; "
             f"s = testing.STRATEGIES.make({self.name!r}, testing.SPACES['small'], seed=5); "
             "print(json.dumps(testing.trace(s)))"
         )
         command = [sys.executable, "-c", code]
-        run = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "123"})
+        run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": "123"})
+        assert run.returncode == 0, run.stderr
         there = [(tuple(levels), fidelity) for levels, fidelity in json.loads(run.stdout)]
         assert there == trace(self.make(seed=5))
 

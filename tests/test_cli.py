@@ -101,9 +101,14 @@ def test_ablate_varies_what_it_is_told_to(
     table = capsys.readouterr().out
     assert "stages" in table and "latent_cosine" in table
     assert len((out / "cells.jsonl").read_text().splitlines()) == 8
-    assert {"results.csv", "results.json", "table.md", "convergence.png", "heldout.png", "schedules.png"} <= {
-        p.name for p in out.iterdir()
-    }
+    assert {
+        "results.csv",
+        "results.json",
+        "table.md",
+        "convergence-latent_mse.png",
+        "heldout-latent_cosine.png",
+        "schedules.png",
+    } <= {p.name for p in out.iterdir()}
     assert "Did you mean 'stages'" in fails(capsys, "ablate", "stage=2", *small)
     assert "needs a profile" not in fails(capsys, "ablate", "strategy=mosaic,evolve", *small)
 

@@ -169,3 +169,23 @@ def test_budgets_in_macs_and_latency(base: RunConfig) -> None:
     timed = prepare(replace(base, cost="latency", budget=1.0), Counting())
     assert timed.costs is not None and all(len(row) == 5 and min(row) > 0 for row in timed.costs)
     assert prepare(replace(base, cost="latency", budget=1.0), Counting(), timed.costs).space == timed.space
+
+
+def test_only_what_was_measured_alike_is_compared_and_failures_are_left_out() -> None:
+    rows = [row("evolution", seed, 1.0 + seed) for seed in range(3)]
+    rows += [row("tpe", 0, 2.0), row("tpe", 1, 0.5) | {"heldout": None}, row("tpe", 2, 0.0)]
+    other = [row("random", seed, -5.0) for seed in range(3)]
+    for each in other:
+        each["settings"]["metric"] = "latent_mse"
+    comparison = Comparison(("strategy", "metric"), tuple([*rows, *other]))
+    first, second, third = comparison.summary()
+    assert (second["failed"], second["ahead"], second["heldout_mean"]) == (1, 1, 1.0)
+    assert third["ahead"] is None and third["p"] is None and first["failed"] == 0
+    assert "failed" in Comparison(("strategy",), (row("evolution", 0, 1.0) | {"heldout": None},)).markdown()
+
+
+def test_all_cells_are_checked_before_the_first_one_runs(base: RunConfig, tmp_path: Path) -> None:
+    for bad, message in (("tpee", "Did you mean"), ("evolution:moo=4", "moo"), ("evolution:mu=x", "mu")):
+        with pytest.raises(DiffesError, match=message):
+            experiment.run_cells(experiment.grid(base, {"strategy": ["random", bad]}, 1), tmp_path / "x", Counting())
+        assert not (tmp_path / "x").exists()

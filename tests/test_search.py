@@ -16,6 +16,7 @@ from diffes.search import MAX_IDLE_BATCHES, SearchResult, run_search
 from diffes.space import SearchSpace
 from diffes.store import EvaluationStore
 from diffes.strategy import Evaluation, Strategy
+from search_strategies.evopress import EvoPress
 
 SPACE = SearchSpace.mean_sparsity(StagePlan.equal(4), 8, 0.5)
 FEASIBLE = [list(levels) for levels in itertools.product(range(9), repeat=4) if sum(levels) == 16]
@@ -237,3 +238,16 @@ def test_an_evaluator_that_breaks_its_contract_is_refused() -> None:
     for evaluate in (too_few, twice, foreign):
         with pytest.raises(DiffesError, match="one Evaluation per schedule"):
             run_search(Scripted([1, 2]), evaluate, max_evals=9)
+
+
+@pytest.mark.parametrize("fidelity", [0.1, 0.2, 0.3, 1 / 3, 0.4])
+def test_fractions_of_evaluations_add_up(fidelity: float) -> None:
+    space = SearchSpace.mean_sparsity(StagePlan.equal(6), 6, 0.5)
+
+    def evaluate(schedules: Sequence[Schedule], fidelity: float = 1.0) -> list[Evaluation]:
+        return [Evaluation(s, float(s.levels[0]), 1, 1.0, fidelity) for s in schedules]
+
+    for limit in range(10, 60):
+        strategy = EvoPress(space, seed=0, fidelities=(fidelity, 1.0))
+        spent = sum(e.fidelity for e in run_search(strategy, evaluate, max_evals=limit).evaluations)
+        assert limit - 1e-6 < spent < limit + 1

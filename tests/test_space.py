@@ -188,3 +188,11 @@ def test_schedule_refuses_what_is_off_the_budget() -> None:
     for levels in ([4, 4, 4, 3], [4, 4, 4, 5]):
         with pytest.raises(DiffesError, match="not the budget"):
             space.schedule(levels)
+
+
+def test_the_whole_dense_cost_allows_the_dense_model() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        costs = np.sort(rng.random((3, 5)) * rng.choice([1e-3, 1.0, 1e6]), axis=1)[:, ::-1]
+        space = SearchSpace.dense_fraction(StagePlan.equal(3), rng.integers(1, 9, 3).tolist(), costs.tolist(), 1)
+        assert space.fits([0, 0, 0])

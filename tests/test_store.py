@@ -156,3 +156,17 @@ def test_optuna_is_quiet_and_its_verbosity_stays(path: Path, capfd: pytest.Captu
     finally:
         optuna.logging.set_verbosity(before)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_study_of_another_run_is_neither_joined_nor_deleted(tmp_path: Path) -> None:
+    url, space = f"sqlite:///{tmp_path / 'studies.db'}", SearchSpace.mean_sparsity(StagePlan.equal(3), 4, 0.5)
+    store = EvaluationStore(url, space, "run", "/a/run")
+    store.add(Evaluation(space.schedule(space.uniform()), 1.0, 1, 1.0))
+    with pytest.raises(DiffesError, match="/a/run"):
+        EvaluationStore(url, space, "run", "/b/run")
+    with pytest.raises(DiffesError, match="/a/run"):
+        EvaluationStore.forget(url, "run", "/b/run")
+    assert len(EvaluationStore(url, space, "run", "/a/run")) == 1
+    EvaluationStore.forget(url, "run", "/a/run")
+    EvaluationStore.forget(url, "run", "/a/run")
+    assert len(EvaluationStore(url, space, "run", "/b/run")) == 0

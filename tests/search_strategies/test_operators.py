@@ -15,7 +15,7 @@ import pytest
 from diffes.errors import DiffesError
 from diffes.schedule import StagePlan
 from diffes.space import SearchSpace
-from diffes.strategy import MUTATIONS, mutation
+from diffes.strategy import MUTATIONS, STRATEGIES, mutation
 from search_strategies.operators import Fitness, Genome, level_switch, make_toolbox
 
 BUDGETS = [0, 0.3, 0.33, 0.5, 1]
@@ -189,3 +189,12 @@ def test_toolbox_refuses_unknown_names_and_parameters() -> None:
         make_toolbox(PAPER, rng, select="worst")
     with pytest.raises(DiffesError, match=r"'level_switch:moves=3'.*its options are max_moves, max_levels"):
         make_toolbox(PAPER, rng, mutate="level_switch:moves=3")
+
+
+def test_options_may_be_tuples_and_of_a_wrong_type_are_named() -> None:
+    space = SearchSpace.mean_sparsity(StagePlan.equal(4), 4, 0.5)
+    made = STRATEGIES.make("evopress:fidelities=(0.1,0.5,1.0),survivors=(8,2),lam=9", space, seed=0)
+    assert (made.fidelities, made.survivors, made.lam) == ((0.1, 0.5, 1.0), (8, 2), 9)
+    for spec in ("evopress:survivors=8", "evopress:fidelities=0.5", "evolution:crossover_rate=x"):
+        with pytest.raises(DiffesError, match="not of its type"):
+            STRATEGIES.make(spec, space, seed=0)
