@@ -93,7 +93,7 @@ def convergence_over_calls(curves: Mapping[str, Sequence[Sequence[Sequence[float
             low, middle, high = np.percentile(values, [25, 50, 75], axis=0)
             axes.fill_between(calls, low, high, step="post", color=colour, alpha=0.2, linewidth=0)
             axes.step(calls, middle, where="post", color=colour, linewidth=2, label=f"{label} ({len(runs)} seeds)")
-            bounds.append(middle)
+            bounds.append(middle[calls >= last / 6] if last > first else middle)  # leaves the steep start out
         axes.set_ylim(*_axis_range(bounds))
         axes.set(xlabel="denoiser calls", ylabel=f"best fitness so far ({metric})")
         axes.grid(alpha=0.3)
