@@ -2,7 +2,7 @@
 
 Every cell is one search (model x method x budget x seed) with probes of its own, scored on held-out probes that no
 search sees, beside the uniform schedule of the same budget and the dense model at the number of steps that costs the
-same MACs. Finished cells are lines of the results file and are not run again.
+same MACs. Finished cells are lines of `cells.jsonl` and are not run again.
 
     python benchmarks/compare_methods.py            # about an hour on two CPU cores
     python benchmarks/compare_methods.py --smoke    # tiny, one seed of each
@@ -11,102 +11,41 @@ same MACs. Finished cells are lines of the results file and are not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from diffes import cost
 from diffes.adapters import shipped_models
-from diffes.bench import HELDOUT_SEED, Workbench, prepare, search_on, vary
-from diffes.config import RunConfig
-from diffes.evaluation import ScheduleEvaluator
-from diffes.folder import config_record
+from diffes.progress import RichProgress
 from diffes.pruning import METHODS
+from diffes.study.config import RunConfig
+from diffes.study.grid import grid, run_cells
+from diffes.study.record import RunRecord
 
-NAME = "compare_methods"
-RESULTS = Path(__file__).parent / "results"
-
-
-class OneLine:
-    """Progress without bars."""
-
-    @contextmanager
-    def task(self, title: str, total: int) -> Iterator[Callable[..., None]]:
-        start = time.perf_counter()
-        yield lambda note, amount=1: None
-        print(f"{title}: {time.perf_counter() - start:.0f} s", flush=True)
+RESULTS = Path(__file__).parent / "results" / "compare_methods"
 
 
-def baselines(bench: Workbench, heldout: ScheduleEvaluator) -> dict[str, Any]:
-    """The uniform schedule of the budget, and the dense model at as many MACs."""
-    uniform = bench.space.schedule(bench.space.uniform())
-    scores = heldout.scores(uniform)
-    macs = cost.macs_fraction(bench.router, uniform, bench.space.steps)
-    fewer = max(1, round(bench.config.steps * macs))
-    return {
-        "uniform_levels": list(uniform.levels),
-        "uniform_mean": float(scores.mean()),
-        "uniform_std": float(scores.std()),
-        "uniform_macs": macs,
-        "fewer_steps": fewer,
-        "fewer_steps_mean": float(heldout.dense_scores(fewer).mean()),
-        "bank_bytes_in_search": bench.router.bank.nbytes,
-    }
-
-
-def run_method(config: RunConfig, cells: list[RunConfig]) -> Iterator[dict[str, Any]]:
-    """All cells of one model and method, which share a calibrated bank."""
-    bench = prepare(config, OneLine())
-    heldout = bench.evaluator(config.heldout, HELDOUT_SEED, "heldout")
-    known: dict[float, dict[str, Any]] = {}
-    for cell in cells:
-        print(f"{cell.model}, {cell.method}, budget {cell.budget}, seed {cell.seed}", flush=True)
-        here = vary(bench, cell, OneLine())
-        if cell.budget not in known:
-            known[cell.budget] = baselines(here, heldout)
-        result = search_on(here, OneLine())
-        schedule = result.best.schedule
-        scores = heldout.scores(schedule)
-        found: dict[str, Any] = {
-            "levels": list(schedule.levels),
-            "search": result.best.fitness,
-            "heldout_mean": float(scores.mean()),
-            "heldout_std": float(scores.std()),
-            "evaluations": len(result.evaluations),
-            "denoiser_calls": result.denoiser_calls,
-            "seconds": round(result.seconds, 1),
-            "curve": [round(value, 6) for value in result.curve()],
-        }
-        found["macs"] = cost.macs_fraction(here.router, schedule, here.space.steps)
-        place = {"model": cell.model, "method": cell.method, "budget": cell.budget, "seed": cell.seed}
-        yield place | known[cell.budget] | found | config_record(cell) | {"threads": torch.get_num_threads()}
-
-
-def table(rows: list[dict[str, Any]], metric: str) -> str:
+def table(records: Sequence[RunRecord], metric: str) -> str:
     """Markdown, one line for each model, budget and method."""
     lines = [
         f"| model | budget | method | uniform, held-out {metric} | searched, mean ± std over seeds | seeds | searched "
-        "ahead | MACs, uniform | MACs, searched | dense at as many MACs as uniform |",
+        "ahead | MACs, uniform | MACs, searched | dense at as many MACs |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for model, budget, method in sorted({(row["model"], row["budget"], row["method"]) for row in rows}):
-        cells = [row for row in rows if (row["model"], row["budget"], row["method"]) == (model, budget, method)]
-        found = [cell["heldout_mean"] for cell in cells]
+    groups: dict[tuple[str, float, str], list[RunRecord]] = {}
+    for record in records:
+        groups.setdefault(tuple(record.settings[name] for name in ("model", "budget", "method")), []).append(record)  # type: ignore[arg-type]
+    for (model, budget, method), cells in sorted(groups.items()):
+        uniform, fewer = cells[0].uniform, cells[0].fewer_steps
+        found = [mean for cell in cells if (mean := cell.searched.heldout_mean) is not None]
         spread = statistics.stdev(found) if len(found) > 1 else 0.0
-        ahead = sum(score > cells[0]["uniform_mean"] for score in found)
-        macs = statistics.mean(cell["macs"] for cell in cells)
-        first = cells[0]
+        ahead = sum(uniform.heldout_mean is None or score > uniform.heldout_mean for score in found)
+        macs = statistics.mean(cell.searched.macs_fraction for cell in cells)
         values = (
-            model, budget, method, f"{first['uniform_mean']:.4f}", f"{statistics.mean(found):.4f} ± {spread:.4f}",
-            len(found), f"{ahead} of {len(found)}", f"{first['uniform_macs']:.1%}", f"{macs:.1%}",
-            f"{first['fewer_steps']} steps: {first['fewer_steps_mean']:.4f}",
+            model, budget, method, f"{uniform.heldout_mean:.4f}", f"{statistics.mean(found):.4f} ± {spread:.4f}",
+            len(cells), f"{ahead} of {len(cells)}", f"{uniform.macs_fraction:.1%}", f"{macs:.1%}",
+            f"{fewer.steps} steps: {fewer.heldout_mean:.4f}",
         )  # fmt: skip
         lines.append(f"| {' | '.join(map(str, values))} |")
     return "\n".join(lines) + "\n"
@@ -130,22 +69,11 @@ def main() -> None:
         config = replace(config, stages=2, steps=4, probes=2, heldout=4, calibration_samples=8, metric="latent_mse")
         config = replace(config, max_evals=2)
         args.budgets, args.seeds = [0.5], 1
-        args.out = Path("runs/smoke") if args.out == RESULTS else args.out
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{NAME}.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = [RunConfig().to_json() | row["settings"] for row in rows]  # settings that came later had their defaults
-    for model in args.models:
-        for method in args.methods:
-            base = replace(config, model=model, method=method)
-            cells = [replace(base, budget=b, seed=seed) for seed in range(args.seeds) for b in args.budgets]
-            cells = [cell for cell in cells if cell.to_json() not in done]
-            for row in run_method(base, cells) if cells else ():
-                rows.append(row)
-                with path.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-    text = table(rows, config.metric)
-    (args.out / f"{NAME}.md").write_text(text)
+        args.out = Path("runs/smoke/compare_methods") if args.out == RESULTS else args.out
+    cells = grid(config, {"model": args.models, "method": args.methods, "budget": args.budgets}, args.seeds)
+    records = run_cells(cells, args.out, RichProgress(), equal_calls=False)
+    text = table(records, config.metric)
+    (args.out / "table.md").write_text(text)
     print(text)
 
 

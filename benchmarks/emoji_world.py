@@ -44,7 +44,8 @@ def caption(scene: Scene) -> str:
 
 def splits() -> tuple[list[Scene], list[Scene]]:
     """Scenes for training, and those of the (object, background) pairs that training never sees."""
-    seen, unseen = [], []
+    seen: list[Scene] = []
+    unseen: list[Scene] = []
     for (i, thing), (j, background) in itertools.product(enumerate(OBJECTS), enumerate(BACKGROUNDS)):
         # 3 and 5 have no factor in common: each object misses one or two backgrounds, each background eight objects
         target = unseen if (i + 3 * j) % 5 == 0 else seen

@@ -23,17 +23,19 @@ from typing import Any
 
 import numpy as np
 
-from diffes.plots import convergence_over_calls, save
-from diffes.schedule import Schedule, StagePlan
-from diffes.search import run_search
-from diffes.space import SearchSpace
-from diffes.strategy import STRATEGIES, Evaluation
+from diffes.search.loop import run_search
+from diffes.search.schedule import Schedule, Stages
+from diffes.search.space import SearchSpace
+from diffes.search.strategy import STRATEGIES, Evaluation
+from diffes.study.plots import convergence_over_calls, save
 from search_strategies.exhaustive import feasible
 
 RESULTS = Path(__file__).parent / "results"
-SPACE = SearchSpace.mean_sparsity(StagePlan.equal(6), 6, 0.5, (3, 3, 4, 3, 3, 4))
+SPACE = SearchSpace.mean_sparsity(Stages.equal(6), 6, 0.5, (3, 3, 4, 3, 3, 4))
 PROBES = 16
-COMPARED = ("evolution", "evopress", "surrogate", "tpe", "cmaes", "nsga2", "random", "uniform")
+COMPARED = (
+    "evolution", "evopress", "surrogate", "tpe", "cmaes", "nsga2", "random", "uniform", "optuna:sampler=GPSampler",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,12 @@ from diffusers import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffes.adapters import ModelAdapter, adapter_for
-from diffes.bank import WeightBank
-from diffes.cost import prunable_fraction
+from diffes.adapters import Kind, ModelAdapter, adapter_for
+from diffes.measure.currencies import prunable_fraction
 from diffes.pruning import METHODS, GroupWeights
-from diffes.routing import Router
-from diffes.schedule import Schedule, StagePlan
+from diffes.pruning.bank import WeightBank
+from diffes.runtime.router import Router
+from diffes.search.schedule import Schedule, Stages
 
 DIT_XL_2_256: dict[str, Any] = {  # the transformer/config.json of facebook/DiT-XL-2-256
     "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "num_layers": 28,
@@ -76,7 +76,7 @@ def call(adapter: ModelAdapter, side: int, timestep: int) -> torch.Tensor:
     """One denoiser call on a batch of one; prompts are random embeddings of SDXL's own shape."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 4, side, side, generator=generator).to(adapter.dtype)
-    if adapter.pipeline_class == "DiTPipeline":
+    if type(adapter.pipe).__name__ == "DiTPipeline":
         return adapter.denoise_once(latents, torch.tensor([timestep]), (0,))
     text, pooled = (torch.randn(shape, generator=generator).to(adapter.dtype) for shape in ((1, 77, 2048), (1, 1280)))
     added = {"text_embeds": pooled, "time_ids": torch.tensor([[1024, 1024, 0, 0, 1024, 1024]], dtype=adapter.dtype)}
@@ -86,9 +86,10 @@ def call(adapter: ModelAdapter, side: int, timestep: int) -> torch.Tensor:
 def measure(name: str, denoiser: Any, side: int) -> list[dict[str, Any]]:
     """Groups, shares and MACs, and calls at half of the levels, of both kinds."""
     adapter = adapter_of(denoiser)
-    plan = StagePlan.equal(2)
+    stages = Stages.equal(2)
     rows = []
-    for kind, method in (("width", "magnitude"), ("depth", None)):
+    of_kind: dict[Kind, str | None] = {"width": "magnitude", "depth": None}
+    for kind, method in of_kind.items():
         start = time.perf_counter()
         max_level = adapter.max_level(kind)
         level = max_level // 2
@@ -97,12 +98,12 @@ def measure(name: str, denoiser: Any, side: int) -> list[dict[str, Any]]:
             kept = torch.arange(blocks.n_kept(level, max_level), dtype=torch.int32)
             bank = WeightBank({(0, level): {blocks.name: GroupWeights(kept)}}, kind)
         else:
-            bank = WeightBank.build(adapter, METHODS.make(method), plan, None, guided=False, seed=0)
+            bank = WeightBank.build(adapter, METHODS.make(method), stages, None, guided=False, seed=0)
         router = Router(adapter, bank)
         macs = {}
         with torch.no_grad():
             dense = call(adapter, side, 900)
-            router.install(Schedule(plan, (level, 0), max_level))
+            router.install(Schedule(stages, (level, 0), max_level))
             for stage, timestep in (("dense", 900), ("half", 100)):
                 with FlopCounterMode(display=False) as counter:
                     out = call(adapter, side, timestep)

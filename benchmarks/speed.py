@@ -12,50 +12,26 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from compare_methods import OneLine
 
-from diffes.bench import Workbench, prepare, vary
-from diffes.config import RunConfig
-from diffes.cost import interleaved_ms, macs_fraction
-from diffes.folder import config_record
-from diffes.schedule import Schedule
+from diffes.progress import RichProgress
+from diffes.study.config import RunConfig
+from diffes.study.folder import config_record
+from diffes.study.workbench import Workbench, prepare, vary
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def images(bench: Workbench, batch: int, n_steps: int) -> torch.Tensor:
-    """A whole run with the model as it is."""
-    adapter = bench.adapter
-    return adapter.decode(adapter.sample(adapter.make_probes(batch, 0), n_steps, bench.config.guidance))
-
-
-def routed(bench: Workbench, batch: int, schedule: Schedule) -> torch.Tensor:
-    """A whole run of a schedule."""
-    with bench.router.routed(schedule):
-        return images(bench, batch, bench.config.steps)
-
-
 def measure(bench: Workbench, batch: int, budgets: list[float], repeats: int) -> list[dict[str, Any]]:
     """One row a budget; all candidates of a batch size take turns."""
-    steps = bench.config.steps
-    spaces = [vary(bench, replace(bench.config, budget=budget), OneLine()).space for budget in budgets]
-    schedules = [space.schedule(space.uniform()) for space in spaces]
-    fractions = [macs_fraction(bench.router, schedule, bench.space.steps) for schedule in schedules]
-    fewer = [max(1, round(steps * fraction)) for fraction in fractions]
-    dense_ms, *rest = interleaved_ms(
-        [
-            partial(images, bench, batch, steps),
-            *(partial(routed, bench, batch, schedule) for schedule in schedules),
-            *(partial(images, bench, batch, n) for n in fewer),
-        ],
-        repeats,
-        bench.adapter.device,
-    )
+    steps, progress = bench.config.steps, RichProgress()
+    schedules = [vary(bench, replace(bench.config, budget=budget), progress).uniform() for budget in budgets]
+    fractions = [bench.macs_fraction(schedule) for schedule in schedules]
+    fewer = [bench.fewer_steps(schedule) for schedule in schedules]
+    dense_ms, *rest = bench.milliseconds([steps, *schedules, *fewer], batch, repeats)
     return [
         {
             "batch": batch, "budget": budget, "macs_fraction": round(fraction, 4), "dense_ms": round(dense_ms, 1),
@@ -81,7 +57,7 @@ def main() -> None:
         config = replace(config, steps=4, stages=2)
         args.batches, args.repeats = [2], 1
         args.out = Path("runs/smoke") if args.out == RESULTS else args.out
-    bench = prepare(config, OneLine())
+    bench = prepare(config, RichProgress())
     record = {"device": bench.adapter.device.type, "threads": torch.get_num_threads(), **config_record(config)}
     args.out.mkdir(parents=True, exist_ok=True)
     lines = ["| batch | mean sparsity | MACs | dense ms | routed ms | speed-up | limit by MACs | dense, fewer steps |",

@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -213,7 +214,7 @@ def train_unet(
     return smooth
 
 
-def save(pipe: StableDiffusionXLPipeline, args: argparse.Namespace, facts: dict) -> None:
+def save(pipe: StableDiffusionXLPipeline, args: argparse.Namespace, facts: dict[str, Any]) -> None:
     """Writes the pipeline in fp16, the prompts of searches and reports, calibration pictures, the training record."""
     pipe.to(dtype=torch.float16).save_pretrained(args.out)
     seen, unseen = splits()

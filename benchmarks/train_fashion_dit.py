@@ -19,6 +19,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +96,9 @@ def build_dit() -> DiTTransformer2DModel:
     return dit
 
 
-def optimiser_for(model: torch.nn.Module, peak: float, steps: int) -> tuple[torch.optim.Optimizer, object]:
+def optimiser_for(
+    model: torch.nn.Module, peak: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW with a one-cycle rate: linear-cosine warm-up over 5 % of the steps, cosine decay to nothing."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01, betas=(0.9, 0.99))
     rate = torch.optim.lr_scheduler.OneCycleLR(
@@ -194,7 +197,9 @@ def train_dit(
     return dit, scheduler, smooth
 
 
-def save(pipe: DiTPipeline, images: torch.Tensor, labels: torch.Tensor, args: argparse.Namespace, facts: dict) -> None:
+def save(
+    pipe: DiTPipeline, images: torch.Tensor, labels: torch.Tensor, args: argparse.Namespace, facts: dict[str, Any]
+) -> None:
     """Writes the pipeline in fp16, 1,024 class-balanced training images for calibration, and the training record."""
     pipe.to(dtype=torch.float16).save_pretrained(args.out)
     index = args.out / "model_index.json"  # DiTPipeline reads `id2label` from it, but does not write it

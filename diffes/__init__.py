@@ -8,30 +8,43 @@ the package. Searches run from the shell (`diffes search --help`) or on a `diffe
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from diffes.errors import DiffesError
 
 if TYPE_CHECKING:
     from diffes.adapters import load_pipeline
-    from diffes.bench import workbench
-    from diffes.pipeline import apply, load, remove
-    from diffes.strategy import crossover, mutation
+    from diffes.runtime.apply import apply, load, remove
+    from diffes.search.operators import crossover, mutation
+    from diffes.search.strategy import Strategy, strategy
+    from diffes.study.config import RunConfig
+    from diffes.study.workbench import workbench
 
 __all__ = [
-    "DiffesError", "apply", "crossover", "load", "load_pipeline", "mutation", "remove", "workbench",
+    "DiffesError", "RunConfig", "Strategy", "apply", "crossover", "load", "load_pipeline", "mutation", "remove",
+    "strategy", "workbench",
 ]  # fmt: skip
-__version__ = version("diffes")
+
+try:
+    __version__ = version("diffes")
+except PackageNotFoundError as error:
+    raise ImportError(
+        "diffes is not installed here: its strategies, methods and models are found through the installed package. Run "
+        "`pip install -e .` in the folder of its pyproject.toml"
+    ) from error
 
 _LAZY = {
-    "apply": "diffes.pipeline",
-    "crossover": "diffes.strategy",
-    "load": "diffes.pipeline",
+    "RunConfig": "diffes.study.config",
+    "Strategy": "diffes.search.strategy",
+    "apply": "diffes.runtime.apply",
+    "crossover": "diffes.search.operators",
+    "load": "diffes.runtime.apply",
     "load_pipeline": "diffes.adapters",
-    "mutation": "diffes.strategy",
-    "remove": "diffes.pipeline",
-    "workbench": "diffes.bench",
+    "mutation": "diffes.search.operators",
+    "remove": "diffes.runtime.apply",
+    "strategy": "diffes.search.strategy",
+    "workbench": "diffes.study.workbench",
 }
 
 

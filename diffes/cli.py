@@ -1,4 +1,4 @@
-"""The command line: `diffes search`, `diffes sample` and `diffes export`."""
+"""The command line: `diffes search`, `sample`, `export`, `compare` and `ablate`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from diffes import report as reports
-from diffes.config import RunConfig
+from diffes import files
 from diffes.errors import DiffesError
 from diffes.progress import RichProgress, console
+from diffes.study import report as reports
+from diffes.study.config import RunConfig
+from diffes.study.record import Report
 
 app = tyro.extras.SubcommandApp()
 _DEFAULT = RunConfig()
@@ -52,13 +54,11 @@ def search(
     model = config.model.rstrip("/").rsplit("/", 1)[-1]
     name = f"{model}-{config.method}-{config.strategy}-{config.budget:g}-s{config.seed}"
     out = out or Path("runs") / re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
-    run = _engine()
-    report = run.search(config, out, RichProgress(), overwrite=overwrite)
-    console.print(_table(report, config))
-    console.print(f"levels by stage, cleanest first: {' '.join(map(str, report['levels']))}")
-    console.print(
-        f"{report['evaluations']} evaluations, {report['denoiser_calls']:,} denoiser calls; written to {out}:"
-    )
+    report = _engine().complete_run(config, out, RichProgress(), overwrite=overwrite)
+    found = report.run
+    console.print(_table(report))
+    console.print(f"levels by stage, cleanest first: {' '.join(map(str, found.schedule.levels))}")
+    console.print(f"{found.evaluations} evaluations, {found.denoiser_calls:,} denoiser calls; written to {out}:")
     for path in sorted(out.iterdir()):
         console.print(f"  {path}  ({path.stat().st_size:,} bytes)", highlight=False)
     console.print(f"next: diffes sample {out} --out grid.png", highlight=False)
@@ -101,7 +101,7 @@ def sample(
     engine = _engine()
     images, names = engine.sample_images(run, conditions, seed=seed, steps=steps, guidance=guidance, device=device)
     figure = engine.plots.image_grid({"": images}, names)
-    engine.folder.write_safely(out, lambda partial: engine.plots.save(figure, partial))
+    files.write_safely(out, lambda partial: engine.plots.save(figure, partial))
     console.print(f"written to {out}", highlight=False)
 
 
@@ -124,7 +124,7 @@ def export(
         overwrite: replace an earlier export.
     """
     _engine()
-    from diffes.export import export as write_export
+    from diffes.study.export import export as write_export
 
     write_export(run, out, dtype=dtype, overwrite=overwrite)
     console.print(f"written to {out}:", highlight=False)
@@ -177,7 +177,7 @@ def ablate(
             --max-evals whole evaluations cost.
         out: folder of the results. Left out: runs/ablate-MODEL-OPTIONS.
     """
-    from diffes.experiment import parse_variations
+    from diffes.study.grid import parse_variations
 
     varied = parse_variations(vary)
     model = config.model.rstrip("/").rsplit("/", 1)[-1]
@@ -186,10 +186,10 @@ def ablate(
 
 def _experiment(config: RunConfig, varied: dict[str, list[Any]], seeds: int, out: Path | None, name: str) -> None:
     _engine()
-    from diffes import experiment
+    from diffes.study import grid
 
     out = out or Path("runs") / re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
-    head, body = experiment.run_experiment(config, varied, seeds, out, RichProgress()).table(brief=True)
+    head, body = grid.run_experiment(config, varied, seeds, out, RichProgress()).table(brief=True)
     table = Table(title=f"held-out {config.metric}" if "metric" not in varied else "held-out fitness")
     for title in head:
         table.add_column(title, justify="left" if title in varied else "right", no_wrap=title in varied)
@@ -202,22 +202,23 @@ def _experiment(config: RunConfig, varied: dict[str, list[Any]], seeds: int, out
 
 
 def _engine() -> Any:
-    """`diffes.run`, imported late (torch takes seconds and `--help` needs none of it), the libraries kept quiet."""
+    """`diffes.study.run`, imported late (torch takes seconds, `--help` needs none of it), the libraries kept quiet."""
     import warnings
 
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore")
     with console.status("loading torch and diffusers"):
-        from diffes import run
+        from diffes.study import run
     return run
 
 
-def _table(report: dict[str, Any], config: RunConfig) -> Table:
+def _table(report: Report) -> Table:
     """What was measured, on held-out probes."""
-    table = Table(title=f"{config.model}, {config.method}, held-out {config.metric} over {config.heldout} probes")
+    title = "{model}, {method}, held-out {metric} over {heldout} probes"
+    table = Table(title=title.format(**report.run.settings))
     for name in reports.COLUMNS:
         table.add_column(name, justify="left" if not name else "right")
-    for row in reports.rows(report, config.steps):
+    for row in reports.rows(report):
         table.add_row(*row)
     return table
 

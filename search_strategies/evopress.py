@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from diffes.errors import DiffesError, at_least
-from diffes.space import SearchSpace
-from diffes.strategy import Evaluation, Origin, Strategy
-from search_strategies.initial import hybrid, sample_unseen
-from search_strategies.operators import Genome, make_toolbox
-
-MUTATION_TRIES = 20
+from diffes.search.genome import Genome
+from diffes.search.initial import hybrid
+from diffes.search.space import SearchSpace
+from diffes.search.strategy import Evaluation, Proposal, Strategy
+from diffes.search.variation import make_toolbox, vary
 
 
 class EvoPress(Strategy):
@@ -24,7 +23,7 @@ class EvoPress(Strategy):
         lam: lambda, offspring of a generation, at least 1; also the size of the hybrid first population.
         fidelities: the fraction of the probes of each rung, rising, the last one 1.
         survivors: how many go on from each rung but the last, falling.
-        mutation: a registered mutation, with options after a colon.
+        mutation: a registered mutation or one of DEAP's, with options after a colon.
 
     Raises:
         DiffesError: the rungs are not as above.
@@ -32,6 +31,8 @@ class EvoPress(Strategy):
     Source: EvoPress (Sieberling et al. 2024), algorithm 1, whose rungs are numbers of tokens; here they are probes. Its
     own setting has more and larger rungs, for searches of thousands of evaluations.
     """
+
+    operators = ("mutation",)
 
     def __init__(
         self,
@@ -53,50 +54,37 @@ class EvoPress(Strategy):
             )
         self.fidelities = tuple(fidelities)
         self.survivors = tuple(at_least("survivors", n, 1) for n in survivors)
-        self.mutation = mutation
         self._rng = np.random.default_rng(seed)
         self._toolbox = make_toolbox(space, self._rng, mutate=mutation)
-        self._parent: Evaluation | None = None
+        self._parent: Genome | None = None
         self._rung = 0
-        self._going_on: list[list[int]] = []
+        self._going_on: list[Genome] = []
         self._seen: set[tuple[int, ...]] = set()
 
-    def _ask(self) -> list[list[int]]:
+    def _ask(self) -> list[Proposal]:
         if self._rung == 0:
             self._going_on = self._offspring()
             self._seen.update(map(tuple, self._going_on))
-        self.fidelity = self.fidelities[self._rung]
-        return self._going_on
+        fidelity = self.fidelities[self._rung]
+        return [self.propose(genome, fidelity=fidelity, origin=genome.origin) for genome in self._going_on]
 
     def _tell(self, evaluations: Sequence[Evaluation]) -> None:
-        ranked = sorted(evaluations, key=lambda evaluation: evaluation.fitness, reverse=True)
+        """Of equals the one asked first goes on, but a newcomer as good as the parent takes its place."""
+        told = zip(evaluations, self._going_on, strict=True)
+        ranked = [
+            Genome(genome, evaluation.fitness, genome.origin)
+            for evaluation, genome in sorted(told, key=lambda pair: pair[0].fitness, reverse=True)
+        ]
         if self._rung < len(self.survivors):
-            self._going_on = [list(e.schedule.levels) for e in ranked[: self.survivors[self._rung]]]
+            self._going_on = ranked[: self.survivors[self._rung]]
             self._rung += 1
             return
         self._rung = 0
         if ranked and (self._parent is None or ranked[0].fitness >= self._parent.fitness):
             self._parent = ranked[0]
 
-    def _offspring(self) -> list[list[int]]:
+    def _offspring(self) -> list[Genome]:
         """Lambda distinct unseen genomes (S,), mutants of the parent as far as there are new ones; fewer at the end."""
         if self._parent is None:
-            return hybrid(self.space, self._rng, self.lam)
-        parent = self._parent.schedule.levels
-        batch: dict[tuple[int, ...], None] = {}
-        while len(batch) < self.lam:
-            taken = self._seen | batch.keys()
-            child = Genome(parent)
-            for _ in range(MUTATION_TRIES):
-                (child,) = self._toolbox.mutate(child)
-                if tuple(child) not in taken:
-                    self.origins[tuple(child)] = Origin(self.mutation, (parent,))
-                    break
-            else:
-                sample = sample_unseen(self.space, self._rng, taken)
-                if sample is None:
-                    break
-                child = Genome(sample)
-                self.origins[tuple(child)] = Origin("random")
-            batch[tuple(int(level) for level in child)] = None
-        return [list(levels) for levels in batch]
+            return [Genome(levels) for levels in hybrid(self.space, self._rng, self.lam)]
+        return vary([self._parent], self._toolbox, self.lam, space=self.space, rng=self._rng, seen=self._seen)

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from diffes.errors import DiffesError, at_least
-from diffes.space import SearchSpace
-from diffes.strategy import Evaluation, Strategy
+from diffes.search.space import SearchSpace
+from diffes.search.strategy import Evaluation, Proposal, Strategy
 
 
 class Exhaustive(Strategy):
@@ -34,8 +34,8 @@ class Exhaustive(Strategy):
             )
         self._left = feasible(space)
 
-    def _ask(self) -> list[list[int]]:
-        return list(itertools.islice(self._left, self.batch))
+    def _ask(self) -> list[Proposal]:
+        return [self.propose(levels) for levels in itertools.islice(self._left, self.batch)]
 
     def _tell(self, evaluations: Sequence[Evaluation]) -> None:
         """There is nothing to learn."""

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffes.errors import DiffesError
-from diffes.space import SearchSpace
-from diffes.strategy import Evaluation, Origin, StageProfile, Strategy
+from diffes.search.genome import Origin
+from diffes.search.space import SearchSpace
+from diffes.search.strategy import Evaluation, Proposal, StageProfile, Strategy
 
 LEAST = 0.25  # sparsity of the most important segment over that of the least important one
 
@@ -35,6 +36,8 @@ class Mosaic(Strategy):
     them from it for any budget and number of stages is ours.
     """
 
+    needs = ("profile",)
+
     def __init__(
         self, space: SearchSpace, *, seed: int, profile: StageProfile | None = None, weight: float = 0.1
     ) -> None:
@@ -47,8 +50,8 @@ class Mosaic(Strategy):
         self.weight = weight
         self._exhausted = False
 
-    def _ask(self) -> list[list[int]]:
-        batch = [] if self._exhausted else [self._levels()]
+    def _ask(self) -> list[Proposal]:
+        batch = [] if self._exhausted else [self.propose(self._levels(), origin=Origin("mosaic"))]
         self._exhausted = True
         return batch
 
@@ -67,9 +70,7 @@ class Mosaic(Strategy):
             levels = [min(round(middle * top * s), top) for s in shape]
             low, high = (low, middle) if self.space.fits(levels) else (middle, high)
         levels = [min(round(high * top * s), top) for s in shape]
-        repaired = self.space.repair(levels, np.random.default_rng(0))
-        self.origins[tuple(repaired)] = Origin("mosaic")
-        return repaired
+        return self.space.repair(levels, np.random.default_rng(0))
 
 
 def segments(score: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -15,10 +15,11 @@ from optuna.samplers import BaseSampler
 from optuna.trial import Trial, TrialState, create_trial
 
 from diffes.errors import DiffesError, at_least, unknown_name
-from diffes.space import SearchSpace
-from diffes.store import quiet_optuna
-from diffes.strategy import Evaluation, Origin, Strategy
-from search_strategies.initial import sample_unseen
+from diffes.search.genome import Origin
+from diffes.search.initial import sample_unseen
+from diffes.search.space import SearchSpace
+from diffes.search.store import quiet_optuna
+from diffes.search.strategy import Evaluation, Proposal, Strategy
 
 SUGGESTION_TRIES = 10
 
@@ -54,7 +55,7 @@ class OptunaSearch(Strategy):
         self._open: Trial | None = None
         self._seen: set[tuple[int, ...]] = set()
 
-    def _ask(self) -> list[list[int]]:
+    def _ask(self) -> list[Proposal]:
         levels = self._suggest()
         operator = self.sampler
         if levels is None:
@@ -62,8 +63,7 @@ class OptunaSearch(Strategy):
         if levels is None:
             return []
         self._seen.add(tuple(levels))
-        self.origins[tuple(levels)] = Origin(operator)
-        return [levels]
+        return [self.propose(levels, origin=Origin(operator))]
 
     def _tell(self, evaluations: Sequence[Evaluation]) -> None:
         for evaluation in evaluations:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from diffes.errors import at_least
-from diffes.space import SearchSpace
-from diffes.strategy import Evaluation, Strategy
-from search_strategies.initial import sample_unseen
+from diffes.search.initial import sample_unseen
+from diffes.search.space import SearchSpace
+from diffes.search.strategy import Evaluation, Proposal, Strategy
 
 
 class RandomSearch(Strategy):
@@ -27,11 +27,11 @@ class RandomSearch(Strategy):
         self._rng = np.random.default_rng(seed)
         self._seen: set[tuple[int, ...]] = set()
 
-    def _ask(self) -> list[list[int]]:
-        batch: list[list[int]] = []
+    def _ask(self) -> list[Proposal]:
+        batch: list[Proposal] = []
         while len(batch) < self.batch and (levels := sample_unseen(self.space, self._rng, self._seen)) is not None:
             self._seen.add(tuple(levels))
-            batch.append(levels)
+            batch.append(self.propose(levels))
         return batch
 
     def _tell(self, evaluations: Sequence[Evaluation]) -> None:

@@ -14,9 +14,10 @@ from scipy.optimize import minimize
 from scipy.stats import norm, rankdata
 
 from diffes.errors import at_least
-from diffes.space import SearchSpace
-from diffes.strategy import Evaluation, Origin, Strategy
-from search_strategies.initial import hybrid, sample_unseen
+from diffes.search.genome import Origin
+from diffes.search.initial import hybrid, sample_unseen
+from diffes.search.space import SearchSpace
+from diffes.search.strategy import Evaluation, Proposal, Strategy
 
 Floats = NDArray[np.float64]
 DP_UNITS = 2000  # costs are counted in at most so many units of the budget when it is solved
@@ -55,9 +56,9 @@ class Surrogate(Strategy):
         self._prefixes: set[tuple[int, ...]] = set()
         self._kernel = _Kernel.prior(len(space.visited))
 
-    def _ask(self) -> list[list[int]]:
+    def _ask(self) -> list[Proposal]:
         if not self._known:
-            return hybrid(self.space, self._rng, self.initial)
+            return [self.propose(levels) for levels in hybrid(self.space, self._rng, self.initial)]
         if len(set(self._known.values()) - {-math.inf}) < 2:
             return self._random(self.batch, [])
         ranked = sorted(self._known, key=lambda levels: self._known[levels], reverse=True)
@@ -76,14 +77,13 @@ class Surrogate(Strategy):
         """Sparsity (n, V) of the visited stages."""
         return np.array(genomes, dtype=float)[:, self.space.visited] / max(self.space.max_level, 1)
 
-    def _random(self, n: int, chosen: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Up to n unseen genomes (S,) that are not among those chosen."""
-        taken: set[tuple[int, ...]] = {*self._known, *map(tuple, chosen)}
-        batch: list[list[int]] = []
+    def _random(self, n: int, chosen: Sequence[tuple[int, ...]]) -> list[Proposal]:
+        """Up to n unseen schedules that are not among those chosen."""
+        taken: set[tuple[int, ...]] = {*self._known, *chosen}
+        batch: list[Proposal] = []
         while len(batch) < n and (levels := sample_unseen(self.space, self._rng, taken)) is not None:
             taken.add(tuple(levels))
-            batch.append(levels)
-            self.origins[tuple(levels)] = Origin("random")
+            batch.append(self.propose(levels, origin=Origin("random")))
         return batch
 
     def _prefixes_of(self, levels: Sequence[int]) -> list[tuple[int, ...]]:
@@ -97,21 +97,21 @@ class Surrogate(Strategy):
         shared = [prefix in self._prefixes for prefix in self._prefixes_of(levels)]
         return sum(n for n, known in zip(steps, shared, strict=True) if not known) / sum(steps)
 
-    def _promising(self, model: _Model, ranked: Sequence[tuple[int, ...]]) -> list[list[int]]:
-        """The batch of unseen genomes (S,), from the one that is believed best to the one that tells most."""
-        batch: list[list[int]] = []
+    def _promising(self, model: _Model, ranked: Sequence[tuple[int, ...]]) -> list[Proposal]:
+        """The batch of unseen schedules, from the one that is believed best to the one that tells most."""
+        batch: dict[tuple[int, ...], Proposal] = {}
         for _, curiosity in zip(range(self.batch), itertools.cycle(CURIOSITY), strict=False):
             passed = self._climb(model, ranked, curiosity)
-            unseen = [levels for levels in passed if levels not in self._known and list(levels) not in batch]
+            unseen = [levels for levels in passed if levels not in self._known and levels not in batch]
             if not unseen:
                 continue
             mean, deviation = model.predict(self._scaled(unseen))
             prices = np.array([self._price(levels) for levels in unseen])
             chosen = int(np.argmax(mean + curiosity * deviation - THRIFT * prices))
-            batch.append(list(unseen[chosen]))
-            self.origins[unseen[chosen]] = passed[unseen[chosen]]
-            model = model.believing(self._scaled([unseen[chosen]]), float(mean[chosen]))
-        return batch + self._random(self.batch - len(batch), batch)
+            best = unseen[chosen]
+            batch[best] = self.propose(best, origin=passed[best])
+            model = model.believing(self._scaled([best]), float(mean[chosen]))
+        return [*batch.values(), *self._random(self.batch - len(batch), list(batch))]
 
     def _climb(
         self, model: _Model, ranked: Sequence[tuple[int, ...]], curiosity: float

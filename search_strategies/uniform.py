@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diffes.space import SearchSpace
-from diffes.strategy import Evaluation, Strategy
-from search_strategies.initial import uniform
+from diffes.search.space import SearchSpace
+from diffes.search.strategy import Evaluation, Proposal, Strategy
 
 
 class Uniform(Strategy):
@@ -21,8 +20,8 @@ class Uniform(Strategy):
         super().__init__(space, seed=seed)
         self._exhausted = False
 
-    def _ask(self) -> list[list[int]]:
-        batch = [] if self._exhausted else [uniform(self.space)]
+    def _ask(self) -> list[Proposal]:
+        batch = [] if self._exhausted else [self.propose(self.space.uniform())]
         self._exhausted = True
         return batch
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import string
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on tiny models, threads only wait for each other
 
@@ -15,6 +19,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
     EulerDiscreteScheduler,
@@ -24,12 +29,16 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffes.adapters import ModelAdapter, adapter_for, load_pipeline, shipped_models
-from diffes.bank import WeightBank
 from diffes.pruning import METHODS
+from diffes.pruning.bank import WeightBank
 from diffes.pruning.calibration import load_calibration
-from diffes.schedule import StagePlan
+from diffes.search.schedule import Stages
+from diffes.study.config import RunConfig
+from diffes.study.run import complete_run
+from diffes.study.workbench import Workbench, prepare
 
 N_STAGES = 4
+WEIGHT = 16  # of the last layers of untrained blocks, relative to their initialisation
 
 
 def tiny_vae() -> AutoencoderKL:
@@ -38,6 +47,13 @@ def tiny_vae() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(8, 8, 8), latent_channels=4,
         norm_num_groups=4, sample_size=16,
     )  # fmt: skip
+
+
+def weighty(denoiser: torch.nn.Module) -> None:
+    """Makes the blocks of an untrained denoiser matter: as they are initialised, bf16 hardly sees them pruned."""
+    for name, module in denoiser.named_modules():
+        if name.endswith(("to_out.0", "ff.net.2", ".proj_out", ".norm1.linear")):
+            module.weight.data.mul_(WEIGHT)
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +66,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             num_attention_heads=4, attention_head_dim=8, num_layers=2, in_channels=4, out_channels=8, sample_size=4,
             patch_size=2, num_embeds_ada_norm=1000,
         )  # fmt: skip
+        weighty(transformer)
         vae = tiny_vae()
     DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False)).save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
@@ -81,6 +98,7 @@ def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             cross_attention_dim=16, use_linear_projection=True, norm_num_groups=4, addition_embed_type="text_time",
             addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + 8,
         )  # fmt: skip
+        weighty(unet)
         pipe = StableDiffusionXLPipeline(
             tiny_vae(), CLIPTextModel(text), CLIPTextModelWithProjection(text), tokenizer, tokenizer, unet,
             EulerDiscreteScheduler(steps_offset=1, timestep_spacing="leading"), add_watermarker=False,
@@ -132,18 +150,105 @@ def tiny_sdxl(tiny_sdxl_folder: Path) -> ModelAdapter:
 
 
 @pytest.fixture(scope="session")
-def plan() -> StagePlan:
-    return StagePlan.equal(N_STAGES)
+def stages() -> Stages:
+    return Stages.equal(N_STAGES)
 
 
 _BANKS: dict[tuple[object, ...], WeightBank] = {}
 
 
-def build_bank(adapter: ModelAdapter, method: str, plan: StagePlan, stages: list[int] | None = None) -> WeightBank:
+def build_bank(adapter: ModelAdapter, method: str, stages: Stages, only: list[int] | None = None) -> WeightBank:
     """A bank with a handful of calibration images, enough for everything but quality; built once a session."""
     model = adapter.pipe.config._name_or_path
-    key = (model, method, plan, tuple(stages) if stages else None)
+    key = (model, method, stages, tuple(only) if only else None)
     if key not in _BANKS:
         data = load_calibration(adapter, Path(model) / "calibration.npz", 24)
-        _BANKS[key] = WeightBank.build(adapter, METHODS.make(method), plan, data, guided=True, seed=0, stages=stages)
+        _BANKS[key] = WeightBank.build(adapter, METHODS.make(method), stages, data, guided=True, seed=0, only=only)
     return _BANKS[key]
+
+
+class Counting:
+    """Progress that notes the titles of its tasks."""
+
+    def __init__(self) -> None:
+        self.titles: list[str] = []
+
+    @contextmanager
+    def task(self, title: str, total: int) -> Iterator[Callable[..., None]]:
+        self.titles.append(title)
+        yield lambda note, amount=1: None
+
+
+def small_config(model: Path, **changes: Any) -> RunConfig:
+    """Settings of the cheapest search that has everything."""
+    settings: dict[str, Any] = {
+        "method": "magnitude", "stages": 4, "steps": 4, "metric": "latent_mse", "probes": 4, "heldout": 4,
+        "max_evals": 6,
+    }  # fmt: skip
+    return RunConfig(model=str(model), **{**settings, **changes})
+
+
+@pytest.fixture
+def base(tiny_folder: Path) -> RunConfig:
+    return small_config(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def bench(tiny_folder: Path) -> Workbench:
+    """The untrained DiT, ready to search on; its model is dense between evaluations."""
+    return prepare(small_config(tiny_folder), Counting())
+
+
+@pytest.fixture(scope="session")
+def prompted(tiny_sdxl_folder: Path) -> Workbench:
+    """The untrained SDXL, ready to search on."""
+    return prepare(small_config(tiny_sdxl_folder, heldout=6), Counting())
+
+
+_RUNS: dict[tuple[str, str], Path] = {}
+
+
+def make_run(tmp_path_factory: pytest.TempPathFactory, model: Path, method: str) -> Path:
+    """A finished run, made once a session."""
+    key = (str(model), method)
+    if key not in _RUNS:
+        out = tmp_path_factory.mktemp("runs") / f"{model.name}-{method}"
+        complete_run(small_config(model, method=method), out, Counting())
+        _RUNS[key] = out
+    return _RUNS[key]
+
+
+@pytest.fixture
+def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the untrained DiT."""
+    return make_run(tmp_path_factory, tiny_folder, "obs")
+
+
+@pytest.fixture(params=["tiny_folder", "tiny_sdxl_folder"])
+def tiny_model(request: pytest.FixtureRequest) -> Path:
+    """The folder of an untrained pipeline of each family."""
+    folder: Path = request.getfixturevalue(request.param)
+    return folder
+
+
+@pytest.fixture(params=["obs", "layer_drop"])
+def any_run(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each kind on the untrained pipeline of each family."""
+    return make_run(tmp_path_factory, tiny_model, request.param)
+
+
+def images(pipe: DiffusionPipeline, steps: int = 8, guidance: float = 2.0) -> np.ndarray:
+    """Two images (2, height, width, channels) of a pipeline, always from the same noise and conditions."""
+    pipe.set_progress_bar_config(disable=True)
+    conditions = [0, 3] if isinstance(pipe, DiTPipeline) else ["h a", "h c"]
+    options = {"generator": torch.Generator().manual_seed(5), "num_inference_steps": steps, "output_type": "np"}
+    made: np.ndarray = pipe(conditions, guidance_scale=guidance, **options).images
+    return made
+
+
+def altered(run: Path, tmp_path: Path, name: str, change: Callable[[Path], object]) -> Path:
+    """A copy of a run with one file changed."""
+    copy = tmp_path / "altered"
+    shutil.copytree(run, copy)
+    change(copy / name)
+    return copy

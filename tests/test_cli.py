@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -15,9 +14,10 @@ import optuna
 import pytest
 from PIL import Image
 
-from diffes import folder
+from diffes import files
 from diffes.cli import main
-from diffes.errors import DiffesError
+from diffes.runtime import artifact
+from diffes.study import folder
 
 SMALL = ["--stages", "4", "--steps", "8", "--max-evals", "8", "--probes", "4", "--heldout", "4"]
 SMALL += ["--metric", "latent_mse"]
@@ -37,13 +37,14 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     return " ".join(error.replace("│", " ").split())
 
 
+@pytest.mark.slow
 def test_shipped_model_search_and_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     search(run, "--metric", "ssim", "--max-evals", "20")
     assert "searched" in capsys.readouterr().out
     assert sorted(path.name for path in run.iterdir()) == sorted(folder.FILES)
     report = json.loads((run / folder.REPORT).read_text())
-    schedule = json.loads((run / folder.SCHEDULE).read_text())
+    schedule = json.loads((run / artifact.SCHEDULE).read_text())
     assert schedule["stages"] == [[0, 250], [250, 500], [500, 750], [750, 1000]]
     assert sum(schedule["levels"]) == 0.5 * 8 * 4 and schedule["max_level"] == 8
     assert (schedule["method"], schedule["kind"], schedule["model"]) == ("obs", "width", "fashion-dit")
@@ -52,7 +53,7 @@ def test_shipped_model_search_and_sample(tmp_path: Path, capsys: pytest.CaptureF
     assert report["evaluations"] == 20 and 0 < report["denoiser_calls"] <= 20 * 8 * 4 * 2
     assert report["fitness"]["search"] >= report["baselines"]["uniform"]["search"]
     assert {"dense_ms", "routed_ms", "speedup"} <= report["latency"].keys()
-    assert report["bank_bytes"] == (run / folder.BANK).stat().st_size
+    assert report["bank_bytes"] == (run / artifact.BANK).stat().st_size
     assert 0 < report["prunable_fraction"] < 1
     for name in folder.FIGURES:
         with Image.open(run / name) as image:
@@ -69,6 +70,21 @@ def test_shipped_model_search_and_sample(tmp_path: Path, capsys: pytest.CaptureF
     assert "[0, 9]" in fails(capsys, "sample", str(run), "--classes", "10", "--out", str(tmp_path / "x.png"))
 
 
+def test_sample_makes_pictures_and_refuses_what_it_cannot_make(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid, new = tmp_path / "grid.png", str(tmp_path / "x.png")
+    main(["sample", str(run), "--classes", "0", "3", "5", "--seed", "1", "--out", str(grid)])
+    with Image.open(grid) as image:
+        assert image.format == "PNG" and image.width > image.height
+    assert "exists" in fails(capsys, "sample", str(run), "--out", str(grid))
+    assert "existing folder" in fails(capsys, "sample", str(run), "--out", str(tmp_path / "no" / "x.png"))
+    assert "[1, 1000], got 5000" in fails(capsys, "sample", str(run), "--steps", "5000", "--out", new)
+    assert "[0, 5]" in fails(capsys, "sample", str(run), "--classes", "6", "--out", new)
+    assert "a seed in [0, 2^32)" in fails(capsys, "sample", str(run), "--seed", "-1", "--out", new)
+    assert not Path(new).exists()
+
+
 def test_a_text_to_image_model_takes_prompts(
     tiny_folder: Path, tiny_sdxl_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,7 +92,7 @@ def test_a_text_to_image_model_takes_prompts(
     prompts = tmp_path / "mine.json"
     prompts.write_text(json.dumps({"search": ["a b", "c"], "heldout": ["d e"], "calibration": ["f"]}))
     search(run, "--model", str(tiny_sdxl_folder), "--method", "layer_drop:importance=mse", "--prompts", str(prompts))
-    facts = json.loads((run / folder.SCHEDULE).read_text())
+    facts = json.loads((run / artifact.SCHEDULE).read_text())
     assert (facts["method"], facts["kind"], facts["max_level"]) == ("layer_drop:importance=mse", "depth", 11)
     main(["sample", str(run), "--prompts", "a cat", "a dog", "--out", str(grid)])
     main(["sample", str(run), "--out", str(grid), "--overwrite"])
@@ -174,7 +190,7 @@ def test_same_seed_same_run_and_other_seed_other_run(tiny_folder: Path, tmp_path
             del baseline["speedup"]
     assert a == b
     assert a["fitness"] != c["fitness"]
-    assert (tmp_path / "a" / folder.SCHEDULE).read_bytes() == (tmp_path / "b" / folder.SCHEDULE).read_bytes()
+    assert (tmp_path / "a" / artifact.SCHEDULE).read_bytes() == (tmp_path / "b" / artifact.SCHEDULE).read_bytes()
 
 
 @pytest.mark.slow
@@ -211,7 +227,7 @@ def test_finished_and_foreign_folders_are_not_overwritten(
     assert "unknown metric" in fails(capsys, *arguments, "--overwrite", "--metric", "ssmi")
     assert before == {path: path.read_bytes() for path in run.iterdir()}
     search(run, *model, "--overwrite", "--seed", "1")
-    assert json.loads((run / folder.CONFIG).read_text())["settings"]["seed"] == 1
+    assert json.loads((run / files.CONFIG).read_text())["settings"]["seed"] == 1
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("ten years")
@@ -259,10 +275,14 @@ def test_an_output_that_cannot_be_written_is_one_paragraph(capsys: pytest.Captur
     assert blocked.read_text() == "in the way"
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
-    target = tmp_path / "schedule.json"
-    target.write_text("before")
-    with pytest.raises(DiffesError, match="No space left"):
-        folder.write_safely(target, lambda _: Path("/dev/full").write_text("x" * 100_000))
-    assert target.read_text() == "before" and list(tmp_path.iterdir()) == [target]
+def test_operators_of_deap_are_named_like_any_other(tiny_folder: Path, tmp_path: Path) -> None:
+    search(
+        tmp_path / "run", "--model", str(tiny_folder), "--method", "magnitude", "--max-evals", "12",
+        "--strategy", "evolution:initial=4,mu=3", "--mutation", "deap.mutShuffleIndexes:indpb=0.2",
+        "--crossover", "deap.cxTwoPoint",
+    )  # fmt: skip
+    report = json.loads((tmp_path / "run" / folder.REPORT).read_text())
+    assert report["evaluations"] == 12 and report["nominal_sparsity"] == 0.5
+    journal = (tmp_path / "run" / folder.JOURNAL).read_text()
+    assert '"deap.mutShuffleIndexes:indpb=0.2"' in journal
+    assert "deap.cxTwoPoint + deap.mutShuffleIndexes" in journal

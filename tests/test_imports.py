@@ -13,8 +13,16 @@ import pytest
 import diffes
 
 ROOT = Path(__file__).parents[1]
-FIRST_COLUMN = ("errors", "registry", "schedule", "space", "strategy", "search", "store")
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "pyiqa"}
+ANYONE = {"errors", "registry", "files", "progress"}  # modules at the root that every folder may use
+MAY_IMPORT = {  # folder of diffes/: the other folders that its files may import
+    "search": set(),
+    "adapters": set(),
+    "pruning": {"search", "adapters"},
+    "runtime": {"search", "adapters", "pruning"},
+    "measure": {"search", "adapters", "pruning", "runtime"},
+    "study": {"search", "adapters", "pruning", "runtime", "measure"},
+}
 
 
 def imported(path: Path) -> set[str]:
@@ -34,41 +42,61 @@ def packages(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imported(path)}
 
 
+def parts_of_diffes(path: Path) -> set[str]:
+    """Folders and root modules of diffes that a file imports."""
+    return {name.split(".")[1] for name in imported(path) if name.startswith("diffes.")}
+
+
 def test_imported_sees_every_form(tmp_path: Path) -> None:
     source = tmp_path / "module.py"
     source.write_text(
-        "import torch.nn as nn\ndef f():\n    from diffes import routing\n    from diffes.bank import Bank\n"
+        "import torch.nn as nn\ndef f():\n    from diffes import runtime\n    from diffes.pruning.bank import Bank\n"
     )
-    assert imported(source) >= {"torch.nn", "diffes.routing", "diffes.bank"}
+    assert imported(source) >= {"torch.nn", "diffes.runtime", "diffes.pruning.bank"}
     assert packages(source) == {"torch", "diffes"}
+    assert parts_of_diffes(source) == {"runtime", "pruning"}
 
 
-@pytest.mark.parametrize("module", FIRST_COLUMN)
-def test_first_column_knows_no_torch_and_no_second_column(module: str) -> None:
-    names = imported(ROOT / "diffes" / f"{module}.py")
-    assert not {name.split(".")[0] for name in names} & (HEAVY | {"search_strategies"})
-    assert {name.split(".")[1] for name in names if name.startswith("diffes.")} <= set(FIRST_COLUMN)
+def test_every_folder_has_its_rule() -> None:
+    folders = {path.parent.name for path in (ROOT / "diffes").glob("*/__init__.py")}
+    assert folders == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_a_folder_imports_itself_and_what_its_rule_allows(folder: str) -> None:
+    files = sorted((ROOT / "diffes" / folder).rglob("*.py"))
+    assert len(files) > 1
+    for path in files:
+        assert parts_of_diffes(path) <= MAY_IMPORT[folder] | {folder} | ANYONE, path
+
+
+def test_what_anyone_may_use_imports_no_folder() -> None:
+    for name in ANYONE:
+        assert parts_of_diffes(ROOT / "diffes" / f"{name}.py") <= ANYONE
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "diffes" / "search").rglob("*.py")), ids=lambda path: path.stem)
+def test_the_search_knows_no_torch(path: Path) -> None:
+    assert not packages(path) & HEAVY
 
 
 def test_the_library_never_imports_the_strategies() -> None:
     files = sorted((ROOT / "diffes").rglob("*.py"))
-    assert len(files) > len(FIRST_COLUMN)
+    assert len(files) > 20
     assert [str(path) for path in files if "search_strategies" in packages(path)] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "search_strategies").rglob("*.py")), ids=lambda path: path.stem)
-def test_strategies_import_only_the_first_column(path: Path) -> None:
-    names = imported(path)
-    assert not {name.split(".")[0] for name in names} & HEAVY
-    assert "diffes" not in names, "import from the module itself, not from the package"
-    assert {name.split(".")[1] for name in names if name.startswith("diffes.")} <= set(FIRST_COLUMN)
+def test_strategies_import_only_the_search(path: Path) -> None:
+    assert not packages(path) & HEAVY
+    assert "diffes" not in imported(path), "import from the module itself, not from the package"
+    assert parts_of_diffes(path) <= {"search"} | ANYONE
 
 
 def test_strategies_are_imported_without_torch() -> None:
-    code = (
-        "import sys, search_strategies.evolution, search_strategies.optuna_search, diffes.search, diffes.store; "
-        f"print(sorted({HEAVY!r} & set(sys.modules)))"
-    )
+    modules = [f"{path.parent.name}.{path.stem}" for path in (ROOT / "search_strategies").glob("[a-z]*.py")]
+    modules += ["diffes.search.loop", "diffes.search.store", "diffes.testing"]
+    code = f"import sys, {', '.join(modules)}; print(sorted({HEAVY!r} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 

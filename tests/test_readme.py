@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from diffes.schedule import StagePlan
-from diffes.search import run_search
-from diffes.space import SearchSpace
-from diffes.strategy import STRATEGIES, Evaluation
+from diffes.search.loop import run_search
+from diffes.search.schedule import Schedule, Stages
+from diffes.search.space import SearchSpace
+from diffes.search.strategy import STRATEGIES, Evaluation
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -17,11 +18,13 @@ def test_the_strategy_of_the_readme_searches() -> None:
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "@strategy(" in block)
     try:
         exec(code, {})
-        space = SearchSpace.mean_sparsity(StagePlan.equal(4), 8, 0.5)
+        space = SearchSpace.mean_sparsity(Stages.equal(4), 8, 0.5)
         strategy = STRATEGIES.get("hill_climb")(space, seed=0)
-        result = run_search(
-            strategy, lambda batch: [Evaluation(s, -float(abs(s.levels[0] - 8))) for s in batch], max_evals=60
-        )
+
+        def evaluate(schedules: Sequence[Schedule], fidelity: float = 1.0) -> list[Evaluation]:
+            return [Evaluation(s, -float(abs(s.levels[0] - 8)), fidelity=fidelity) for s in schedules]
+
+        result = run_search(strategy, evaluate, max_evals=60)
         assert result.best.fitness > result.evaluations[0].fitness
     finally:
         STRATEGIES.unregister("hill_climb")

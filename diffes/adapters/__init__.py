@@ -1,99 +1,10 @@
-"""Model families. `adapter_for` finds the one of a pipeline; `load_pipeline` a pipeline by name, folder or hub id."""
+"""Model families: what differs between them and nothing else."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
-
-from diffes.adapters.base import BlockSet, Condition, GroupSet, Kind, ModelAdapter, Probes, SamplingState, Split
-from diffes.adapters.dit import DiTAdapter
-from diffes.adapters.sdxl import SDXLAdapter
-from diffes.errors import DiffesError, unknown_name
+from diffes.adapters.base import Condition, ModelAdapter, Probes, SamplingState, Split
+from diffes.adapters.groups import BlockSet, GroupSet, Kind
+from diffes.adapters.loading import ADAPTERS, adapter_for, load_pipeline, model_folder, shipped_models
 
 __all__ = [
-    "BlockSet", "Condition", "GroupSet", "Kind", "ModelAdapter", "Probes", "SamplingState", "Split", "adapter_for",
-    "load_pipeline", "shipped_models",
+    "ADAPTERS", "BlockSet", "Condition", "GroupSet", "Kind", "ModelAdapter", "Probes", "SamplingState", "Split",
+    "adapter_for", "load_pipeline", "model_folder", "shipped_models",
 ]  # fmt: skip
-
-SHIPPED = Path(__file__).parents[1] / "models"
-ADAPTERS: tuple[type[ModelAdapter], ...] = (DiTAdapter, SDXLAdapter)
-
-
-def shipped_models() -> list[str]:
-    """Names of the trained pipelines that come with the package."""
-    return sorted(path.parent.name for path in SHIPPED.glob("*/model_index.json"))
-
-
-def model_folder(model: str) -> Path | None:
-    """The folder of a shipped name or local path; None for what must be a hub id.
-
-    Raises:
-        DiffesError: it is a folder without a pipeline in it, or neither a known name nor of the form of a hub id.
-    """
-    if model in shipped_models():
-        return SHIPPED / model
-    path = Path(model)
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise DiffesError(
-                f"{model} is no pipeline: it holds no model_index.json; pass a folder that diffusers' "
-                "save_pretrained wrote"
-            )
-        return path
-    if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise unknown_name("model", model, [*shipped_models(), "a folder in diffusers' format", "a hub id OWNER/NAME"])
-    return None
-
-
-def load_pipeline(model: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """Loads a pipeline.
-
-    Args:
-        model: a shipped name, a local folder in diffusers' format, or a hub id (the one case that may download).
-        device: "cpu", "cuda", "cuda:1".
-        dtype: of all weights.
-
-    Raises:
-        DiffesError: there is no such model, or it does not load.
-    """
-    folder = model_folder(model)
-    try:
-        with _quiet(diffusers_logging), _quiet(transformers_logging):
-            pipe = DiffusionPipeline.from_pretrained(str(folder or model), dtype=dtype)
-        return pipe.to(device)
-    except Exception as error:  # safetensors, hub clients and torch each raise classes of their own here
-        reason = " ".join(str(error).split())[:300]
-        raise DiffesError(f"{model!r} could not be loaded on {device}: {type(error).__name__}: {reason}") from error
-
-
-@contextmanager
-def _quiet(log: Any) -> Iterator[None]:
-    """Keeps the bars and warnings of a library's loading back; downloads still show theirs."""
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()
-
-
-def adapter_for(pipe: DiffusionPipeline) -> ModelAdapter:
-    """The adapter of a pipeline's family.
-
-    Raises:
-        DiffesError: no adapter knows the pipeline class.
-    """
-    for adapter in ADAPTERS:
-        if type(pipe).__name__ == adapter.pipeline_class:
-            return adapter(pipe)
-    raise unknown_name("pipeline class", type(pipe).__name__, [a.pipeline_class for a in ADAPTERS])

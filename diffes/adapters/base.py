@@ -6,77 +6,21 @@ import abc
 import copy
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
+from diffes.adapters.groups import BlockSet, GroupSet, Kind, NoHeads, hand_on, heads_of
 from diffes.errors import DiffesError
 
-Kind = Literal["width", "depth"]
 Split = Literal["search", "heldout", "calibration"]  # of prompts: what one draws from, the others do not
 Condition = int | str | None  # a class id, a prompt, or the null condition of classifier-free guidance
-
-
-class Prunable:
-    """Groups that compete with each other for their place at a level."""
-
-    name: str
-    n_groups: int
-
-    def n_kept(self, level: int, max_level: int) -> int:
-        """Groups left at a level: `n_groups * (1 - level / max_level)`, rounded to whole groups, halves up."""
-        return math.floor(self.n_groups * (max_level - level) / max_level + 0.5)
-
-
-@dataclass(frozen=True)
-class GroupSet(Prunable):
-    """Groups inside one layer (width): the heads of an attention or the channels of an FFN.
-
-    Removing a group takes its rows out of every producer and its columns out of the consumer.
-
-    Args:
-        name: module path inside the denoiser; also the name in a bank.
-        kind: "heads" or "channels".
-        n_groups: how many there are when dense.
-        size: consumer inputs per group: the head's width, or 1.
-        producers: paths of the linear layers whose output rows belong to the groups; of a gated FFN (GEGLU), channel i
-            is row i and row n_groups + i.
-        consumer: path of the linear layer that reads them.
-    """
-
-    name: str
-    kind: Literal["heads", "channels"]
-    n_groups: int
-    size: int
-    producers: tuple[str, ...]
-    consumer: str
-
-    def features(self, groups: Tensor) -> Tensor:
-        """Consumer input indices (n * size,) of group indices (n,), group by group."""
-        return (groups[:, None] * self.size + torch.arange(self.size, device=groups.device)).flatten()
-
-
-@dataclass(frozen=True)
-class BlockSet(Prunable):
-    """All transformer blocks of a denoiser (depth): a removed one hands its input on.
-
-    Args:
-        blocks: module paths, in the order of the forward pass.
-        name: the name in a bank.
-    """
-
-    blocks: tuple[str, ...]
-    name: str = "blocks"
-
-    @property
-    def n_groups(self) -> int:  # type: ignore[override]
-        return len(self.blocks)
 
 
 @dataclass(frozen=True)
@@ -114,7 +58,9 @@ class SamplingState:
 
 
 class ModelAdapter(abc.ABC):
-    """One pipeline, seen through what differs between model families.
+    """One pipeline, seen through what differs between model families, its noise process included.
+
+    Found by the name of its pipeline's class, or of the nearest base of it, in the entry points `diffes.adapters`.
 
     Args:
         pipe: a loaded diffusers pipeline; put in eval mode.
@@ -122,8 +68,6 @@ class ModelAdapter(abc.ABC):
     Attributes:
         denoiser: the network that is called once per step.
     """
-
-    pipeline_class: ClassVar[str]
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.pipe = pipe
@@ -154,12 +98,12 @@ class ModelAdapter(abc.ABC):
         """How a picture of a condition is captioned."""
 
     def use_prompts(self, path: Path) -> None:
-        """Draws probes from the prompts of a file (see `diffes.prompts.read_prompts`).
+        """Draws probes from the prompts of a file (see `diffes.adapters.prompts.read_prompts`).
 
         Raises:
             DiffesError: the model takes no prompts, or the file is not of that form.
         """
-        raise DiffesError(f"{self.pipeline_class} takes class ids, no prompts; leave --prompts {path} out")
+        raise DiffesError(f"{type(self.pipe).__name__} takes class ids, no prompts; leave --prompts {path} out")
 
     @abc.abstractmethod
     def start(self, probes: Probes, n_steps: int, guidance: float) -> SamplingState:
@@ -205,10 +149,18 @@ class ModelAdapter(abc.ABC):
             for name in ("attn1", "attn2"):
                 attention = getattr(block, name, None)
                 if attention is not None:
-                    sets.append(_heads(f"{path}.{name}", attention))
+                    sets.append(heads_of(f"{path}.{name}", attention))
             channels = block.ff.net[2].weight.shape[1]
             sets.append(GroupSet(f"{path}.ff", "channels", channels, 1, (f"{path}.ff.net.0.proj",), f"{path}.ff.net.2"))
         return sets
+
+    def skipped(self, block: nn.Module) -> Callable[..., Any]:
+        """What stands in for the forward of a block that is skipped; the block stays where it is."""
+        return hand_on
+
+    def without_heads(self, attention: nn.Module) -> Any:
+        """The processor of an attention layer that has lost all its heads."""
+        return NoHeads()
 
     def make_probes(self, n: int, seed: int, split: Split = "search") -> Probes:
         """`n` probes with balanced conditions; probe i depends on `seed`, i and, for its condition, `split` alone."""
@@ -234,6 +186,31 @@ class ModelAdapter(abc.ABC):
         # in fp32: bf16 has no number between 0.996 and 1, and the cleanest timesteps would get no noise at all
         noisy = process.add_noise(latents.float(), noise.to(latents.device).float(), timesteps.to(latents.device))
         return noisy.to(latents.dtype)
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser is trained to predict (n, C, h, w) where clean latents were noised to timesteps (n,).
+
+        Raises:
+            DiffesError: the scheduler's prediction type is none of epsilon, v_prediction and sample.
+        """
+        kind = self.pipe.scheduler.config.prediction_type
+        if kind == "epsilon":
+            return noise
+        if kind == "sample":
+            return latents
+        if kind != "v_prediction":
+            raise DiffesError(f"prediction_type must be epsilon, v_prediction or sample, got {kind!r}")
+        signal = self._signal(timesteps).view(-1, 1, 1, 1)
+        return signal.sqrt() * noise - (1 - signal).sqrt() * latents
+
+    def log_snr(self, timestep: int) -> float:
+        """Natural logarithm of the signal-to-noise ratio, in variances, at a training timestep."""
+        signal = float(self._signal(torch.tensor([timestep])))
+        return math.log(signal / (1 - signal))
+
+    def _signal(self, timesteps: Tensor) -> Tensor:
+        """Variance of what is left of the image (n,) at timesteps (n,): alpha-bar."""
+        return self.pipe.scheduler.alphas_cumprod.float().cpu()[timesteps]
 
     def advance(self, state: SamplingState, prediction: Tensor, timestep: Tensor, latents: Tensor) -> SamplingState:
         """The scheduler's step. Samplers that add noise draw the same for every schedule, so that schedules compare."""
@@ -314,13 +291,6 @@ class ModelAdapter(abc.ABC):
 def unwrapped(module: Any) -> Any:
     """The module itself, where `torch.compile` has put another around it."""
     return getattr(module, "_orig_mod", module)
-
-
-def _heads(path: str, attention: Any) -> GroupSet:
-    heads = attention.heads
-    size = attention.to_out[0].weight.shape[1] // heads
-    producers = tuple(f"{path}.{part}" for part in ("to_q", "to_k", "to_v"))
-    return GroupSet(path, "heads", heads, size, producers, f"{path}.to_out.0")
 
 
 def _images_at_once(side: int) -> int:

@@ -18,7 +18,6 @@ NULL_CLASS = 1000  # what DiTPipeline passes for the unconditional branch, whate
 class DiTAdapter(ModelAdapter):
     """Adapter for `diffusers.DiTPipeline`; conditions are class ids, the same for searches and reports."""
 
-    pipeline_class = "DiTPipeline"
     pipe: DiTPipeline
 
     @property

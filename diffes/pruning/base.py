@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffes.adapters.base import GroupSet, Kind
+from diffes.adapters import GroupSet, Kind
 from diffes.registry import Registry
 
 

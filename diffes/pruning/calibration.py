@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffes.adapters.base import BlockSet, Condition, GroupSet, ModelAdapter
+from diffes.adapters import BlockSet, Condition, GroupSet, ModelAdapter
 from diffes.errors import DiffesError
 from diffes.pruning.base import BlockChanges
 

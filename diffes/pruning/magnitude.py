@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from diffes.adapters.base import GroupSet
+from diffes.adapters import GroupSet
 from diffes.pruning.base import GroupWeights, LayerWeights, WidthMethod, nested
 
 

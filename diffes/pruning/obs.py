@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffes.adapters.base import GroupSet
+from diffes.adapters import GroupSet
 from diffes.errors import DiffesError
 from diffes.pruning.base import GroupWeights, LayerWeights, WidthMethod
 
@@ -63,7 +63,9 @@ class OBS(WidthMethod):
         thin = []
         for n in n_kept:
             groups_left, weight, inverse = eliminate(groups_left, weight, inverse, groups.size, n)
-            thin.append(GroupWeights(groups_left.to(torch.int32), weight.to(weights.consumer.dtype)))
+            # a copy, also of an fp64 model's: what is left goes on being overwritten
+            consumer = weight.to(weights.consumer.dtype, copy=True)
+            thin.append(GroupWeights(groups_left.to(torch.int32), consumer))
         return thin
 
 

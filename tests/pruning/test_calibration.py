@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from diffes.adapters import ModelAdapter
+from diffes.adapters import BlockSet, Condition, ModelAdapter
 from diffes.errors import DiffesError
 from diffes.pruning.calibration import (
     CalibrationSet,
@@ -19,8 +21,9 @@ from diffes.pruning.calibration import (
 )
 
 
-def moments(adapter: ModelAdapter, data: CalibrationSet, stage: tuple[int, int], **options: object):
-    full = options.pop("full", True)
+def moments(
+    adapter: ModelAdapter, data: CalibrationSet, stage: tuple[int, int], full: bool = True, **options: Any
+) -> dict[str, torch.Tensor]:
     run = StagePass(adapter, stage, data, **{"guided": True, "seed": 0, **options})
     return input_moments(run, adapter.group_sets(), full=full)
 
@@ -32,7 +35,7 @@ def data(untrained: ModelAdapter) -> CalibrationSet:
 
 def test_moments_are_those_of_the_inputs(untrained: ModelAdapter, data: CalibrationSet) -> None:
     for groups in untrained.group_sets():
-        seen = []
+        seen: list[torch.Tensor] = []
         layer = untrained.denoiser.get_submodule(groups.consumer)
         hook = layer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].flatten(0, 1)))
         found = moments(untrained, data, (250, 500))[groups.name]
@@ -66,7 +69,7 @@ def test_samples_count_by_their_weight(untrained: ModelAdapter, data: Calibratio
 
 
 def test_block_changes_are_those_of_the_blocks(untrained: ModelAdapter, data: CalibrationSet) -> None:
-    (blocks,) = untrained.prunable("depth")
+    blocks = BlockSet(tuple(untrained.blocks()))
     run = StagePass(untrained, (500, 750), data, guided=True, seed=0)
     changes = block_changes(run, blocks)
     pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {path: [] for path in blocks.blocks}
@@ -95,7 +98,7 @@ def test_stage_and_guidance_change_what_is_seen_and_the_seed_decides(
 
 def test_hooks_are_gone_afterwards(untrained: ModelAdapter, data: CalibrationSet) -> None:
     moments(untrained, data, (0, 250))
-    block_changes(StagePass(untrained, (0, 250), data, guided=True, seed=0), untrained.prunable("depth")[0])
+    block_changes(StagePass(untrained, (0, 250), data, guided=True, seed=0), BlockSet(tuple(untrained.blocks())))
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in untrained.denoiser.modules())
 
 
@@ -128,3 +131,23 @@ def test_damaged_calibration_files_are_refused(tiny: ModelAdapter, tmp_path: Pat
         path.write_bytes(content)
     with pytest.raises(DiffesError, match="expected an"):
         load_calibration(tiny, path, 4)
+
+
+@pytest.mark.parametrize(("guided", "expected"), [(True, 0.5), (False, 0.0)])
+def test_half_of_the_rows_are_without_condition_where_sampling_is_guided(
+    untrained: ModelAdapter, data: CalibrationSet, monkeypatch: pytest.MonkeyPatch, guided: bool, expected: float
+) -> None:
+    many = CalibrationSet(data.latents.repeat(50, 1, 1, 1), data.conditions * 50, "repeated")
+    seen: list[Condition] = []
+
+    def denoise_once(latents: torch.Tensor, timesteps: torch.Tensor, conditions: Sequence[Condition]) -> torch.Tensor:
+        assert len(latents) == len(timesteps) == len(conditions)
+        seen.extend(conditions)
+        return latents
+
+    monkeypatch.setattr(untrained, "denoise_once", denoise_once)
+    for _ in StagePass(untrained, (250, 500), many, guided, seed=0).run():
+        pass
+    assert len(seen) == 1000
+    assert sum(condition is None for condition in seen) / 1000 == pytest.approx(expected, abs=0.05)
+    assert all(one in (None, other) for one, other in zip(seen, many.conditions, strict=True))

@@ -9,7 +9,9 @@ import torch
 
 from diffes.adapters import GroupSet
 from diffes.errors import DiffesError
-from diffes.pruning import METHODS, BlockChanges, DepthMethod, LayerWeights, WidthMethod
+from diffes.pruning import METHODS, BlockChanges, DepthMethod, GroupWeights, LayerWeights, WidthMethod
+from diffes.pruning.base import nested
+from diffes.pruning.magnitude import Magnitude
 from diffes.pruning.obs import OBS, damped
 
 WIDTH = [name for name in METHODS.names() if issubclass(METHODS.get(name), WidthMethod)]
@@ -30,6 +32,12 @@ def example(groups: GroupSet, seed: int = 0) -> tuple[LayerWeights, torch.Tensor
     x = torch.randn(400, d // 2, generator=generator) @ torch.randn(d // 2, d, generator=generator)
     x += 0.1 * torch.randn(400, d, generator=generator)
     return LayerWeights(producers, torch.randn(10, d, generator=generator)), x.T @ x / 400
+
+
+def consumer_of(thin: GroupWeights) -> torch.Tensor:
+    """The compensated weight of one level."""
+    assert thin.consumer is not None
+    return thin.consumer
 
 
 def statistics(method: WidthMethod, moment: torch.Tensor) -> torch.Tensor | None:
@@ -73,7 +81,7 @@ def test_obs_equals_the_least_squares_optimum_at_every_level(groups: GroupSet) -
     for thin in OBS().prune(groups, weights, moment, [groups.n_kept(level, 6) for level in range(1, 6)]):
         kept = groups.features(thin.kept.long())
         optimum = weights.consumer.double() @ hessian[:, kept] @ torch.linalg.inv(hessian[kept][:, kept])
-        error = (thin.consumer.double() - optimum).norm() / optimum.norm()
+        error = (consumer_of(thin).double() - optimum).norm() / optimum.norm()
         assert error < 1e-4
 
 
@@ -95,12 +103,32 @@ def test_obs_drops_the_group_of_least_squared_error_first(groups: GroupSet) -> N
     assert dropped == min(range(groups.n_groups), key=error_without)
 
 
+@pytest.mark.parametrize("groups", SETS, ids=lambda groups: groups.name)
+def test_obs_hands_out_levels_of_an_fp64_model_that_stay_as_they_are(groups: GroupSet) -> None:
+    """In fp64 no cast makes a copy, and what is left goes on being overwritten."""
+    single, moment = example(groups)
+    weights = LayerWeights(tuple(p.double() for p in single.producers), single.consumer.double())
+    hessian = damped(moment, 0.01)
+    levels = OBS().prune(groups, weights, moment, [groups.n_kept(level, 6) for level in range(6)])
+    assert len({consumer_of(thin).data_ptr() for thin in levels}) == 6
+    for thin in levels:
+        kept = groups.features(thin.kept.long())
+        optimum = weights.consumer @ hessian[:, kept] @ torch.linalg.inv(hessian[kept][:, kept])
+        assert consumer_of(thin).dtype == torch.float64
+        torch.testing.assert_close(consumer_of(thin), optimum, rtol=1e-6, atol=1e-8)
+
+
 def test_obs_survives_inputs_that_are_never_active() -> None:
     groups = SETS[1]
     weights, moment = example(groups)
     moment[3] = moment[:, 3] = 0
     thin = OBS().prune(groups, weights, moment, [23, 12, 0])
-    assert all(torch.isfinite(t.consumer).all() for t in thin)
+    assert all(torch.isfinite(consumer_of(t)).all() for t in thin)
+
+
+def test_of_equal_groups_the_first_ones_stay() -> None:
+    importance = torch.tensor([1.0, 2, 1, 2, 1])
+    assert [thin.kept.tolist() for thin in nested(importance, [4, 3, 1, 0])] == [[0, 1, 2, 3], [0, 1, 3], [1], []]
 
 
 def test_magnitude_drops_what_is_smallest_in_all_layers() -> None:
@@ -110,7 +138,7 @@ def test_magnitude_drops_what_is_smallest_in_all_layers() -> None:
     for producer in weights.producers:
         producer[span] *= 1e-3
     weights.consumer[:, span] *= 1e-3
-    (thin,) = METHODS.get("magnitude")().prune(groups, weights, None, [5])
+    (thin,) = Magnitude().prune(groups, weights, None, [5])
     assert thin.kept.tolist() == [0, 1, 3, 4, 5]
 
 

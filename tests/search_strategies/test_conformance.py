@@ -1,188 +1,351 @@
-"""What holds for every registered strategy, mutation and crossover, and what is particular to one of them."""
+"""What holds across strategies and operators, and that the suites of `diffes.testing` find what is wrong."""
 
 from __future__ import annotations
 
-import itertools
+import importlib
+import math
+import random
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from diffes.errors import DiffesError
-from diffes.schedule import StagePlan
-from diffes.search import run_search
-from diffes.space import SearchSpace
-from diffes.strategy import CROSSOVERS, MUTATIONS, STRATEGIES, Evaluation, StageProfile, mutation
-from diffes.testing import (
-    SPACES,
-    CrossoverConformance,
-    MutationConformance,
-    StrategyConformance,
-    evaluate,
-    separable,
-    trace,
-)
+from diffes.registry import Registry
+from diffes.search.loop import run_search
+from diffes.search.operators import CROSSOVERS, MUTATIONS, mended
+from diffes.search.space import SearchSpace
+from diffes.search.strategy import STRATEGIES, Evaluation, Proposal, Strategy
+from diffes.testing import SPACES, CrossoverConformance, MutationConformance, StrategyConformance, answer, evaluate
 from search_strategies.evolution import Evolution
-from search_strategies.exhaustive import feasible
-from search_strategies.operators import Genome
-from search_strategies.optuna_search import Tpe
+from search_strategies.exhaustive import Exhaustive
+from search_strategies.mutations import level_switch
+from search_strategies.random_search import RandomSearch
+
+PAPER = SPACES["paper"]
+ELSEWHERE = "test_the_sequence_is_the_same_in_another_process"  # a class of this file is not known there
 
 
-def make_mosaic(self: StrategyConformance, space: SearchSpace | None = None, seed: int = 0) -> Any:
-    space = space or SPACES["small"]
-    n = space.n_stages
-    profile = StageProfile(tuple(1 / (i + 1) for i in range(n)), tuple(float(n - 2 * i) for i in range(n)))
-    return STRATEGIES.get("mosaic")(space, seed=seed, profile=profile)
-
-
-PARTICULAR: dict[str, dict[str, Any]] = {
-    "exhaustive": {"random": False},
-    "mosaic": {
-        "searches": False,
-        "random": False,
-        "make": make_mosaic,
-        "test_the_sequence_is_the_same_in_another_process": None,  # it needs a profile, which is no option
-    },
-    "optuna": {"evaluations": 40},
-    "tpe": {"evaluations": 40},
-    "uniform": {"searches": False, "random": False},
-}
-
-for name in STRATEGIES.names():
-    globals()[f"Test_strategy_{name}"] = type(
-        f"Test_strategy_{name}", (StrategyConformance,), {"name": name, **PARTICULAR.get(name, {})}
-    )
-for name in MUTATIONS.names():
-    globals()[f"Test_mutation_{name}"] = type(f"Test_mutation_{name}", (MutationConformance,), {"name": name})
-for name in CROSSOVERS.names():
-    globals()[f"Test_crossover_{name}"] = type(f"Test_crossover_{name}", (CrossoverConformance,), {"name": name})
-
-
-def make(name: str, space: SearchSpace = SPACES["paper"], seed: int = 0, **params: Any) -> Any:
-    return STRATEGIES.get(name)(space, seed=seed, **params)
+def suites(kind: type) -> set[str]:
+    """Names, without options, that a conformance class of a file in this folder tests."""
+    modules = [importlib.import_module(path.stem) for path in sorted(Path(__file__).parent.glob("test_*.py"))]
+    classes = [
+        thing
+        for module in modules
+        for label, thing in vars(module).items()
+        if label.startswith("Test") and isinstance(thing, type) and issubclass(thing, kind)
+    ]
+    return {str(thing.__dict__["name"]).partition(":")[0] for thing in classes}
 
 
 @pytest.mark.parametrize(
-    ("name", "param", "value", "message"),
-    [
-        ("evolution", "mu", 0, "mu must be at least 1, got 0"),
-        ("evolution", "lam", -1, "lam must be at least 1, got -1"),
-        ("evolution", "initial", 0, "initial must be at least 1, got 0"),
-        ("evolution", "mu", 1.5, "mu must be a whole number, got 1.5"),
-        ("evolution", "mutation", "nothing", "unknown mutation 'nothing'"),
-        ("evolution", "mutation", "level_switch:moves=1", "moves"),
-        ("evolution", "crossover", "nothing", "unknown crossover 'nothing'"),
-        ("evolution", "crossover_rate", 2, r"crossover_rate must be in \[0, 1\], got 2"),
-        ("evopress", "lam", 0, "lam must be at least 1, got 0"),
-        ("evopress", "fidelities", (0.5, 0.25, 1), "fidelities must rise"),
-        ("evopress", "survivors", (4, 2), "fidelities must rise"),
-        ("nsga2", "mu", 3, "mu must be at least 4, got 3"),
-        ("exhaustive", "limit", 1000, "more than 1,000 feasible schedules"),
-        ("optuna", "sampler", "TpeSampler", "Did you mean 'TPESampler'"),
-        ("optuna", "n_startup", 3, "refuses {'n_startup': 3}"),
-        ("optuna", "sampler", "GridSampler", "refuses"),
-        ("random", "batch", 0, "batch must be at least 1, got 0"),
-        ("tpe", "startup", 0, "startup must be at least 1, got 0"),
-    ],
+    ("registry", "kind"),
+    [(STRATEGIES, StrategyConformance), (MUTATIONS, MutationConformance), (CROSSOVERS, CrossoverConformance)],
+    ids=["strategies", "mutations", "crossovers"],
 )
-def test_wrong_parameters_are_refused(name: str, param: str, value: Any, message: str) -> None:
-    with pytest.raises(DiffesError, match=message):
-        make(name, **{param: value})
+def test_every_registered_name_has_a_conformance_class(registry: Registry[Any], kind: type) -> None:
+    ours = {point.name for point in entry_points(group=registry.group) if point.value.startswith("search_strategies.")}
+    assert ours and ours <= set(registry.names())
+    assert ours == suites(kind)
 
 
 def test_a_search_beats_random_and_random_beats_uniform() -> None:
     best = {
-        name: np.mean([run_search(make(name, seed=s), evaluate, max_evals=64).best.fitness for s in range(2)])
+        name: np.mean([
+            run_search(STRATEGIES.make(name, PAPER, seed=s), evaluate, max_evals=64).best.fitness for s in range(2)
+        ])
         for name in ("evolution", "evopress", "tpe", "random", "uniform")
-    }
+    }  # fmt: skip
     assert min(best["evolution"], best["evopress"], best["tpe"]) > best["random"] > best["uniform"]
 
 
-def test_evolution_keeps_the_best_mu_of_parents_and_offspring() -> None:
-    strategy = Evolution(SPACES["paper"], seed=0, mu=3, lam=5, initial=6)
-    scores: dict[tuple[int, ...], float] = {}
-    for size in (6, 5, 5, 5):
+@pytest.mark.parametrize("name", ["cmaes", "evolution", "evopress", "nsga2", "optuna", "random", "surrogate", "tpe"])
+def test_a_search_over_its_batches_is_the_same_as_by_hand(name: str) -> None:
+    """`run_search` adds nothing to asking and telling."""
+    result = run_search(STRATEGIES.make(name, PAPER, seed=1), evaluate, max_evals=24)
+    strategy, asked = STRATEGIES.make(name, PAPER, seed=1), list[Proposal]()
+    while sum(proposal.fidelity for proposal in asked) < 24:
         batch = strategy.ask()
-        assert len(batch) == size
-        evaluations = evaluate(batch)
-        scores |= {e.schedule.levels: e.fitness for e in evaluations}
-        strategy.tell(evaluations)
-        best = sorted(scores, key=lambda levels: scores[levels], reverse=True)[:3]
-        assert [tuple(genome) for genome in strategy._survivors] == best
+        asked += batch
+        strategy.tell(answer(batch))
+    measured = [(e.schedule, e.fidelity) for e in result.evaluations]
+    assert measured == [(p.schedule, p.fidelity) for p in asked][: len(measured)]
+    assert sum(e.fidelity for e in result.evaluations) == 24
 
 
-def test_evolution_breaks_ties_by_age() -> None:
-    strategy = Evolution(SPACES["paper"], seed=0)
-    first = strategy.ask()
-    strategy.tell([Evaluation(schedule, 1.0) for schedule in first])
-    strategy.tell([Evaluation(schedule, 1.0) for schedule in strategy.ask()])
-    assert [tuple(genome) for genome in strategy._survivors] == [schedule.levels for schedule in first[:2]]
+def failures(suite: Any, *, without: Sequence[str] = (ELSEWHERE,)) -> set[str]:
+    """Tests of a suite that raise an AssertionError."""
+    found = set()
+    for name in [name for name in dir(suite) if name.startswith("test_") and name not in without]:
+        try:
+            getattr(suite, name)()
+        except AssertionError:
+            found.add(name)
+    return found
 
 
-def test_evolution_with_a_mutation_that_does_nothing_falls_back_to_random_samples() -> None:
-    @mutation("nothing")
-    def nothing(genome: Genome, *, space: SearchSpace, rng: np.random.Generator) -> tuple[Genome]:
-        return (genome,)
+def suite_of(make: Callable[..., Strategy], **attributes: Any) -> StrategyConformance:
+    """The suite of a strategy that has no name."""
 
-    try:
-        asked = trace(Evolution(SPACES["paper"], seed=0, mutation="nothing"))
-    finally:
-        MUTATIONS.unregister("nothing")
-    assert len(set(asked)) == len(asked) == 48
+    class Suite(StrategyConformance):
+        name = "local"
 
+        def make(self, space: SearchSpace | None = None, seed: int = 0) -> Strategy:
+            return make(space or SPACES["small"], seed=seed)
 
-def test_evolution_and_random_visit_all_of_a_small_space() -> None:
-    space = SearchSpace.mean_sparsity(StagePlan.equal(3), 2, 0.5)
-    for name in ("evolution", "random"):
-        assert len(run_search(make(name, space), evaluate, max_evals=100).evaluations) == 7
+    suite = Suite()
+    for name, value in attributes.items():
+        setattr(suite, name, value)
+    return suite
 
 
-def test_tpe_learns_from_measured_points_only() -> None:
-    strategy = Tpe(SPACES["paper"], seed=0)
-    asked = trace(strategy, n=20)
-    complete = [trial for trial in strategy._study.trials if trial.value is not None]
-    assert [tuple(trial.params[f"level_{s:02d}"] for s in range(10)) for trial in complete] == [
-        levels for levels, _ in asked
-    ]
-    assert all(trial.state.is_finished() for trial in strategy._study.trials)
+def test_a_good_strategy_fails_nothing() -> None:
+    assert failures(suite_of(Evolution)) == set()
+    assert failures(suite_of(Exhaustive, random=False)) == set()
 
 
-def test_feasible_lists_all_of_a_space() -> None:
-    for label in ("unequal steps", "dense", "all pruned", "one stage", "one visited stage", "measured costs"):
-        space = SPACES[label]
-        every = itertools.product(range(space.max_level + 1), repeat=space.n_stages)
-        assert list(feasible(space)) == [list(levels) for levels in every if space.is_feasible(levels)], label
+class RefusesAll(RandomSearch):
+    def __init__(self, space: SearchSpace, *, seed: int) -> None:
+        raise DiffesError("no")
 
 
-def test_evopress_measures_survivors_on_all_probes() -> None:
-    strategy = make("evopress", lam=8, fidelities=(0.25, 0.5, 1.0), survivors=(4, 2))
-    for _ in range(3):
-        sizes = []
-        for fidelity in (0.25, 0.5, 1.0):
-            batch = strategy.ask()
-            sizes.append(len(batch))
-            assert strategy.fidelity == fidelity
-            best = sorted(batch, key=separable, reverse=True)
-            strategy.tell(evaluate(batch, fidelity))
-        assert sizes == [8, 4, 2]
-    assert strategy._parent is not None and strategy._parent.fitness == strategy.best.fitness >= separable(best[0])
+class RefusesSmall(RandomSearch):
+    """It takes only the spaces that a strategy may refuse."""
+
+    def __init__(self, space: SearchSpace, *, seed: int) -> None:
+        if space.n_stages < 10:
+            raise DiffesError("no")
+        super().__init__(space, seed=seed)
 
 
-def test_nsga2_finds_a_front_and_a_result_within_the_budget() -> None:
-    space = SPACES["paper"]
-    result = run_search(make("nsga2"), evaluate, max_evals=300)
-    front = result.front(space)
-    costs = [space.cost(e.schedule.levels) for e in front]
-    assert costs == sorted(set(costs)) and len(front) > 10
-    assert costs[0] < space.budget < costs[-1]
-    assert space.cost(result.best.schedule.levels) <= space.budget
-    assert result.best in front
-    assert result.best.fitness > separable(space.schedule(space.uniform()))
+def test_who_refuses_every_space_is_found() -> None:
+    with pytest.raises(AssertionError, match="refuses the space 'small'"):
+        suite_of(RefusesAll).test_batches_are_feasible_and_distinct()
+    with pytest.raises(AssertionError, match="refuses the space 'small'"):
+        suite_of(RefusesSmall).test_batches_are_feasible_and_distinct()
 
 
-def test_crossover_of_evolution_has_two_parents() -> None:
-    strategy = make("evolution", mu=4, crossover="level_exchange", crossover_rate=1)
-    trace(strategy, 40)
-    operators = {origin.operator: len(origin.parents) for origin in strategy.origins.values()}
-    assert operators == {"level_exchange + level_switch": 2}
-    assert {len(parent) for origin in strategy.origins.values() for parent in origin.parents} == {10}
+class Silent(RandomSearch):
+    def _ask(self) -> list[Proposal]:
+        return []
+
+
+def test_who_asks_for_nothing_is_found() -> None:
+    with pytest.raises(AssertionError, match="local asked for nothing in the space 'small'"):
+        suite_of(Silent).test_batches_are_feasible_and_distinct()
+    with pytest.raises(AssertionError):
+        suite_of(Silent).test_nothing_is_asked_twice_in_a_larger_space()
+
+
+class SilentSomewhere(RandomSearch):
+    """It does not know what to do with a single stage."""
+
+    def _ask(self) -> list[Proposal]:
+        return super()._ask() if self.space.n_stages > 1 else []
+
+
+class LikesFailures(RandomSearch):
+    """Takes the lowest fitness for the best."""
+
+    def _tell(self, evaluations: Sequence[Evaluation]) -> None:
+        worst = min(evaluations, key=lambda evaluation: evaluation.fitness)
+        if self.best is None or worst.fitness < self.best.fitness:
+            self.best = worst
+
+
+class ForgetsTheBest(RandomSearch):
+    def _tell(self, evaluations: Sequence[Evaluation]) -> None:
+        self.best = None
+
+
+def test_who_makes_a_failed_evaluation_its_best_is_found() -> None:
+    for bad in (LikesFailures, ForgetsTheBest):
+        with pytest.raises(AssertionError, match="local makes -inf the best of"):
+            suite_of(bad).test_failed_evaluations_are_survived()
+
+
+class Repeats(RandomSearch):
+    """Asks for the same batch again and again."""
+
+    def _ask(self) -> list[Proposal]:
+        self._seen.clear()
+        self._rng = np.random.default_rng(self.seed)
+        return super()._ask()
+
+
+class Seedless(RandomSearch):
+    def __init__(self, space: SearchSpace, *, seed: int) -> None:
+        super().__init__(space, seed=0)
+
+
+class DrawsFromPython(RandomSearch):
+    def _ask(self) -> list[Proposal]:
+        batch = super()._ask()
+        random.shuffle(batch)
+        return batch
+
+
+class DrawsFromNumpy(RandomSearch):
+    """Draws more than numpy's legacy generator keeps at a time."""
+
+    def _ask(self) -> list[Proposal]:
+        batch = super()._ask()
+        first = int(np.random.randint(0, 2**16, 1000).sum()) % max(len(batch), 1)
+        return batch[first:] + batch[:first]
+
+
+class TakesNan(RandomSearch):
+    def tell(self, evaluations: Sequence[Evaluation]) -> None:
+        super().tell([e if e.fitness == e.fitness else Evaluation(e.schedule, 0.0) for e in evaluations])
+
+
+class LearnsInAnyOrder(Evolution):
+    """Draws differently after the order in which it was told."""
+
+    def tell(self, evaluations: Sequence[Evaluation]) -> None:
+        super().tell(evaluations)
+        first, last = evaluations[0].schedule.levels, evaluations[-1].schedule.levels
+        self._rng.integers(2, size=1 + (first > last))
+
+
+class ThinsUnvisited(RandomSearch):
+    """Explores stages that no step visits."""
+
+    explores = True
+
+    def _ask(self) -> list[Proposal]:
+        return [self.propose([max(level, 1) for level in p.schedule.levels]) for p in super()._ask()[:1]]
+
+
+class OnlyUniform(RandomSearch):
+    """No search, but it says that it is one."""
+
+    def _ask(self) -> list[Proposal]:
+        batch = [] if self._seen else [self.propose(self.space.uniform())]
+        self._seen.add((0,))
+        return batch
+
+
+@pytest.mark.parametrize(
+    ("bad", "test"),
+    [
+        (RefusesAll, "test_batches_are_feasible_and_distinct"),
+        (Silent, "test_nothing_is_asked_twice_in_a_larger_space"),
+        (SilentSomewhere, "test_batches_are_feasible_and_distinct"),
+        (Repeats, "test_nothing_is_asked_twice_in_a_larger_space"),
+        (Seedless, "test_the_seed_decides_the_sequence"),
+        (DrawsFromPython, "test_the_seed_decides_the_sequence"),
+        (DrawsFromPython, "test_global_random_states_are_left_alone"),
+        (DrawsFromNumpy, "test_the_seed_decides_the_sequence"),
+        (DrawsFromNumpy, "test_global_random_states_are_left_alone"),
+        (TakesNan, "test_nan_is_refused_and_does_no_harm"),
+        (LearnsInAnyOrder, "test_the_order_of_telling_does_not_matter"),
+        (ThinsUnvisited, "test_batches_are_feasible_and_distinct"),
+        (OnlyUniform, "test_the_optimum_of_a_small_space_is_found"),
+        (OnlyUniform, "test_the_seed_decides_the_sequence"),
+        (LikesFailures, "test_failed_evaluations_are_survived"),
+    ],
+)
+def test_the_suite_finds_what_is_wrong(bad: type[Strategy], test: str) -> None:
+    with pytest.raises(AssertionError):
+        getattr(suite_of(bad), test)()
+
+
+def operators(kind: type[MutationConformance | CrossoverConformance], operator: Callable[..., Any]) -> Any:
+    """The suite of an operator that has no name."""
+
+    class Suite(kind):  # type: ignore[misc, valid-type]
+        name = "local"
+
+        def operator(self) -> Callable[..., Any]:
+            return operator
+
+    return Suite()
+
+
+def leaves_the_budget(genome: list[int], *, space: SearchSpace, rng: np.random.Generator) -> Any:
+    genome[0] = max(genome[0] - 1, 0)
+    return (genome,)
+
+
+def makes_an_array(genome: list[int], *, space: SearchSpace, rng: np.random.Generator) -> Any:
+    (genome,) = level_switch(genome, space=space, rng=rng)  # type: ignore[arg-type]
+    return (np.array(genome),)
+
+
+def returns_a_list(genome: list[int], *, space: SearchSpace, rng: np.random.Generator) -> Any:
+    return list(level_switch(genome, space=space, rng=rng))  # type: ignore[arg-type]
+
+
+def returns_two(genome: list[int], *, space: SearchSpace, rng: np.random.Generator) -> Any:
+    return genome, genome
+
+
+def does_nothing(genome: list[int], *, space: SearchSpace, rng: np.random.Generator) -> Any:
+    return (genome,)
+
+
+def draws_from_python(genome: list[int], *, space: SearchSpace, rng: np.random.Generator) -> Any:
+    random.shuffle(genome)
+    return (mended(genome, space, rng),)
+
+
+def draws_from_numpy(genome: list[int], *, space: SearchSpace, rng: np.random.Generator) -> Any:
+    np.random.shuffle(genome)
+    return (mended(genome, space, rng),)
+
+
+@pytest.mark.parametrize(
+    ("bad", "test"),
+    [
+        (leaves_the_budget, "test_feasible_genomes_stay_feasible_in_every_space"),
+        (makes_an_array, "test_feasible_genomes_stay_feasible_in_every_space"),
+        (returns_a_list, "test_the_result_is_a_tuple_of_as_many_genomes"),
+        (returns_two, "test_the_result_is_a_tuple_of_as_many_genomes"),
+        (does_nothing, "test_it_changes_something_in_a_large_space"),
+        (draws_from_python, "test_the_generator_decides_everything"),
+        (draws_from_python, "test_global_random_states_are_left_alone"),
+        (draws_from_numpy, "test_global_random_states_are_left_alone"),
+    ],
+)
+def test_the_suite_of_mutations_finds_what_is_wrong(bad: Callable[..., Any], test: str) -> None:
+    assert failures(operators(MutationConformance, level_switch)) == set()
+    with pytest.raises(AssertionError):
+        getattr(operators(MutationConformance, bad), test)()
+
+
+def random_children(one: list[int], other: list[int], *, space: SearchSpace, rng: np.random.Generator) -> Any:
+    return space.sample(rng), space.sample(rng)
+
+
+def cut_and_swapped(one: list[int], other: list[int], *, space: SearchSpace, rng: np.random.Generator) -> Any:
+    half = len(one) // 2
+    return one[:half] + other[half:], other[:half] + one[half:]
+
+
+@pytest.mark.parametrize(
+    ("bad", "test"),
+    [
+        (random_children, "test_equal_parents_have_equal_children"),
+        (cut_and_swapped, "test_feasible_genomes_stay_feasible_in_every_space"),
+    ],
+)
+def test_the_suite_of_crossovers_finds_what_is_wrong(bad: Callable[..., Any], test: str) -> None:
+    with pytest.raises(AssertionError):
+        getattr(operators(CrossoverConformance, bad), test)()
+
+
+def test_a_failed_evaluation_is_never_the_best_of_a_search() -> None:
+    class Failing:
+        """Every other evaluation fails."""
+
+        def __call__(self, schedules: Sequence[Any], fidelity: float = 1.0) -> list[Evaluation]:
+            return [Evaluation(s, -math.inf if sum(s.levels[::2]) % 2 else 1.0, 1, 1.0, fidelity) for s in schedules]
+
+    for name in ("evolution", "evopress", "nsga2", "random", "surrogate", "tpe"):
+        result = run_search(STRATEGIES.make(name, PAPER, seed=0), Failing(), max_evals=40)
+        assert result.best.fitness == 1.0
+        assert -math.inf in [evaluation.fitness for evaluation in result.evaluations]

@@ -1,0 +1,76 @@
+"""Files that are whole or not there: written beside their place and moved, read without trust."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from diffes.errors import DiffesError
+
+CONFIG = "config.json"  # of a run folder: where it is, what is missing is still to come
+
+
+def write_safely(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a file beside `path` and moves it there when it is whole; an error leaves `path` as it was.
+
+    Raises:
+        DiffesError: the disk is full, or the place cannot be written to.
+    """
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        try:
+            write(partial)
+            partial.chmod(0o644)  # safetensors makes files that only their owner may read
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise DiffesError(
+            f"cannot write {path} ({error}); what is finished is kept: run the same command again once there is room"
+        ) from error
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Indented JSON with a final newline."""
+    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+    write_safely(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a run folder.
+
+    Raises:
+        DiffesError: the file is missing, truncated or no JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        hint = (
+            "the run is unfinished: run the same `diffes search` again to go on"
+            if path.with_name(CONFIG).exists()
+            else ("this is no run folder of diffes")
+        )
+        raise DiffesError(f"{path} is missing; {hint}") from error
+    except (ValueError, OSError) as error:
+        raise DiffesError(f"{path} is damaged ({error}); restore it or run `diffes search` again") from error
+    if not isinstance(data, dict):
+        raise DiffesError(f"{path} holds no JSON object; restore it or run `diffes search` again")
+    return data
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum(data: Mapping[str, Any]) -> str:
+    """Hex digest of everything in a JSON object but its own `checksum`."""
+    content = {key: value for key, value in data.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""What is measured: fitness on probes, metrics, and what a schedule costs."""

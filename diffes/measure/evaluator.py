@@ -1,0 +1,232 @@
+"""Fitness: images of the routed pipeline on fixed probes, compared with the dense model's, at few denoiser calls."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffes.adapters import ModelAdapter, Probes, SamplingState
+from diffes.errors import DiffesError
+from diffes.measure.metrics import Metric
+from diffes.runtime.router import Router
+from diffes.search.schedule import Schedule, Stages
+from diffes.search.strategy import Evaluation
+
+
+class ScheduleEvaluator:
+    """Measures schedules on one set of probes; an `Evaluator` for `run_search`.
+
+    Schedules that agree on the stages sampled first share that part of the trajectory: states at stage boundaries are
+    cached, a batch is walked as a trie, and only what differs is run. Scores are bit-identical to running all of it,
+    because every denoiser call is made on the same inputs in the same batch.
+
+    Denoiser calls are counted in rows: a call on a batch of b counts b, both branches of guidance included. A search
+    that goes on over its store counts as if it had never stopped: what its cache would have held is run again, but not
+    counted again.
+
+    Args:
+        router: the model with its bank; dense outside of an evaluation.
+        stages: their ranges of timesteps.
+        probes: fixed noise and conditions.
+        n_steps: sampling steps.
+        guidance: classifier-free guidance scale; 1 and less switch it off.
+        metric: what is measured.
+        batch: probes per denoiser call (twice as many rows with guidance).
+        cache_bytes: how much memory the cached states may take.
+
+    Attributes:
+        steps: (S,) denoiser calls per stage.
+        reference: dense outputs (n, ...) in the metric's space.
+        denoiser_calls: rows counted so far, the dense references excluded.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        stages: Stages,
+        probes: Probes,
+        *,
+        n_steps: int,
+        guidance: float,
+        metric: Metric,
+        batch: int = 32,
+        cache_bytes: int = 1 << 28,
+    ) -> None:
+        self.router = router
+        self.adapter: ModelAdapter = router.adapter
+        self.stages = stages
+        self.metric = metric
+        self.n_steps = n_steps
+        self.guidance = guidance
+        self.probes = probes
+        self.batch = batch
+        walked = [stages.stage_of(t) for t in self.adapter.timesteps(n_steps)]
+        if walked != sorted(walked, reverse=True):
+            raise DiffesError("this scheduler's timesteps do not fall; schedules need a sampler that walks downwards")
+        self.steps = tuple(walked.count(s) for s in range(len(stages)))
+        self._visited = [s for s in reversed(range(len(stages))) if self.steps[s]]
+        self._cache = _StateCache(cache_bytes)
+        self.denoiser_calls = 0
+        self._fixed_bytes, self._row_bytes = 0, 0.0
+        self.reference = self._in_metric_space(self._measured_reference())
+
+    def __call__(self, schedules: Sequence[Schedule], fidelity: float = 1.0) -> Iterator[Evaluation]:
+        """Evaluates a batch in the order of the trie, so that neighbours follow each other; yields each when done."""
+        for schedule in sorted(schedules, key=lambda schedule: schedule.levels[::-1]):
+            start, before = time.perf_counter(), self.denoiser_calls
+            fitness = float(self.scores(schedule, fidelity).mean())
+            calls, seconds = self.denoiser_calls - before, time.perf_counter() - start
+            yield Evaluation(schedule, fitness, calls, seconds, fidelity)
+
+    def remember(self, evaluation: Evaluation) -> None:
+        """Notes an evaluation of an earlier process, so that its shared trajectories are not counted twice."""
+        for part in self._parts(evaluation.fidelity):
+            prefixes = self._prefixes(part, evaluation.schedule)
+            for prefix in prefixes[self._cache.depth(prefixes) :]:
+                self._cache.put(prefix, None, self._state_bytes(part))
+
+    def scores(self, schedule: Schedule, fidelity: float = 1.0) -> Tensor:
+        """Score (n,) of each probe, or of the first `ceil(fidelity * n)`; higher is better."""
+        latents = self.latents(schedule, fidelity)
+        return self.metric(self._in_metric_space(latents), self.reference[: len(latents)])
+
+    @torch.no_grad()
+    def latents(self, schedule: Schedule, fidelity: float = 1.0) -> Tensor:
+        """Final latents (n, C, h, w) of the routed model."""
+        with self.router.routed(schedule):
+            return torch.cat([self._run(part, schedule) for part in self._parts(fidelity)])
+
+    @torch.no_grad()
+    def dense_latents(self, n_steps: int) -> Tensor:
+        """Final latents (n, C, h, w) of the dense model at any number of steps: the reference, the cheapest rival."""
+        parts = [self.probes[rows] for rows in self._parts()]
+        return torch.cat([self.adapter.sample(part, n_steps, self.guidance) for part in parts])
+
+    @torch.no_grad()
+    def _measured_reference(self) -> Tensor:
+        """Dense latents (n, C, h, w); on the way it is noted how large a state is, whatever the sampler keeps in it."""
+        finals = []
+        for rows in self._parts():
+            part = self.probes[rows]
+            state = self.adapter.start(part, self.n_steps, self.guidance)
+            self._fixed_bytes = max(self._fixed_bytes, size_of(state.scheduler))
+            for _ in range(sum(self.steps)):
+                state = self.adapter.step(state, part, self.guidance)
+                if rows.start == 0:  # other parts are like the first one
+                    per_row = (size_of(state) - self._fixed_bytes) / len(part)
+                    self._row_bytes = max(self._row_bytes, per_row)
+            finals.append(self.adapter.finish(state, self.guidance))
+        return torch.cat(finals)
+
+    def dense_scores(self, n_steps: int) -> Tensor:
+        """Score of each probe (n,) of the dense model with fewer steps, against its own full run."""
+        return self.metric(self._in_metric_space(self.dense_latents(n_steps)), self.reference)
+
+    def _parts(self, fidelity: float = 1.0) -> list[slice]:
+        """Which probes share a denoiser call."""
+        n = math.ceil(fidelity * len(self.probes))
+        return [slice(i, min(i + self.batch, n)) for i in range(0, n, self.batch)]
+
+    def _prefixes(self, rows: slice, schedule: Schedule) -> list[Prefix]:
+        """What decides the state after each visited stage, from the noisiest on: the probes, the levels so far."""
+        levels = [schedule.levels[s] for s in self._visited]
+        return [(rows.start, rows.stop, *levels[: i + 1]) for i in range(len(levels))]
+
+    def _state_bytes(self, rows: slice) -> int:
+        """What a state of these probes takes at most; the same for one that was measured by an earlier process."""
+        return self._fixed_bytes + math.ceil(self._row_bytes * (rows.stop - rows.start))
+
+    def _run(self, rows: slice, schedule: Schedule) -> Tensor:
+        """Walks the stages from the noisiest, from the deepest cached state on."""
+        part, prefixes = self.probes[rows], self._prefixes(rows, schedule)
+        counted = self._cache.depth(prefixes)
+        done, state = self._cache.deepest(prefixes)
+        if state is None:
+            state = self.adapter.start(part, self.n_steps, self.guidance)
+        for i in range(done, len(self._visited)):
+            for _ in range(self.steps[self._visited[i]]):
+                state = self.adapter.step(state, part, self.guidance)
+                if i >= counted:
+                    self.denoiser_calls += len(part) * (2 if self.guidance > 1 else 1)
+            self._cache.put(prefixes[i], state, self._state_bytes(rows))
+        return self.adapter.finish(state, self.guidance)
+
+    def _in_metric_space(self, latents: Tensor) -> Tensor:
+        if self.metric.space == "latent":
+            return latents
+        return torch.cat([self.adapter.decode(part) for part in latents.split(self.batch)])
+
+
+def size_of(thing: Any) -> int:
+    """Bytes that an object takes in memory, tensors, arrays, containers and attributes included; shared ones once."""
+    seen: set[int] = set()
+
+    def count(each: Any) -> int:
+        if id(each) in seen or isinstance(each, type):
+            return 0
+        seen.add(id(each))
+        size = sys.getsizeof(each)
+        if isinstance(each, Tensor):
+            storage = each.untyped_storage()
+            fresh = storage.data_ptr() not in seen
+            seen.add(storage.data_ptr())
+            return size + (storage.nbytes() if fresh else 0)
+        if isinstance(each, dict):
+            return size + sum(count(key) + count(value) for key, value in each.items())
+        if isinstance(each, list | tuple | set | frozenset):
+            return size + sum(map(count, each))
+        return size + (count(vars(each)) if hasattr(each, "__dict__") else 0)
+
+    return count(thing)
+
+
+Prefix = tuple[int, ...]
+
+
+class _StateCache:
+    """The most recently used sampling states, within a number of bytes.
+
+    A prefix may be known without its state: it was computed by the process before this one, and would be here still.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._states: OrderedDict[Prefix, tuple[int, SamplingState | None]] = OrderedDict()
+
+    def depth(self, prefixes: Sequence[Prefix]) -> int:
+        """How many stages the longest known prefix has, which counts as used now; 0 when none is known."""
+        for i in reversed(range(len(prefixes))):
+            if prefixes[i] in self._states:
+                self._states.move_to_end(prefixes[i])
+                return i + 1
+        return 0
+
+    def deepest(self, prefixes: Sequence[Prefix]) -> tuple[int, SamplingState | None]:
+        """The longest prefix with a state, how many stages it has, and a copy of the state; (0, None) when none has."""
+        for i in reversed(range(len(prefixes))):
+            _, state = self._states.get(prefixes[i], (0, None))
+            if state is not None:
+                return i + 1, replace(state, scheduler=copy.deepcopy(state.scheduler))
+        return 0, None
+
+    def put(self, prefix: Prefix, state: SamplingState | None, n_bytes: int) -> None:
+        """Adds a prefix, or gives a known one its state; drops the least recently used ones that do not fit."""
+        kept = replace(state, scheduler=copy.deepcopy(state.scheduler)) if state is not None else None
+        if prefix in self._states:
+            self._states[prefix] = n_bytes, kept
+            return
+        self._states[prefix] = n_bytes, kept
+        self._bytes += n_bytes
+        while self._bytes > self._max_bytes and len(self._states) > 1:
+            _, (size, _) = self._states.popitem(last=False)
+            self._bytes -= size

@@ -1,0 +1,61 @@
+"""Facts about a model along the trajectory, measured before or beside a search."""
+
+from __future__ import annotations
+
+import torch
+
+from diffes.adapters import ModelAdapter
+from diffes.measure.evaluator import ScheduleEvaluator
+from diffes.pruning.calibration import CalibrationSet
+from diffes.search.schedule import Stages
+from diffes.search.space import SearchSpace
+from diffes.search.strategy import StageProfile
+
+BATCH = 32
+
+
+@torch.no_grad()
+def stage_profile(adapter: ModelAdapter, data: CalibrationSet, stages: Stages, seed: int) -> StageProfile:
+    """The dense model's loss in each stage, at timesteps spread over the stage, and the stage's signal-to-noise ratio.
+
+    Args:
+        adapter: the dense model.
+        data: clean latents, all of which are noised to each stage.
+        stages: their ranges of timesteps.
+        seed: of the noise; stage s draws the same whatever the other stages do.
+    """
+    losses, ratios = [], []
+    for stage, (lo, hi) in enumerate(stages.ranges):
+        generator = torch.Generator().manual_seed(seed * 100_003 + stage)
+        timesteps = torch.linspace(lo, hi - 1, len(data)).round().long()
+        noise = torch.randn(data.latents.shape, generator=generator)
+        errors = []
+        for rows in torch.arange(len(data)).split(BATCH):
+            clean, drawn, t = data.latents[rows], noise[rows], timesteps[rows]
+            noisy = adapter.add_noise(clean.to(adapter.device, adapter.dtype), drawn, t)
+            predicted = adapter.denoise_once(noisy, t, [data.conditions[i] for i in rows.tolist()]).float().cpu()
+            wanted = adapter.target(clean.float().cpu(), drawn, t)
+            predicted = predicted[:, : wanted.shape[1]]  # models that learn the variance as well have it below
+            errors.append((predicted - wanted).square().flatten(1).mean(1))
+        losses.append(float(torch.cat(errors).mean()))
+        ratios.append(adapter.log_snr((lo + hi) // 2))
+    return StageProfile(tuple(losses), tuple(ratios))
+
+
+def damage_table(evaluator: ScheduleEvaluator, space: SearchSpace) -> list[list[float]]:
+    """(S, H + 1) how much fitness each level of each stage costs on its own, on the evaluator's probes.
+
+    Stages that agree with the dense model share its trajectory, so the whole table costs about half of as many
+    evaluations as it has cells.
+    """
+    single = {
+        (s, k): space.any_schedule([k if i == s else 0 for i in range(space.n_stages)])
+        for s in space.visited
+        for k in range(space.max_level + 1)
+    }
+    fitness = {e.schedule: e.fitness for e in evaluator(list(dict.fromkeys(single.values())))}
+    dense = fitness[space.any_schedule([0] * space.n_stages)]
+    return [
+        [dense - fitness[single[s, k]] if (s, k) in single else 0.0 for k in range(space.max_level + 1)]
+        for s in range(space.n_stages)
+    ]

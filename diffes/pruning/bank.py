@@ -1,0 +1,285 @@
+"""The weight bank: what is left in every stage at every level, in memory during a search, as safetensors on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffes.adapters import BlockSet, GroupSet, Kind, ModelAdapter
+from diffes.errors import DiffesError
+from diffes.pruning.base import DepthMethod, GroupWeights, LayerWeights, PruningMethod, WidthMethod, nested
+from diffes.pruning.calibration import CalibrationSet, StagePass, block_changes, input_moments
+from diffes.search.schedule import Schedule, Stages
+
+FORMAT = "diffes-bank"
+FORMAT_VERSION = 1
+StageWeights = Mapping[str, GroupWeights]
+Key = tuple[int, int]  # stage, level
+
+
+class WeightBank(Mapping[Key, StageWeights]):
+    """Thin weights by (stage, level), inside by group-set name, in host memory. Level 0 is dense and never stored.
+
+    Args:
+        entries: the weights.
+        kind: "width", or "depth": then the one group set is the blocks.
+        file: where entries that are not in memory yet are read from, each once.
+
+    On disk a bank is one safetensors file. Its tensors are `stage{s}.level{k}.{name}:kept` (n,) int32, the groups that
+    stay, and, where the method compensates, `stage{s}.level{k}.{name}:consumer` (d_out, n * size). Its metadata has one
+    key, `diffes-bank`, a JSON object:
+
+    - `format_version`: of this layout, now 1
+    - `kind`: "width" or "depth"; `method`: spec of the pruning method; `model`: what it was made for
+    - `stages`: [[lo, hi], ...] timesteps; `levels`: (S,) those held; `max_level`: H
+    - `fingerprint`: what a denoiser is recognised by (see `fingerprint`)
+    """
+
+    def __init__(self, entries: Mapping[Key, StageWeights], kind: Kind, file: BankFile | None = None) -> None:
+        self.kind = kind
+        self._entries = dict(entries)
+        self._file = file
+
+    def __getitem__(self, key: Key) -> StageWeights:
+        if key not in self._entries:
+            if self._file is None or key not in self._file.names:
+                raise DiffesError(
+                    f"the bank has no weights for stage {key[0]} at level {key[1]}; it holds {sorted(self)}"
+                )
+            self._entries[key] = self._file.read(key)
+        return self._entries[key]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter({**self._entries, **(self._file.names if self._file else {})})
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors in memory, those of a file as far as it was read; shared weights count once."""
+        tensors = {id(w): w.nbytes for entry in self._entries.values() for w in entry.values()}
+        return sum(tensors.values())
+
+    def for_schedule(self, schedule: Schedule) -> WeightBank:
+        """The part that one schedule needs, in memory."""
+        keys = [(stage, level) for stage, level in enumerate(schedule.levels) if level]
+        return WeightBank({key: self[key] for key in keys}, self.kind)
+
+    @classmethod
+    def build(
+        cls,
+        adapter: ModelAdapter,
+        method: PruningMethod,
+        stages: Stages,
+        data: CalibrationSet | None,
+        *,
+        guided: bool,
+        seed: int,
+        only: Iterable[int] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> WeightBank:
+        """Calibrates and prunes stage by stage; only one stage's statistics are in memory at a time.
+
+        Args:
+            adapter: the dense model.
+            method: how to prune.
+            stages: their ranges of timesteps.
+            data: clean latents; not needed by methods that look at weights alone.
+            guided: whether sampling will use classifier-free guidance.
+            seed: of the calibration timesteps and noise; stage s draws the same ones whatever the other stages do.
+            only: numbers of the stages to prune; all when left out.
+            progress: told the stage after each.
+
+        Raises:
+            DiffesError: the method needs calibration data and there is none, or a layer's statistics are not finite.
+        """
+        prunable = adapter.prunable(method.kind)
+        max_level = adapter.max_level(method.kind)
+        levels = range(1, max_level + 1)
+        thin: dict[str, list[GroupWeights]] | None = None
+        entries: dict[Key, StageWeights] = {}
+        for stage in range(len(stages)) if only is None else only:
+            if thin is None or method.needs != "nothing":
+                run = None
+                if method.needs != "nothing":
+                    if data is None:
+                        raise DiffesError(f"{type(method).__name__} needs calibration data, got none")
+                    run = StagePass(
+                        adapter, stages.ranges[stage], data, guided, seed * 100_003 + stage, method.timestep_weights
+                    )
+                kept = {p.name: [p.n_kept(level, max_level) for level in levels] for p in prunable}
+                thin = _prune(adapter, method, run, prunable, kept)
+            by_level = zip(*thin.values(), strict=True)
+            # Stages that share weights share the very objects: `nbytes` and the file of a search count on it.
+            for level, weights in zip(levels, by_level, strict=True):
+                entries[stage, level] = dict(zip(thin, weights, strict=True))
+            if progress:
+                progress(stage)
+        return cls(entries, method.kind)
+
+    def save(self, path: Path, header: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
+        """Writes all entries as one safetensors file.
+
+        Args:
+            path: the file.
+            header: facts for its metadata, beside format version and kind.
+            dtype: of the compensated weights; as they are when left out.
+        """
+        tensors: dict[str, Tensor] = {}
+        for (stage, level), entry in self.items():
+            for name, weights in entry.items():
+                prefix = f"stage{stage}.level{level}.{name}"
+                tensors[f"{prefix}:kept"] = weights.kept.clone()
+                if weights.consumer is not None:
+                    # a copy: stages may share a tensor, which safetensors refuses
+                    tensors[f"{prefix}:consumer"] = weights.consumer.to(dtype=dtype, copy=True).contiguous()
+        facts = {"format_version": FORMAT_VERSION, "kind": self.kind, **header}
+        # One metadata key: safetensors writes several in random order, and equal banks should be equal files.
+        save_file(tensors, path, metadata={FORMAT: json.dumps(facts)})
+
+    @classmethod
+    def open(cls, path: Path, dtype: torch.dtype | None = None) -> tuple[WeightBank, dict[str, Any]]:
+        """Opens a file that `save` wrote, and reads its header; entries are read when first asked for.
+
+        Args:
+            path: the file.
+            dtype: of the compensated weights once in memory; as stored when left out.
+
+        Raises:
+            DiffesError: the file is missing, truncated, no bank, or of a newer format version.
+        """
+        file = BankFile(path, dtype)
+        return cls({}, file.header["kind"], file), file.header
+
+
+class BankFile:
+    """An open safetensors file of a bank.
+
+    Attributes:
+        header: what its metadata says.
+        names: of the tensors of each (stage, level).
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype | None) -> None:
+        self.path = path
+        self._dtype = dtype
+        self.names: dict[Key, list[str]] = {}
+        try:
+            file: Any = safe_open(path, framework="pt")
+            metadata = file.metadata() or {}
+            if FORMAT not in metadata:
+                raise DiffesError(f"{path} is a safetensors file but no diffes bank")
+            self.header: dict[str, Any] = json.loads(metadata[FORMAT])
+            if self.header["format_version"] > FORMAT_VERSION:
+                raise DiffesError(
+                    f"{path} has bank format version {self.header['format_version']}, this diffes reads up to "
+                    f"{FORMAT_VERSION}: install a newer diffes"
+                )
+            for name in file.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
+                stage, level, _ = name.split(".", 2)
+                self.names.setdefault((int(stage[5:]), int(level[5:])), []).append(name)
+            if self.header["kind"] not in ("width", "depth"):
+                raise ValueError(f"kind {self.header['kind']!r}")
+            self._file = file
+        except DiffesError:
+            raise
+        except FileNotFoundError as error:
+            raise DiffesError(f"{path} is missing: {AGAIN}") from error
+        except Exception as error:  # safetensors' own error class, and whatever a damaged header leads to
+            raise self._damaged(error) from error
+
+    def read(self, key: Key) -> StageWeights:
+        """One stage at one level.
+
+        Raises:
+            DiffesError: what is there is damaged.
+        """
+        parts: dict[str, dict[str, Tensor]] = {}
+        try:
+            for full in self.names[key]:
+                place, part = full.rsplit(":", 1)
+                tensor = self._file.get_tensor(full)
+                entry = parts.setdefault(place.split(".", 2)[2], {})
+                entry[part] = tensor.to(dtype=self._dtype) if part == "consumer" else tensor
+            return {name: GroupWeights(**weights) for name, weights in parts.items()}
+        except Exception as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> DiffesError:
+        return DiffesError(f"{self.path} is damaged ({error}): {AGAIN}")
+
+
+AGAIN = "restore it, or run `diffes search` again"
+
+
+def _prune(
+    adapter: ModelAdapter,
+    method: PruningMethod,
+    run: StagePass | None,
+    prunable: Iterable[GroupSet | BlockSet],
+    n_kept: Mapping[str, list[int]],
+) -> dict[str, list[GroupWeights]]:
+    """What is left of every set at every level, in host memory."""
+    if isinstance(method, DepthMethod):
+        (blocks,) = (p for p in prunable if isinstance(p, BlockSet))
+        assert run is not None
+        importance = method.importance(block_changes(run, blocks))
+        _check_finite(blocks.name, run, importance)
+        return {blocks.name: nested(importance, n_kept[blocks.name])}
+    assert isinstance(method, WidthMethod)
+    sets = [p for p in prunable if isinstance(p, GroupSet)]
+    moments = {} if run is None else input_moments(run, sets, full=method.needs == "second_moment")
+    thin = {}
+    for groups in sets:
+        moment = moments.pop(groups.name, None)
+        if moment is not None:
+            _check_finite(groups.name, run, moment)
+        levels = method.prune(groups, LayerWeights.of(adapter.denoiser, groups), moment, n_kept[groups.name])
+        thin[groups.name] = [
+            GroupWeights(w.kept.cpu(), None if w.consumer is None else w.consumer.cpu()) for w in levels
+        ]
+    return thin
+
+
+def _check_finite(name: str, run: StagePass | None, values: Tensor) -> None:
+    if run is not None and not torch.isfinite(values).all():
+        raise DiffesError(
+            f"calibration of {name} at timesteps {list(run.stage)} overflowed: not all values are finite; "
+            "try another --dtype"
+        )
+
+
+def fingerprint(denoiser: nn.Module) -> dict[str, Any]:
+    """What tells one denoiser from another, in whatever dtype it was loaded: names, shapes and a sample of values.
+
+    A LoRA that is loaded and not fused changes nothing here: its own parameters do not count.
+    """
+    parameters = sorted((n.replace(".base_layer", ""), p) for n, p in denoiser.named_parameters() if ".lora_" not in n)
+    structure = json.dumps([[name, list(p.shape)] for name, p in parameters])
+    sample = [float(p.detach().flatten()[p.numel() // 2]) for _, p in parameters]
+    return {"structure": hashlib.sha256(structure.encode()).hexdigest(), "sample": sample}
+
+
+def check_fingerprint(denoiser: nn.Module, expected: Mapping[str, Any], path: Path) -> None:
+    """Refuses a bank that was made for another model.
+
+    Raises:
+        DiffesError: structure or weights differ by more than half precision explains.
+    """
+    found = fingerprint(denoiser)
+    same_layers = found["structure"] == expected["structure"]
+    sample, expected_sample = torch.tensor(found["sample"]), torch.tensor(expected["sample"])
+    if not same_layers or not torch.allclose(sample, expected_sample, rtol=2e-2, atol=1e-3):
+        raise DiffesError(
+            f"{path} was made for another model: its denoiser has other {'weights' if same_layers else 'layers'} than "
+            "this pipeline's; load the pipeline named in the run's config.json"
+        )

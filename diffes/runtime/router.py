@@ -1,0 +1,242 @@
+"""The router: puts the thin weights of a stage into the denoiser when the sampler enters the stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffes.adapters import BlockSet, GroupSet, ModelAdapter
+from diffes.errors import DiffesError
+from diffes.pruning.bank import StageWeights, WeightBank
+from diffes.pruning.base import GroupWeights
+from diffes.search.schedule import Schedule
+
+
+class Router:
+    """Routes one schedule at a time through one denoiser.
+
+    A pre-forward hook reads the timestep of every call; when it lies in another stage than the last call's, what the
+    bank holds for it is put in place. Width: the parameters of the prunable layers are swapped; attention modules keep
+    diffusers' own processors, only their number of heads changes; LoRA matrices on these layers are cut to match.
+    Depth: skipped blocks hand their input on. The dense tensors themselves are kept and put back, so restoration is
+    exact. The bank stays in host memory; the device holds the dense weights and the present stage's thin ones.
+
+    Args:
+        adapter: the model, dense.
+        bank: thin weights, at least those of the schedules routed.
+
+    Attributes:
+        schedule: what is routed now; None while the model is dense.
+
+    Raises:
+        DiffesError: the model is offloaded, or carries adapters that cannot be cut.
+    """
+
+    def __init__(self, adapter: ModelAdapter, bank: WeightBank) -> None:
+        self.adapter = adapter
+        self.bank = bank
+        self.schedule: Schedule | None = None
+        self._max_level = adapter.max_level(bank.kind)
+        check_not_offloaded(adapter.denoiser)
+        self._parts: dict[str, _WidthPart | _DepthPart] = {
+            p.name: _WidthPart(adapter, p) if isinstance(p, GroupSet) else _DepthPart(adapter, p)
+            for p in adapter.prunable(bank.kind)
+        }
+        self._current: StageWeights | None = None
+        self._swapping = False  # an interrupted swap leaves it True: what is loaded is then unknown
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def install(self, schedule: Schedule) -> None:
+        """Routes `schedule` from the next denoiser call on, in place of any schedule before.
+
+        Raises:
+            DiffesError: the bank lacks a stage and level of the schedule, or the schedule is for another model.
+        """
+        if schedule.max_level != self._max_level:
+            raise DiffesError(
+                f"the schedule has max_level {schedule.max_level}, this model {self._max_level} for {self.bank.kind} "
+                "pruning: it was made for another model"
+            )
+        for stage, level in enumerate(schedule.levels):
+            if level:
+                _ = self.bank[stage, level]
+        self.schedule = schedule
+        if not self._hooks:
+            denoiser = self.adapter.denoiser
+            self._hooks = [
+                denoiser.register_forward_pre_hook(self._before_call, with_kwargs=True),
+                denoiser.register_state_dict_pre_hook(lambda *_: self._load(None)),  # what is saved is the dense model
+            ]
+
+    def remove(self) -> None:
+        """Takes the hook away and makes the denoiser dense again, bit for bit."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self.schedule = [], None
+        self._load(None)
+
+    @contextmanager
+    def routed(self, schedule: Schedule) -> Iterator[None]:
+        """Routes `schedule` inside the context; dense again however the context is left."""
+        try:
+            self.install(schedule)
+            yield
+        finally:
+            self.remove()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _before_call(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self.schedule is not None
+        check_not_offloaded(self.adapter.denoiser)
+        for part in self._parts.values():
+            part.check_unchanged()
+        stage = self.schedule.stages.stage_of(self.adapter.timestep(args, kwargs))
+        level = self.schedule.levels[stage]
+        self._load(self.bank[stage, level] if level else None)
+
+    def _load(self, weights: StageWeights | None) -> None:
+        if weights is self._current and not self._swapping:
+            return
+        self._swapping = True
+        for name, part in self._parts.items():
+            if weights is None:
+                part.load_dense()
+            else:
+                part.load_thin(weights[name])
+        self._current = weights
+        self._swapping = False
+
+
+def check_not_offloaded(denoiser: Any) -> None:
+    """Refuses a denoiser whose parameters something else moves between devices.
+
+    Raises:
+        DiffesError: hooks of accelerate, or of diffusers' group offloading, are on it.
+    """
+    registry = getattr(denoiser, "_diffusers_hook", None)
+    grouped = registry is not None and any("group_offloading" in name for name in registry.hooks)
+    if hasattr(denoiser, "_hf_hook") or grouped:
+        raise DiffesError(
+            "the denoiser is offloaded (enable_model_cpu_offload, enable_group_offload or another of that kind): its "
+            "weights move between devices while it runs, so they cannot be routed; call pipe.remove_all_hooks(), move "
+            "the pipeline to one device, then apply"
+        )
+
+
+class _WidthPart:
+    """The layers around one group set, with their dense tensors at hand."""
+
+    def __init__(self, adapter: ModelAdapter, groups: GroupSet) -> None:
+        self.groups = groups
+        self._adapter = adapter
+        self._denoiser = denoiser = adapter.denoiser
+        producers = [denoiser.get_submodule(path) for path in groups.producers]
+        consumer = denoiser.get_submodule(groups.consumer)
+        self._layers = dict(zip((*groups.producers, groups.consumer), (*producers, consumer), strict=True))
+        self._adapters = [_adapters(layer) for layer in self._layers.values()]
+        self.consumer = consumer.weight
+        self.dense_consumer = self.consumer.data
+        rows = [p for layer in producers for p in (layer.weight, layer.bias, *_lora(layer, "lora_B")) if p is not None]
+        self.by_row = [(parameter, parameter.data) for parameter in rows]
+        self.by_column = [(p, p.data) for p in _lora(consumer, "lora_A")]
+        self.attention = denoiser.get_submodule(groups.name) if groups.kind == "heads" else None
+        self.processor = self.attention.processor if self.attention is not None else None
+        if isinstance(self.processor, nn.Module) or getattr(self.attention, "fused_projections", False):
+            raise DiffesError(
+                f"{groups.name} has fused projections or an adapter of its own (IP-Adapter?), which cannot be cut to "
+                "thin layers; unfuse or unload it"
+            )
+
+    def check_unchanged(self) -> None:
+        now, then = self.consumer, self.dense_consumer
+        if (now.dtype, now.device) != (then.dtype, then.device):
+            raise DiffesError(
+                f"the model was moved or cast, from {then.dtype} on {then.device} to {now.dtype} on {now.device}, "
+                "while a schedule was routed through it: call diffes.remove(pipe), move it, call diffes.apply again"
+            )
+        same = all(self._denoiser.get_submodule(path) is layer for path, layer in self._layers.items())
+        if not same or [_adapters(layer) for layer in self._layers.values()] != self._adapters:
+            raise DiffesError(
+                "layers of the model were replaced (a LoRA loaded, fused or unloaded?) while a schedule was routed "
+                "through it: call diffes.remove(pipe), load it, call diffes.apply again"
+            )
+
+    def load_dense(self) -> None:
+        for parameter, dense in (*self.by_row, *self.by_column, (self.consumer, self.dense_consumer)):
+            parameter.data = dense.to(parameter.device, parameter.dtype)  # itself, unless the model was moved since
+        if self.attention is not None:
+            self.attention.heads = self.groups.n_groups
+            self.attention.processor = self.processor
+
+    def load_thin(self, thin: GroupWeights) -> None:
+        features = self.groups.features(thin.kept.to(self.dense_consumer.device, torch.long))
+        width = self.dense_consumer.shape[1]
+        gated = torch.cat([features, features + width])  # value rows lie over gate rows
+        for parameter, dense in self.by_row:
+            parameter.data = dense.index_select(0, gated if len(dense) == 2 * width else features)
+        for parameter, dense in self.by_column:
+            parameter.data = dense.index_select(1, features)
+        if thin.consumer is None:
+            self.consumer.data = self.dense_consumer.index_select(1, features)
+        else:
+            self.consumer.data = thin.consumer.to(self.dense_consumer.device)
+        if self.attention is not None:
+            self.attention.heads = max(len(thin.kept), 1)
+            self.attention.processor = self.processor if len(thin.kept) else self._adapter.without_heads(self.attention)
+
+
+class _DepthPart:
+    """All blocks; a skipped one stays where it is (other layers may read parts of it) and hands its input on."""
+
+    def __init__(self, adapter: ModelAdapter, blocks: BlockSet) -> None:
+        self._adapter = adapter
+        self.blocks = [adapter.denoiser.get_submodule(path) for path in blocks.blocks]
+        self.forwards = [block.__dict__.get("forward") for block in self.blocks]  # one of their own, where hooks set it
+
+    def check_unchanged(self) -> None:
+        """Moving, casting and adapters do not touch which blocks are skipped."""
+
+    def load_dense(self) -> None:
+        for i in range(len(self.blocks)):
+            self._keep(i)
+
+    def load_thin(self, thin: GroupWeights) -> None:
+        kept = set(thin.kept.tolist())
+        for i, block in enumerate(self.blocks):
+            if i in kept:
+                self._keep(i)
+            else:
+                block.forward = self._adapter.skipped(block)
+
+    def _keep(self, i: int) -> None:
+        if self.forwards[i] is None:
+            self.blocks[i].__dict__.pop("forward", None)
+        else:
+            self.blocks[i].forward = self.forwards[i]
+
+
+def _lora(layer: Any, part: str) -> list[nn.Parameter]:
+    """Parameters of the LoRA matrices that peft put beside a layer.
+
+    Raises:
+        DiffesError: the layer carries an adapter of another kind.
+    """
+    if not hasattr(layer, "base_layer"):
+        return []
+    plain = hasattr(layer, part) and not len(getattr(layer, "lora_magnitude_vector", ()))
+    matrices = list(getattr(layer, part).values()) if plain else []
+    if not plain or layer.merged or any(getattr(matrix, "bias", None) is not None for matrix in matrices):
+        raise DiffesError(
+            f"{type(layer).__name__} carries an adapter that is no plain LoRA, or one that is fused, which cannot be "
+            "cut to thin layers; unfuse or unload it, or save the fused model and search on that"
+        )
+    return [matrix.weight for matrix in matrices]
+
+
+def _adapters(layer: Any) -> tuple[bool, tuple[str, ...]]:
+    """Whether a layer's adapters are fused into it, and their names."""
+    return getattr(layer, "merged", False), tuple(getattr(layer, "lora_A", ()))

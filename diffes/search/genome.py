@@ -1,0 +1,52 @@
+"""Individuals as DEAP knows them: a list of levels with a fitness, without `creator`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from deap import base
+
+from diffes.errors import DiffesError
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a schedule was come by; the store keeps it beside the evaluation.
+
+    Args:
+        operator: name of what made it: a mutation, a crossover, a sampler; several are joined by " + ".
+        parents: levels (S,) of the schedules that it was made from.
+    """
+
+    operator: str
+    parents: tuple[tuple[int, ...], ...] = ()
+
+
+class Fitness(base.Fitness):  # type: ignore[misc]  # DEAP has no type hints
+    """One score, higher is better. NaN is refused: in DEAP's comparisons it would beat every number."""
+
+    weights = (1.0,)
+
+    def _set_values(self, values: Sequence[float]) -> None:
+        if any(math.isnan(value) for value in values):
+            raise DiffesError("fitness must not be NaN: give -inf to a genome that failed")
+        self.setValues(values)
+
+    values = property(base.Fitness.getValues, _set_values, base.Fitness.delValues)
+
+
+class Genome(list[int]):
+    """Levels (S,) of a schedule with their `fitness`, which is empty until it is set, and their `origin`.
+
+    Args:
+        levels: one a stage, stage 0 (the cleanest) first.
+        fitness: of a genome that was measured.
+        origin: how it was made; None for one that was not made from others.
+    """
+
+    def __init__(self, levels: Iterable[int] = (), fitness: float | None = None, origin: Origin | None = None) -> None:
+        super().__init__(levels)
+        self.fitness = Fitness() if fitness is None else Fitness((fitness,))
+        self.origin = origin

@@ -1,0 +1,123 @@
+"""The loop of every search: a strategy asks, an evaluator measures, a store remembers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from diffes.errors import DiffesError
+from diffes.search.ledger import Ledger, SearchResult
+from diffes.search.strategy import Evaluation, Evaluator, Proposal, Strategy
+
+if TYPE_CHECKING:
+    from diffes.search.store import EvaluationStore
+
+MAX_IDLE_BATCHES = 50
+ROUNDING = 1e-6  # tenths of evaluations do not add up exactly
+
+
+def run_search(
+    strategy: Strategy,
+    evaluate: Evaluator,
+    *,
+    max_evals: int | None = None,
+    max_denoiser_calls: int | None = None,
+    max_seconds: float | None = None,
+    store: EvaluationStore | None = None,
+    on_evaluation: Callable[[Evaluation], None] | None = None,
+) -> SearchResult:
+    """Runs a strategy until a limit is reached or it has nothing new to ask.
+
+    A schedule is paid for once: asked again, the strategy is told what is known. An evaluation found in the store costs
+    nothing now but counts towards the limits as it did when it was paid, so that a search run again over its store goes
+    the same way and ends in the same place, and with higher limits goes on from there.
+
+    Where a limit in calls or seconds may end within a batch, its schedules are measured one by one in the order asked:
+    what the strategy wanted first is measured, whatever order suits the evaluator.
+
+    Args:
+        strategy: a fresh one; what it was told before does not count.
+        evaluate: measures the new schedules of a batch in one call, and best yields each as soon as it is measured.
+        max_evals: distinct evaluations, those on a fraction of the probes counted as that fraction; a batch that would
+            exceed it is cut.
+        max_denoiser_calls: the evaluation that reaches it is the last one.
+        max_seconds: seconds of evaluation, likewise.
+        store: evaluations of earlier runs; takes those of this one as soon as they are measured.
+        on_evaluation: called with each distinct evaluation, stored already, for instance to show progress.
+
+    Raises:
+        DiffesError: no limit was given or one is not positive, the evaluator broke its contract, or nothing could be
+            evaluated.
+    """
+    limits = _Limits({"max_evals": max_evals, "max_denoiser_calls": max_denoiser_calls, "max_seconds": max_seconds})
+    ledger = Ledger(strategy.space, evaluate, store, on_evaluation)
+    idle = 0
+    while idle < MAX_IDLE_BATCHES and not limits.reached:
+        batch = strategy.ask()
+        if not batch:
+            break
+        new = limits.cut([proposal for proposal in batch if proposal not in ledger])
+        idle = 0 if new else idle + 1
+        left = new
+        while left and not limits.reached:
+            n = limits.safe(left)
+            part, left = left[:n], left[n:]
+            for evaluation in ledger.measure(part):
+                limits.spend(evaluation)
+                if limits.reached:
+                    break
+        ledger.arrange(new)
+        ledger.log(batch)
+        strategy.tell([ledger[proposal] for proposal in batch if proposal in ledger])
+    return ledger.result()
+
+
+class _Limits:
+    """What a search may spend, and has spent.
+
+    Args:
+        limits: by name; None is no limit.
+    """
+
+    def __init__(self, limits: dict[str, float | None]) -> None:
+        if all(limit is None for limit in limits.values()):
+            raise DiffesError(f"a search needs a limit: give at least one of {', '.join(limits)}")
+        for name, limit in limits.items():
+            if limit is not None and not limit > 0:
+                raise DiffesError(f"{name} must be above 0, got {limit}")
+        self._limits = limits
+        self._spent: dict[str, float] = dict.fromkeys(limits, 0.0)
+        self._dearest: dict[str, float] = {}  # what a whole evaluation cost at most
+
+    @property
+    def reached(self) -> bool:
+        return any(limit is not None and self._spent[name] >= limit - ROUNDING for name, limit in self._limits.items())
+
+    def spend(self, evaluation: Evaluation) -> None:
+        prices = {
+            "max_evals": evaluation.fidelity,
+            "max_denoiser_calls": evaluation.denoiser_calls,
+            "max_seconds": evaluation.seconds,
+        }
+        for name, price in prices.items():
+            self._spent[name] += price
+            self._dearest[name] = max(self._dearest.get(name, 0.0), price / evaluation.fidelity)
+
+    def cut(self, proposals: Sequence[Proposal]) -> list[Proposal]:
+        """As many proposals as `max_evals` allows; the last one may exceed it by a fraction."""
+        limit = self._limits["max_evals"]
+        if limit is None:
+            return list(proposals)
+        before = itertools.accumulate((p.fidelity for p in proposals), initial=self._spent["max_evals"])
+        return [p for p, spent in zip(proposals, before, strict=False) if spent < limit - ROUNDING]
+
+    def safe(self, proposals: Sequence[Proposal]) -> int:
+        """How many may be measured in any order: all, where no limit can end within them, else one."""
+        evaluations = sum(proposal.fidelity for proposal in proposals)
+        for name in ("max_denoiser_calls", "max_seconds"):
+            limit = self._limits[name]
+            if limit is not None and not self._spent[name] + self._dearest.get(name, math.inf) * evaluations < limit:
+                return 1
+        return len(proposals)

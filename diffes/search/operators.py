@@ -1,0 +1,205 @@
+"""Mutations and crossovers by name: ours, those of other packages, and any that DEAP has."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from deap import tools
+
+from diffes.errors import DiffesError, unknown_name
+from diffes.registry import Registry
+from diffes.search.genome import Genome, Origin
+from diffes.search.space import SearchSpace
+
+Operator = Callable[..., tuple[Any, ...]]
+DEAP = "deap."  # how the names of DEAP's own operators begin
+OURS = ("space", "rng")  # parameters of an operator that was written for diffes
+
+
+def mended(genome: Any, space: SearchSpace, rng: np.random.Generator) -> Any:
+    """The genome itself, repaired in place where an operator left the budget: the last line of most operators."""
+    if not space.is_feasible(genome):
+        genome[:] = space.repair(genome, rng)
+    return genome
+
+
+@contextmanager
+def confined(rng: np.random.Generator) -> Iterator[None]:
+    """Python's and numpy's global random, seeded from `rng` inside the block, and as they were after it.
+
+    What DEAP's own operators and selections draw is then decided by `rng`, and nobody outside notices.
+    """
+    python, legacy = random.getstate(), np.random.get_state()
+    seed = int(rng.integers(2**32))
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+
+
+class PlainOperator:
+    """An operator that knows nothing of diffes, as DEAP's are, made one that keeps the budget.
+
+    It draws from the global `random`, which is confined and seeded while it runs. Its bounds (`low` and `up`) come from
+    the space where it has them; what it returns is rounded to whole levels and repaired to the budget.
+
+    Args:
+        name: for messages.
+        function: `(genome, **options) -> (genome,)`, or with two genomes for a crossover.
+        n_parents: how many genomes it takes.
+    """
+
+    def __init__(self, name: str, function: Operator, n_parents: int) -> None:
+        self.name = name
+        self.function = function
+        given: list[inspect.Parameter] = []
+        options: list[inspect.Parameter] = []
+        for parameter in list(inspect.signature(function).parameters.values()):
+            if len(given) < n_parents:
+                given.append(parameter.replace(kind=inspect.Parameter.POSITIONAL_ONLY))
+            elif parameter.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+                options.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+        self._bounded = [option.name for option in options if option.name in ("low", "up")]
+        options = [option.replace(default=None) if option.name in self._bounded else option for option in options]
+        ours = [inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY) for each in OURS]
+        self.__signature__ = inspect.Signature([*given, *ours, *options])
+        self.__doc__ = function.__doc__
+
+    def __call__(self, *genomes: Any, space: SearchSpace, rng: np.random.Generator, **options: Any) -> tuple[Any, ...]:
+        bounds = {"low": 0, "up": space.max_level}
+        filled = {name: bounds[name] for name in self._bounded} | options
+        try:
+            with confined(rng):
+                made = [_whole(genome) for genome in self.function(*genomes, **filled)]
+        except (AttributeError, IndexError, TypeError, ValueError, OverflowError) as error:
+            raise DiffesError(
+                f"operator {self.name!r} cannot work on a genome of {space.n_stages} levels from 0 to "
+                f"{space.max_level} ({type(error).__name__}: {error}); take one for lists of whole numbers"
+            ) from error
+        for genome in made:
+            if len(genome) != space.n_stages:
+                raise DiffesError(
+                    f"operator {self.name!r} made a genome of {len(genome)} levels of one of {space.n_stages}; take "
+                    "one that keeps the length"
+                )
+        return tuple(mended(genome, space, rng) for genome in made)
+
+
+def _whole(genome: Any) -> Any:
+    """The genome rounded to whole levels, in place where it is a list."""
+    levels = [round(level) for level in genome]
+    if not isinstance(genome, list):
+        return levels
+    genome[:] = levels
+    return genome
+
+
+class OperatorRegistry(Registry[Operator]):
+    """Operators by name; `deap.NAME` is one of DEAP's. Plain ones, which take no `space` and `rng`, are adapted.
+
+    Args:
+        kind: "mutation" or "crossover".
+        group: entry-point group.
+        prefix: how DEAP's names of this kind begin.
+        n_parents: how many genomes an operator takes.
+    """
+
+    def __init__(self, kind: str, group: str, prefix: str, n_parents: int) -> None:
+        super().__init__(kind, group)
+        self._prefix = prefix
+        self.n_parents = n_parents
+
+    def get(self, name: str) -> Operator:
+        """The operator of that name, in the convention of `mutation`; errors as for any registry."""
+        function = self._of_deap(name) if name.startswith(DEAP) else super().get(name)
+        if set(OURS) & set(inspect.signature(function).parameters):
+            return function
+        return PlainOperator(name, function, self.n_parents)
+
+    def _of_deap(self, name: str) -> Operator:
+        known = {
+            f"{DEAP}{each}": function
+            for each, function in vars(tools).items()
+            if each.startswith(self._prefix) and inspect.isfunction(function)
+        }
+        if name not in known:
+            raise unknown_name(self.kind, name, known)
+        return known[name]
+
+
+MUTATIONS = OperatorRegistry("mutation", "diffes.mutations", "mut", 1)
+CROSSOVERS = OperatorRegistry("crossover", "diffes.crossovers", "cx", 2)
+
+
+def mutation(name: str) -> Callable[[Operator], Operator]:
+    """Decorator that registers `function(genome, *, space, rng, **params) -> (genome,)` under a name.
+
+    The function is DEAP's convention with its generator as an argument: `genome` is a list of S levels that it may
+    change in place, `space` a `SearchSpace`, `rng` a `numpy.random.Generator` and its only source of randomness. It
+    maps feasible genomes to feasible ones; `space.is_feasible` and `space.repair(genome, rng)` help with that. Further
+    parameters are options: `--mutation name:param=value`. `diffes.testing.MutationConformance` checks all of it.
+
+    A plain DEAP operator, `function(individual, **params) -> (individual,)`, will do as well: what it draws from the
+    global `random` is seeded, what it returns is repaired to the budget.
+    """
+    return MUTATIONS.register(name)
+
+
+def crossover(name: str) -> Callable[[Operator], Operator]:
+    """Decorator that registers `function(one, other, *, space, rng, **params) -> (one, other)` under a name.
+
+    It maps two feasible genomes to two feasible ones, under the same conditions as a mutation.
+    """
+    return CROSSOVERS.register(name)
+
+
+class BoundOperator:
+    """A toolbox's `mutate` or `mate`: an operator with its space, generator and options.
+
+    Genomes that it returns have no fitness, and an `origin` that names the operator and the last measured ancestors.
+
+    Args:
+        registry: where the operator is found.
+        spec: its name, with options after a colon.
+        space: the feasible schedules.
+        rng: what it draws from.
+
+    Raises:
+        DiffesError: there is no such operator, or it takes no such options.
+    """
+
+    def __init__(self, registry: OperatorRegistry, spec: str, space: SearchSpace, rng: np.random.Generator) -> None:
+        self.spec = spec
+        self._function = registry.bind(spec, registry.n_parents, space=space, rng=rng)
+
+    def __call__(self, *genomes: Genome) -> tuple[Genome, ...]:
+        origin = self._origin(genomes)
+        results = self._function(*genomes)
+        if not isinstance(results, tuple) or len(results) != len(genomes):
+            raise DiffesError(f"operator {self.spec!r} must return a tuple of {len(genomes)} genomes, got {results!r}")
+        made = []
+        for result in results:
+            genome = result if isinstance(result, Genome) else Genome(result)
+            del genome.fitness.values
+            genome.origin = origin
+            made.append(genome)
+        return tuple(made)
+
+    def _origin(self, genomes: Sequence[Genome]) -> Origin:
+        operators: list[str] = []
+        parents: list[tuple[int, ...]] = []
+        for genome in genomes:
+            if genome.origin is not None and not genome.fitness.valid:  # changed since it was measured
+                operators += genome.origin.operator.split(" + ")
+                parents += genome.origin.parents
+            else:
+                parents.append(tuple(genome))
+        return Origin(" + ".join(dict.fromkeys([*operators, self.spec])), tuple(dict.fromkeys(parents)))

@@ -1,0 +1,211 @@
+"""The schedules a search may visit: stages, levels and a budget that every one of them meets exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from diffes.errors import DiffesError
+from diffes.search.schedule import Schedule, Stages
+
+COST_RESOLUTION = 10**6  # measured costs are counted in millionths of the largest
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Feasible schedules.
+
+    A schedule costs `sum_s steps[s] * level_costs[s][levels[s]]`. It fits when that is within the budget, and is
+    feasible when besides no single stage could be one level denser without leaving it. With equal steps and linear
+    costs this is the paper's equality, `sum_s L_s = S * target`; with unequal ones it is the nearest thing to it that
+    always has a solution.
+
+    Args:
+        stages: their ranges of timesteps.
+        max_level: H; levels go from 0 (dense) to H.
+        steps: (S,) denoiser calls in each stage; a stage that is never visited stays at level 0.
+        level_costs: (S, H + 1) cost of one denoiser call in each stage at each level: whole numbers that never rise
+            with the level. A level that costs as much as the next denser one is never feasible.
+        budget: the largest cost allowed, in the units of `steps * level_costs`; None allows all, and every genome whose
+            unvisited stages are dense is feasible then.
+    """
+
+    stages: Stages
+    max_level: int
+    steps: tuple[int, ...]
+    level_costs: tuple[tuple[int, ...], ...]
+    budget: int | None
+
+    def __post_init__(self) -> None:
+        if len(self.steps) != len(self.stages) or min(self.steps) < 0 or sum(self.steps) == 0:
+            raise DiffesError(f"steps must be {len(self.stages)} counts with a positive sum, got {self.steps}")
+        shape = len(self.stages), self.max_level + 1
+        if np.shape(self.level_costs) != shape or (np.diff(self.level_costs) > 0).any():
+            raise DiffesError(f"level_costs must be {shape} whole numbers that never rise, got {self.level_costs}")
+        smallest, largest = (self.cost([k] * len(self.stages)) for k in (self.max_level, 0))
+        if self.budget is not None and not smallest <= self.budget:
+            raise DiffesError(
+                f"no schedule costs {self.budget} or less: the smallest possible is {smallest} (every stage at level "
+                f"{self.max_level}), the largest {largest} (all dense); raise the budget"
+            )
+
+    @classmethod
+    def mean_sparsity(
+        cls, stages: Stages, max_level: int, budget: float, steps: Sequence[int] | None = None
+    ) -> SearchSpace:
+        """The paper's budget: the mean level over steps is `budget * max_level`, rounded up to what levels can express.
+
+        Args:
+            stages: their ranges of timesteps.
+            max_level: H.
+            budget: mean sparsity in [0, 1].
+            steps: (S,) denoiser calls per stage; all equal when left out.
+
+        Raises:
+            DiffesError: the budget is outside [0, 1].
+        """
+        if not (isinstance(budget, int | float) and 0 <= budget <= 1):
+            raise DiffesError(
+                f"budget must be a mean sparsity in [0, 1], got {budget}: 0 is the dense model, the smallest possible, "
+                "and 1 removes every prunable group, the largest possible"
+            )
+        steps = tuple(steps) if steps is not None else (1,) * len(stages)
+        removed = math.ceil(round(budget * max_level * sum(steps), 9))
+        costs = tuple(range(max_level, -1, -1))
+        return cls(stages, max_level, steps, (costs,) * len(stages), max_level * sum(steps) - removed)
+
+    @classmethod
+    def dense_fraction(
+        cls, stages: Stages, steps: Sequence[int], costs: Sequence[Sequence[float]], budget: float
+    ) -> SearchSpace:
+        """A budget in what was measured: MACs or milliseconds, as a fraction of the dense model's.
+
+        Args:
+            stages: their ranges of timesteps.
+            steps: (S,) denoiser calls per stage.
+            costs: (S, H + 1) cost of one call in each stage at each level, in any unit. A level that was measured as
+                more costly than a denser one counts as much as that one.
+            budget: largest cost of a schedule over that of the dense model, above 0 and at most 1.
+
+        Raises:
+            DiffesError: the budget is out of its range, or below what the highest level everywhere costs.
+        """
+        falling = np.minimum.accumulate(np.asarray(costs, dtype=float), axis=1)
+        dense = float(np.asarray(steps) @ falling[:, 0])
+        smallest = float(np.asarray(steps) @ falling[:, -1]) / dense
+        if not (isinstance(budget, int | float) and smallest <= budget <= 1):
+            raise DiffesError(
+                f"budget must be a fraction of the dense cost in [{smallest:.4f}, 1], got {budget}: below, not even "
+                "the highest level everywhere is cheap enough; 1 is the dense model"
+            )
+        unit = float(falling[:, 0].max()) / COST_RESOLUTION
+        whole = tuple(tuple(int(cost) for cost in row) for row in np.round(falling / unit))
+        thinnest, densest = (sum(n * row[k] for n, row in zip(steps, whole, strict=True)) for k in (-1, 0))
+        limit = max(math.floor(budget * densest * (1 + 1e-9)), thinnest)
+        return cls(stages, falling.shape[1] - 1, tuple(steps), whole, limit)
+
+    def without_budget(self) -> SearchSpace:
+        """The same space, in which a schedule may cost what it likes."""
+        return replace(self, budget=None)
+
+    @property
+    def n_stages(self) -> int:
+        """S, the length of a genome."""
+        return len(self.stages)
+
+    @property
+    def visited(self) -> list[int]:
+        """Stages with at least one denoiser call: the only ones whose level matters."""
+        return [s for s, n in enumerate(self.steps) if n]
+
+    def cost(self, levels: Sequence[int]) -> int:
+        """Cost of a genome (S,), in the units of the budget."""
+        return sum(n * row[level] for n, row, level in zip(self.steps, self.level_costs, levels, strict=True))
+
+    def fits(self, levels: Sequence[int]) -> bool:
+        """Whether a genome (S,) is within the budget, exactly on it or cheaper."""
+        in_range = len(levels) == self.n_stages and all(0 <= level <= self.max_level for level in levels)
+        return in_range and (self.budget is None or self.cost(levels) <= self.budget)
+
+    def is_feasible(self, levels: Sequence[int]) -> bool:
+        """Whether a genome (S,) meets the budget exactly, in the sense of the class."""
+        if not self.fits(levels):
+            return False
+        if self.budget is None:
+            return all(n > 0 or level == 0 for n, level in zip(self.steps, levels, strict=True))
+        cost = self.cost(levels)
+        return all(cost + self._gain(s, level) > self.budget for s, level in enumerate(levels) if level > 0)
+
+    def repair(self, levels: Sequence[int], rng: np.random.Generator) -> list[int]:
+        """A feasible genome near any genome: random stages are thinned until the budget holds, then thickened.
+
+        Args:
+            levels: (S,) integers; values outside [0, max_level] are clipped.
+            rng: draws the stages.
+        """
+        repaired = [
+            min(max(int(level), 0), self.max_level) if n else 0 for level, n in zip(levels, self.steps, strict=True)
+        ]
+        if self.budget is None:
+            return repaired
+        cost = self.cost(repaired)
+        while cost > self.budget:
+            s = int(rng.choice([s for s in self.visited if repaired[s] < self.max_level]))
+            repaired[s] += 1
+            cost -= self._gain(s, repaired[s])
+        while thicker := [s for s in self.visited if repaired[s] and cost + self._gain(s, repaired[s]) <= self.budget]:
+            s = int(rng.choice(thicker))
+            cost += self._gain(s, repaired[s])
+            repaired[s] -= 1
+        return repaired
+
+    def sample(self, rng: np.random.Generator) -> list[int]:
+        """A random feasible genome: independent uniform levels, repaired."""
+        return self.repair(rng.integers(0, self.max_level + 1, self.n_stages).tolist(), rng)
+
+    def uniform(self) -> list[int]:
+        """The feasible genome nearest to a constant; what does not divide evenly is spread along the trajectory.
+
+        Without a budget it is the dense one.
+        """
+        if self.budget is None:
+            return [0] * self.n_stages
+        visited = self.visited
+        level = next(k for k in range(self.max_level + 1) if self.cost([k] * self.n_stages) <= self.budget)
+        for n_thinner in range(len(visited) + 1):
+            levels = [0] * self.n_stages
+            for s in visited:
+                levels[s] = max(level - 1, 0)
+            for i in range(n_thinner):
+                levels[visited[int((i + 0.5) * len(visited) / n_thinner)]] = level
+            if self.cost(levels) <= self.budget:
+                break
+        return self.repair(levels, np.random.default_rng(0))
+
+    def counts(self, schedule: Schedule, fidelity: float) -> bool:
+        """Whether a measured schedule can be a search's result: on all probes and within the budget."""
+        return fidelity == 1 and self.fits(schedule.levels)
+
+    def any_schedule(self, levels: Sequence[int]) -> Schedule:
+        """A genome (S,) as an immutable schedule, whatever it costs."""
+        return Schedule(self.stages, tuple(int(level) for level in levels), self.max_level)
+
+    def schedule(self, levels: Sequence[int]) -> Schedule:
+        """The genome as an immutable schedule.
+
+        Raises:
+            DiffesError: the genome does not meet the budget.
+        """
+        schedule = self.any_schedule(levels)
+        if not self.is_feasible(schedule.levels):
+            raise DiffesError(
+                f"levels {list(schedule.levels)} cost {self.cost(schedule.levels)}, not the budget of {self.budget}"
+            )
+        return schedule
+
+    def _gain(self, stage: int, level: int) -> int:
+        """Added cost when a stage goes from `level` to the next denser one."""
+        return self.steps[stage] * (self.level_costs[stage][level - 1] - self.level_costs[stage][level])

@@ -1,0 +1,251 @@
+"""Every paid evaluation, kept in one Optuna journal: the memory that makes resuming a search a replay of it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.storages import JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from diffes.errors import DiffesError
+from diffes.search.genome import Origin
+from diffes.search.schedule import Schedule
+from diffes.search.space import SearchSpace
+from diffes.search.strategy import Evaluation
+
+STUDY_NAME = "diffes"
+GENERATION = "generation_"
+LOCK_GRACE_SECONDS = 3  # a write takes milliseconds; a lock older than this was left by a process that was killed
+LINE_START = b'{"op_code":'
+
+
+@contextlib.contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Keeps Optuna's log to warnings for as long as the block runs."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+class EvaluationStore:
+    """Evaluations of one set of stages, on disk as an Optuna journal with one study.
+
+    `optuna-dashboard` and `optuna.visualization` open the file: a trial has a parameter `level_00..` per stage, the
+    fitness as its value, and as user attributes `denoiser_calls`, `seconds` and, where the strategy tells, `operator`
+    and `parents` (numbers of trials). A failed evaluation (-inf) is a trial in state FAIL with the user attribute
+    `failed`; one on a fraction of the probes is PRUNED, its fitness an intermediate value at the percentage of the
+    probes; one beyond the budget is marked as infeasible. User attributes `generation_00000..` of the study hold the
+    statistics of each generation. The store knows schedules and nothing else: what they were
+    measured with (model, probes, metric) has to be the same for all evaluations of a study.
+
+    Args:
+        path: the journal, made, with its folder, when there is none; or the URL of a database, as SQLAlchemy has them.
+        space: the stages and max_level of every schedule in it, and the budget.
+        study: name of the study; a journal holds one, a database may hold many.
+        owner: what a study of that name must belong to, where others may have one of that name.
+
+    Raises:
+        DiffesError: the file is no journal of this library, or one of other stages or of another max_level.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], space: SearchSpace, study: str = STUDY_NAME, owner: str | None = None
+    ) -> None:
+        self.path = path if isinstance(path, str) and "://" in path else Path(path)
+        self.space = space
+        self.stages = space.stages
+        self.max_level = space.max_level
+        self._distributions: dict[str, BaseDistribution] = {
+            f"level_{s:02d}": IntDistribution(0, self.max_level) for s in range(len(self.stages))
+        }
+        storage = _open_database(self.path) if isinstance(self.path, str) else _open_journal(self.path)
+        try:
+            with quiet_optuna():
+                self._study = optuna.create_study(
+                    storage=storage, study_name=study, direction="maximize", load_if_exists=True
+                )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DiffesError(f"{self.path} is no journal of evaluations: {type(error).__name__} {error}") from error
+        self._check_kind(owner)
+        self._memo: dict[tuple[Schedule, float], Evaluation] = {}
+        self._numbers: dict[tuple[int, ...], int] = {}
+        for trial in self._study.get_trials(deepcopy=False):
+            if "denoiser_calls" in trial.user_attrs:
+                try:
+                    evaluation = self._to_evaluation(trial)
+                except (KeyError, TypeError, ValueError) as error:
+                    raise DiffesError(f"{self.path} is damaged: a trial lacks {error}; choose another file") from error
+                self._remember(evaluation, trial.number)
+
+    def __len__(self) -> int:
+        return len(self._memo)
+
+    @staticmethod
+    def forget(url: str, study: str, owner: str) -> None:
+        """Deletes a study from a database, where there is one of that name.
+
+        Raises:
+            DiffesError: the database cannot be opened, or the study belongs to another owner.
+        """
+        storage = _open_database(url)
+        with contextlib.suppress(KeyError), quiet_optuna():
+            theirs = optuna.load_study(study_name=study, storage=storage).user_attrs.get("run")
+            if theirs != owner:
+                raise DiffesError(f"{url} has a study {study!r} of {theirs}, not of {owner}; name another --out folder")
+            optuna.delete_study(study_name=study, storage=storage)
+
+    def get(self, schedule: Schedule, fidelity: float = 1.0) -> Evaluation | None:
+        """What was measured for a schedule, None when it never was."""
+        return self._memo.get((schedule, fidelity))
+
+    def known(self, schedules: Iterable[Schedule], fidelity: float = 1.0) -> list[Evaluation]:
+        """What was measured for any of these schedules, in the order in which it was added."""
+        wanted = {(schedule, fidelity) for schedule in schedules}
+        return [evaluation for key, evaluation in self._memo.items() if key in wanted]
+
+    def evaluations(self) -> list[Evaluation]:
+        """All evaluations in the order in which they were added."""
+        return list(self._memo.values())
+
+    def add(self, evaluation: Evaluation, origin: Origin | None = None) -> None:
+        """Writes an evaluation through to the disk; one that is known already changes nothing.
+
+        Raises:
+            DiffesError: the schedule has other stages or another max_level than the store, or its fitness is NaN.
+        """
+        schedule = evaluation.schedule
+        if (schedule.stages, schedule.max_level) != (self.stages, self.max_level):
+            raise DiffesError(
+                f"{self.path} holds schedules of {len(self.stages)} stages and max_level {self.max_level}, got one of "
+                f"{len(schedule.stages)} stages ({list(schedule.stages.ranges)}) and max_level {schedule.max_level}"
+            )
+        if math.isnan(evaluation.fitness):
+            raise DiffesError(f"fitness must not be NaN, got NaN for levels {list(schedule.levels)}")
+        if (schedule, evaluation.fidelity) in self._memo:
+            return
+        self._study.add_trial(self._to_trial(evaluation, origin))
+        self._remember(evaluation, len(self._study.get_trials(deepcopy=False)) - 1)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Keeps the statistics of a generation, as a user attribute of the study; nothing is written twice."""
+        name = f"{GENERATION}{record['generation']:05d}"
+        if self._study.user_attrs.get(name) != record:  # a generation that a limit cut is whole when the search goes on
+            self._study.set_user_attr(name, dict(record))
+
+    def logbook(self) -> list[dict[str, Any]]:
+        """The statistics of all generations, in their order."""
+        attributes = self._study.user_attrs
+        return [attributes[name] for name in sorted(attributes) if name.startswith(GENERATION)]
+
+    def _remember(self, evaluation: Evaluation, number: int) -> None:
+        self._memo.setdefault((evaluation.schedule, evaluation.fidelity), evaluation)
+        self._numbers.setdefault(evaluation.schedule.levels, number)
+
+    def _check_kind(self, owner: str | None) -> None:
+        """Marks a new study with its stages and max_level; compares those of an old one."""
+        ours = {"stages": [list(stage) for stage in self.stages.ranges], "max_level": self.max_level}
+        ours |= {"run": owner} if owner is not None else {}
+        theirs = {key: self._study.user_attrs.get(key) for key in ours}
+        for key, value in ours.items():
+            if theirs[key] is None and not self._study.get_trials(deepcopy=False):
+                self._study.set_user_attr(key, value)
+            elif theirs[key] != value:
+                raise DiffesError(
+                    f"{self.path} holds evaluations of {key} {theirs[key]}, this search has {value}; "
+                    "choose another file or the settings of the first run"
+                )
+
+    def _to_trial(self, evaluation: Evaluation, origin: Origin | None) -> FrozenTrial:
+        levels, fitness, fidelity = evaluation.schedule.levels, evaluation.fitness, evaluation.fidelity
+        attributes: dict[str, Any] = {
+            "denoiser_calls": int(evaluation.denoiser_calls),
+            "seconds": float(evaluation.seconds),
+        }
+        if fidelity < 1:
+            attributes["fidelity"] = fidelity
+        if origin is not None:
+            attributes["operator"] = origin.operator
+            attributes["parents"] = [self._numbers[parent] for parent in origin.parents if parent in self._numbers]
+        excess = self.space.cost(levels) - self.space.budget if self.space.budget is not None else 0
+        state = TrialState.COMPLETE if fidelity == 1 else TrialState.PRUNED
+        if fitness == -math.inf:
+            attributes["failed"] = True
+            state = TrialState.FAIL
+        trial = create_trial(
+            state=state,
+            value=float(fitness) if state == TrialState.COMPLETE else None,
+            params=dict(zip(self._distributions, levels, strict=True)),
+            distributions=self._distributions,
+            user_attrs=attributes,
+            constraints={"budget": float(excess)},
+            intermediate_values={round(100 * fidelity): float(fitness)} if state == TrialState.PRUNED else None,
+        )
+        now = datetime.datetime.now()  # Optuna's own are local times without a zone
+        trial.datetime_start, trial.datetime_complete = now - datetime.timedelta(seconds=evaluation.seconds), now
+        return trial
+
+    def _to_evaluation(self, trial: FrozenTrial) -> Evaluation:
+        levels = tuple(int(trial.params[name]) for name in self._distributions)
+        (fitness,) = trial.intermediate_values.values() if trial.intermediate_values else (trial.value,)
+        return Evaluation(
+            schedule=Schedule(self.stages, levels, self.max_level),
+            fitness=-math.inf if fitness is None else fitness,
+            denoiser_calls=trial.user_attrs["denoiser_calls"],
+            seconds=trial.user_attrs["seconds"],
+            fidelity=trial.user_attrs.get("fidelity", 1.0),
+        )
+
+
+def _open_journal(path: Path) -> JournalStorage:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = JournalFileOpenLock(str(path), grace_period=LOCK_GRACE_SECONDS)
+    _mend(path, lock)
+    try:
+        with quiet_optuna():
+            return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DiffesError(f"{path} is no journal of evaluations: {type(error).__name__} {error}") from error
+
+
+def _open_database(url: str) -> RDBStorage:
+    try:
+        with quiet_optuna():
+            return RDBStorage(url)
+    except Exception as error:  # drivers fail in their own ways
+        reason = " ".join(str(error).split())[:300]
+        raise DiffesError(
+            f"the database {url!r} cannot be opened ({type(error).__name__}: {reason}); give a URL as SQLAlchemy has "
+            "them, for instance sqlite:///study.db, and install its driver"
+        ) from error
+
+
+def _mend(path: Path, lock: JournalFileOpenLock) -> None:
+    """Cuts off the unfinished line that a process killed while writing left behind; a foreign file is left alone.
+
+    Optuna skips such a line when it reads, but then appends to it, and from there on the file cannot be read at all.
+    """
+    if not path.exists():
+        return
+    lock.acquire()
+    try:
+        content = path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        unfinished = content[end:]
+        if not all(LINE_START.startswith(part[: len(LINE_START)]) for part in (content, unfinished)):
+            raise DiffesError(f"{path} is no journal of evaluations; choose another file")
+        if unfinished:
+            os.truncate(path, end)
+    finally:
+        lock.release()

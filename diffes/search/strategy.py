@@ -1,0 +1,187 @@
+"""What a search strategy is: it asks for schedules and is told how good they were."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from diffes.errors import DiffesError
+from diffes.registry import Registry
+from diffes.search.genome import Origin
+from diffes.search.schedule import Schedule
+from diffes.search.space import SearchSpace
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One measured schedule.
+
+    Args:
+        schedule: what was measured.
+        fitness: higher is better; -inf is a run that failed; never NaN.
+        denoiser_calls: what the measurement cost, batch-size weighted.
+        seconds: wall time of it.
+        fidelity: the fraction of the probes that it was measured on, above 0 and at most 1.
+    """
+
+    schedule: Schedule
+    fitness: float
+    denoiser_calls: int = 0
+    seconds: float = 0.0
+    fidelity: float = 1.0
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a strategy asks for; `Strategy.propose` makes one.
+
+    Args:
+        schedule: what is to be measured.
+        fidelity: the fraction of the probes to measure it on, above 0 and at most 1.
+        origin: how the strategy came by it; the store keeps it beside the evaluation.
+    """
+
+    schedule: Schedule
+    fidelity: float = 1.0
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fidelity <= 1:
+            raise DiffesError(f"fidelity must be in (0, 1], got {self.fidelity}")
+
+
+@dataclass(frozen=True)
+class StageProfile:
+    """What the dense model does in each stage; a strategy that `needs` a "profile" is given it by a run.
+
+    Args:
+        loss: (S,) mean squared error of the denoiser's prediction.
+        log_snr: (S,) natural logarithm of the signal-to-noise ratio in the middle of the stage.
+    """
+
+    loss: tuple[float, ...]
+    log_snr: tuple[float, ...]
+
+
+class Evaluator(Protocol):
+    """Measures schedules, one `Evaluation` each, in any order; those yielded early are safe early.
+
+    `fidelity` is only passed when it is below 1. An evaluator that shares work between schedules may have a method
+    `remember(evaluation)`, which is called with each one that an earlier run paid for, in the order paid.
+    """
+
+    def __call__(self, schedules: Sequence[Schedule], fidelity: float = 1.0) -> Iterable[Evaluation]: ...
+
+
+class Strategy(abc.ABC):
+    """Ask and tell. A subclass writes `_ask` and `_tell`; the books are kept here.
+
+    A strategy is a deterministic function of its seed and of the scores it was told, whatever the order within a batch.
+
+    Args:
+        space: the feasible schedules.
+        seed: the only source of randomness.
+
+    Attributes:
+        explores: whether it also asks for schedules that do not meet the budget exactly, to learn from them. They never
+            become the best if they cost more than the budget.
+        needs: facts about the model that its constructor takes as keyword arguments of these names and a run provides:
+            "profile", a `StageProfile`.
+        operators: those of "mutation" and "crossover" that its constructor takes, as specs.
+        best: the best evaluation on all probes within the budget told so far, None before the first; of equals the
+            first asked.
+    """
+
+    explores: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
+    operators: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, space: SearchSpace, *, seed: int) -> None:
+        self.space = space
+        self.seed = seed
+        self.best: Evaluation | None = None
+        self._asked: list[Proposal] = []
+        self._told: dict[Key, Evaluation] = {}
+
+    def propose(self, levels: Sequence[int], *, fidelity: float = 1.0, origin: Origin | None = None) -> Proposal:
+        """A genome (S,) as something to ask for.
+
+        Raises:
+            DiffesError: it does not meet the budget and the strategy does not explore, or the fidelity is not in
+                (0, 1].
+        """
+        make = self.space.any_schedule if self.explores else self.space.schedule
+        return Proposal(make(levels), fidelity, origin)
+
+    def ask(self) -> list[Proposal]:
+        """The next batch: distinct proposals; empty when nothing is left to ask.
+
+        Raises:
+            DiffesError: the batch before has not been told in full, or the subclass broke the contract.
+        """
+        if len(self._told) < len(self._asked):
+            raise DiffesError(f"tell the {len(self._asked) - len(self._told)} open schedules before asking again")
+        batch = list(self._ask())
+        if len({key_of(proposal) for proposal in batch}) < len(batch):
+            raise DiffesError(f"{type(self).__name__} asked for the same schedule twice in one batch")
+        self._asked, self._told = batch, {}
+        return list(batch)
+
+    def tell(self, evaluations: Sequence[Evaluation]) -> None:
+        """Takes results of the current batch, in any order and in as many parts as is convenient.
+
+        Raises:
+            DiffesError: a fitness is NaN, or a schedule was not asked for at this fidelity, or was told before; nothing
+                is taken then.
+        """
+        keys = {key_of(proposal) for proposal in self._asked}
+        fresh: dict[Key, Evaluation] = {}
+        for evaluation in evaluations:
+            key = key_of(evaluation)
+            if math.isnan(evaluation.fitness):
+                raise DiffesError(
+                    f"fitness must not be NaN, got NaN for levels {list(evaluation.schedule.levels)}: "
+                    "tell -inf for a run that failed"
+                )
+            if key not in keys or key in self._told or key in fresh:
+                raise DiffesError(
+                    f"levels {list(evaluation.schedule.levels)} at fidelity {evaluation.fidelity} are not open: told "
+                    "before, or never asked for"
+                )
+            fresh[key] = evaluation
+        self._told.update(fresh)
+        if self._asked and len(self._told) == len(self._asked):
+            batch = [self._told[key_of(proposal)] for proposal in self._asked]
+            for evaluation in batch:
+                if self.space.counts(evaluation.schedule, evaluation.fidelity) and (
+                    self.best is None or evaluation.fitness > self.best.fitness
+                ):
+                    self.best = evaluation
+            self._tell(batch)
+
+    @abc.abstractmethod
+    def _ask(self) -> Sequence[Proposal]:
+        """The next batch, each made by `propose`; empty when exhausted."""
+
+    @abc.abstractmethod
+    def _tell(self, evaluations: Sequence[Evaluation]) -> None:
+        """Learns from the whole batch, in the order asked."""
+
+
+Key = tuple[Schedule, float]
+
+
+def key_of(measured: Proposal | Evaluation) -> Key:
+    """What a measurement is known by: the schedule, and the fraction of the probes."""
+    return measured.schedule, measured.fidelity
+
+
+STRATEGIES: Registry[type[Strategy]] = Registry("strategy", "diffes.strategies")
+
+
+def strategy(name: str) -> Callable[[type[Strategy]], type[Strategy]]:
+    """Decorator that registers a subclass of `Strategy` under a name; its constructor's parameters are its options."""
+    return STRATEGIES.register(name)

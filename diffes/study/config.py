@@ -1,0 +1,90 @@
+"""All settings of a run: the options of `diffes search` and the content of a run's `config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from diffes.errors import DiffesError
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What to search, on what, and how long. The defaults finish in minutes on two CPU cores."""
+
+    model: str = "fashion-dit"
+    """A shipped pipeline by name, a local folder in diffusers' format, or a hub id OWNER/NAME."""
+    method: str = "obs"
+    """Pruning method. Of heads and channels: magnitude, activation, wanda, obs (makes up for what it removes). Of whole
+    blocks: layer_drop. Options follow a colon: obs:damping=0.01,weighting=log or layer_drop:importance=mse."""
+    stages: int = 10
+    """Number of equal stages that the training timesteps are divided into; each has a level of its own."""
+    steps: int = 20
+    """Sampling steps with the pipeline's own scheduler."""
+    guidance: float = 2.0
+    """Classifier-free guidance scale; 1 and less switch it off."""
+    budget: float = 0.5
+    """What every schedule has to meet, in [0, 1]. Of level: the mean sparsity over the steps, the fraction of prunable
+    parameters removed. Of macs or latency: the most that it may cost, as a fraction of the dense model."""
+    cost: str = "level"
+    """What the budget counts: level, as in the paper; macs, multiply-accumulates of the whole denoiser; latency,
+    milliseconds measured on this device when the run begins; or one of your own by entry point."""
+    metric: str = "ssim"
+    """Fitness: latent_mse, latent_cosine, or any pyiqa metric by its name there."""
+    strategy: str = "evolution"
+    """Search strategy, or one of your own by entry point. Searches: evolution (the paper's), evopress, surrogate, tpe,
+    cmaes, optuna:sampler=NAME, nsga2 (the whole front), exhaustive (small spaces). Baselines: uniform, random, mosaic.
+    Options follow a colon: evolution:mu=4,lam=16."""
+    mutation: str | None = None
+    """Mutation operator of evolution, evopress and nsga2: level_switch, level_switch_small, level_step, swap_stages,
+    shift_window, segment_transfer, one of DEAP's (deap.mutUniformInt:indpb=0.2, deap.mutShuffleIndexes:indpb=0.2, ...)
+    or one of your own. Options follow a colon. Left out: the strategy's own."""
+    crossover: str | None = None
+    """Crossover operator of evolution and nsga2: level_exchange, one of DEAP's (deap.cxTwoPoint,
+    deap.cxUniform:indpb=0.5, ...) or one of your own. Left out: the strategy's own."""
+    max_evals: int = 120
+    """Schedules to evaluate; one on a fraction of the probes counts as that fraction."""
+    max_calls: int | None = None
+    """Denoiser calls to spend, in rows. Left out: only max_evals ends the search."""
+    probes: int = 16
+    """Images per evaluation, from fixed noise and classes or prompts."""
+    heldout: int = 64
+    """Images of the final comparison, from noise that no search sees."""
+    calibration_samples: int = 256
+    """Clean latents per stage that calibration draws its statistics from."""
+    calibration_data: str | None = None
+    """An .npz of images (n, channels, h, w) uint8 and labels (n,) or prompts (n,). Left out: calibration.npz in the
+    model's folder if it has one, else samples of the dense model."""
+    prompts: str | None = None
+    """Text-to-image models: a JSON file with lists of prompts `search`, `heldout` and `calibration`, none in two of
+    them. Left out: prompts.json in the model's folder if it has one, else 64 of each that come with diffes."""
+    storage: str | None = None
+    """URL of a database for the evaluations, for instance postgresql://HOST/NAME. Left out: study.journal in the run
+    folder. Both are opened by optuna-dashboard."""
+    seed: int = 0
+    """Seed of the strategy, of the search probes and of the calibration noise."""
+    device: str = "auto"
+    """Where the model runs: cpu, cuda or cuda:1; auto takes cuda where there is one."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """What the model computes in."""
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "stages": 1, "steps": 1, "max_evals": 1, "probes": 1, "heldout": 2, "calibration_samples": 1, "seed": 0,
+        }  # fmt: skip
+        for name, smallest in at_least.items():
+            value = getattr(self, name)
+            if value < smallest:
+                raise DiffesError(f"{name} must be at least {smallest}, got {value}")
+        if self.max_calls is not None and self.max_calls < 1:
+            raise DiffesError(f"max_calls must be at least 1, got {self.max_calls}")
+        if self.seed >= 10**9:
+            raise DiffesError(f"seed must be below 10^9, got {self.seed}: held-out probes are drawn from one above")
+        if not math.isfinite(self.guidance) or self.guidance < 0:
+            raise DiffesError(f"guidance must be a finite number of at least 0, got {self.guidance}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values by field name."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,119 @@
+"""The run folder: which files it has, when a run may go into it, and what its settings are."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from deap import tools
+
+from diffes.errors import DiffesError
+from diffes.files import CONFIG, read_json, write_json, write_safely
+from diffes.runtime.artifact import BANK, SCHEDULE
+from diffes.search.ledger import LOGGED
+from diffes.study.config import RunConfig
+
+JOURNAL, REPORT, COSTS, LOGBOOK = "study.journal", "report.json", "costs.json", "logbook.csv"
+FIGURES = ("schedule.png", "convergence.png", "images.png")
+FRONT = "front.png"  # of strategies that search one
+FILES = (CONFIG, JOURNAL, COSTS, LOGBOOK, SCHEDULE, BANK, *FIGURES, REPORT)
+
+
+def config_record(config: RunConfig) -> dict[str, Any]:
+    """Settings and the versions they ran with."""
+    packages = ("diffes", "torch", "diffusers", "deap", "optuna", "pyiqa", "numpy", "safetensors")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"settings": config.to_json(), "versions": versions}
+
+
+def open_run(folder: Path, config: RunConfig, *, overwrite: bool) -> bool:
+    """Checks that a run may go into `folder`, before any work is done and without touching what is there.
+
+    Returns:
+        True when an unfinished run of the same settings is there to go on with.
+
+    Raises:
+        DiffesError: the folder cannot be written to, or holds something else, a finished run, or an unfinished one of
+            other settings.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise DiffesError(f"--out {folder} is a file; name a folder")
+    resumes = False
+    if folder.is_dir() and any(folder.iterdir()):
+        if not _is_run(folder):
+            raise DiffesError(f"--out {folder} is not empty and holds no run of diffes; name another folder")
+        try:
+            resumes = _check_same_run(folder, config)
+        except DiffesError:
+            if not overwrite:
+                raise
+    existed = folder.is_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test") as test:
+            test.write(b"\0" * 4096)
+            test.flush()
+        if not existed:
+            folder.rmdir()  # bad settings should leave nothing behind
+    except OSError as error:
+        raise DiffesError(f"cannot write to --out {folder} ({error}); name another folder") from error
+    return resumes
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether `config.json` is one of ours: models have files of that name too."""
+    try:
+        record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(record, dict):
+        return False
+    settings, versions = record.get("settings"), record.get("versions")
+    return isinstance(settings, dict) and isinstance(versions, dict) and "diffes" in versions
+
+
+def _check_same_run(folder: Path, config: RunConfig) -> bool:
+    if (folder / REPORT).exists():
+        raise DiffesError(
+            f"--out {folder} holds a finished run; pass --overwrite to replace it, or name another folder"
+        )
+    before = read_json(folder / CONFIG)
+    now = config_record(config)
+    changed = [
+        f"{name} was {before[part].get(name)!r} and is {value!r}"
+        for part in ("settings", "versions")
+        for name, value in now[part].items()
+        if before[part].get(name) != value
+    ]
+    if changed:
+        raise DiffesError(
+            f"--out {folder} holds an unfinished run that this one cannot go on with ({'; '.join(changed)}); name "
+            "another folder, or pass --overwrite to replace it"
+        )
+    return True
+
+
+def begin_run(folder: Path, config: RunConfig, *, resumes: bool) -> None:
+    """Clears the files of an earlier run, unless it is gone on with, and writes `config.json`."""
+    folder.mkdir(exist_ok=True)
+    if not resumes:
+        for name in (*FILES, FRONT, f"{JOURNAL}.lock"):
+            (folder / name).unlink(missing_ok=True)
+        write_json(folder / CONFIG, config_record(config))
+
+
+def write_logbook(folder: Path, logbook: tools.Logbook) -> None:
+    """`logbook.csv`: a line a generation."""
+
+    def write(path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, LOGGED)
+            writer.writeheader()
+            writer.writerows(logbook)
+
+    write_safely(folder / LOGBOOK, write)

@@ -1,0 +1,204 @@
+"""Many searches side by side: any settings varied, over seeds, each cell measured on held-out probes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_type_hints
+
+from diffes.errors import DiffesError, unknown_name
+from diffes.files import read_json, write_json
+from diffes.progress import Progress
+from diffes.search.store import EvaluationStore
+from diffes.study.comparison import Comparison
+from diffes.study.config import RunConfig
+from diffes.study.heldout import HeldOut, record_of
+from diffes.study.record import RunRecord
+from diffes.study.settings import check_settings
+from diffes.study.workbench import Workbench, prepare, search_on, vary
+
+CELLS, COSTS, JOURNALS = "cells.jsonl", "costs.json", "journals"
+SHARED = {  # settings that differ between cells of one calibrated model
+    "strategy", "mutation", "crossover", "budget", "cost", "metric", "max_evals", "max_calls", "probes", "heldout",
+    "seed", "storage",
+}  # fmt: skip
+
+
+_UNPRICED: dict[str, Any] = {  # settings that costs do not depend on
+    name: getattr(RunConfig(), name) for name in SHARED - {"cost", "probes"}
+}
+
+
+def parse_variations(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """What `diffes ablate` is to vary.
+
+    Args:
+        texts: `option=value,value,...`; an option may come again. A value with options of its own, which has a colon
+            in it, is taken whole: `method=obs:damping=0.1,weighting=log`.
+
+    Returns:
+        Values by the name of the setting, in the order given.
+
+    Raises:
+        DiffesError: there is no such setting, or a value is not of its type.
+    """
+    hints = get_type_hints(RunConfig)
+    found: dict[str, list[Any]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        name = name.strip().removeprefix("--").replace("-", "_")
+        if not equals or not values:
+            raise DiffesError(f"{text!r} varies nothing; write option=value,value, for instance stages=2,5,10")
+        if name not in hints or name == "seed":
+            raise unknown_name("option to vary", name, set(hints) - {"seed"})
+        parts = [values] if ":" in values else values.split(",")
+        found.setdefault(name, []).extend(_convert(name, part, hints[name]) for part in parts)
+    if not found:
+        raise DiffesError(
+            "nothing to vary: write option=value,value, for instance stages=2,5,10 metric=ssim,latent_mse"
+        )
+    return found
+
+
+def _convert(name: str, text: str, hint: Any) -> Any:
+    types = [t for t in get_args(hint) if t is not type(None)] if isinstance(hint, UnionType) else [hint]
+    choices = get_args(types[0])
+    if choices and text not in choices:
+        raise DiffesError(f"{name} must be one of {', '.join(map(str, choices))}, got {text!r}")
+    try:
+        return text if choices else types[0](text)
+    except ValueError as error:
+        raise DiffesError(f"{name} must be a {types[0].__name__}, got {text!r}") from error
+
+
+def grid(base: RunConfig, varied: Mapping[str, Sequence[Any]], seeds: int) -> list[RunConfig]:
+    """Every combination of the values varied, times seeds from `base.seed` on; those of one calibrated model together.
+
+    Raises:
+        DiffesError: a value is out of its range, or there are no seeds.
+    """
+    if seeds < 1:
+        raise DiffesError(f"seeds must be at least 1, got {seeds}")
+    combinations = [
+        replace(base, **dict(zip(varied, values, strict=True))) for values in itertools.product(*varied.values())
+    ]
+    combinations.sort(key=lambda config: [varied[name].index(getattr(config, name)) for name in _outer(varied)])
+    return [replace(config, seed=base.seed + i) for config in combinations for i in range(seeds)]
+
+
+def _outer(varied: Mapping[str, Sequence[Any]]) -> list[str]:
+    return [name for name in varied if name not in SHARED]
+
+
+def calls_of(config: RunConfig) -> int:
+    """Denoiser calls, in rows, that a cell may spend: `max_calls`, or what `max_evals` whole evaluations cost."""
+    if config.max_calls is not None:
+        return config.max_calls
+    return config.max_evals * config.probes * config.steps * (2 if config.guidance > 1 else 1)
+
+
+def run_experiment(
+    base: RunConfig, varied: Mapping[str, Sequence[Any]], seeds: int, out: Path, progress: Progress
+) -> Comparison:
+    """Runs the cells of a grid and writes what they found into `out`; errors as `grid` and `run_cells`."""
+    rows = run_cells(grid(base, varied, seeds), out, progress)
+    comparison = Comparison(tuple(varied), tuple(rows))
+    comparison.write(out)
+    return comparison
+
+
+def run_cells(
+    cells: Sequence[RunConfig], out: Path, progress: Progress, *, equal_calls: bool = True
+) -> list[RunRecord]:
+    """Runs the cells that are not in `out` yet, one after the other; what is finished is safe.
+
+    A cell that was interrupted goes on from its own journal.
+
+    Args:
+        cells: settings; those of one calibrated model should follow each other.
+        out: folder of the results.
+        progress: shows the cell within all of them, and the search within the cell.
+        equal_calls: every cell may spend the denoiser calls of `calls_of`, however many schedules those measure; else
+            it stops at its own `max_evals` or `max_calls`.
+
+    Returns:
+        A record for each cell, in their order.
+
+    Raises:
+        DiffesError: a setting is unusable, or `out` cannot be written or holds something else.
+        OSError: likewise.
+    """
+    for cell in cells:
+        check_settings(cell)
+    _open(out)
+    done = {_key(record.settings): record for record in _read(out / CELLS)}
+    costs: dict[str, Any] = read_json(out / COSTS) if (out / COSTS).exists() else {}
+    bench: Workbench | None = None
+    heldout: HeldOut | None = None
+    with progress.task(f"{len(cells)} cells", len(cells)) as advance:
+        for cell in cells:
+            if _key(cell.to_json()) not in done:
+                if bench is None or _differ(bench.config, cell):
+                    # calibrated with the first seed, whichever cells are left to do
+                    bench = prepare(replace(cell, seed=cells[0].seed, cost="level", budget=0.5), progress)
+                priced = _key(replace(cell, **_UNPRICED).to_json())
+                bench = vary(bench, cell, progress, costs.get(priced))
+                if priced not in costs:
+                    costs[priced] = bench.costs
+                    write_json(out / COSTS, costs)
+                if heldout is None or not heldout.serves(bench):
+                    heldout = HeldOut(bench)
+                record = run_cell(bench, heldout, out / JOURNALS, progress, equal_calls=equal_calls)
+                with (out / CELLS).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record.to_json()) + "\n")
+                done[_key(cell.to_json())] = RunRecord.from_json(record.to_json())
+            advance("")
+    return [done[_key(cell.to_json())] for cell in cells]
+
+
+def run_cell(
+    bench: Workbench, heldout: HeldOut, journals: Path, progress: Progress, *, equal_calls: bool = True
+) -> RunRecord:
+    """One search and what it found, beside uniform pruning and fewer dense steps at the same cost."""
+    store = EvaluationStore(journals / f"{_key(bench.config.to_json())}.journal", bench.space)
+    limited = bench
+    if equal_calls:
+        limited = replace(bench, config=replace(bench.config, max_evals=10**9, max_calls=calls_of(bench.config)))
+    return record_of(bench, heldout, search_on(limited, progress, store))
+
+
+def _key(settings: Mapping[str, Any]) -> str:
+    known = dataclasses.asdict(RunConfig()) | dict(settings)  # settings that came later had their defaults
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _differ(one: RunConfig, other: RunConfig) -> bool:
+    return any(getattr(one, f.name) != getattr(other, f.name) for f in dataclasses.fields(one) if f.name not in SHARED)
+
+
+def _open(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise DiffesError(f"--out {out} is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / CELLS).exists() and not (out / JOURNALS).exists():
+        raise DiffesError(f"--out {out} is not empty and holds no comparison of diffes; name another folder")
+    (out / JOURNALS).mkdir(parents=True, exist_ok=True)
+
+
+def _read(path: Path) -> list[RunRecord]:
+    """Records of finished cells; a line that a kill cut off is dropped, so that its cell runs again."""
+    if not path.exists():
+        return []
+    content = path.read_text(encoding="utf-8")
+    whole = content[: content.rfind("\n") + 1]
+    if whole != content:
+        path.write_text(whole, encoding="utf-8")
+    try:
+        return [RunRecord.from_json(json.loads(line)) for line in whole.splitlines()]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DiffesError(f"{path} is damaged ({error}); restore it, or move it away to run its cells again") from error

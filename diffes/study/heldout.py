@@ -1,0 +1,79 @@
+"""Scores on held-out probes, which no search sees: the one place where a candidate is measured for a report."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from diffes.search.ledger import SearchResult
+from diffes.search.schedule import Schedule
+from diffes.study.folder import config_record
+from diffes.study.record import Candidate, RunRecord, rises
+
+if TYPE_CHECKING:
+    from diffes.study.workbench import Workbench
+
+HELDOUT_SEED = 1_000_000_007  # of the held-out probes: the same for every run, so that runs can be compared
+
+
+class HeldOut:
+    """Measures schedules, or the dense model at a number of steps, each once.
+
+    Args:
+        bench: whose model, metric and number of held-out probes.
+    """
+
+    def __init__(self, bench: Workbench) -> None:
+        self._bench = bench
+        self._kind = bench.router, bench.metric, bench.config.heldout
+        self.evaluator = bench.evaluator(bench.config.heldout, HELDOUT_SEED, "heldout")
+        self._known: dict[Schedule | int, Candidate] = {}
+
+    def serves(self, bench: Workbench) -> bool:
+        """Whether another workbench would measure the same."""
+        return self._kind == (bench.router, bench.metric, bench.config.heldout)
+
+    def __call__(self, candidate: Schedule | int, search: float | None = None) -> Candidate:
+        """What a schedule, or the dense model at a number of steps, is worth.
+
+        Args:
+            candidate: the schedule, or the number of steps.
+            search: its fitness on a search's own probes, where there is one.
+        """
+        if candidate not in self._known:
+            self._known[candidate] = self._measure(candidate)
+        return replace(self._known[candidate], search=search)
+
+    def _measure(self, candidate: Schedule | int) -> Candidate:
+        bench, all_steps = self._bench, self._bench.config.steps
+        if isinstance(candidate, int):
+            scores = self.evaluator.dense_scores(candidate)
+            steps, levels, sparsity, macs = candidate, None, 0.0, candidate / all_steps
+        else:
+            scores = self.evaluator.scores(candidate)
+            steps, levels = all_steps, candidate.levels
+            sparsity, macs = candidate.nominal_sparsity(bench.space.steps), bench.macs_fraction(candidate)
+        mean, deviation = (finite(float(value)) for value in (scores.mean(), scores.std()))
+        return Candidate(steps, levels, mean, deviation, sparsity, macs)
+
+
+def record_of(bench: Workbench, heldout: HeldOut, result: SearchResult) -> RunRecord:
+    """What a search on a workbench found, measured on held-out probes beside its rivals at the same cost."""
+    best = result.best.schedule
+    return RunRecord(
+        **config_record(bench.config),
+        schedule=best,
+        searched=heldout(best, result.best.fitness),
+        uniform=heldout(bench.uniform()),
+        fewer_steps=heldout(bench.fewer_steps(best)),
+        evaluations=len(result.evaluations),
+        denoiser_calls=result.denoiser_calls,
+        seconds=result.seconds,
+        curve=rises(result),
+    )
+
+
+def finite(score: float) -> float | None:
+    """A number for JSON; None where a probe failed."""
+    return score if math.isfinite(score) else None

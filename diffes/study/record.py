@@ -1,0 +1,272 @@
+"""What was measured, as values: a candidate on held-out probes, and a run with its rivals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from diffes.search.ledger import SearchResult
+from diffes.search.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to sample, on held-out probes.
+
+    Args:
+        steps: sampling steps.
+        levels: (S,) of the schedule; None where the model is dense.
+        heldout_mean: mean score over the held-out probes; None where a probe failed.
+        heldout_std: standard deviation of it, likewise.
+        nominal_sparsity: removed fraction of the prunable parameters, averaged over steps.
+        macs_fraction: MACs of the whole denoiser over the run, as a fraction of the dense model's at all steps.
+        search: fitness on the search's own probes, where it was measured.
+        ms: median milliseconds of a whole run, where it was timed.
+    """
+
+    steps: int
+    levels: tuple[int, ...] | None
+    heldout_mean: float | None
+    heldout_std: float | None
+    nominal_sparsity: float
+    macs_fraction: float
+    search: float | None = None
+    ms: float | None = None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One search and what it found, beside its rivals at the same cost.
+
+    Args:
+        settings: of the run, a `RunConfig` as JSON.
+        versions: of the libraries.
+        schedule: what was found.
+        searched: the schedule found.
+        uniform: the uniform schedule of the same budget.
+        fewer_steps: the dense model at the number of steps that costs as many MACs as the schedule found.
+        evaluations: distinct ones.
+        denoiser_calls: of the search, in rows.
+        seconds: of evaluation.
+        curve: (denoiser calls, best fitness) wherever the best so far rose, and at the end.
+    """
+
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    schedule: Schedule
+    searched: Candidate
+    uniform: Candidate
+    fewer_steps: Candidate
+    evaluations: int
+    denoiser_calls: int
+    seconds: float
+    curve: tuple[tuple[int, float], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """A flat object, a line of `cells.jsonl`."""
+        return {
+            "settings": dict(self.settings),
+            "versions": dict(self.versions),
+            **self.schedule.to_json(),
+            "heldout": self.searched.heldout_mean,
+            "heldout_std": self.searched.heldout_std,
+            "search": self.searched.search,
+            "uniform_levels": list(self.uniform.levels or ()),
+            "uniform_heldout": self.uniform.heldout_mean,
+            "uniform_heldout_std": self.uniform.heldout_std,
+            "uniform_sparsity": self.uniform.nominal_sparsity,
+            "fewer_steps": self.fewer_steps.steps,
+            "fewer_steps_heldout": self.fewer_steps.heldout_mean,
+            "fewer_steps_heldout_std": self.fewer_steps.heldout_std,
+            "nominal_sparsity": self.searched.nominal_sparsity,
+            "macs": self.searched.macs_fraction,
+            "uniform_macs": self.uniform.macs_fraction,
+            "evaluations": self.evaluations,
+            "denoiser_calls": self.denoiser_calls,
+            "seconds": round(self.seconds, 2),
+            "curve": [[calls, float(f"{value:.7g}")] for calls, value in self.curve],
+        }
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> RunRecord:
+        """The record that `to_json` wrote; what rows of older versions lack of the rivals is None.
+
+        Raises:
+            KeyError: the row is of something else.
+            DiffesError: what it says of the schedule is none.
+        """
+        steps, schedule = row["settings"]["steps"], Schedule.from_json(row)
+        fewer = row["fewer_steps"]
+        return cls(
+            settings=row["settings"],
+            versions=row["versions"],
+            schedule=schedule,
+            searched=Candidate(
+                steps, schedule.levels, row["heldout"], row["heldout_std"], row["nominal_sparsity"], row["macs"],
+                row["search"],
+            ),
+            uniform=Candidate(
+                steps, tuple(row.get("uniform_levels") or ()) or None, row["uniform_heldout"],
+                row.get("uniform_heldout_std"), row.get("uniform_sparsity", row["nominal_sparsity"]),
+                row["uniform_macs"],
+            ),
+            fewer_steps=Candidate(
+                fewer, None, row["fewer_steps_heldout"], row.get("fewer_steps_heldout_std"), 0.0, fewer / steps
+            ),
+            evaluations=row["evaluations"],
+            denoiser_calls=row["denoiser_calls"],
+            seconds=row["seconds"],
+            curve=tuple((calls, best) for calls, best in row["curve"]),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What whole runs from noise to pixels were timed on, all candidates taking turns.
+
+    Args:
+        dense_ms: median milliseconds of the dense model at all steps.
+        batch: images a run.
+        repeats: runs of each candidate.
+        device: what they ran on.
+        threads: of torch, on a CPU.
+    """
+
+    dense_ms: float
+    batch: int
+    repeats: int
+    device: str
+    threads: int
+
+    def speedup(self, candidate: Candidate) -> float:
+        """Of a timed candidate over the dense model."""
+        assert candidate.ms is not None
+        return self.dense_ms / candidate.ms
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished run: what `report.json` holds.
+
+    Args:
+        run: the search, its candidates timed.
+        timing: what they were timed on.
+        prunable_fraction: share of the denoiser's parameters that the last level removes.
+        bank_bytes: size of the bank on disk.
+        front: by label, candidates along the front of fitness and cost, of strategies that search one.
+    """
+
+    run: RunRecord
+    timing: Timing
+    prunable_fraction: float
+    bank_bytes: int
+    front: Mapping[str, Sequence[Candidate]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Nested objects by candidate."""
+        run, timing, settings = self.run, self.timing, self.run.settings
+        searched, uniform, fewer = run.searched, run.uniform, run.fewer_steps
+        return {
+            **{name: settings[name] for name in ("model", "method", "metric", "strategy", "seed")},
+            "levels": list(run.schedule.levels),
+            "nominal_sparsity": searched.nominal_sparsity,
+            "prunable_fraction": self.prunable_fraction,
+            "macs_fraction": searched.macs_fraction,
+            "evaluations": run.evaluations,
+            "denoiser_calls": run.denoiser_calls,
+            "search_seconds": run.seconds,
+            "fitness": {"search": searched.search, **_heldout(searched), "n_heldout": settings["heldout"]},
+            "baselines": {
+                "uniform": {
+                    "levels": list(uniform.levels or ()),
+                    "search": uniform.search,
+                    **_heldout(uniform),
+                    "nominal_sparsity": uniform.nominal_sparsity,
+                    "macs_fraction": uniform.macs_fraction,
+                    "speedup": timing.speedup(uniform),
+                },
+                "fewer_steps": {
+                    "steps": fewer.steps,
+                    **_heldout(fewer),
+                    "macs_fraction": fewer.macs_fraction,
+                    "speedup": timing.speedup(fewer),
+                },
+            },
+            "latency": {
+                "routed_ms": searched.ms,
+                "uniform_ms": uniform.ms,
+                "fewer_steps_ms": fewer.ms,
+                "speedup": timing.speedup(searched),
+                **asdict(timing),
+            },
+            "front": {
+                label: [_point(candidate) for candidate in candidates] for label, candidates in self.front.items()
+            },
+            "bank_bytes": self.bank_bytes,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], schedule: Schedule, facts: Mapping[str, Any]) -> Report:
+        """The report that `to_json` wrote, with the schedule and the facts of `schedule.json`; it has no curve.
+
+        Raises:
+            KeyError: the data are of something else.
+        """
+        steps, latency, searched = facts["steps"], data["latency"], data["fitness"]
+        settings = {name: data[name] for name in ("model", "method", "metric", "strategy", "seed")}
+        settings |= {name: facts[name] for name in ("steps", "guidance", "dtype")} | {"heldout": searched["n_heldout"]}
+        uniform, fewer = data["baselines"]["uniform"], data["baselines"]["fewer_steps"]
+        run = RunRecord(
+            settings=settings,
+            versions={},
+            schedule=schedule,
+            searched=Candidate(
+                steps, schedule.levels, searched["heldout_mean"], searched["heldout_std"], data["nominal_sparsity"],
+                data["macs_fraction"], searched["search"], latency["routed_ms"],
+            ),
+            uniform=Candidate(
+                steps, tuple(uniform["levels"]), uniform["heldout_mean"], uniform["heldout_std"],
+                uniform["nominal_sparsity"], uniform["macs_fraction"], uniform["search"], latency["uniform_ms"],
+            ),
+            fewer_steps=Candidate(
+                fewer["steps"], None, fewer["heldout_mean"], fewer["heldout_std"], 0.0, fewer["macs_fraction"],
+                None, latency["fewer_steps_ms"],
+            ),
+            evaluations=data["evaluations"],
+            denoiser_calls=data["denoiser_calls"],
+            seconds=data["search_seconds"],
+        )  # fmt: skip
+        timing = Timing(*(latency[name] for name in ("dense_ms", "batch", "repeats", "device", "threads")))
+        front = {
+            label: [
+                Candidate(
+                    point.get("steps", steps), tuple(point["levels"]) if "levels" in point else None,
+                    point["heldout_mean"], None, 0.0, point["macs_fraction"], point.get("search"),
+                )
+                for point in points
+            ]
+            for label, points in data.get("front", {}).items()
+        }  # fmt: skip
+        return cls(run, timing, data["prunable_fraction"], data["bank_bytes"], front)
+
+
+def _heldout(candidate: Candidate) -> dict[str, float | None]:
+    return {"heldout_mean": candidate.heldout_mean, "heldout_std": candidate.heldout_std}
+
+
+def _point(candidate: Candidate) -> dict[str, Any]:
+    """A point of a front: a schedule, or the dense model at a number of steps."""
+    if candidate.levels is None:
+        place: dict[str, Any] = {"steps": candidate.steps}
+    else:
+        place = {"levels": list(candidate.levels), "search": candidate.search}
+    return place | {"macs_fraction": candidate.macs_fraction, "heldout_mean": candidate.heldout_mean}
+
+
+def rises(result: SearchResult) -> tuple[tuple[int, float], ...]:
+    """(denoiser calls, best fitness so far) at which the best of a search rose, and at its end."""
+    curve = [point for point in zip(result.calls(), result.curve(), strict=True) if point[1] > -math.inf]
+    found = [point for i, point in enumerate(curve) if i == 0 or point[1] > curve[i - 1][1]]
+    return tuple([*found, curve[-1]] if curve and found[-1] != curve[-1] else found)

@@ -1,0 +1,48 @@
+"""What a finished run measured, as rows of a table: for the terminal and for the card of an exported folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffes.errors import DiffesError
+from diffes.files import read_json
+from diffes.runtime.artifact import read_schedule
+from diffes.study.folder import REPORT
+from diffes.study.record import Candidate, Report
+
+COLUMNS = ("", "held-out fitness", "spread", "sparsity", "MACs", "speed-up")
+
+
+def read_report(run: Path) -> Report:
+    """The report of a finished run.
+
+    Raises:
+        DiffesError: the run is unfinished, or one of its files is damaged.
+    """
+    schedule, facts = read_schedule(run)
+    try:
+        return Report.from_json(read_json(run / REPORT), schedule, facts)
+    except (KeyError, TypeError) as error:
+        raise DiffesError(
+            f"{run / REPORT} is damaged (it lacks {error}); restore it or run `diffes search` again"
+        ) from error
+
+
+def rows(report: Report) -> list[tuple[str, ...]]:
+    """Dense, uniform and searched side by side, and the cheapest rival: fewer steps of the dense model."""
+    run, timing = report.run, report.timing
+    steps = run.settings["steps"]
+
+    def row(name: str, candidate: Candidate) -> tuple[str, ...]:
+        scores = (
+            "failed" if each is None else f"{each:.4f}" for each in (candidate.heldout_mean, candidate.heldout_std)
+        )
+        sparsity, macs = f"{candidate.nominal_sparsity:.2f}", f"{candidate.macs_fraction:.1%}"
+        return name, *scores, sparsity, macs, f"{timing.speedup(candidate):.2f}x"
+
+    return [
+        ("dense", "reference", "", "0.00", "100.0%", "1.00x"),
+        row("uniform", run.uniform),
+        row("searched", run.searched),
+        row(f"dense, {run.fewer_steps.steps} of {steps} steps", run.fewer_steps),
+    ]

@@ -1,0 +1,195 @@
+"""One run from settings to results: search, compare on held-out probes, write the run folder."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffes import files
+from diffes.adapters import Condition, adapter_for, model_folder, shipped_models
+from diffes.errors import DiffesError
+from diffes.measure.currencies import LATENCY_REPEATS, prunable_fraction
+from diffes.progress import Progress
+from diffes.pruning.bank import fingerprint
+from diffes.runtime.apply import load
+from diffes.runtime.artifact import BANK, read_schedule, write_schedule
+from diffes.search.ledger import SearchResult
+from diffes.search.schedule import Schedule
+from diffes.search.store import EvaluationStore
+from diffes.search.strategy import STRATEGIES, Evaluation
+from diffes.study import folder, plots
+from diffes.study.config import RunConfig
+from diffes.study.heldout import HELDOUT_SEED, HeldOut, finite, record_of
+from diffes.study.record import Candidate, Report, Timing
+from diffes.study.workbench import Workbench, prepare, search_on
+
+Advance = Callable[..., None]
+IMAGES = 10  # of the picture that shows all candidates
+FRONT_POINTS = 10  # of a front, measured on held-out probes
+
+
+def complete_run(config: RunConfig, out: Path, progress: Progress, *, overwrite: bool = False) -> Report:
+    """A whole run, from settings to a run folder. An unfinished one of the same settings in `out` is gone on with.
+
+    Raises:
+        DiffesError: bad settings, or `out` cannot be used; what is there is then untouched.
+        OSError: `out` cannot be written to.
+    """
+    resumes = folder.open_run(out, config, overwrite=overwrite)
+    known = files.read_json(out / folder.COSTS) if resumes and (out / folder.COSTS).exists() else {}
+    bench = prepare(config, progress, known.get("costs"))
+    if config.storage is not None:
+        store = _database_store(config.storage, bench, out, resumes=resumes, overwrite=overwrite)
+        folder.begin_run(out, config, resumes=resumes)
+    else:
+        folder.begin_run(out, config, resumes=resumes)
+        store = EvaluationStore(out / folder.JOURNAL, bench.space)
+    files.write_json(out / folder.COSTS, {"cost": config.cost, "costs": bench.costs})
+    result = search_on(bench, progress, store)
+    folder.write_logbook(out, result.logbook)
+    _write_result(bench, result.best.schedule, out)
+    with progress.task("held-out probes, speed, figures", 3) as advance:
+        report = _reported(bench, result, bench.heldout(), out, advance)
+        _draw(bench, result, report, out)
+        advance("figures")
+    files.write_json(out / folder.REPORT, report.to_json())
+    return report
+
+
+def _database_store(url: str, bench: Workbench, out: Path, *, resumes: bool, overwrite: bool) -> EvaluationStore:
+    """The study of this run in a database; it has the name of the run folder and remembers which folder that was."""
+    study, owner = out.resolve().name, str(out.resolve())
+    if overwrite and not resumes:
+        EvaluationStore.forget(url, study, owner)
+    store = EvaluationStore(url, bench.space, study, owner)
+    if not resumes and len(store):
+        raise DiffesError(
+            f"{url} has evaluations of a study {study!r} already; pass --overwrite to replace them, or name another "
+            "--out folder"
+        )
+    return store
+
+
+def _write_result(bench: Workbench, schedule: Schedule, out: Path) -> None:
+    """The bank of the schedule, then the schedule itself."""
+    config = bench.config
+    bank = bench.router.bank.for_schedule(schedule)
+    home = model_folder(config.model)
+    pruned = {
+        "method": config.method,
+        "kind": bank.kind,
+        "model": str(home.resolve()) if home and config.model not in shipped_models() else config.model,
+    }
+    header = {"fingerprint": fingerprint(bench.adapter.denoiser), **pruned, **schedule.to_json()}
+    files.write_safely(out / BANK, lambda partial: bank.save(partial, header))
+    facts = {
+        **pruned,
+        "steps": config.steps,
+        "guidance": config.guidance,
+        "dtype": config.dtype,
+        "nominal_sparsity": schedule.nominal_sparsity(bench.space.steps),
+        "macs_fraction": bench.macs_fraction(schedule),
+    }
+    write_schedule(out, schedule, facts)
+
+
+def _reported(bench: Workbench, result: SearchResult, heldout: HeldOut, out: Path, advance: Advance) -> Report:
+    """The schedule found beside its rivals: held-out fitness, MACs and speed."""
+    record = record_of(bench, heldout, result)
+    advance("held-out probes")
+    best, uniform, fewer = result.best.schedule, bench.uniform(), record.fewer_steps.steps
+    dense_ms, *ms = bench.milliseconds([bench.config.steps, best, uniform, fewer], bench.config.probes)
+    advance("speed")
+    fitness = float(bench.evaluator(bench.config.probes, bench.config.seed).scores(uniform).mean())
+    record = replace(
+        record,
+        searched=replace(record.searched, ms=ms[0]),
+        uniform=replace(record.uniform, ms=ms[1], search=finite(fitness)),
+        fewer_steps=replace(record.fewer_steps, ms=ms[2]),
+    )
+    device = bench.adapter.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    explores = STRATEGIES.parse(bench.config.strategy)[0].explores
+    return Report(
+        run=record,
+        timing=Timing(dense_ms, bench.config.probes, LATENCY_REPEATS, name, torch.get_num_threads()),
+        prunable_fraction=prunable_fraction(bench.adapter, bench.router.bank.kind),
+        bank_bytes=(out / BANK).stat().st_size,
+        front=_front(bench, result.front(bench.space), heldout) if explores else {},
+    )
+
+
+def _front(bench: Workbench, front: Sequence[Evaluation], heldout: HeldOut) -> dict[str, list[Candidate]]:
+    """At most `FRONT_POINTS` along the front that was searched, its ends among them, and of the dense model."""
+    at = sorted({round(i * (len(front) - 1) / (FRONT_POINTS - 1)) for i in range(FRONT_POINTS)})
+    searched = [heldout(front[i].schedule, front[i].fitness) for i in at]
+    steps = bench.config.steps
+    fewest = max(1, round(steps * min(candidate.macs_fraction for candidate in searched)))
+    counts = sorted({round(float(n)) for n in np.linspace(fewest, steps, min(FRONT_POINTS, steps + 1 - fewest))})
+    return {"searched": searched, "dense, fewer steps": [heldout(n) for n in counts]}
+
+
+def _draw(bench: Workbench, result: SearchResult, report: Report, out: Path) -> None:
+    """The figures of a run folder; its images are of held-out probes."""
+    config, adapter, best, uniform = bench.config, bench.adapter, result.best.schedule, bench.uniform()
+    fewer = report.run.fewer_steps.steps
+    evaluator = bench.evaluator(IMAGES, HELDOUT_SEED, "heldout")
+    rows = {
+        f"dense, {config.steps} steps": evaluator.dense_latents(config.steps),
+        "uniform": evaluator.latents(uniform),
+        "searched": evaluator.latents(best),
+        f"dense, {fewer} steps": evaluator.dense_latents(fewer),
+    }
+    captions = [adapter.label(condition) for condition in evaluator.probes.conditions]
+    eligible = [e.fitness for e, counts in zip(result.evaluations, result.eligible, strict=True) if counts]
+    figures = {
+        "schedule.png": plots.schedules({"searched": best, "uniform": uniform}),
+        "convergence.png": plots.convergence({config.strategy: eligible}, config.metric),
+        "images.png": plots.image_grid({name: adapter.decode(latents) for name, latents in rows.items()}, captions),
+    }
+    if report.front:
+        points = {
+            label: [(c.macs_fraction, c.heldout_mean) for c in candidates if c.heldout_mean is not None]
+            for label, candidates in report.front.items()
+        }
+        figures[folder.FRONT] = plots.front(points, "MACs", f"held-out {config.metric}")
+    for name, figure in figures.items():
+        files.write_safely(out / name, functools.partial(plots.save, figure))
+
+
+def sample_images(run: Path, conditions: Sequence[Condition] | None, *, seed: int, steps: int | None,
+                  guidance: float | None, device: str) -> tuple[torch.Tensor, list[str]]:  # fmt: skip
+    """Images of a run's or exported folder's pipeline, routed.
+
+    Args:
+        run: the folder.
+        conditions: class ids or prompts, one image each; the model's first eight when left out.
+        seed: of the noise.
+        steps: sampling steps; as in the search when left out.
+        guidance: guidance scale; as in the search when left out.
+        device: where to run.
+
+    Returns:
+        Images (n, channels, h, w) in [0, 1] and a label for each.
+
+    Raises:
+        DiffesError: the folder or its model is damaged or missing, or a condition is not the model's.
+    """
+    _, facts = read_schedule(run)
+    adapter = adapter_for(load(run, device=device))
+    chosen = list(conditions) if conditions is not None else list(adapter.choices("heldout")[:8])
+    n_steps = facts["steps"] if steps is None else steps
+    adapter.timesteps(n_steps)  # refuses numbers of steps that the scheduler cannot take
+    adapter.pipe.set_progress_bar_config(disable=True)
+    images = adapter.generate(
+        chosen,
+        n_steps=n_steps,
+        guidance=facts["guidance"] if guidance is None else guidance,
+        generator=torch.Generator(adapter.device).manual_seed(seed),
+    )
+    return images, [adapter.label(condition) for condition in chosen]

@@ -1,0 +1,82 @@
+"""Settings are checked before the long part: names, options, and whether a metric can score what the model makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from diffes.adapters import ModelAdapter
+from diffes.errors import DiffesError
+from diffes.measure.currencies import CURRENCIES
+from diffes.measure.metrics import Metric
+from diffes.search.genome import Genome
+from diffes.search.operators import CROSSOVERS, MUTATIONS, BoundOperator, OperatorRegistry
+from diffes.search.schedule import Stages
+from diffes.search.space import SearchSpace
+from diffes.search.strategy import STRATEGIES, StageProfile
+from diffes.study.config import RunConfig
+
+OPERATORS: dict[str, OperatorRegistry] = {"mutation": MUTATIONS, "crossover": CROSSOVERS}
+EXAMPLES: dict[str, Any] = {"profile": StageProfile((1.0, 0.5), (0.0, 1.0))}  # facts about a model of two stages
+
+
+def check_settings(config: RunConfig) -> None:
+    """Checks what a search is made of.
+
+    Raises:
+        DiffesError: there is no such strategy, operator or cost, it takes no such options, or the strategy needs a fact
+            that nobody provides.
+    """
+    CURRENCIES.get(config.cost)
+    strategy, _ = STRATEGIES.parse(config.strategy)
+    if missing := sorted(set(strategy.needs) - set(EXAMPLES)):
+        raise DiffesError(
+            f"strategy {config.strategy!r} needs {', '.join(missing)}, which no run provides; known: "
+            f"{', '.join(EXAMPLES)}"
+        )
+    facts = {name: EXAMPLES[name] for name in strategy.needs}
+    space = SearchSpace.mean_sparsity(Stages.equal(2), 2, 0.5)
+    given = operators_of(config)
+    STRATEGIES.make(config.strategy, space, seed=0, **given, **facts)
+    for name, spec in (STRATEGIES.parse(config.strategy)[1] | given).items():
+        if name in strategy.operators:
+            _try_operator(OPERATORS[name], spec)
+
+
+def operators_of(config: RunConfig) -> dict[str, str]:
+    """The operators that the settings give to the strategy, by the name of its parameter.
+
+    Raises:
+        DiffesError: the strategy takes none.
+    """
+    strategy, _ = STRATEGIES.parse(config.strategy)
+    given = {name: spec for name in OPERATORS if (spec := getattr(config, name)) is not None}
+    for name, spec in given.items():
+        if name not in strategy.operators:
+            raise DiffesError(f"strategy {config.strategy!r} takes no {name}; leave --{name} {spec} out")
+    return given
+
+
+def _try_operator(registry: OperatorRegistry, spec: str) -> None:
+    """Applies an operator once, so that one that is for other genomes says so before the long part."""
+    space, rng = SearchSpace.mean_sparsity(Stages.equal(4), 4, 0.5), np.random.default_rng(0)
+    BoundOperator(registry, spec, space, rng)(*(Genome(space.sample(rng)) for _ in range(registry.n_parents)))
+
+
+def try_metric(metric: Metric, adapter: ModelAdapter) -> None:
+    """Scores two images once, so that a metric that cannot work here says so before the long part.
+
+    Raises:
+        DiffesError: it does not score single images of this size.
+    """
+    latents = adapter.make_probes(2, 0).noise.to(adapter.device, adapter.dtype)
+    images = latents if metric.space == "latent" else adapter.decode(latents)
+    try:
+        metric(images, images)
+    except Exception as error:  # each metric fails in its own way
+        reason = " ".join(str(error).split())[:300]
+        raise DiffesError(
+            f"metric {metric.name!r} cannot score images of shape {tuple(images.shape[1:])} one by one "
+            f"({type(error).__name__}: {reason}); choose another, for instance ssim, psnr or latent_mse"
+        ) from error

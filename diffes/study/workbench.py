@@ -1,0 +1,314 @@
+"""A calibrated model, ready to evaluate schedules: what searches, comparisons and notebooks work on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from deap import base
+
+from diffes.adapters import ModelAdapter, Split, adapter_for, load_pipeline, model_folder
+from diffes.errors import unknown_name
+from diffes.measure.currencies import CURRENCIES, LATENCY_REPEATS, Currency, Table, interleaved_ms, macs_fraction
+from diffes.measure.evaluator import ScheduleEvaluator
+from diffes.measure.metrics import Metric, make_metric
+from diffes.measure.profile import damage_table, stage_profile
+from diffes.progress import Progress, RichProgress
+from diffes.pruning import METHODS
+from diffes.pruning.bank import WeightBank
+from diffes.pruning.calibration import CalibrationSet, load_calibration, sample_calibration
+from diffes.runtime.apply import pick_device
+from diffes.runtime.router import Router
+from diffes.search.ledger import SearchResult
+from diffes.search.loop import run_search
+from diffes.search.schedule import Schedule, Stages
+from diffes.search.space import SearchSpace
+from diffes.search.store import EvaluationStore
+from diffes.search.strategy import STRATEGIES, Evaluation, Evaluator, StageProfile
+from diffes.study.config import RunConfig
+from diffes.study.heldout import HELDOUT_SEED, HeldOut
+from diffes.study.settings import check_settings, operators_of, try_metric
+from diffes.study.toolbox import measuring_toolbox
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A calibrated model, ready to evaluate schedules: what searches of the same model and method share.
+
+    Args:
+        config: the settings.
+        adapter: the model.
+        space: feasible schedules.
+        router: the model with its bank of all stages and levels.
+        metric: the fitness.
+        costs: (S, H + 1) what the budget counts of one call in each stage at each level.
+        make_evaluator: makes what measures the schedules of a search; left out, an evaluator in this process on the
+            search's probes.
+    """
+
+    config: RunConfig
+    adapter: ModelAdapter
+    space: SearchSpace
+    router: Router
+    metric: Metric
+    costs: Table
+    make_evaluator: Callable[[Workbench], Evaluator] | None = None
+
+    def profile(self) -> StageProfile:
+        """The dense model's loss in each stage, on the calibration data."""
+        return stage_profile(
+            self.adapter, calibration_of(self.config, self.adapter), self.space.stages, self.config.seed
+        )
+
+    def search(self, strategy: str = "evolution", *, progress: Progress | None = None, **changes: Any) -> SearchResult:
+        """A search on this model, in memory.
+
+        Args:
+            strategy: name of a strategy, with options after a colon.
+            progress: told of every evaluation; bars when left out.
+            changes: other settings than the workbench's own: seed, budget, metric, mutation, max_evals and so on.
+
+        Raises:
+            DiffesError: a setting is unusable.
+        """
+        progress = progress or RichProgress()
+        return search_on(vary(self, replace(self.config, strategy=strategy, **changes), progress), progress)
+
+    def toolbox(
+        self,
+        *,
+        seed: int | None = None,
+        mutation: str | None = None,
+        crossover: str | None = None,
+        store: EvaluationStore | None = None,
+    ) -> base.Toolbox:
+        """A DEAP toolbox on this model, for DEAP's own algorithms and any of yours.
+
+        `individual()` and `population(n=16)` make genomes that meet the budget, `mutate` and `mate` keep it, `select`
+        is DEAP's `selBest`; `evaluate(individual)` measures on the real pipeline, each schedule once, `map` measures a
+        whole generation together, and `result()` is what was found and spent so far, as a search's. Register any other
+        operator of DEAP in their place; an individual that leaves the budget is refused when it is evaluated.
+
+        DEAP's algorithms draw from Python's global `random`: call `random.seed(0)` before one to repeat it. Our
+        operators have a generator of their own: put `(toolbox.mutate, toolbox.mate)` into the pickle that DEAP's
+        documentation makes as a checkpoint, and register them again.
+
+        Args:
+            seed: of what the operators draw; the workbench's own when left out.
+            mutation: a mutation, with options after a colon; the workbench's own when left out.
+            crossover: a crossover, likewise.
+            store: keeps the evaluations; what it has is not paid for again.
+
+        Raises:
+            DiffesError: there is no such operator.
+        """
+        config = self.config
+        return measuring_toolbox(
+            self.space,
+            self.search_evaluator(),
+            seed=config.seed if seed is None else seed,
+            mutation=mutation or config.mutation,
+            crossover=crossover or config.crossover,
+            store=store,
+        )
+
+    def damage(self) -> list[list[float]]:
+        """(S, H + 1) how much fitness each level of each stage costs on its own, on the search's probes."""
+        return damage_table(self.evaluator(self.config.probes, self.config.seed), self.space)
+
+    def macs_fraction(self, schedule: Schedule) -> float:
+        """MACs of a routed sampling run over those of the dense one, of the whole denoiser."""
+        return macs_fraction(self.router, schedule, self.space.steps)
+
+    def fewer_steps(self, schedule: Schedule) -> int:
+        """The number of steps at which the dense model costs as many MACs as a schedule: its cheapest rival."""
+        return max(1, round(self.config.steps * self.macs_fraction(schedule)))
+
+    def uniform(self) -> Schedule:
+        """The uniform schedule of the budget."""
+        return self.space.schedule(self.space.uniform())
+
+    def with_metric(self, name: str) -> Workbench:
+        """The same workbench, measuring by another metric."""
+        return vary(self, replace(self.config, metric=name), RichProgress())
+
+    def heldout(self) -> HeldOut:
+        """What scores schedules on held-out probes, which no search sees."""
+        return HeldOut(self)
+
+    def evaluator(self, n_probes: int, seed: int, split: Split = "search") -> ScheduleEvaluator:
+        """An evaluator in this process, on probes of its own."""
+        return ScheduleEvaluator(
+            self.router,
+            self.space.stages,
+            self.adapter.make_probes(n_probes, seed, split),
+            n_steps=self.config.steps,
+            guidance=self.config.guidance,
+            metric=self.metric,
+        )
+
+    def search_evaluator(self) -> Evaluator:
+        """What measures the schedules of a search, its probes drawn from the seed like everything else in it."""
+        if self.make_evaluator is not None:
+            return self.make_evaluator(self)
+        return self.evaluator(self.config.probes, self.config.seed)
+
+    def milliseconds(
+        self, candidates: Sequence[Schedule | int], batch: int, repeats: int = LATENCY_REPEATS
+    ) -> list[float]:
+        """Median milliseconds of whole runs, noise to pixels, of schedules and of the dense model at numbers of steps.
+
+        Args:
+            candidates: they take turns, so that all see the same machine.
+            batch: images a run.
+            repeats: runs of each that count.
+        """
+        probes = self.adapter.make_probes(batch, HELDOUT_SEED, "heldout")
+
+        def images(n_steps: int) -> torch.Tensor:
+            return self.adapter.decode(self.adapter.sample(probes, n_steps, self.config.guidance))
+
+        def run(candidate: Schedule | int) -> torch.Tensor:
+            if isinstance(candidate, int):
+                return images(candidate)
+            with self.router.routed(candidate):
+                return images(self.config.steps)
+
+        return interleaved_ms([partial(run, candidate) for candidate in candidates], repeats, self.adapter.device)
+
+
+FACTS: dict[str, Callable[[Workbench], Any]] = {"profile": Workbench.profile}  # by what a strategy may need
+
+
+def workbench(progress: Progress | None = None, **settings: Any) -> Workbench:
+    """A calibrated model to search on, as notebooks want it.
+
+    Args:
+        progress: told of the calibration; bars when left out.
+        settings: of `diffes.RunConfig`, for instance model="fashion-dit", method="obs", stages=10.
+
+    Raises:
+        DiffesError: a setting is unusable.
+    """
+    unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(RunConfig)})
+    if unknown:
+        raise unknown_name("setting", unknown[0], RunConfig().to_json())
+    return prepare(RunConfig(**settings), progress or RichProgress())
+
+
+def prepare(config: RunConfig, progress: Progress, costs: Table | None = None) -> Workbench:
+    """Loads, checks every setting, then calibrates and prunes: the long part comes last.
+
+    Args:
+        config: the settings.
+        progress: told of the long part.
+        costs: those of an earlier workbench of the same settings; measured anew when left out.
+
+    Raises:
+        DiffesError: a name is unknown, the budget infeasible, the model or its calibration data unusable.
+    """
+    check_settings(config)
+    method = METHODS.make(config.method)
+    pipe = load_pipeline(config.model, device=pick_device(config.device), dtype=getattr(torch, config.dtype))
+    pipe.set_progress_bar_config(disable=True)
+    adapter = adapter_for(pipe)
+    if config.prompts is not None:
+        adapter.use_prompts(Path(config.prompts))
+    stages = Stages.equal(config.stages, adapter.n_timesteps)
+    steps = stages.count_steps(adapter.timesteps(config.steps))
+    space = SearchSpace.mean_sparsity(stages, adapter.max_level(method.kind), config.budget, steps)
+    metric = make_metric(config.metric, adapter.device)
+    try_metric(metric, adapter)
+    data = None if method.needs == "nothing" else calibration_of(config, adapter)
+    with progress.task(f"calibrating {config.method}", len(space.visited)) as advance:
+        bank = WeightBank.build(
+            adapter,
+            method,
+            stages,
+            data,
+            guided=config.guidance > 1,
+            seed=config.seed,
+            only=space.visited,
+            progress=lambda stage: advance(f"stage {stage}"),
+        )
+    return _priced(Workbench(config, adapter, space, Router(adapter, bank), metric, costs or []), progress)
+
+
+def vary(bench: Workbench, config: RunConfig, progress: Progress, costs: Table | None = None) -> Workbench:
+    """The same calibrated model with other settings of the search: strategy, budget, metric, seed and so on.
+
+    Args:
+        bench: a workbench of the same model, method, stages, steps and guidance.
+        config: the settings.
+        progress: told of what is measured.
+        costs: what the budget counts, where it was measured before.
+
+    Raises:
+        DiffesError: a name is unknown, or the budget infeasible.
+    """
+    check_settings(config)
+    metric = bench.metric
+    if config.metric != bench.config.metric:
+        metric = make_metric(config.metric, bench.adapter.device)
+        try_metric(metric, bench.adapter)
+    timed = CURRENCIES.get(config.cost).timed
+    same = config.cost == bench.config.cost and (config.probes == bench.config.probes or not timed)
+    known = costs or (bench.costs if same else [])
+    return _priced(replace(bench, config=config, metric=metric, costs=known), progress)
+
+
+def _priced(bench: Workbench, progress: Progress) -> Workbench:
+    """The workbench with its costs, measured where they are not known, and the space of its budget."""
+    config, space = bench.config, bench.space
+    currency: Currency = CURRENCIES.make(config.cost)
+    costs = bench.costs
+    if not costs:
+        probes = bench.adapter.make_probes(config.probes, HELDOUT_SEED, "heldout")
+        with progress.task(f"{config.cost} by level", 1) if currency.counted else nullcontext():
+            costs = currency.table(bench.router, space.stages, space.visited, space.max_level, probes)
+    return replace(bench, costs=costs, space=currency.space(space.stages, space.steps, costs, config.budget))
+
+
+def calibration_of(config: RunConfig, adapter: ModelAdapter) -> CalibrationSet:
+    """Images that were named, those that came with the model, or samples of the dense model."""
+    if config.calibration_data is not None:
+        path: Path | None = Path(config.calibration_data)
+    else:
+        home = model_folder(config.model)
+        path = home / "calibration.npz" if home and (home / "calibration.npz").is_file() else None
+    if path is not None:
+        return load_calibration(adapter, path, config.calibration_samples)
+    return sample_calibration(
+        adapter, config.calibration_samples, n_steps=config.steps, guidance=config.guidance, seed=HELDOUT_SEED + 1
+    )
+
+
+def search_on(bench: Workbench, progress: Progress, store: EvaluationStore | None = None) -> SearchResult:
+    """One search on a workbench; everything in it is drawn from its seed."""
+    config, space = bench.config, bench.space
+    facts = {name: FACTS[name](bench) for name in STRATEGIES.parse(config.strategy)[0].needs}
+    strategy = STRATEGIES.make(config.strategy, space, seed=config.seed, **operators_of(config), **facts)
+    best = -math.inf
+    with progress.task(f"searching with {config.strategy}", config.max_evals) as advance:
+
+        def on_evaluation(evaluation: Evaluation) -> None:
+            nonlocal best
+            if space.counts(evaluation.schedule, evaluation.fidelity):
+                best = max(best, evaluation.fitness)
+            advance(f"best {config.metric} {best:.5g}", evaluation.fidelity)
+
+        return run_search(
+            strategy,
+            bench.search_evaluator(),
+            max_evals=config.max_evals,
+            max_denoiser_calls=config.max_calls,
+            store=store,
+            on_evaluation=on_evaluation,
+        )

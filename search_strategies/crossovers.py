@@ -1,0 +1,42 @@
+"""Crossovers, in DEAP's convention: each changes two genomes and returns them in a tuple."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from diffes.errors import DiffesError
+from diffes.search.genome import Genome
+from diffes.search.operators import mended
+from diffes.search.space import SearchSpace
+
+
+def level_exchange(
+    one: Genome, other: Genome, *, space: SearchSpace, rng: np.random.Generator, rate: float = 0.5
+) -> tuple[Genome, Genome]:
+    """Crossover: two children between their parents that keep the sum of levels.
+
+    The difference of the parents is a list of single levels to move from one stage to another. Each move is drawn with
+    probability `rate`; the first child is the first parent with those moves made, the second child the second parent
+    with the same moves undone. Where parents agree, so do the children.
+
+    Args:
+        one: feasible levels (S,); changed in place.
+        other: likewise.
+        space: the feasible schedules.
+        rng: draws the pairing and the moves.
+        rate: in [0, 1]; 0 leaves the parents as they are, 1 exchanges them.
+
+    Raises:
+        DiffesError: rate is outside [0, 1].
+    """
+    if not 0 <= rate <= 1:
+        raise DiffesError(f"rate must be in [0, 1], got {rate}")
+    gains = [s for s in space.visited for _ in range(other[s] - one[s])]
+    losses = [s for s in space.visited for _ in range(one[s] - other[s])]
+    for i, j in zip(rng.permutation(losses).tolist(), rng.permutation(gains).tolist(), strict=False):
+        if rng.random() < rate:
+            one[int(i)] -= 1
+            one[int(j)] += 1
+            other[int(i)] += 1
+            other[int(j)] -= 1
+    return mended(one, space, rng), mended(other, space, rng)

@@ -1,0 +1,93 @@
+"""Models by name, folder or hub id, and the adapter of a pipeline's class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import DiffusionPipeline, DiTPipeline
+
+from diffes.adapters import ADAPTERS, ModelAdapter, adapter_for, load_pipeline, shipped_models
+from diffes.adapters.dit import DiTAdapter
+from diffes.adapters.loading import SHIPPED
+from diffes.errors import DiffesError
+
+
+def test_shipped_pipelines_are_small_and_ready() -> None:
+    assert shipped_models() == ["emoji-sdxl", "fashion-dit"]
+    assert load_pipeline("fashion-dit").labels["Trouser"] == 1
+    for name in shipped_models():
+        assert not adapter_for(load_pipeline(name)).denoiser.training
+        assert sum(path.stat().st_size for path in (SHIPPED / name).rglob("*.safetensors")) <= 16 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("fashion-dti", "fashion-dit"),
+        ("/no/such/folder", "unknown model"),
+        ("EMPTY", "no model_index.json"),
+        ("DAMAGED", "could not be loaded"),
+    ],
+)
+def test_unusable_models_are_refused(model: str, message: str, tmp_path: Path, tiny_folder: Path) -> None:
+    if model == "EMPTY":
+        model = str(tmp_path)
+    elif model == "DAMAGED":
+        for path in tiny_folder.rglob("*"):
+            target = tmp_path / path.relative_to(tiny_folder)
+            if path.is_dir():
+                target.mkdir()
+            else:
+                content = path.read_bytes()
+                target.write_bytes(content[: len(content) // 2] if path.suffix == ".safetensors" else content)
+        model = str(tmp_path)
+    with pytest.raises(DiffesError, match=message):
+        load_pipeline(model)
+
+
+class Styled(DiTPipeline):  # type: ignore[misc]  # diffusers is not followed
+    """A pipeline of somebody's own."""
+
+
+class Finer(Styled):
+    """One more step away."""
+
+
+class Strange(DiffusionPipeline):  # type: ignore[misc]
+    """A pipeline of no known family."""
+
+
+def as_pipeline(adapter: ModelAdapter, kind: Any) -> Any:
+    return kind(**adapter.pipe.components)
+
+
+def test_the_family_of_a_pipeline_is_known_by_its_class(tiny: ModelAdapter, tiny_sdxl: ModelAdapter) -> None:
+    assert type(tiny) is DiTAdapter and type(tiny_sdxl).__name__ == "SDXLAdapter"
+
+
+def test_a_subclass_of_a_known_class_is_of_its_family(tiny: ModelAdapter) -> None:
+    for kind in (Styled, Finer):
+        adapter = adapter_for(as_pipeline(tiny, kind))
+        assert type(adapter) is DiTAdapter
+        assert adapter.blocks() == tiny.blocks()
+
+
+def test_a_registered_adapter_is_found_and_the_nearest_class_decides(tiny: ModelAdapter) -> None:
+    @ADAPTERS.register("Styled")
+    class StyledAdapter(DiTAdapter):
+        """Of pipelines of somebody's own."""
+
+    try:
+        for kind in (Styled, Finer):
+            assert type(adapter_for(as_pipeline(tiny, kind))) is StyledAdapter
+        assert type(adapter_for(tiny.pipe)) is DiTAdapter
+    finally:
+        ADAPTERS.unregister("Styled")
+    assert type(adapter_for(as_pipeline(tiny, Styled))) is DiTAdapter
+
+
+def test_an_unknown_class_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(DiffesError, match=r"unknown pipeline class 'Strange'.*DiTPipeline, StableDiffusionXLPipeline"):
+        adapter_for(Strange())

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_bank
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffes.adapters import ModelAdapter
+from diffes.measure.currencies import interleaved_ms, macs_fraction, macs_per_call
+from diffes.pruning import METHODS
+from diffes.runtime.router import Router
+from diffes.search.schedule import Schedule, Stages
+
+STEPS = 6
+
+
+@contextmanager
+def by_hand(denoiser: nn.Module) -> Iterator[list[int]]:
+    """Multiply-accumulates from the shapes that layers are called with: linear, convolution, products of attention."""
+    macs: list[int] = []
+
+    def linear(layer: nn.Linear, args: tuple[torch.Tensor], _: object) -> None:
+        macs.append(args[0].numel() // max(args[0].shape[-1], 1) * layer.weight.numel())
+
+    def convolution(layer: nn.Conv2d, _args: object, out: torch.Tensor) -> None:
+        macs.append(out.shape[0] * out[0, 0].numel() * layer.weight.numel())
+
+    def attention(layer: Any, args: tuple[torch.Tensor], kwargs: dict[str, torch.Tensor], _: object) -> None:
+        queries = args[0].shape[1]
+        context = kwargs.get("encoder_hidden_states")
+        keys = queries if context is None else context.shape[1]
+        macs.append(2 * args[0].shape[0] * queries * keys * layer.to_out[0].weight.shape[1])
+
+    handles = []
+    for module in denoiser.modules():
+        if isinstance(module, nn.Linear):
+            handles.append(module.register_forward_hook(linear))
+        elif isinstance(module, nn.Conv2d):
+            handles.append(module.register_forward_hook(convolution))
+        elif hasattr(module, "to_q"):
+            handles.append(module.register_forward_hook(attention, with_kwargs=True))
+    yield macs
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_macs_agree_with_shapes_and_with_a_counter_over_the_whole_run(
+    adapter: ModelAdapter, stages: Stages, method: str
+) -> None:
+    """The fraction against every layer of every call of a routed and a dense run, twice: by hand and by torch."""
+    bank = build_bank(adapter, method, stages, [1, 2])
+    router, max_level = Router(adapter, bank), adapter.max_level(bank.kind)
+    schedule = Schedule(stages, (0, max_level // 3, max_level - 1, 0), max_level)
+    probes = adapter.make_probes(1, 0)
+    adapter.sample(probes, 1, 1.0)  # prompts are embedded, and kept
+
+    def count() -> tuple[int, int]:
+        with by_hand(adapter.denoiser) as macs, FlopCounterMode(display=False) as counter:
+            adapter.sample(probes, STEPS, 1.0)
+        return sum(macs), counter.get_total_flops()
+
+    dense = count()
+    with router.routed(schedule):
+        routed = count()
+    fraction = macs_fraction(router, schedule, stages.count_steps(adapter.timesteps(STEPS)))
+    assert fraction < 0.95
+    assert routed[0] / dense[0] == pytest.approx(fraction, rel=0.01)
+    assert routed[1] / dense[1] == pytest.approx(fraction, rel=0.01)
+    assert dense[0] == pytest.approx(STEPS * macs_per_call(adapter), rel=0.01)
+
+
+def test_interleaved_times_are_medians_in_milliseconds() -> None:
+    fast, slow = interleaved_ms([lambda: time.sleep(0.002), lambda: time.sleep(0.02)], 3, torch.device("cpu"))
+    assert 2 <= fast < slow < 200 and slow >= 20

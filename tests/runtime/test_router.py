@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_bank
+from torch import nn
+
+from diffes.adapters import GroupSet, Kind, ModelAdapter
+from diffes.adapters.dit import DiTAdapter
+from diffes.errors import DiffesError
+from diffes.pruning import METHODS, GroupWeights
+from diffes.pruning.bank import WeightBank
+from diffes.runtime.router import Router
+from diffes.search.schedule import Schedule, Stages
+
+METHOD_NAMES = METHODS.names()
+STAGES = [1, 2]  # of the four: banks of two stages are enough, and are built once for all tests
+OF_KIND: dict[Kind, str] = {"width": "obs", "depth": "layer_drop"}
+
+
+def everywhere(stages: Stages, level: int, max_level: int) -> Schedule:
+    return Schedule(stages, (level,) * len(stages), max_level)
+
+
+def state(adapter: ModelAdapter) -> dict[str, object]:
+    """Everything about a denoiser that routing may touch."""
+    found: dict[str, object] = {name: tensor.clone() for name, tensor in adapter.denoiser.state_dict().items()}
+    for name, module in adapter.denoiser.named_modules():
+        hooks = len(module._forward_pre_hooks), len(module._state_dict_pre_hooks)
+        found[f"{name}:own"] = sorted(set(module.__dict__) & {"forward"}), hooks
+        if hasattr(module, "heads"):
+            found[f"{name}:heads"] = module.heads, type(module.processor)
+    return found
+
+
+def assert_dense(adapter: ModelAdapter, before: dict[str, object]) -> None:
+    after = state(adapter)
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        now = after[name]
+        if isinstance(value, torch.Tensor):
+            assert isinstance(now, torch.Tensor) and torch.equal(now, value), name
+        else:
+            assert now == value, name
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_level_0_is_the_dense_model_bit_for_bit(adapter: ModelAdapter, stages: Stages, method: str) -> None:
+    probes = adapter.make_probes(2, 0)
+    dense = adapter.sample(probes, 4, 2.0)
+    bank = build_bank(adapter, method, stages, STAGES)
+    router, max_level = Router(adapter, bank), adapter.max_level(bank.kind)
+    with router.routed(everywhere(stages, 0, max_level)):
+        assert torch.equal(adapter.sample(probes, 4, 2.0), dense)
+    with router.routed(Schedule(stages, (0, 1, 1, 0), max_level)):
+        assert not torch.equal(adapter.sample(probes, 4, 2.0), dense)
+
+
+def masked(adapter: ModelAdapter, bank: WeightBank, level: int, stack: ExitStack) -> None:
+    """The dense model with what a level of stage 1 drops made ineffective, at full width and depth."""
+    for prunable in adapter.prunable(bank.kind):
+        thin = bank[1, level][prunable.name]
+        if isinstance(prunable, GroupSet):
+            columns = prunable.features(thin.kept.long())
+            layer = adapter.denoiser.get_submodule(prunable.consumer)
+            dense, full = layer.weight.data, torch.zeros_like(layer.weight)
+            full[:, columns] = thin.consumer if thin.consumer is not None else dense[:, columns]
+            layer.weight.data = full
+            stack.callback(setattr, layer.weight, "data", dense)
+        else:
+            for i, path in enumerate(prunable.blocks):
+                if i not in thin.kept:
+                    block = adapter.denoiser.get_submodule(path)
+                    stack.callback(block.register_forward_hook(lambda _m, args, _o: args[0]).remove)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_sliced_equals_masked(adapter: ModelAdapter, stages: Stages, method: str) -> None:
+    """Thin layers against full ones with zero columns, skipped blocks against blocks whose output is not used."""
+    bank = build_bank(adapter, method, stages, STAGES)
+    router = Router(adapter, bank)
+    probes = adapter.make_probes(2, 0)
+    latents, timesteps = probes.noise, torch.tensor([300, 300])
+    max_level = adapter.max_level(bank.kind)
+    before = state(adapter)
+    for level in range(1, max_level + 1):
+        with torch.no_grad(), router.routed(Schedule(stages, (0, level, 0, 0), max_level)):
+            sliced = adapter.denoise_once(latents, timesteps, probes.conditions)
+        with torch.no_grad(), ExitStack() as stack:
+            masked(adapter, bank, level, stack)
+            expected = adapter.denoise_once(latents, timesteps, probes.conditions)
+        torch.testing.assert_close(sliced, expected, rtol=1e-4, atol=1e-4)
+    assert_dense(adapter, before)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_level_k_removes_k_of_h_everywhere_and_levels_are_nested(
+    adapter: ModelAdapter, stages: Stages, method: str
+) -> None:
+    bank = build_bank(adapter, method, stages, STAGES)
+    max_level = adapter.max_level(bank.kind)
+    for prunable in adapter.prunable(bank.kind):
+        kept = set(range(prunable.n_groups))
+        for level in range(1, max_level + 1):
+            left = set(bank[1, level][prunable.name].kept.tolist())
+            assert left <= kept
+            assert abs(len(left) - prunable.n_groups * (max_level - level) / max_level) <= 0.5
+            kept = left
+        assert not kept
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_dense_is_restored_however_the_context_is_left(
+    adapter: ModelAdapter, stages: Stages, error: type[BaseException] | None, method: str
+) -> None:
+    before = state(adapter)
+    bank = build_bank(adapter, method, stages, STAGES)
+    router, max_level = Router(adapter, bank), adapter.max_level(bank.kind)
+    probes = adapter.make_probes(1, 0)
+    calls = 0
+
+    def interrupt(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if error is not None and calls == 5:
+            raise error("in the middle of a run")
+
+    handle = adapter.denoiser.get_submodule(adapter.blocks()[1]).register_forward_hook(interrupt)
+    try:
+        with router.routed(Schedule(stages, (0, max_level, 2, 0), max_level)):
+            adapter.sample(probes, 8, 2.0)
+        assert error is None
+    except (RuntimeError, KeyboardInterrupt) as raised:
+        assert error is not None and type(raised) is error
+    handle.remove()
+    assert calls == (8 if error is None else 5)
+    assert_dense(adapter, before)
+
+
+@pytest.mark.parametrize("kind", OF_KIND)
+def test_dense_is_restored_when_a_swap_is_interrupted(
+    untrained: ModelAdapter, stages: Stages, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    before = state(untrained)
+    router = Router(untrained, build_bank(untrained, OF_KIND[kind], stages))
+    last = router._parts[untrained.prunable(kind)[-1].name]
+    load_thin = last.load_thin
+
+    def interrupted(thin: GroupWeights) -> None:
+        load_thin(thin)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(last, "load_thin", interrupted)
+    with pytest.raises(KeyboardInterrupt), router.routed(everywhere(stages, 2, untrained.max_level(kind))):
+        untrained.sample(untrained.make_probes(1, 0), 4, 2.0)
+    assert_dense(untrained, before)
+
+
+def test_weights_change_exactly_at_stage_borders(tiny: ModelAdapter, stages: Stages) -> None:
+    router = Router(tiny, build_bank(tiny, "obs", stages))
+    probes = tiny.make_probes(1, 0)
+    schedule = Schedule(stages, (0, 1, 2, 4), 4)
+    with torch.no_grad(), router.routed(schedule):
+        for timestep, width in [(999, 0), (750, 0), (749, 2), (500, 2), (499, 3), (250, 3), (249, 4), (0, 4), (999, 0)]:
+            tiny.denoise_once(probes.noise, torch.tensor([timestep]), probes.conditions)
+            assert tiny.denoiser.transformer_blocks[0].attn1.to_q.weight.shape[0] == width * 8
+            assert tiny.denoiser.transformer_blocks[1].ff.net[2].weight.shape[1] == width * 32
+
+
+def test_layers_of_few_heads_round_halves_up(tiny_sdxl: ModelAdapter, stages: Stages) -> None:
+    """Levels are fractions of every set: of H = 4, a layer with 2 heads keeps 2, 1, 1, 0 of them."""
+    assert tiny_sdxl.max_level("width") == 4
+    sets = {groups.n_groups: groups for groups in tiny_sdxl.group_sets() if groups.kind == "heads"}
+    assert [sets[2].n_kept(level, 4) for level in range(5)] == [2, 2, 1, 1, 0]
+    assert [sets[4].n_kept(level, 4) for level in range(5)] == [4, 3, 2, 1, 0]
+
+
+def test_unsuitable_schedules_are_refused(tiny: ModelAdapter, stages: Stages) -> None:
+    router = Router(tiny, build_bank(tiny, "magnitude", stages, [0]))
+    before = state(tiny)
+    with pytest.raises(DiffesError, match="max_level 8"), router.routed(everywhere(stages, 0, 8)):
+        pass
+    with pytest.raises(DiffesError, match="stage 3 at level 1"), router.routed(Schedule(stages, (1, 0, 0, 1), 4)):
+        pass
+    assert_dense(tiny, before)
+
+
+def test_moving_the_model_while_routed_is_refused(tiny: ModelAdapter, stages: Stages) -> None:
+    router = Router(tiny, build_bank(tiny, "magnitude", stages))
+    probes = tiny.make_probes(1, 0)
+    router.install(everywhere(stages, 1, 4))
+    tiny.pipe.to(torch.float16)
+    with pytest.raises(DiffesError, match="moved or cast"), torch.no_grad():
+        tiny.denoise_once(probes.noise.half(), torch.tensor([10]), probes.conditions)
+
+
+def test_an_adapter_says_what_stands_in_for_a_skipped_block(tiny: ModelAdapter, stages: Stages) -> None:
+    seen: list[nn.Module] = []
+
+    class Own(DiTAdapter):
+        def skipped(self, block: nn.Module) -> Callable[..., Any]:
+            def halved(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+                seen.append(block)
+                return hidden_states / 2
+
+            return halved
+
+    own = Own(tiny.pipe)
+    bank, probes = build_bank(tiny, "layer_drop", stages), tiny.make_probes(1, 0)
+    outputs = []
+    for adapter in (tiny, own):
+        with torch.no_grad(), Router(adapter, bank).routed(everywhere(stages, 2, 2)):
+            outputs.append(adapter.denoise_once(probes.noise, torch.tensor([300]), probes.conditions))
+    assert seen == [tiny.denoiser.get_submodule(path) for path in tiny.blocks()]
+    assert not torch.equal(*outputs)
+
+
+def test_an_adapter_says_what_attention_without_heads_does(tiny: ModelAdapter, stages: Stages) -> None:
+    seen: list[nn.Module] = []
+
+    class Nothing:
+        def __call__(self, attn: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.ones_like(hidden_states)
+
+    class Own(DiTAdapter):
+        def without_heads(self, attention: nn.Module) -> Any:
+            seen.append(attention)
+            return Nothing()
+
+    own = Own(tiny.pipe)
+    bank, probes = build_bank(tiny, "magnitude", stages), tiny.make_probes(1, 0)
+    before, outputs = state(tiny), []
+    for adapter in (tiny, own):
+        with torch.no_grad(), Router(adapter, bank).routed(everywhere(stages, 4, 4)):
+            outputs.append(adapter.denoise_once(probes.noise, torch.tensor([300]), probes.conditions))
+    assert seen == [tiny.denoiser.get_submodule(f"{path}.attn1") for path in tiny.blocks()]
+    assert not torch.equal(*outputs)
+    assert_dense(tiny, before)

@@ -1,0 +1,76 @@
+"""A whole run: what its folder holds agrees with its report, and its pictures are of held-out probes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Counting, small_config
+from matplotlib.figure import Figure
+
+from diffes.adapters.text_to_image import TextToImageAdapter
+from diffes.search.ledger import LOGGED
+from diffes.study import folder, plots
+from diffes.study import run as runs
+from diffes.study.heldout import HELDOUT_SEED
+from diffes.study.report import COLUMNS, read_report, rows
+from diffes.study.workbench import Workbench
+
+
+def test_the_pictures_and_the_report_are_of_heldout_prompts(
+    prompted: Workbench, tiny_sdxl_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[dict[str, torch.Tensor], Sequence[str]]] = []
+    image_grid = plots.image_grid
+
+    def noted(shown: dict[str, torch.Tensor], columns: Sequence[str]) -> Figure:
+        drawn.append((shown, columns))
+        return image_grid(shown, columns)
+
+    monkeypatch.setattr(plots, "image_grid", noted)
+    report = runs.complete_run(small_config(tiny_sdxl_folder, heldout=6), tmp_path / "run", Counting())
+    ((shown, captions),) = drawn
+    adapter = prompted.adapter
+    assert isinstance(adapter, TextToImageAdapter)
+    assert len(captions) == runs.IMAGES and set(captions) == set(adapter.prompts["heldout"])
+    evaluator = prompted.evaluator(runs.IMAGES, HELDOUT_SEED, "heldout")
+    torch.testing.assert_close(shown["dense, 4 steps"], adapter.decode(evaluator.dense_latents(4)))
+    found = report.run.schedule
+    torch.testing.assert_close(shown["searched"], adapter.decode(evaluator.latents(found)), rtol=1e-3, atol=1e-3)
+    scores = prompted.evaluator(6, HELDOUT_SEED, "heldout").scores(found)
+    assert report.run.searched.heldout_mean == pytest.approx(float(scores.mean()), rel=1e-3)
+
+
+def test_the_logbook_has_a_line_a_generation_and_ends_as_the_report(run: Path) -> None:
+    with (run / folder.LOGBOOK).open(newline="") as file:
+        reader = csv.DictReader(file)
+        lines = list(reader)
+    assert tuple(reader.fieldnames or ()) == LOGGED
+    assert LOGGED == ("generation", "evaluations", "denoiser_calls", "best", "mean", "spread", "diversity")
+    report: dict[str, Any] = json.loads((run / folder.REPORT).read_text())
+    assert [int(line["generation"]) for line in lines] == list(range(len(lines)))
+    assert int(lines[-1]["evaluations"]) == report["evaluations"] == 6
+    assert int(lines[-1]["denoiser_calls"]) == report["denoiser_calls"]
+    assert float(lines[-1]["best"]) == pytest.approx(report["fitness"]["search"])
+
+
+def test_the_report_is_read_back_as_it_was_written(any_run: Path) -> None:
+    report = read_report(any_run)
+    assert report.to_json() == json.loads((any_run / folder.REPORT).read_text())
+    table = rows(report)
+    assert {len(row) for row in table} == {len(COLUMNS)}
+    assert [row[0] for row in table[:3]] == ["dense", "uniform", "searched"]
+    assert table[3][0] == f"dense, {report.run.fewer_steps.steps} of 4 steps"
+    assert table[2][1] == f"{report.run.searched.heldout_mean:.4f}"
+
+
+def test_the_rivals_search_score_is_on_the_searchs_probes(bench: Workbench, tiny_folder: Path, tmp_path: Path) -> None:
+    report = runs.complete_run(small_config(tiny_folder), tmp_path / "run", Counting())
+    expected = bench.evaluator(4, bench.config.seed).scores(bench.uniform()).mean()
+    assert report.run.uniform.search == pytest.approx(float(expected), rel=1e-3)
+    assert report.run.uniform.search != report.run.uniform.heldout_mean
