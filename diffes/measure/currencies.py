@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Size, Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from diffes.adapters import GroupSet, Kind, ModelAdapter, Probes
 from diffes.registry import Registry
@@ -82,6 +82,14 @@ class Latency(Currency):
 CURRENCIES: Registry[type[Currency]] = Registry("cost", "diffes.costs")
 
 
+def _attention_flops(query: Size, key: Size, value: Size, *_args: object, **_kwargs: object) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+# torch counts the attention kernels of GPUs by itself, and of the CPU's only those that are made of matrix products
+_ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
 @torch.no_grad()
 def macs_per_call(adapter: ModelAdapter, timestep: int = 0) -> int:
     """Multiply-accumulates of one denoiser call on a batch of one, with the weights that the timestep is routed to.
@@ -90,7 +98,7 @@ def macs_per_call(adapter: ModelAdapter, timestep: int = 0) -> int:
     """
     probe = adapter.make_probes(1, 0)
     latents = probe.noise.to(adapter.device, adapter.dtype)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as counter:
         adapter.denoise_once(latents, torch.tensor([timestep]), probe.conditions)
     # by module: text encoders may have run as well
     return sum(counter.get_flop_counts()[type(adapter.denoiser).__name__].values()) // 2
