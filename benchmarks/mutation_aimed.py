@@ -25,6 +25,27 @@ class Aimed(NamedTuple):
 
 
 AIMED = (
+    # levels are shared out as if every layer saved the same
+    Aimed(
+        "diffes/pruning/allocation.py",
+        "np.floor(rungs.saved / unit + 1e-6)",
+        "np.floor(rungs.saved / rungs.macs / unit + 1e-6)",
+        ("tests/pruning/test_allocation.py",),
+    ),
+    # a split may save less than the level asks for
+    Aimed(
+        "diffes/pruning/allocation.py",
+        "enough = int(np.ceil(wanted / unit - 1e-6))",
+        "enough = int(np.floor(wanted / unit * 0.95))",
+        ("tests/pruning/test_allocation.py",),
+    ),
+    # the two branches of guidance are added up, not mixed
+    Aimed(
+        "diffes/pruning/damage.py",
+        "self.guidance * predicted[:n] + (1 - self.guidance) * predicted[n:]",
+        "self.guidance * predicted[:n] + predicted[n:]",
+        ("tests/pruning/test_damage.py",),
+    ),
     # a timestep on the edge of two stages goes to the lower one
     Aimed(
         "diffes/search/schedule.py",
@@ -55,7 +76,7 @@ AIMED = (
     ),
     # statistics that overflowed are taken as they are
     Aimed(
-        "diffes/pruning/bank.py",
+        "diffes/pruning/build.py",
         "    if run is not None and not torch.isfinite(values).all():",
         "    if False:",
         ("tests/pruning/test_bank.py",),

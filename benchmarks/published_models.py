@@ -32,6 +32,7 @@ from diffes.adapters import Kind, ModelAdapter, adapter_for
 from diffes.measure.currencies import prunable_fraction
 from diffes.pruning import METHODS, GroupWeights
 from diffes.pruning.bank import WeightBank
+from diffes.pruning.build import build_bank
 from diffes.runtime.router import Router
 from diffes.search.schedule import Schedule, Stages
 
@@ -98,7 +99,7 @@ def measure(name: str, denoiser: Any, side: int) -> list[dict[str, Any]]:
             kept = torch.arange(blocks.n_kept(level, max_level), dtype=torch.int32)
             bank = WeightBank({(0, level): {blocks.name: GroupWeights(kept)}}, kind)
         else:
-            bank = WeightBank.build(adapter, METHODS.make(method), stages, None, guided=False, seed=0)
+            bank = build_bank(adapter, METHODS.make(method), stages, None, guidance=1.0, seed=0)
         router = Router(adapter, bank)
         macs = {}
         with torch.no_grad():

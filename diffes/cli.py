@@ -58,7 +58,8 @@ def search(
     found = report.run
     console.print(_table(report))
     console.print(f"levels by stage, cleanest first: {' '.join(map(str, found.schedule.levels))}")
-    console.print(f"{found.evaluations} evaluations, {found.denoiser_calls:,} denoiser calls; written to {out}:")
+    calls = f"{found.denoiser_calls:,} denoiser calls and {found.calibration_calls:,} of calibration"
+    console.print(f"{found.evaluations} evaluations, {calls}; written to {out}:")
     for path in sorted(out.iterdir()):
         console.print(f"  {path}  ({path.stat().st_size:,} bytes)", highlight=False)
     console.print(f"next: diffes sample {out} --out grid.png", highlight=False)

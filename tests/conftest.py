@@ -31,8 +31,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from diffes.adapters import ModelAdapter, adapter_for, load_pipeline, shipped_models
 from diffes.pruning import METHODS
 from diffes.pruning.bank import WeightBank
+from diffes.pruning.build import build_bank
 from diffes.pruning.calibration import load_calibration
-from diffes.search.schedule import Stages
+from diffes.search.schedule import Allocation, Stages
 from diffes.study.config import RunConfig
 from diffes.study.run import complete_run
 from diffes.study.workbench import Workbench, prepare
@@ -157,13 +158,21 @@ def stages() -> Stages:
 _BANKS: dict[tuple[object, ...], WeightBank] = {}
 
 
-def build_bank(adapter: ModelAdapter, method: str, stages: Stages, only: list[int] | None = None) -> WeightBank:
+def small_bank(
+    adapter: ModelAdapter,
+    method: str,
+    stages: Stages,
+    only: list[int] | None = None,
+    allocation: Allocation = "damage",
+) -> WeightBank:
     """A bank with a handful of calibration images, enough for everything but quality; built once a session."""
     model = adapter.pipe.config._name_or_path
-    key = (model, method, stages, tuple(only) if only else None)
+    key = (model, method, stages, tuple(only) if only else None, allocation)
     if key not in _BANKS:
         data = load_calibration(adapter, Path(model) / "calibration.npz", 24)
-        _BANKS[key] = WeightBank.build(adapter, METHODS.make(method), stages, data, guided=True, seed=0, only=only)
+        _BANKS[key] = build_bank(
+            adapter, METHODS.make(method), stages, data, guidance=2.0, seed=0, allocation=allocation, only=only
+        )
     return _BANKS[key]
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Size, Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch import Tensor
 
 from diffes.adapters import GroupSet, Kind, ModelAdapter, Probes
+from diffes.adapters.macs import macs_per_call, macs_per_group
 from diffes.registry import Registry
 from diffes.runtime.router import Router
 from diffes.search.schedule import Schedule, Stages
@@ -82,28 +82,6 @@ class Latency(Currency):
 CURRENCIES: Registry[type[Currency]] = Registry("cost", "diffes.costs")
 
 
-def _attention_flops(query: Size, key: Size, value: Size, *_args: object, **_kwargs: object) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-# torch counts the attention kernels of GPUs by itself, and of the CPU's only those that are made of matrix products
-_ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-
-
-@torch.no_grad()
-def macs_per_call(adapter: ModelAdapter, timestep: int = 0) -> int:
-    """Multiply-accumulates of one denoiser call on a batch of one, with the weights that the timestep is routed to.
-
-    Counted by torch over every matrix product, convolution and attention of the whole network.
-    """
-    probe = adapter.make_probes(1, 0)
-    latents = probe.noise.to(adapter.device, adapter.dtype)
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as counter:
-        adapter.denoise_once(latents, torch.tensor([timestep]), probe.conditions)
-    # by module: text encoders may have run as well
-    return sum(counter.get_flop_counts()[type(adapter.denoiser).__name__].values()) // 2
-
-
 def macs_fraction(router: Router, schedule: Schedule, steps: Sequence[int]) -> float:
     """MACs of a routed sampling run over those of the dense one; `steps` (S,) are the calls per stage."""
     dense = macs_per_call(router.adapter)
@@ -119,18 +97,23 @@ def macs_fraction(router: Router, schedule: Schedule, steps: Sequence[int]) -> f
 def macs_by_level(router: Router, stages: Stages, visited: Sequence[int], max_level: int) -> Table:
     """(S, H + 1) multiply-accumulates of one denoiser call on a batch of one; in stages not visited those when dense.
 
-    All stages lose as many heads and channels at a level, so width is counted in one stage; which blocks a level skips
-    differs by stage, and blocks need not be alike.
+    Of width they are the dense model's less what the missing groups would have taken, which is exact; which blocks a
+    level skips differs by stage, and blocks need not be alike, so depth is counted call by call.
     """
-    dense = float(macs_per_call(router.adapter))
+    adapter, bank = router.adapter, router.bank
+    dense = float(macs_per_call(adapter))
     table = [[dense] * (max_level + 1) for _ in range(len(stages))]
-    counted = visited if router.bank.kind == "depth" else visited[:1]
+    sets, by_group = adapter.prunable(bank.kind), macs_per_group(adapter) if bank.kind == "width" else {}
     for level in range(1, max_level + 1):
-        with router.routed(_only(stages, counted, level, max_level)):
-            for stage in counted:
-                table[stage][level] = macs_per_call(router.adapter, stages.ranges[stage][0])
-    for stage in visited if router.bank.kind == "width" else ():
-        table[stage] = list(table[visited[0]])
+        if bank.kind == "width":
+            for stage in visited:
+                kept = bank.kept((stage, level), sets)
+                lost = (by_group[p.name] * (p.n_groups - n) for p, n in zip(sets, kept, strict=True))
+                table[stage][level] = dense - sum(lost)
+            continue
+        with router.routed(_only(stages, visited, level, max_level)):
+            for stage in visited:
+                table[stage][level] = macs_per_call(adapter, stages.ranges[stage][0])
     return table
 
 
@@ -140,11 +123,14 @@ def ms_by_level(
 ) -> Table:
     """(S, H + 1) median milliseconds of one denoiser call on the probes' batch, levels taking turns.
 
-    Measured in one stage for width, as MACs are counted; in every visited one for depth.
+    Measured in one stage where levels remove the same from all layers in all of them, else in every visited one.
     """
     adapter = router.adapter
     latents = probes.noise.to(adapter.device, adapter.dtype)
-    counted = visited if router.bank.kind == "depth" else visited[:1]
+    sets, levels = adapter.prunable(router.bank.kind), range(1, max_level + 1)
+    shapes = {stage: [router.bank.kept((stage, level), sets) for level in levels] for stage in visited}
+    alike = router.bank.kind == "width" and all(shape == shapes[visited[0]] for shape in shapes.values())
+    counted = visited[:1] if alike else visited
     table = [[0.0] * (max_level + 1) for _ in range(len(stages))]
     for stage in counted:
         timesteps = torch.full((len(probes),), stages.ranges[stage][0])
@@ -156,10 +142,9 @@ def ms_by_level(
             router.install(_only(stages, [stage], level, max_level))
             call()  # the weights are swapped once a stage, not in every call
 
-        levels = range(max_level + 1)
         try:
-            before = [functools.partial(enter, level) for level in levels]
-            table[stage] = interleaved_ms([call] * len(levels), repeats, adapter.device, before)
+            before = [functools.partial(enter, level) for level in range(max_level + 1)]
+            table[stage] = interleaved_ms([call] * len(before), repeats, adapter.device, before)
         finally:
             router.remove()
     for stage in range(len(stages)):

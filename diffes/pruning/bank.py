@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffes.adapters import BlockSet, GroupSet, Kind, ModelAdapter
+from diffes.adapters import BlockSet, GroupSet, Kind
 from diffes.errors import DiffesError
-from diffes.pruning.base import DepthMethod, GroupWeights, LayerWeights, PruningMethod, WidthMethod, nested
-from diffes.pruning.calibration import CalibrationSet, StagePass, block_changes, input_moments
-from diffes.search.schedule import Schedule, Stages
+from diffes.pruning.base import GroupWeights
+from diffes.search.schedule import Schedule
 
 FORMAT = "diffes-bank"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 StageWeights = Mapping[str, GroupWeights]
 Key = tuple[int, int]  # stage, level
 
@@ -29,22 +28,27 @@ class WeightBank(Mapping[Key, StageWeights]):
     """Thin weights by (stage, level), inside by group-set name, in host memory. Level 0 is dense and never stored.
 
     Args:
-        entries: the weights.
+        entries: the weights; a set that an entry does not name is dense at that level.
         kind: "width", or "depth": then the one group set is the blocks.
         file: where entries that are not in memory yet are read from, each once.
+        calls: denoiser calls, in rows, that it took to make.
 
     On disk a bank is one safetensors file. Its tensors are `stage{s}.level{k}.{name}:kept` (n,) int32, the groups that
     stay, and, where the method compensates, `stage{s}.level{k}.{name}:consumer` (d_out, n * size). Its metadata has one
     key, `diffes-bank`, a JSON object:
 
-    - `format_version`: of this layout, now 1
+    - `format_version`: of this layout, now 2; version 1 had no `split`, and every set in every entry
     - `kind`: "width" or "depth"; `method`: spec of the pruning method; `model`: what it was made for
     - `stages`: [[lo, hi], ...] timesteps; `levels`: (S,) those held; `max_level`: H
+    - `split`: how the levels held are shared out over the layers (see `split_of`), also in `schedule.json`
     - `fingerprint`: what a denoiser is recognised by (see `fingerprint`)
     """
 
-    def __init__(self, entries: Mapping[Key, StageWeights], kind: Kind, file: BankFile | None = None) -> None:
+    def __init__(
+        self, entries: Mapping[Key, StageWeights], kind: Kind, file: BankFile | None = None, calls: int = 0
+    ) -> None:
         self.kind = kind
+        self.calls = calls
         self._entries = dict(entries)
         self._file = file
 
@@ -74,57 +78,10 @@ class WeightBank(Mapping[Key, StageWeights]):
         keys = [(stage, level) for stage, level in enumerate(schedule.levels) if level]
         return WeightBank({key: self[key] for key in keys}, self.kind)
 
-    @classmethod
-    def build(
-        cls,
-        adapter: ModelAdapter,
-        method: PruningMethod,
-        stages: Stages,
-        data: CalibrationSet | None,
-        *,
-        guided: bool,
-        seed: int,
-        only: Iterable[int] | None = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> WeightBank:
-        """Calibrates and prunes stage by stage; only one stage's statistics are in memory at a time.
-
-        Args:
-            adapter: the dense model.
-            method: how to prune.
-            stages: their ranges of timesteps.
-            data: clean latents; not needed by methods that look at weights alone.
-            guided: whether sampling will use classifier-free guidance.
-            seed: of the calibration timesteps and noise; stage s draws the same ones whatever the other stages do.
-            only: numbers of the stages to prune; all when left out.
-            progress: told the stage after each.
-
-        Raises:
-            DiffesError: the method needs calibration data and there is none, or a layer's statistics are not finite.
-        """
-        prunable = adapter.prunable(method.kind)
-        max_level = adapter.max_level(method.kind)
-        levels = range(1, max_level + 1)
-        thin: dict[str, list[GroupWeights]] | None = None
-        entries: dict[Key, StageWeights] = {}
-        for stage in range(len(stages)) if only is None else only:
-            if thin is None or method.needs != "nothing":
-                run = None
-                if method.needs != "nothing":
-                    if data is None:
-                        raise DiffesError(f"{type(method).__name__} needs calibration data, got none")
-                    run = StagePass(
-                        adapter, stages.ranges[stage], data, guided, seed * 100_003 + stage, method.timestep_weights
-                    )
-                kept = {p.name: [p.n_kept(level, max_level) for level in levels] for p in prunable}
-                thin = _prune(adapter, method, run, prunable, kept)
-            by_level = zip(*thin.values(), strict=True)
-            # Stages that share weights share the very objects: `nbytes` and the file of a search count on it.
-            for level, weights in zip(levels, by_level, strict=True):
-                entries[stage, level] = dict(zip(thin, weights, strict=True))
-            if progress:
-                progress(stage)
-        return cls(entries, method.kind)
+    def kept(self, key: Key, prunable: Sequence[GroupSet | BlockSet]) -> list[int]:
+        """How many groups of each set stay at a stage and level; level 0 keeps all."""
+        entry = self[key] if key[1] else {}
+        return [len(entry[p.name].kept) if p.name in entry else p.n_groups for p in prunable]
 
     def save(self, path: Path, header: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
         """Writes all entries as one safetensors file.
@@ -210,9 +167,18 @@ class BankFile:
                 tensor = self._file.get_tensor(full)
                 entry = parts.setdefault(place.split(".", 2)[2], {})
                 entry[part] = tensor.to(dtype=self._dtype) if part == "consumer" else tensor
-            return {name: GroupWeights(**weights) for name, weights in parts.items()}
+            weights = {name: GroupWeights(**tensors) for name, tensors in parts.items()}
+            if (split := self.header.get("split")) is not None:
+                self._check_split(key[0], weights, split)
+            return weights
         except Exception as error:
             raise self._damaged(error) from error
+
+    def _check_split(self, stage: int, weights: StageWeights, split: Mapping[str, Any]) -> None:
+        for name, n_groups, n_kept in zip(split["sets"], split["groups"], split["kept"][stage], strict=True):
+            found = len(weights[name].kept) if name in weights else n_groups
+            if found != n_kept:
+                raise ValueError(f"stage {stage} keeps {found} groups of {name}, its split says {n_kept}")
 
     def _damaged(self, error: Exception) -> DiffesError:
         return DiffesError(f"{self.path} is damaged ({error}): {AGAIN}")
@@ -221,41 +187,18 @@ class BankFile:
 AGAIN = "restore it, or run `diffes search` again"
 
 
-def _prune(
-    adapter: ModelAdapter,
-    method: PruningMethod,
-    run: StagePass | None,
-    prunable: Iterable[GroupSet | BlockSet],
-    n_kept: Mapping[str, list[int]],
-) -> dict[str, list[GroupWeights]]:
-    """What is left of every set at every level, in host memory."""
-    if isinstance(method, DepthMethod):
-        (blocks,) = (p for p in prunable if isinstance(p, BlockSet))
-        assert run is not None
-        importance = method.importance(block_changes(run, blocks))
-        _check_finite(blocks.name, run, importance)
-        return {blocks.name: nested(importance, n_kept[blocks.name])}
-    assert isinstance(method, WidthMethod)
-    sets = [p for p in prunable if isinstance(p, GroupSet)]
-    moments = {} if run is None else input_moments(run, sets, full=method.needs == "second_moment")
-    thin = {}
-    for groups in sets:
-        moment = moments.pop(groups.name, None)
-        if moment is not None:
-            _check_finite(groups.name, run, moment)
-        levels = method.prune(groups, LayerWeights.of(adapter.denoiser, groups), moment, n_kept[groups.name])
-        thin[groups.name] = [
-            GroupWeights(w.kept.cpu(), None if w.consumer is None else w.consumer.cpu()) for w in levels
-        ]
-    return thin
+def split_of(bank: WeightBank, schedule: Schedule, prunable: Sequence[GroupSet | BlockSet]) -> dict[str, Any]:
+    """How the levels of a schedule are shared out over the layers, as JSON in `schedule.json` and in the bank.
 
-
-def _check_finite(name: str, run: StagePass | None, values: Tensor) -> None:
-    if run is not None and not torch.isfinite(values).all():
-        raise DiffesError(
-            f"calibration of {name} at timesteps {list(run.stage)} overflowed: not all values are finite; "
-            "try another --dtype"
-        )
+    Returns:
+        `sets`: names of the group sets, in the order of the forward pass; `groups`: how many groups each has; `kept`:
+        (S, sets) how many of them stay in each stage.
+    """
+    return {
+        "sets": [p.name for p in prunable],
+        "groups": [p.n_groups for p in prunable],
+        "kept": [bank.kept(key, prunable) for key in enumerate(schedule.levels)],
+    }
 
 
 def fingerprint(denoiser: nn.Module) -> dict[str, Any]:

@@ -37,10 +37,12 @@ def apply(pipe: P, run: str | Path) -> P:
             was.
     """
     folder = Path(run)
-    schedule, _ = read_schedule(folder)
+    schedule, facts = read_schedule(folder)
     adapter = adapter_for(pipe)
     check_not_offloaded(adapter.denoiser)
     bank, header = WeightBank.open(folder / BANK, adapter.dtype)
+    if facts.get("split") != header.get("split"):
+        raise DiffesError(f"{folder} is damaged: its schedule and its bank split levels over the layers differently")
     previous: Router | None = getattr(adapter.denoiser, _ATTRIBUTE, None)
     schedule_before = previous.schedule if previous else None
     if previous:

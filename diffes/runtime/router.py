@@ -103,10 +103,11 @@ class Router:
             return
         self._swapping = True
         for name, part in self._parts.items():
-            if weights is None:
+            thin = None if weights is None else weights.get(name)  # a set that is not named is dense
+            if thin is None:
                 part.load_dense()
             else:
-                part.load_thin(weights[name])
+                part.load_thin(thin)
         self._current = weights
         self._swapping = False
 

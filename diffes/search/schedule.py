@@ -6,9 +6,11 @@ import bisect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from diffes.errors import DiffesError
+
+Allocation = Literal["damage", "equal"]  # how a level is shared out over the layers
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from diffes.errors import DiffesError
+from diffes.search.schedule import Allocation
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,10 @@ class RunConfig:
     method: str = "obs"
     """Pruning method. Of heads and channels: magnitude, activation, wanda, obs (makes up for what it removes). Of whole
     blocks: layer_drop. Options follow a colon: obs:damping=0.01,weighting=log or layer_drop:importance=mse."""
+    allocation: Allocation = "damage"
+    """How a level is shared out over the layers. damage: least harm to the prediction in each stage, at no more
+    multiply-accumulates than the same fraction of every layer would leave; equal: that same fraction, as in the paper.
+    Whole blocks (layer_drop) know the second only."""
     stages: int = 10
     """Number of equal stages that the training timesteps are divided into; each has a level of its own."""
     steps: int = 20

@@ -47,7 +47,8 @@ def export(run: Path, out: Path, *, dtype: str | None = None, overwrite: bool = 
         if not (overwrite and ours):
             hint = "pass --overwrite to replace it, or name" if ours else "name"
             raise DiffesError(f"{out} exists and is not empty; {hint} another folder")
-    for name in folder.FIGURES:
+    figures = [name for name in folder.FIGURES if "split" in facts or name != "split.png"]  # older runs had none
+    for name in figures:
         if not (run / name).is_file():
             raise DiffesError(f"{run / name} is missing; restore it or run `diffes search` again")
     base = None if facts["model"] in shipped_models() else model_folder(artifact.base_model(run, facts))
@@ -66,7 +67,7 @@ def export(run: Path, out: Path, *, dtype: str | None = None, overwrite: bool = 
             files.write_safely(new / artifact.BANK, lambda partial: bank.save(partial, header, kept))
             artifact.write_schedule(new, schedule, facts)
             files.write_json(new / folder.REPORT, files.read_json(run / folder.REPORT) | {"model": facts["model"]})
-            for name in folder.FIGURES:
+            for name in figures:
                 shutil.copy2(run / name, new / name)
             (new / CARD).write_text(card(out.name, schedule, facts, measured), encoding="utf-8")
             if out.is_dir():
@@ -100,7 +101,9 @@ tags: [diffusion, pruning, diffes]
 # {name}
 
 A stage-wise pruning schedule for {named}, found by [diffes](https://pypi.org/project/diffes/): it removes {removed}
-(method `{facts["method"]}`) to a different degree in each of {len(schedule.stages)} stages of the sampling trajectory.
+(method `{facts["method"]}`, allocation
+`{facts.get("allocation", "equal")}`) to a different degree in each of {len(schedule.stages)} stages of the sampling
+trajectory.
 
 ```python
 import diffes
@@ -119,5 +122,6 @@ Metric `{settings["metric"]}` against the dense model at {facts["steps"]} steps 
 Levels (0 is dense, {schedule.max_level} is everything prunable), cleanest stage first: {levels}
 
 ![schedule](schedule.png)
+![what each layer loses in each stage](split.png)
 ![images](images.png)
 """

@@ -19,7 +19,7 @@ from diffes.search.ledger import LOGGED
 from diffes.study.config import RunConfig
 
 JOURNAL, REPORT, COSTS, LOGBOOK = "study.journal", "report.json", "costs.json", "logbook.csv"
-FIGURES = ("schedule.png", "convergence.png", "images.png")
+FIGURES = ("schedule.png", "split.png", "convergence.png", "images.png")
 FRONT = "front.png"  # of strategies that search one
 FILES = (CONFIG, JOURNAL, COSTS, LOGBOOK, SCHEDULE, BANK, *FIGURES, REPORT)
 

@@ -174,7 +174,8 @@ def run_cell(
 
 
 def _key(settings: Mapping[str, Any]) -> str:
-    known = dataclasses.asdict(RunConfig()) | dict(settings)  # settings that came later had their defaults
+    # settings that came later had their defaults, and levels were equal in all layers
+    known = dataclasses.asdict(RunConfig()) | {"allocation": "equal"} | dict(settings)
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 

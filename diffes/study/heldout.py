@@ -70,6 +70,7 @@ def record_of(bench: Workbench, heldout: HeldOut, result: SearchResult) -> RunRe
         evaluations=len(result.evaluations),
         denoiser_calls=result.denoiser_calls,
         seconds=result.seconds,
+        calibration_calls=bench.router.bank.calls,
         curve=rises(result),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -140,6 +141,31 @@ def damage(table: Sequence[Sequence[float]], stages: Stages, metric: str) -> Fig
         )
         axes.set(xlabel="timesteps (sampling goes from left to right)", ylabel="level")
         figure.colorbar(image, label=f"loss of {metric}")
+        return figure
+
+
+def split(names: Sequence[str], groups: Sequence[int], kept: Sequence[Sequence[int]], schedule: Schedule) -> Figure:
+    """Heat map of how the levels of a schedule are shared out: what each layer loses in each stage, noise on the left.
+
+    Args:
+        names: of the group sets, in the order of the forward pass.
+        groups: (sets,) how many groups each has.
+        kept: (S, sets) how many stay.
+        schedule: its stages and levels label the columns.
+    """
+    short = [re.sub(r"transformer_blocks\.|attentions\.|_blocks", "", name) for name in names]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7, 1.4 + 0.19 * len(names)))
+        axes: Axes = figure.subplots()
+        lost = 1 - np.array(kept, dtype=float)[::-1].T / np.array(groups)[:, None]
+        image = axes.imshow(lost, aspect="auto", cmap="magma_r", vmin=0, vmax=1)
+        columns = zip(reversed(schedule.stages.ranges), reversed(schedule.levels), strict=True)
+        axes.set_xticks(
+            range(len(kept)), [f"{lo}-{hi}\nlevel {k}" for (lo, hi), k in columns], rotation=45, ha="right", fontsize=8
+        )
+        axes.set_yticks(range(len(names)), short, fontsize=8)
+        axes.set(xlabel="timesteps (sampling goes from left to right)")
+        figure.colorbar(image, label="removed fraction")
         return figure
 
 

@@ -51,6 +51,7 @@ class RunRecord:
         denoiser_calls: of the search, in rows.
         seconds: of evaluation.
         curve: (denoiser calls, best fitness) wherever the best so far rose, and at the end.
+        calibration_calls: denoiser calls, in rows, that calibrating took; 0 where it was not noted.
     """
 
     settings: Mapping[str, Any]
@@ -63,6 +64,7 @@ class RunRecord:
     denoiser_calls: int
     seconds: float
     curve: tuple[tuple[int, float], ...] = ()
+    calibration_calls: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """A flat object, a line of `cells.jsonl`."""
@@ -86,6 +88,7 @@ class RunRecord:
             "evaluations": self.evaluations,
             "denoiser_calls": self.denoiser_calls,
             "seconds": round(self.seconds, 2),
+            "calibration_calls": self.calibration_calls,
             "curve": [[calls, float(f"{value:.7g}")] for calls, value in self.curve],
         }
 
@@ -118,6 +121,7 @@ class RunRecord:
             evaluations=row["evaluations"],
             denoiser_calls=row["denoiser_calls"],
             seconds=row["seconds"],
+            calibration_calls=row.get("calibration_calls", 0),
             curve=tuple((calls, best) for calls, best in row["curve"]),
         )  # fmt: skip
 
@@ -177,6 +181,7 @@ class Report:
             "evaluations": run.evaluations,
             "denoiser_calls": run.denoiser_calls,
             "search_seconds": run.seconds,
+            "calibration_calls": run.calibration_calls,
             "fitness": {"search": searched.search, **_heldout(searched), "n_heldout": settings["heldout"]},
             "baselines": {
                 "uniform": {
@@ -237,6 +242,7 @@ class Report:
             evaluations=data["evaluations"],
             denoiser_calls=data["denoiser_calls"],
             seconds=data["search_seconds"],
+            calibration_calls=data.get("calibration_calls", 0),
         )  # fmt: skip
         timing = Timing(*(latency[name] for name in ("dense_ms", "batch", "repeats", "device", "threads")))
         front = {

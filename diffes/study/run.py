@@ -15,7 +15,7 @@ from diffes.adapters import Condition, adapter_for, model_folder, shipped_models
 from diffes.errors import DiffesError
 from diffes.measure.currencies import LATENCY_REPEATS, prunable_fraction
 from diffes.progress import Progress
-from diffes.pruning.bank import fingerprint
+from diffes.pruning.bank import fingerprint, split_of
 from diffes.runtime.apply import load
 from diffes.runtime.artifact import BANK, read_schedule, write_schedule
 from diffes.search.ledger import SearchResult
@@ -82,8 +82,10 @@ def _write_result(bench: Workbench, schedule: Schedule, out: Path) -> None:
     home = model_folder(config.model)
     pruned = {
         "method": config.method,
+        "allocation": config.allocation if bank.kind == "width" else "equal",
         "kind": bank.kind,
         "model": str(home.resolve()) if home and config.model not in shipped_models() else config.model,
+        "split": split_of(bank, schedule, bench.adapter.prunable(bank.kind)),
     }
     header = {"fingerprint": fingerprint(bench.adapter.denoiser), **pruned, **schedule.to_json()}
     files.write_safely(out / BANK, lambda partial: bank.save(partial, header))
@@ -147,7 +149,10 @@ def _draw(bench: Workbench, result: SearchResult, report: Report, out: Path) -> 
     }
     captions = [adapter.label(condition) for condition in evaluator.probes.conditions]
     eligible = [e.fitness for e, counts in zip(result.evaluations, result.eligible, strict=True) if counts]
+    prunable = adapter.prunable(bench.router.bank.kind)
+    layers = split_of(bench.router.bank, best, prunable)
     figures = {
+        "split.png": plots.split(layers["sets"], layers["groups"], layers["kept"], best),
         "schedule.png": plots.schedules({"searched": best, "uniform": uniform}),
         "convergence.png": plots.convergence({config.strategy: eligible}, config.metric),
         "images.png": plots.image_grid({name: adapter.decode(latents) for name, latents in rows.items()}, captions),

@@ -22,7 +22,7 @@ from diffes.measure.metrics import Metric, make_metric
 from diffes.measure.profile import damage_table, stage_profile
 from diffes.progress import Progress, RichProgress
 from diffes.pruning import METHODS
-from diffes.pruning.bank import WeightBank
+from diffes.pruning.build import build_bank
 from diffes.pruning.calibration import CalibrationSet, load_calibration, sample_calibration
 from diffes.runtime.apply import pick_device
 from diffes.runtime.router import Router
@@ -226,15 +226,17 @@ def prepare(config: RunConfig, progress: Progress, costs: Table | None = None) -
     space = SearchSpace.mean_sparsity(stages, adapter.max_level(method.kind), config.budget, steps)
     metric = make_metric(config.metric, adapter.device)
     try_metric(metric, adapter)
-    data = None if method.needs == "nothing" else calibration_of(config, adapter)
+    splits = config.allocation == "damage" and method.kind == "width"
+    data = calibration_of(config, adapter) if splits or method.needs != "nothing" else None
     with progress.task(f"calibrating {config.method}", len(space.visited)) as advance:
-        bank = WeightBank.build(
+        bank = build_bank(
             adapter,
             method,
             stages,
             data,
-            guided=config.guidance > 1,
+            guidance=config.guidance,
             seed=config.seed,
+            allocation=config.allocation,
             only=space.visited,
             progress=lambda stage: advance(f"stage {stage}"),
         )

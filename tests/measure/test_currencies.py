@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_bank
+from conftest import small_bank
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffes.adapters import ModelAdapter
-from diffes.measure.currencies import interleaved_ms, macs_fraction, macs_per_call
+from diffes.adapters.macs import macs_per_call
+from diffes.measure.currencies import interleaved_ms, macs_fraction
 from diffes.pruning import METHODS
 from diffes.runtime.router import Router
 from diffes.search.schedule import Schedule, Stages
@@ -55,7 +56,7 @@ def test_macs_agree_with_shapes_and_with_a_counter_over_the_whole_run(
     adapter: ModelAdapter, stages: Stages, method: str
 ) -> None:
     """The fraction against every layer of every call of a routed and a dense run, twice: by hand and by torch."""
-    bank = build_bank(adapter, method, stages, [1, 2])
+    bank = small_bank(adapter, method, stages, [1, 2])
     router, max_level = Router(adapter, bank), adapter.max_level(bank.kind)
     schedule = Schedule(stages, (0, max_level // 3, max_level - 1, 0), max_level)
     probes = adapter.make_probes(1, 0)

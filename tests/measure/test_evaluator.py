@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import build_bank
+from conftest import small_bank
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 
 from diffes.adapters import ModelAdapter, SamplingState
@@ -22,7 +22,7 @@ from diffes.search.strategy import Evaluation
 def make(
     adapter: ModelAdapter, stages: Stages, metric: str = "latent_mse", method: str = "magnitude", **options: int
 ) -> ScheduleEvaluator:
-    router = Router(adapter, build_bank(adapter, method, stages))
+    router = Router(adapter, small_bank(adapter, method, stages))
     return ScheduleEvaluator(
         router, stages, adapter.make_probes(5, 3), n_steps=8, guidance=2.0, metric=make_metric(metric, adapter.device),
         batch=3, **options,

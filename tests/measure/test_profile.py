@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_bank
+from conftest import small_bank
 
 from diffes.adapters import ModelAdapter
 from diffes.measure.evaluator import ScheduleEvaluator
@@ -73,7 +73,7 @@ class Counted(ScheduleEvaluator):
 
 def test_damage_is_what_each_level_of_each_stage_costs_alone(tiny: ModelAdapter, stages: Stages) -> None:
     """Two steps visit two of the four stages; the others cost nothing."""
-    router = Router(tiny, build_bank(tiny, "magnitude", stages))
+    router = Router(tiny, small_bank(tiny, "magnitude", stages))
     options: dict[str, Any] = {"n_steps": 2, "guidance": 2.0, "metric": make_metric("latent_cosine", tiny.device)}
     evaluator = Counted(router, stages, tiny.make_probes(3, 0), **options)
     space = SearchSpace.mean_sparsity(stages, 4, 0.5, evaluator.steps)

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_bank
+from conftest import small_bank
 from safetensors.torch import save_file
 
 from diffes.adapters import ModelAdapter, adapter_for, load_pipeline
 from diffes.errors import DiffesError
 from diffes.pruning import METHODS
 from diffes.pruning.bank import FORMAT, WeightBank, check_fingerprint, fingerprint
+from diffes.pruning.build import build_bank
 from diffes.pruning.calibration import load_calibration
 from diffes.search.schedule import Schedule, Stages
 
@@ -24,10 +25,10 @@ def consumer(bank: WeightBank, key: tuple[int, int], name: str) -> torch.Tensor:
 
 
 def test_save_and_load_keep_every_bit(tiny: ModelAdapter, stages: Stages, tmp_path: Path) -> None:
-    bank = build_bank(tiny, "obs", stages).for_schedule(Schedule(stages, (0, 1, 2, 4), 4))
+    bank = small_bank(tiny, "obs", stages).for_schedule(Schedule(stages, (0, 1, 2, 4), 4))
     bank.save(tmp_path / "bank.safetensors", {"method": "obs"})
     loaded, header = WeightBank.open(tmp_path / "bank.safetensors")
-    assert header == {"format_version": 1, "kind": "width", "method": "obs"}
+    assert header == {"format_version": 2, "kind": "width", "method": "obs"}
     bank.save(tmp_path / "again.safetensors", {"method": "obs"})
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "bank.safetensors").read_bytes()
     assert sorted(loaded) == sorted(bank) == [(1, 1), (2, 2), (3, 4)]
@@ -45,20 +46,20 @@ def test_save_and_load_keep_every_bit(tiny: ModelAdapter, stages: Stages, tmp_pa
 def test_half_precision_banks_are_half_as_large(
     tiny_sdxl: ModelAdapter, stages: Stages, tmp_path: Path, dtype: torch.dtype
 ) -> None:
-    bank = build_bank(tiny_sdxl, "obs", stages).for_schedule(Schedule(stages, (0, 1, 2, 4), 4))
+    bank = small_bank(tiny_sdxl, "obs", stages, allocation="equal").for_schedule(Schedule(stages, (0, 1, 2, 4), 4))
     bank.save(tmp_path / "full", {})
     bank.save(tmp_path / "half", {}, dtype)
     full, half = (WeightBank.open(tmp_path / name)[0] for name in ("full", "half"))
     back, _ = WeightBank.open(tmp_path / "half", torch.float32)
     name = tiny_sdxl.group_sets()[0].name
-    assert consumer(half, (1, 1), name).dtype == dtype
-    assert consumer(half, (1, 1), name).nbytes * 2 == consumer(full, (1, 1), name).nbytes
+    assert consumer(half, (2, 2), name).dtype == dtype
+    assert consumer(half, (2, 2), name).nbytes * 2 == consumer(full, (2, 2), name).nbytes
     assert (tmp_path / "half").stat().st_size < (tmp_path / "full").stat().st_size
-    torch.testing.assert_close(consumer(back, (1, 1), name), consumer(full, (1, 1), name), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(consumer(back, (2, 2), name), consumer(full, (2, 2), name), rtol=1e-2, atol=1e-3)
 
 
 def test_depth_banks_say_so(untrained: ModelAdapter, stages: Stages, tmp_path: Path) -> None:
-    bank = build_bank(untrained, "layer_drop", stages)
+    bank = small_bank(untrained, "layer_drop", stages)
     bank.save(tmp_path / "bank.safetensors", {})
     loaded, header = WeightBank.open(tmp_path / "bank.safetensors")
     assert loaded.kind == header["kind"] == "depth"
@@ -66,27 +67,30 @@ def test_depth_banks_say_so(untrained: ModelAdapter, stages: Stages, tmp_path: P
 
 
 def test_stages_do_not_depend_on_which_others_are_built(tiny: ModelAdapter, stages: Stages) -> None:
-    alone, together = build_bank(tiny, "obs", stages, [2]), build_bank(tiny, "obs", stages)
-    name = tiny.group_sets()[0].name
-    assert torch.equal(consumer(alone, (2, 1), name), consumer(together, (2, 1), name))
+    alone, together = small_bank(tiny, "obs", stages, [2]), small_bank(tiny, "obs", stages)
+    for level in range(1, 5):
+        assert alone[2, level].keys() == together[2, level].keys()
+        for name in alone[2, level]:
+            assert torch.equal(consumer(alone, (2, level), name), consumer(together, (2, level), name))
 
 
 def test_stages_share_what_does_not_depend_on_them(tiny: ModelAdapter, stages: Stages) -> None:
-    assert build_bank(tiny, "magnitude", stages).nbytes == build_bank(tiny, "magnitude", stages, [0]).nbytes
+    every, one = (small_bank(tiny, "magnitude", stages, only, allocation="equal") for only in (None, [0]))
+    assert every.nbytes == one.nbytes
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "text", "foreign", "newer"])
 def test_unreadable_banks_are_refused(tiny: ModelAdapter, stages: Stages, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "bank.safetensors"
-    build_bank(tiny, "obs", stages, [0]).save(path, {})
+    small_bank(tiny, "obs", stages, [0]).save(path, {})
     content = path.read_bytes()
-    messages = {"missing": "missing", "foreign": "no diffes bank", "newer": "version 2.*newer diffes"}
+    messages = {"missing": "missing", "foreign": "no diffes bank", "newer": "version 3.*newer diffes"}
     if damage == "missing":
         path.unlink()
     elif damage == "foreign":
         save_file({"x": torch.zeros(2)}, path)
     elif damage == "newer":
-        save_file({"x": torch.zeros(2)}, path, metadata={FORMAT: json.dumps({"format_version": 2, "kind": "width"})})
+        save_file({"x": torch.zeros(2)}, path, metadata={FORMAT: json.dumps({"format_version": 3, "kind": "width"})})
     else:
         path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"hello"}[damage])
     with pytest.raises(DiffesError, match=messages.get(damage, "is damaged")):
@@ -122,10 +126,10 @@ def test_calibration_that_is_not_finite_names_the_layer(
     attention.to_v.weight.data[0] = value
     attention.to_out[0].weight.data[:, 0] = 1e10  # a block's change overflows where its attention's output is large
     with pytest.raises(DiffesError, match=rf"calibration of {name} at timesteps \[250, 500\] overflowed"):
-        WeightBank.build(tiny, METHODS.make(method), stages, data, guided=True, seed=0, only=[1])
+        build_bank(tiny, METHODS.make(method), stages, data, guidance=2.0, seed=0, only=[1])
 
 
 def test_weights_alone_need_no_calibration(tiny: ModelAdapter, stages: Stages) -> None:
-    assert len(WeightBank.build(tiny, METHODS.make("magnitude"), stages, None, guided=True, seed=0)) == 4 * 4
-    with pytest.raises(DiffesError, match="OBS needs calibration data, got none"):
-        WeightBank.build(tiny, METHODS.make("obs"), stages, None, guided=True, seed=0)
+    assert len(build_bank(tiny, METHODS.make("magnitude"), stages, None, guidance=2.0, seed=0)) == 4 * 4
+    with pytest.raises(DiffesError, match="OBS with allocation equal needs calibration data, got none"):
+        build_bank(tiny, METHODS.make("obs"), stages, None, guidance=2.0, seed=0)

@@ -12,7 +12,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import altered, build_bank, images, make_run, open_adapter
+from conftest import altered, images, make_run, open_adapter, small_bank
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -122,7 +122,7 @@ def add_lora(adapter: ModelAdapter) -> None:
 
 def test_a_lora_is_pruned_with_its_layers(untrained: ModelAdapter, stages: Stages) -> None:
     """The oracle: the same LoRA merged into the dense weights, pruned with the same kept groups."""
-    bank = build_bank(untrained, "magnitude", stages)
+    bank = small_bank(untrained, "magnitude", stages)
     probes = untrained.make_probes(2, 0)
     plain = untrained.sample(probes, 4, 2.0)
     schedule = Schedule(stages, (1, 2, 1, 3), untrained.max_level("width"))
@@ -175,7 +175,7 @@ def test_a_lora_of_diffusers_is_loaded_before_apply_not_after(
 
 
 def test_adapters_that_cannot_be_cut_are_refused(untrained: ModelAdapter, stages: Stages) -> None:
-    bank = build_bank(untrained, "magnitude", stages)
+    bank = small_bank(untrained, "magnitude", stages)
     peft.inject_adapter_in_model(peft.LoHaConfig(r=2, target_modules=LAYERS), untrained.denoiser)
     with pytest.raises(DiffesError, match="no plain LoRA"):
         Router(untrained, bank)

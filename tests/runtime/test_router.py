@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_bank
+from conftest import small_bank
 from torch import nn
 
 from diffes.adapters import GroupSet, Kind, ModelAdapter
@@ -52,7 +52,7 @@ def assert_dense(adapter: ModelAdapter, before: dict[str, object]) -> None:
 def test_level_0_is_the_dense_model_bit_for_bit(adapter: ModelAdapter, stages: Stages, method: str) -> None:
     probes = adapter.make_probes(2, 0)
     dense = adapter.sample(probes, 4, 2.0)
-    bank = build_bank(adapter, method, stages, STAGES)
+    bank = small_bank(adapter, method, stages, STAGES)
     router, max_level = Router(adapter, bank), adapter.max_level(bank.kind)
     with router.routed(everywhere(stages, 0, max_level)):
         assert torch.equal(adapter.sample(probes, 4, 2.0), dense)
@@ -63,7 +63,9 @@ def test_level_0_is_the_dense_model_bit_for_bit(adapter: ModelAdapter, stages: S
 def masked(adapter: ModelAdapter, bank: WeightBank, level: int, stack: ExitStack) -> None:
     """The dense model with what a level of stage 1 drops made ineffective, at full width and depth."""
     for prunable in adapter.prunable(bank.kind):
-        thin = bank[1, level][prunable.name]
+        thin = bank[1, level].get(prunable.name)
+        if thin is None:  # dense at this level
+            continue
         if isinstance(prunable, GroupSet):
             columns = prunable.features(thin.kept.long())
             layer = adapter.denoiser.get_submodule(prunable.consumer)
@@ -81,7 +83,7 @@ def masked(adapter: ModelAdapter, bank: WeightBank, level: int, stack: ExitStack
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_sliced_equals_masked(adapter: ModelAdapter, stages: Stages, method: str) -> None:
     """Thin layers against full ones with zero columns, skipped blocks against blocks whose output is not used."""
-    bank = build_bank(adapter, method, stages, STAGES)
+    bank = small_bank(adapter, method, stages, STAGES)
     router = Router(adapter, bank)
     probes = adapter.make_probes(2, 0)
     latents, timesteps = probes.noise, torch.tensor([300, 300])
@@ -101,12 +103,13 @@ def test_sliced_equals_masked(adapter: ModelAdapter, stages: Stages, method: str
 def test_level_k_removes_k_of_h_everywhere_and_levels_are_nested(
     adapter: ModelAdapter, stages: Stages, method: str
 ) -> None:
-    bank = build_bank(adapter, method, stages, STAGES)
+    bank = small_bank(adapter, method, stages, STAGES, allocation="equal")
     max_level = adapter.max_level(bank.kind)
     for prunable in adapter.prunable(bank.kind):
         kept = set(range(prunable.n_groups))
         for level in range(1, max_level + 1):
-            left = set(bank[1, level][prunable.name].kept.tolist())
+            there = bank[1, level].get(prunable.name)
+            left = kept if there is None else set(there.kept.tolist())
             assert left <= kept
             assert abs(len(left) - prunable.n_groups * (max_level - level) / max_level) <= 0.5
             kept = left
@@ -119,7 +122,7 @@ def test_dense_is_restored_however_the_context_is_left(
     adapter: ModelAdapter, stages: Stages, error: type[BaseException] | None, method: str
 ) -> None:
     before = state(adapter)
-    bank = build_bank(adapter, method, stages, STAGES)
+    bank = small_bank(adapter, method, stages, STAGES)
     router, max_level = Router(adapter, bank), adapter.max_level(bank.kind)
     probes = adapter.make_probes(1, 0)
     calls = 0
@@ -147,7 +150,7 @@ def test_dense_is_restored_when_a_swap_is_interrupted(
     untrained: ModelAdapter, stages: Stages, monkeypatch: pytest.MonkeyPatch, kind: Kind
 ) -> None:
     before = state(untrained)
-    router = Router(untrained, build_bank(untrained, OF_KIND[kind], stages))
+    router = Router(untrained, small_bank(untrained, OF_KIND[kind], stages))
     last = router._parts[untrained.prunable(kind)[-1].name]
     load_thin = last.load_thin
 
@@ -162,7 +165,7 @@ def test_dense_is_restored_when_a_swap_is_interrupted(
 
 
 def test_weights_change_exactly_at_stage_borders(tiny: ModelAdapter, stages: Stages) -> None:
-    router = Router(tiny, build_bank(tiny, "obs", stages))
+    router = Router(tiny, small_bank(tiny, "obs", stages, allocation="equal"))
     probes = tiny.make_probes(1, 0)
     schedule = Schedule(stages, (0, 1, 2, 4), 4)
     with torch.no_grad(), router.routed(schedule):
@@ -181,7 +184,7 @@ def test_layers_of_few_heads_round_halves_up(tiny_sdxl: ModelAdapter, stages: St
 
 
 def test_unsuitable_schedules_are_refused(tiny: ModelAdapter, stages: Stages) -> None:
-    router = Router(tiny, build_bank(tiny, "magnitude", stages, [0]))
+    router = Router(tiny, small_bank(tiny, "magnitude", stages, [0]))
     before = state(tiny)
     with pytest.raises(DiffesError, match="max_level 8"), router.routed(everywhere(stages, 0, 8)):
         pass
@@ -191,7 +194,7 @@ def test_unsuitable_schedules_are_refused(tiny: ModelAdapter, stages: Stages) ->
 
 
 def test_moving_the_model_while_routed_is_refused(tiny: ModelAdapter, stages: Stages) -> None:
-    router = Router(tiny, build_bank(tiny, "magnitude", stages))
+    router = Router(tiny, small_bank(tiny, "magnitude", stages))
     probes = tiny.make_probes(1, 0)
     router.install(everywhere(stages, 1, 4))
     tiny.pipe.to(torch.float16)
@@ -211,7 +214,7 @@ def test_an_adapter_says_what_stands_in_for_a_skipped_block(tiny: ModelAdapter, 
             return halved
 
     own = Own(tiny.pipe)
-    bank, probes = build_bank(tiny, "layer_drop", stages), tiny.make_probes(1, 0)
+    bank, probes = small_bank(tiny, "layer_drop", stages), tiny.make_probes(1, 0)
     outputs = []
     for adapter in (tiny, own):
         with torch.no_grad(), Router(adapter, bank).routed(everywhere(stages, 2, 2)):
@@ -233,7 +236,7 @@ def test_an_adapter_says_what_attention_without_heads_does(tiny: ModelAdapter, s
             return Nothing()
 
     own = Own(tiny.pipe)
-    bank, probes = build_bank(tiny, "magnitude", stages), tiny.make_probes(1, 0)
+    bank, probes = small_bank(tiny, "magnitude", stages), tiny.make_probes(1, 0)
     before, outputs = state(tiny), []
     for adapter in (tiny, own):
         with torch.no_grad(), Router(adapter, bank).routed(everywhere(stages, 4, 4)):

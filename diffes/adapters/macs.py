@@ -1,0 +1,49 @@
+"""Multiply-accumulates of a denoiser call, of the whole network and of its parts, counted by torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Size
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from diffes.adapters.base import ModelAdapter
+
+DEEP = 99  # modules within modules: all
+
+
+def _attention_flops(query: Size, key: Size, value: Size, *_args: object, **_kwargs: object) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+# torch counts the attention kernels of GPUs by itself, and of the CPU's only those that are made of matrix products
+_ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+@torch.no_grad()
+def macs_by_module(adapter: ModelAdapter, timestep: int = 0) -> dict[str, int]:
+    """Multiply-accumulates in each module of the denoiser, by path, of one call on a batch of one; "" is all of it.
+
+    Counted over every matrix product, convolution and attention, with the weights that the timestep is routed to.
+    """
+    probe = adapter.make_probes(1, 0)
+    latents = probe.noise.to(adapter.device, adapter.dtype)
+    with FlopCounterMode(display=False, depth=DEEP, custom_mapping=_ATTENTION_ON_CPU) as counter:
+        adapter.denoise_once(latents, torch.tensor([timestep]), probe.conditions)
+    root = type(adapter.denoiser).__name__  # text encoders may have run as well
+    counts = {name: sum(by_operator.values()) // 2 for name, by_operator in counter.get_flop_counts().items()}
+    return {"": counts[root]} | {n.removeprefix(f"{root}."): c for n, c in counts.items() if n.startswith(f"{root}.")}
+
+
+def macs_per_call(adapter: ModelAdapter, timestep: int = 0) -> int:
+    """Multiply-accumulates of one denoiser call on a batch of one, with the weights that the timestep is routed to."""
+    return macs_by_module(adapter, timestep)[""]
+
+
+def macs_per_group(adapter: ModelAdapter) -> dict[str, float]:
+    """Multiply-accumulates that one group of each group set takes, of the dense model.
+
+    All of an attention layer is proportional to its heads, all of an FFN to its channels, and no set changes what
+    another one costs: what a thin network saves is the sum over the groups that it lacks, exactly.
+    """
+    counts = macs_by_module(adapter)
+    return {groups.name: counts[groups.name] / groups.n_groups for groups in adapter.group_sets()}

@@ -1,0 +1,137 @@
+"""Making a bank: calibrate, prune, and share every level out over the layers, stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from diffes.adapters import BlockSet, GroupSet, ModelAdapter
+from diffes.adapters.macs import macs_per_group
+from diffes.errors import DiffesError
+from diffes.pruning.allocation import Rungs, allocate
+from diffes.pruning.bank import Key, StageWeights, WeightBank
+from diffes.pruning.base import DepthMethod, GroupWeights, LayerWeights, PruningMethod, WidthMethod, nested
+from diffes.pruning.calibration import CalibrationSet, StagePass, block_changes, input_moments
+from diffes.pruning.damage import StageDamage
+from diffes.search.schedule import Allocation, Stages
+
+FINER = 2  # rungs of a set for each level, where it has groups enough
+
+
+def build_bank(
+    adapter: ModelAdapter,
+    method: PruningMethod,
+    stages: Stages,
+    data: CalibrationSet | None,
+    *,
+    guidance: float,
+    seed: int,
+    allocation: Allocation = "equal",
+    only: Iterable[int] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> WeightBank:
+    """Calibrates and prunes stage by stage; only one stage's statistics are in memory at a time.
+
+    Args:
+        adapter: the dense model.
+        method: how to prune.
+        stages: their ranges of timesteps.
+        data: clean latents; not needed where neither the method nor the allocation looks at data.
+        guidance: classifier-free guidance scale of the sampling to come.
+        seed: of the calibration timesteps and noise; stage s draws the same ones whatever the other stages do.
+        allocation: "equal", as in the paper: a level removes the same fraction of every group set; "damage": it saves
+            at least as many multiply-accumulates where that does least to the prediction. Depth has one set only.
+        only: numbers of the stages to prune; all when left out.
+        progress: told the stage after each.
+
+    Raises:
+        DiffesError: calibration data are needed and there are none, or a layer's statistics are not finite.
+    """
+    ladders = _Ladders(adapter, method, allocation)
+    if data is None and (method.needs != "nothing" or ladders.splits):
+        raise DiffesError(f"{type(method).__name__} with allocation {allocation} needs calibration data, got none")
+    thin: dict[str, list[GroupWeights]] | None = None
+    entries: dict[Key, StageWeights] = {}
+    calls = 0
+    for stage in range(len(stages)) if only is None else only:
+        drawn = seed * 100_003 + stage
+        if thin is None or method.needs != "nothing":
+            run = None
+            if method.needs != "nothing":
+                assert data is not None
+                weigh = method.timestep_weights
+                run = StagePass(adapter, stages.ranges[stage], data, guidance > 1, drawn, weigh)
+                calls += len(data)
+            thin = _prune(adapter, method, run, ladders.sets)
+        split = ladders.equal
+        if ladders.splits:
+            assert data is not None
+            damage = StageDamage(adapter, stages.ranges[stage], data, guidance, drawn)
+            split = allocate(ladders.sets, damage.measure(ladders.sets, thin))
+            calls += damage.calls
+        for level in range(1, ladders.max_level + 1):
+            # Those that share weights share the very objects: `nbytes` and the file of a search count on it.
+            entries[stage, level] = {
+                name: thin[name][rung] for name, rung in zip(thin, split[level], strict=True) if rung
+            }
+        if progress:
+            progress(stage)
+    return WeightBank(entries, method.kind, calls=calls)
+
+
+class _Ladders:
+    """What every group set can be reduced to, and which rung a level takes where it takes the same from all.
+
+    Attributes:
+        sets: the rungs of each set.
+        max_level: H.
+        splits: whether levels are shared out by damage.
+        equal: (H + 1, sets) rungs of the equal split.
+    """
+
+    def __init__(self, adapter: ModelAdapter, method: PruningMethod, allocation: Allocation) -> None:
+        self.max_level = adapter.max_level(method.kind)
+        self.splits = allocation == "damage" and method.kind == "width"
+        macs = macs_per_group(adapter) if self.splits else {}
+        self.sets = [
+            Rungs.of(p, self.max_level, macs.get(p.name, 0.0), FINER if self.splits else 1)
+            for p in adapter.prunable(method.kind)
+        ]
+        self.equal = [[rungs.equal(level) for rungs in self.sets] for level in range(self.max_level + 1)]
+
+
+def _prune(
+    adapter: ModelAdapter, method: PruningMethod, run: StagePass | None, sets: Sequence[Rungs]
+) -> dict[str, list[GroupWeights]]:
+    """What is left of every set at every rung, in host memory; the first one is dense."""
+    if isinstance(method, DepthMethod):
+        (rungs,) = sets
+        assert run is not None and isinstance(rungs.groups, BlockSet)
+        importance = method.importance(block_changes(run, rungs.groups))
+        _check_finite(rungs.groups.name, run, importance)
+        return {rungs.groups.name: nested(importance, rungs.kept)}
+    assert isinstance(method, WidthMethod)
+    groups_of = [rungs.groups for rungs in sets if isinstance(rungs.groups, GroupSet)]
+    moments = {} if run is None else input_moments(run, groups_of, full=method.needs == "second_moment")
+    thin = {}
+    for groups, rungs in zip(groups_of, sets, strict=True):
+        moment = moments.pop(groups.name, None)
+        if moment is not None:
+            _check_finite(groups.name, run, moment)
+        levels = method.prune(groups, LayerWeights.of(adapter.denoiser, groups), moment, rungs.kept[1:])
+        everything = GroupWeights(torch.arange(groups.n_groups, dtype=torch.int32))
+        thin[groups.name] = [
+            everything,
+            *(GroupWeights(w.kept.cpu(), None if w.consumer is None else w.consumer.cpu()) for w in levels),
+        ]
+    return thin
+
+
+def _check_finite(name: str, run: StagePass | None, values: Tensor) -> None:
+    if run is not None and not torch.isfinite(values).all():
+        raise DiffesError(
+            f"calibration of {name} at timesteps {list(run.stage)} overflowed: not all values are finite; "
+            "try another --dtype"
+        )

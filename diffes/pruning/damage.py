@@ -1,0 +1,141 @@
+"""What it does to a prediction when one group set is thin: measured for all of them at once, from gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffes.adapters import GroupSet, ModelAdapter
+from diffes.errors import DiffesError
+from diffes.pruning.allocation import Floats, Rungs
+from diffes.pruning.base import GroupWeights
+from diffes.pruning.calibration import CalibrationSet
+
+SAMPLES = 32  # noised latents a stage
+DIRECTIONS = 4  # random ones, of each prediction
+BACKWARD = 2  # calls that a backward pass counts as
+OWN_STREAM = 1 << 40  # added to the seed: other timesteps and noise than calibration draws
+ELEMENTS = 1 << 26  # of the gradients that are held at once
+
+
+@dataclass(frozen=True)
+class StageDamage:
+    """First-order damage of thin layers in one stage.
+
+    With `f` the guided prediction and `D` the change of a consumer's weights (of dropped inputs, to zero), the damage
+    is the mean of `|J D|^2` over noised latents, J being the Jacobian of f. For random signs v, the mean of
+    `(v^T J D)^2` over v is just that, and `v^T J` is one backward pass for all layers. So every rung of every set is
+    known after `DIRECTIONS` backward passes, where a denoiser call for each rung of each set would take hundreds.
+
+    Args:
+        adapter: the dense model.
+        stage: [lo, hi) timesteps.
+        data: clean latents.
+        guidance: classifier-free guidance scale of the sampling to come; above 1 both branches are predicted from the
+            same latents, and their damages partly cancel as they do there.
+        seed: of the latents, timesteps, noise and signs.
+
+    Source: Hutchinson's estimator of the trace of the Gauss-Newton matrix.
+    """
+
+    adapter: ModelAdapter
+    stage: tuple[int, int]
+    data: CalibrationSet
+    guidance: float
+    seed: int
+
+    @property
+    def calls(self) -> int:
+        """What measuring takes, in rows of denoiser calls; a backward pass counts as two."""
+        rows = min(SAMPLES, len(self.data)) * (2 if self.guidance > 1 else 1)
+        return rows * (1 + BACKWARD * DIRECTIONS)
+
+    def measure(self, sets: Sequence[Rungs], thin: Mapping[str, Sequence[GroupWeights]]) -> list[Floats]:
+        """For each set, (rungs,) mean squared change of an element of the prediction when only that set is thin.
+
+        Args:
+            sets: the rungs of each set.
+            thin: what is left of each set at each of its rungs.
+
+        Raises:
+            DiffesError: the gradients overflowed.
+        """
+        lo, hi = self.stage
+        generator = torch.Generator().manual_seed(self.seed + OWN_STREAM)
+        chosen = torch.randperm(len(self.data), generator=generator)[:SAMPLES]
+        timesteps = torch.randint(lo, hi, (len(chosen),), generator=generator)
+        noise = torch.randn((len(chosen), *self.data.latents.shape[1:]), generator=generator)
+        groups_of = [rungs.groups for rungs in sets if isinstance(rungs.groups, GroupSet)]
+        weights = [self.adapter.denoiser.get_submodule(groups.consumer).weight.detach() for groups in groups_of]
+        damage = [torch.zeros(len(rungs.kept), dtype=torch.float64) for rungs in sets]
+        at_once = max(1, ELEMENTS // (DIRECTIONS * max(w.numel() for w in weights)))
+        for rows in torch.arange(len(chosen)).split(at_once):
+            signs = torch.randint(0, 2, (DIRECTIONS, *noise[rows].shape), generator=generator) * 2.0 - 1
+            found = self._gradients(groups_of, chosen[rows], timesteps[rows], noise[rows], signs)
+            for i, (groups, weight, gradients) in enumerate(zip(groups_of, weights, found, strict=True)):
+                for rung, left in enumerate(thin[groups.name]):
+                    change = _change(groups, weight.float(), left)
+                    damage[i][rung] += (gradients @ change.flatten()).double().square().sum().cpu()
+        if not all(bool(torch.isfinite(each).all()) for each in damage):
+            raise DiffesError(
+                f"the damage of thin layers at timesteps [{lo}, {hi}) is not finite: the gradients overflowed; try "
+                "another --dtype, or --allocation equal, which needs none"
+            )
+        elements = noise[0].numel() * len(chosen) * DIRECTIONS
+        return [np.asarray(each) / elements for each in damage]
+
+    def _gradients(
+        self, groups_of: Sequence[GroupSet], chosen: Tensor, timesteps: Tensor, noise: Tensor, signs: Tensor
+    ) -> list[Tensor]:
+        """For each set, (directions * n, d_out * d_in) gradients of `v^T f` by the weights of its consumer, sample by
+        sample."""
+        adapter, denoiser, n = self.adapter, self.adapter.denoiser, len(chosen)
+        clean = self.data.latents[chosen].to(adapter.device, adapter.dtype)
+        noisy = adapter.add_noise(clean, noise, timesteps)
+        conditions = tuple(self.data.conditions[i] for i in chosen.tolist())
+        branches = 2 if self.guidance > 1 else 1
+        if branches == 2:
+            noisy, timesteps = torch.cat([noisy, noisy]), torch.cat([timesteps, timesteps])
+            conditions = (*conditions, *(None,) * n)
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        handles = [
+            denoiser.get_submodule(groups.consumer).register_forward_hook(
+                lambda _module, inputs, output, name=groups.name: seen.update({name: (inputs[0].detach(), output)})
+            )
+            for groups in groups_of
+        ]
+        try:
+            with torch.enable_grad():
+                predicted = adapter.denoise_once(noisy.requires_grad_(), timesteps, conditions)
+                predicted = predicted[:, : noise.shape[1]].float()  # a learned variance, where there is one, is below
+                if branches == 2:
+                    predicted = self.guidance * predicted[:n] + (1 - self.guidance) * predicted[n:]
+                outputs = [seen[groups.name][1] for groups in groups_of]
+                by_direction = [
+                    torch.autograd.grad((predicted * v.to(predicted.device)).sum(), outputs, retain_graph=True)
+                    for v in signs
+                ]
+        finally:
+            for handle in handles:
+                handle.remove()
+        found = []
+        for i, groups in enumerate(groups_of):
+            inputs = seen[groups.name][0].float()
+            parts = [
+                torch.einsum("nto,nti->noi", backward[i].float(), inputs).unflatten(0, (branches, n)).sum(0).flatten(1)
+                for backward in by_direction
+            ]
+            found.append(torch.cat(parts))
+        return found
+
+
+def _change(groups: GroupSet, dense: Tensor, left: GroupWeights) -> Tensor:
+    """(d_out, d_in) what a thin consumer's weights are over the dense ones, zeros where its inputs were dropped."""
+    features = groups.features(left.kept.to(dense.device, torch.long))
+    change = -dense
+    change[:, features] = 0.0 if left.consumer is None else left.consumer.to(dense) - dense[:, features]
+    return change

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffes.adapters import GroupSet, ModelAdapter
+from diffes.errors import DiffesError
+from diffes.pruning import GroupWeights, damage
+from diffes.pruning.allocation import Rungs
+from diffes.pruning.calibration import CalibrationSet, load_calibration
+from diffes.pruning.damage import StageDamage
+
+SMALL = 1e-3  # a change that a model answers in proportion
+
+
+def calibration(adapter: ModelAdapter, n: int) -> CalibrationSet:
+    return load_calibration(adapter, Path(adapter.pipe.config._name_or_path) / "calibration.npz", n)
+
+
+def a_little_thinner(adapter: ModelAdapter, groups: GroupSet, factor: float) -> list[GroupWeights]:
+    """Dense, and with all of the consumer's weights a little smaller."""
+    weight = adapter.denoiser.get_submodule(groups.consumer).weight.detach()
+    everything = torch.arange(groups.n_groups, dtype=torch.int32)
+    return [GroupWeights(everything), GroupWeights(everything, weight * (1 - factor))]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_damage_is_the_squared_change_of_the_guided_prediction(
+    untrained: ModelAdapter, guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against denoiser calls with one layer changed a little, on the very samples, in many directions."""
+    monkeypatch.setattr(damage, "DIRECTIONS", 300)
+    adapter, n, stage, seed = untrained, 4, (250, 500), 3
+    data = calibration(adapter, 8)
+    monkeypatch.setattr(damage, "SAMPLES", n)
+    sets = [Rungs(groups, 1, (groups.n_groups, groups.n_groups), 1.0) for groups in adapter.group_sets()]
+    thin = {g.name: a_little_thinner(adapter, g, SMALL) for g in adapter.group_sets()}
+    found = StageDamage(adapter, stage, data, guidance, seed).measure(sets, thin)
+
+    generator = torch.Generator().manual_seed(seed + damage.OWN_STREAM)
+    chosen = torch.randperm(len(data), generator=generator)[:n]
+    timesteps = torch.randint(*stage, (n,), generator=generator)
+    noise = torch.randn((n, *data.latents.shape[1:]), generator=generator)
+    noisy = adapter.add_noise(data.latents[chosen], noise, timesteps)
+    conditions = [data.conditions[i] for i in chosen.tolist()]
+
+    @torch.no_grad()
+    def predicted() -> torch.Tensor:
+        given = adapter.denoise_once(noisy, timesteps, conditions)[:, : noise.shape[1]].double()
+        if guidance <= 1:
+            return given
+        null = adapter.denoise_once(noisy, timesteps, [None] * n)[:, : noise.shape[1]].double()
+        return null + guidance * (given - null)
+
+    dense = predicted()
+    for groups, harm in zip(adapter.group_sets(), found, strict=True):
+        assert harm[0] == 0
+        layer = adapter.denoiser.get_submodule(groups.consumer)
+        before = layer.weight.data
+        layer.weight.data = before * (1 - 10 * SMALL)  # ten times as much: fp32 resolves it
+        expected = float((predicted() - dense).square().mean()) / 100
+        layer.weight.data = before
+        assert harm[1] == pytest.approx(expected, rel=0.25), groups.name
+
+
+def test_dropped_inputs_count_as_zero_weights(tiny: ModelAdapter) -> None:
+    """A set without its last group harms as much as one whose last columns are zero."""
+    groups = tiny.group_sets()[0]
+    weight = tiny.denoiser.get_submodule(groups.consumer).weight.detach().clone()
+    weight[:, -groups.size :] = 0
+    everything = torch.arange(groups.n_groups, dtype=torch.int32)
+    thin = {groups.name: [GroupWeights(everything[:-1]), GroupWeights(everything, weight)]}
+    rungs = Rungs(groups, 1, (groups.n_groups - 1, groups.n_groups), 1.0)
+    (harm,) = StageDamage(tiny, (0, 250), calibration(tiny, 8), 2.0, 0).measure([rungs], thin)
+    assert harm[0] == pytest.approx(harm[1], rel=1e-5) and harm[0] > 0
+
+
+def test_the_same_seed_measures_the_same_and_leaves_the_model_as_it_was(untrained: ModelAdapter) -> None:
+    sets = [Rungs.of(groups, 4, 1.0) for groups in untrained.group_sets()]
+    thin = {
+        r.groups.name: [GroupWeights(torch.arange(n, dtype=torch.int32)) for n in r.kept] for r in sets
+    }  # without compensation
+    data = calibration(untrained, 8)
+    state = torch.random.get_rng_state()
+    one, other = (StageDamage(untrained, (500, 750), data, 2.0, 1).measure(sets, thin) for _ in range(2))
+    assert [a.tolist() for a in one] == [b.tolist() for b in other]
+    elsewhere = StageDamage(untrained, (500, 750), data, 2.0, 2).measure(sets, thin)
+    assert [a.tolist() for a in one] != [b.tolist() for b in elsewhere]
+    assert all((each[1:] > 0).all() for each in one)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not any(module._forward_hooks for module in untrained.denoiser.modules())
+    assert all(parameter.grad is None for parameter in untrained.denoiser.parameters())
+
+
+def test_micro_batches_change_nothing_but_the_signs(tiny: ModelAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = [Rungs.of(groups, 4, 1.0) for groups in tiny.group_sets()]
+    thin = {r.groups.name: [GroupWeights(torch.arange(n, dtype=torch.int32)) for n in r.kept] for r in sets}
+    monkeypatch.setattr(damage, "DIRECTIONS", 100)
+    run = StageDamage(tiny, (500, 750), calibration(tiny, 6), 2.0, 1)
+    together = run.measure(sets, thin)
+    monkeypatch.setattr(damage, "ELEMENTS", 1)
+    apart = run.measure(sets, thin)
+    for one, other in zip(together, apart, strict=True):
+        assert one[1:] == pytest.approx(other[1:], rel=0.5)
+
+
+def test_calls_count_rows_forwards_and_twice_backwards(tiny: ModelAdapter) -> None:
+    data = calibration(tiny, 6)
+    assert StageDamage(tiny, (0, 250), data, 2.0, 0).calls == 12 * (1 + 2 * damage.DIRECTIONS)
+    assert StageDamage(tiny, (0, 250), data, 1.0, 0).calls == 6 * (1 + 2 * damage.DIRECTIONS)
+
+
+def test_gradients_that_overflow_are_refused(tiny: ModelAdapter) -> None:
+    data = calibration(tiny, 4)
+    tiny.denoiser.proj_out_2.weight.data[:] = 1e38
+    sets = [Rungs.of(groups, 4, 1.0) for groups in tiny.group_sets()]
+    thin = {r.groups.name: [GroupWeights(torch.arange(n, dtype=torch.int32)) for n in r.kept] for r in sets}
+    with pytest.raises(DiffesError, match=r"timesteps \[0, 250\) is not finite.*--allocation equal"):
+        StageDamage(tiny, (0, 250), data, 2.0, 0).measure(sets, thin)
