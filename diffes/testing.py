@@ -16,7 +16,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,6 +24,7 @@ import numpy as np
 from diffes.errors import DiffesError
 from diffes.search.loop import run_search
 from diffes.search.operators import CROSSOVERS, MUTATIONS
+from diffes.search.plan import PlanSpace
 from diffes.search.schedule import Schedule, Stages
 from diffes.search.space import SearchSpace
 from diffes.search.strategy import STRATEGIES, Evaluation, Proposal, Strategy
@@ -45,6 +46,17 @@ SPACES = {
     ),
 }
 
+LINEAR = [[1 - 0.2 * level for level in range(5)]] * 16
+CROSSING = [[1.0, 1.05, 0.7, 0.75, 0.3 + 0.05 * node] for node in range(8)]  # thinner levels may cost more
+PLANS = {
+    "plans": PlanSpace.dense_calls(LINEAR, 4),
+    "dense calls only": PlanSpace.dense_calls(LINEAR, 4, allowed=(0,)),
+    "crossing costs": PlanSpace.dense_calls(CROSSING, 2.2, allowed=(0, 1, 3, 4), starts=[[5, 5, 5, 4, 5, 5, 3, 0]]),
+    "one call": PlanSpace.dense_calls(LINEAR, 0.5),
+    "all nodes": PlanSpace.dense_calls(CROSSING, 20),
+    "one node": PlanSpace.dense_calls([[1.0, 0.5]], 0.7),
+    "no budget": PlanSpace.dense_calls(LINEAR, None),
+}
 
 LARGE = ("paper", "half")  # what a strategy that walks through all schedules may refuse
 
@@ -55,10 +67,25 @@ def _global_random_states() -> tuple[Any, ...]:
 
 
 class _OperatorConformance:
-    """What holds for mutations and crossovers alike: chains of 200 applications in every space."""
+    """What holds for mutations and crossovers alike: chains of 200 applications in every space.
+
+    Attributes:
+        name: of a registered operator.
+        applications: length of a chain.
+        plans_only: True for an operator of plans, which refuses other spaces with a `DiffesError`.
+    """
 
     name: ClassVar[str]
     applications: ClassVar[int] = 200
+    plans_only: ClassVar[bool] = False
+
+    def spaces(self) -> Mapping[str, SearchSpace]:
+        """The spaces that it accepts."""
+        return PLANS if self.plans_only else SPACES | PLANS
+
+    def large(self) -> SearchSpace:
+        """One in which there is much to change."""
+        return PLANS["plans"] if self.plans_only else SPACES["half"]
 
     def operator(self) -> Callable[..., tuple[Any, ...]]:
         raise NotImplementedError
@@ -78,23 +105,23 @@ class _OperatorConformance:
         return found
 
     def test_feasible_genomes_stay_feasible_in_every_space(self) -> None:
-        for label, space in SPACES.items():
+        for label, space in self.spaces().items():
             for genomes in self.chain(space, 0):
                 for genome in genomes:
                     assert space.is_feasible(genome), f"{self.name} left the budget of the space {label!r}: {genome}"
                     assert all(type(level) is int for level in genome), f"{self.name} made levels that are no ints"
 
     def test_the_result_is_a_tuple_of_as_many_genomes(self) -> None:
-        space = SPACES["paper"]
+        space = self.large()
         result = self.operator()(*[space.uniform()] * self.parents(), space=space, rng=np.random.default_rng(0))
         assert isinstance(result, tuple) and len(result) == self.parents(), f"{self.name} must return a tuple"
 
     def test_it_changes_something_in_a_large_space(self) -> None:
-        distinct = {tuple(genome) for genomes in self.chain(SPACES["half"], 1) for genome in genomes}
+        distinct = {tuple(genome) for genomes in self.chain(self.large(), 1) for genome in genomes}
         assert len(distinct) > self.applications // 4, f"{self.name} found only {len(distinct)} different genomes"
 
     def test_the_generator_decides_everything(self) -> None:
-        space = SPACES["half"]
+        space = self.large()
         random.seed(1)
         first = self.chain(space, 3)
         random.seed(2)
@@ -103,8 +130,18 @@ class _OperatorConformance:
 
     def test_global_random_states_are_left_alone(self) -> None:
         before = _global_random_states()
-        self.chain(SPACES["half"], 0)
+        self.chain(self.large(), 0)
         assert _global_random_states() == before, f"{self.name} draws from a global generator"
+
+    def test_an_operator_of_plans_refuses_other_spaces(self) -> None:
+        if not self.plans_only:
+            return
+        space = SPACES["paper"]
+        try:
+            self.operator()(*[space.uniform()] * self.parents(), space=space, rng=np.random.default_rng(0))
+        except DiffesError:
+            return
+        raise AssertionError(f"{self.name} works on plans only, and did not refuse a space of stages")
 
 
 class MutationConformance(_OperatorConformance):
@@ -129,7 +166,7 @@ class CrossoverConformance(_OperatorConformance):
         return 2
 
     def test_equal_parents_have_equal_children(self) -> None:
-        space, rng = SPACES["half"], np.random.default_rng(0)
+        space, rng = self.large(), np.random.default_rng(0)
         genome = space.sample(rng)
         children = self.operator()(list(genome), list(genome), space=space, rng=rng)
         assert [list(child) for child in children] == [genome, genome]
@@ -171,12 +208,14 @@ class StrategyConformance:
 
     Attributes:
         name: of a registered strategy.
+        plans: False for what refuses spaces of plans with a `DiffesError`.
         searches: False for a baseline that needs not find the optimum.
         random: False for what does the same whatever the seed.
         evaluations: how many it may take to find the optimum of a space of 85 schedules.
     """
 
     name: ClassVar[str]
+    plans: ClassVar[bool] = True
     searches: ClassVar[bool] = True
     random: ClassVar[bool] = True
     evaluations: ClassVar[int] = 200
@@ -186,13 +225,14 @@ class StrategyConformance:
         return STRATEGIES.make(self.name, space or SPACES["small"], seed=seed)
 
     def spaces(self) -> dict[str, SearchSpace]:
-        """The spaces that it accepts: all but the largest, which it may refuse with a `DiffesError`."""
-        accepted = {}
-        for label, space in SPACES.items():
+        """The spaces that it accepts: all but the largest, which it may refuse with a `DiffesError`, and plans."""
+        accepted: dict[str, SearchSpace] = {}
+        for label, space in (SPACES | PLANS).items():
+            may_refuse = label in LARGE or (label in PLANS and not self.plans)
             try:
                 self.make(space)
             except DiffesError:
-                assert label in LARGE, f"{self.name} refuses the space {label!r}"
+                assert may_refuse, f"{self.name} refuses the space {label!r}"
                 continue
             accepted[label] = space
         return accepted
@@ -207,6 +247,7 @@ class StrategyConformance:
                 for levels in (proposal.schedule.levels for proposal in batch):
                     assert strategy.explores or space.is_feasible(levels), f"off the budget of {label!r}"
                     assert all(n > 0 or level == 0 for n, level in zip(space.steps, levels, strict=True))
+                    assert set(levels) <= set(space.genes), f"levels that {label!r} does not have"
                 strategy.tell(answer(batch))
             assert n_asked, f"{self.name} asked for nothing in the space {label!r}"
 
@@ -235,6 +276,12 @@ class StrategyConformance:
         assert run.returncode == 0, run.stderr
         there = [(tuple(levels), fidelity) for levels, fidelity in json.loads(run.stdout)]
         assert there == trace(self.make(seed=5))
+
+    def test_the_seed_decides_the_sequence_of_plans(self) -> None:
+        if self.plans:
+            first = trace(self.make(PLANS["plans"], seed=3), 24)
+            assert trace(self.make(PLANS["plans"], seed=3), 24) == first
+            assert len(set(first)) == len(first) > 0
 
     def test_the_order_of_telling_does_not_matter(self) -> None:
         assert trace(self.make(), backwards=True) == trace(self.make())

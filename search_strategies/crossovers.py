@@ -7,6 +7,7 @@ import numpy as np
 from diffes.errors import DiffesError
 from diffes.search.genome import Genome
 from diffes.search.operators import mended
+from diffes.search.plan import plans_only
 from diffes.search.space import SearchSpace
 
 
@@ -17,7 +18,8 @@ def level_exchange(
 
     The difference of the parents is a list of single levels to move from one stage to another. Each move is drawn with
     probability `rate`; the first child is the first parent with those moves made, the second child the second parent
-    with the same moves undone. Where parents agree, so do the children.
+    with the same moves undone. Where parents agree, so do the children. Plans exchange levels at the nodes that
+    both call.
 
     Args:
         one: feasible levels (S,); changed in place.
@@ -31,12 +33,34 @@ def level_exchange(
     """
     if not 0 <= rate <= 1:
         raise DiffesError(f"rate must be in [0, 1], got {rate}")
-    gains = [s for s in space.visited for _ in range(other[s] - one[s])]
-    losses = [s for s in space.visited for _ in range(one[s] - other[s])]
+    both = sorted(set(space.called(one)) & set(space.called(other)))
+    gains = [s for s in both for _ in range(other[s] - one[s])]
+    losses = [s for s in both for _ in range(one[s] - other[s])]
     for i, j in zip(rng.permutation(losses).tolist(), rng.permutation(gains).tolist(), strict=False):
         if rng.random() < rate:
             one[int(i)] -= 1
             one[int(j)] += 1
             other[int(i)] += 1
             other[int(j)] -= 1
+    return mended(one, space, rng), mended(other, space, rng)
+
+
+def node_exchange(one: Genome, other: Genome, *, space: SearchSpace, rng: np.random.Generator) -> tuple[Genome, Genome]:
+    """Crossover of plans: the calls at cleaner nodes of one parent and at noisier nodes of the other, and the reverse.
+
+    The cut between the nodes is drawn; a child that would cost too much is repaired.
+
+    Args:
+        one: a feasible plan (N,); changed in place.
+        other: likewise.
+        space: the feasible plans.
+        rng: draws the cut.
+
+    Raises:
+        DiffesError: the space is not one of plans.
+    """
+    plans_only(space, "node_exchange")
+    if space.n_stages > 1:
+        cut = int(rng.integers(1, space.n_stages))
+        one[:cut], other[:cut] = other[:cut], one[:cut]
     return mended(one, space, rng), mended(other, space, rng)

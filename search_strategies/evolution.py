@@ -11,7 +11,7 @@ from diffes.search.genome import Genome
 from diffes.search.initial import hybrid
 from diffes.search.space import SearchSpace
 from diffes.search.strategy import Evaluation, Proposal, Strategy
-from diffes.search.variation import CROSSOVER, MUTATION, make_toolbox, vary
+from diffes.search.variation import make_toolbox, vary
 
 
 class Evolution(Strategy):
@@ -24,7 +24,8 @@ class Evolution(Strategy):
         lam: lambda, offspring of a generation, at least 1.
         initial: size of the hybrid first population, at least 1.
         mutation: a registered mutation or one of DEAP's, with options after a colon:
-            "level_switch:max_moves=3,max_levels=1", "deap.mutUniformInt:indpb=0.2".
+            "level_switch:max_moves=3,max_levels=1", "deap.mutUniformInt:indpb=0.2"; None takes the space's own:
+            "level_switch" as the paper does, "plan_move" for plans.
         crossover: a registered crossover or one of DEAP's, likewise; None goes without, as the paper does.
         crossover_rate: how likely an offspring has two parents, in [0, 1], where there is a crossover.
 
@@ -44,7 +45,7 @@ class Evolution(Strategy):
         mu: int = 2,
         lam: int = 4,
         initial: int = 16,
-        mutation: str = MUTATION,
+        mutation: str | None = None,
         crossover: str | None = None,
         crossover_rate: float = 0.5,
     ) -> None:
@@ -56,7 +57,7 @@ class Evolution(Strategy):
             raise DiffesError(f"crossover_rate must be in [0, 1], got {crossover_rate}")
         self._cxpb = crossover_rate if crossover is not None else 0.0
         self._rng = np.random.default_rng(seed)
-        self._toolbox = make_toolbox(space, self._rng, mutate=mutation, mate=crossover or CROSSOVER)
+        self._toolbox = make_toolbox(space, self._rng, mutate=mutation, mate=crossover)
         self._survivors: list[Genome] = []
         self._seen: set[tuple[int, ...]] = set()
 

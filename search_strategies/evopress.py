@@ -23,7 +23,8 @@ class EvoPress(Strategy):
         lam: lambda, offspring of a generation, at least 1; also the size of the hybrid first population.
         fidelities: the fraction of the probes of each rung, rising, the last one 1.
         survivors: how many go on from each rung but the last, falling.
-        mutation: a registered mutation or one of DEAP's, with options after a colon.
+        mutation: a registered mutation or one of DEAP's, with options after a colon; None takes the space's own of
+            small steps: "level_switch_small" as EvoPress does, "plan_move:max_moves=1" for plans.
 
     Raises:
         DiffesError: the rungs are not as above.
@@ -42,7 +43,7 @@ class EvoPress(Strategy):
         lam: int = 16,
         fidelities: Sequence[float] = (0.25, 1.0),
         survivors: Sequence[int] = (4,),
-        mutation: str = "level_switch_small",
+        mutation: str | None = None,
     ) -> None:
         super().__init__(space, seed=seed)
         self.lam = at_least("lam", lam, 1)
@@ -55,7 +56,7 @@ class EvoPress(Strategy):
         self.fidelities = tuple(fidelities)
         self.survivors = tuple(at_least("survivors", n, 1) for n in survivors)
         self._rng = np.random.default_rng(seed)
-        self._toolbox = make_toolbox(space, self._rng, mutate=mutation)
+        self._toolbox = make_toolbox(space, self._rng, mutate=mutation or space.small_mutation)
         self._parent: Genome | None = None
         self._rung = 0
         self._going_on: list[Genome] = []

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from diffes.errors import DiffesError, at_least
+from diffes.search.plan import schedules_only
 from diffes.search.space import SearchSpace
 from diffes.search.strategy import Evaluation, Proposal, Strategy
 
@@ -20,10 +21,11 @@ class Exhaustive(Strategy):
         batch: schedules asked at once, at least 1.
 
     Raises:
-        DiffesError: the space is too large.
+        DiffesError: the space is too large, or one of plans.
     """
 
     def __init__(self, space: SearchSpace, *, seed: int, limit: int = 100_000, batch: int = 64) -> None:
+        schedules_only(space, "exhaustive")
         super().__init__(space, seed=seed)
         self.batch = at_least("batch", batch, 1)
         at_least("limit", limit, 1)

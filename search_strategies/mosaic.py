@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from diffes.errors import DiffesError
 from diffes.search.genome import Origin
+from diffes.search.plan import schedules_only
 from diffes.search.space import SearchSpace
 from diffes.search.strategy import Evaluation, Proposal, StageProfile, Strategy
 
@@ -30,7 +31,8 @@ class Mosaic(Strategy):
         weight: lambda of the paper, at least 0.
 
     Raises:
-        DiffesError: there is no profile, it has another number of stages, or the weight is negative.
+        DiffesError: there is no profile, it has another number of stages, the weight is negative, or the space is
+            one of plans.
 
     Source: MosaicDiff (Guo et al. 2025), which sets edges and sparsities by hand from such a score; the rule that makes
     them from it for any budget and number of stages is ours.
@@ -41,6 +43,7 @@ class Mosaic(Strategy):
     def __init__(
         self, space: SearchSpace, *, seed: int, profile: StageProfile | None = None, weight: float = 0.1
     ) -> None:
+        schedules_only(space, "mosaic")
         super().__init__(space, seed=seed)
         if profile is None or len(profile.loss) != space.n_stages:
             raise DiffesError(f"mosaic needs a profile of the model with {space.n_stages} stages, got {profile}")

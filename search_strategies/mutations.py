@@ -21,7 +21,7 @@ def level_switch(
     `n = min(U{1..m}, U{1..m})` moves; each draws two distinct visited stages i and j and an amount `a` in `U{1..A}`,
     and shifts `min(a, L_i, H - L_j)` levels from i to j. That keeps the sum of levels, hence the budget where steps are
     equal and costs linear; in other spaces a genome that left the budget is repaired. A genome of a single visited
-    stage stays as it is.
+    stage stays as it is. Of a plan, the called nodes are what is visited.
 
     Args:
         genome: feasible levels (S,); changed in place.
@@ -35,12 +35,12 @@ def level_switch(
     """
     at_least("max_moves", max_moves, 1)
     at_least("max_levels", max_levels, 1)
-    visited = space.visited
-    if len(visited) < 2:
+    called = space.called(genome)
+    if len(called) < 2:
         return (genome,)
     for _ in range(int(rng.integers(1, max_moves + 1, 2).min())):
-        i, j = (int(stage) for stage in rng.choice(visited, 2, replace=False))
-        shift = min(int(rng.integers(1, max_levels + 1)), genome[i], space.max_level - genome[j])
+        i, j = (int(stage) for stage in rng.choice(called, 2, replace=False))
+        shift = min(int(rng.integers(1, max_levels + 1)), genome[i], space.thinnest - genome[j])
         genome[i] -= shift
         genome[j] += shift
     return (mended(genome, space, rng),)
@@ -91,9 +91,9 @@ def level_step(genome: Genome, *, space: SearchSpace, rng: np.random.Generator, 
         max_levels: at least 1.
     """
     at_least("max_levels", max_levels, 1)
-    stage = int(rng.choice(space.visited))
+    stage = int(rng.choice(space.called(genome)))
     change = int(rng.integers(1, max_levels + 1)) * (1 if rng.random() < 0.5 else -1)
-    genome[stage] = min(max(genome[stage] + change, 0), space.max_level)
+    genome[stage] = min(max(genome[stage] + change, 0), space.thinnest)
     return (mended(genome, space, rng),)
 
 
@@ -112,17 +112,17 @@ def segment_transfer(
     """
     at_least("max_length", max_length, 1)
     at_least("max_levels", max_levels, 1)
-    visited = space.visited
-    if len(visited) < 2:
+    called = space.called(genome)
+    if len(called) < 2:
         return (genome,)
-    length = int(rng.integers(1, min(max_length, len(visited) // 2) + 1))
+    length = int(rng.integers(1, min(max_length, len(called) // 2) + 1))
     # two starts at least `length` apart: draw them in the shorter row that is left without the first segment's body
-    first, second = sorted(int(i) for i in rng.choice(len(visited) - 2 * length + 2, 2, replace=False))
-    segments = [visited[first : first + length], visited[second + length - 1 : second + 2 * length - 1]]
+    first, second = sorted(int(i) for i in rng.choice(len(called) - 2 * length + 2, 2, replace=False))
+    segments = [called[first : first + length], called[second + length - 1 : second + 2 * length - 1]]
     source, target = segments if rng.random() < 0.5 else segments[::-1]
     amount = int(rng.integers(1, max_levels + 1))
     for i, j in zip(source, target, strict=True):
-        shift = min(amount, genome[i], space.max_level - genome[j])
+        shift = min(amount, genome[i], space.thinnest - genome[j])
         genome[i] -= shift
         genome[j] += shift
     return (mended(genome, space, rng),)

@@ -13,7 +13,7 @@ from diffes.search.initial import hybrid
 from diffes.search.operators import confined
 from diffes.search.space import SearchSpace
 from diffes.search.strategy import Evaluation, Proposal, Strategy
-from diffes.search.variation import CROSSOVER, MUTATION, make_toolbox, vary
+from diffes.search.variation import make_toolbox, vary
 
 
 class TwoFitness(base.Fitness):  # type: ignore[misc]  # DEAP has no type hints
@@ -33,8 +33,8 @@ class Nsga2(Strategy):
         seed: the only source of randomness.
         mu: size of the population, at least 4.
         lam: offspring of a generation, at least 1.
-        mutation: a registered mutation or one of DEAP's, with options after a colon; half of the offspring also change
-            their cost, by `level_step`.
+        mutation: a registered mutation or one of DEAP's, with options after a colon; None takes the space's own. Half
+            of the offspring also change their cost, by `level_step`.
         crossover: a registered crossover or one of DEAP's, likewise.
         crossover_rate: how likely an offspring has two parents, in [0, 1].
 
@@ -51,8 +51,8 @@ class Nsga2(Strategy):
         seed: int,
         mu: int = 24,
         lam: int = 16,
-        mutation: str = MUTATION,
-        crossover: str = CROSSOVER,
+        mutation: str | None = None,
+        crossover: str | None = None,
         crossover_rate: float = 0.5,
     ) -> None:
         super().__init__(space, seed=seed)
@@ -83,8 +83,8 @@ class Nsga2(Strategy):
         self._population = tools.selNSGA2(self._population, min(self.mu, len(self._population)))
 
     def _first(self) -> list[Genome]:
-        """A constant schedule of every level, then the hybrid first population of the budget."""
-        constant = [[level if n else 0 for n in self.space.steps] for level in range(self.space.max_level + 1)]
+        """A constant schedule of every level or number of calls, then the hybrid first population of the budget."""
+        constant = self.space.constants()
         distinct = dict.fromkeys(tuple(levels) for levels in [*constant, *hybrid(self.space, self._rng, self.mu)])
         return [Genome(levels) for levels in distinct][: max(self.mu, len(constant))]
 

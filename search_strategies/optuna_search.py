@@ -48,7 +48,7 @@ class OptunaSearch(Strategy):
         self.sampler = sampler
         self._rng = np.random.default_rng(seed)
         self._distributions: dict[str, BaseDistribution] = {
-            f"level_{s:02d}": IntDistribution(0, space.max_level) for s in space.visited
+            f"level_{s:02d}": IntDistribution(0, len(space.genes) - 1) for s in space.visited
         }
         with quiet_optuna():
             self._study = optuna.create_study(sampler=_make_sampler(sampler, seed, options), direction="maximize")
@@ -72,7 +72,7 @@ class OptunaSearch(Strategy):
                 self._open = None
             else:
                 levels = evaluation.schedule.levels
-                params = {f"level_{s:02d}": levels[s] for s in self.space.visited}
+                params = {f"level_{s:02d}": self.space.genes.index(levels[s]) for s in self.space.visited}
                 self._study.add_trial(
                     create_trial(value=evaluation.fitness, params=params, distributions=self._distributions)
                 )
@@ -81,7 +81,7 @@ class OptunaSearch(Strategy):
         """An unseen feasible genome (S,) from the sampler, or None; its trial stays open where it gets the score."""
         for _ in range(SUGGESTION_TRIES):
             trial = self._study.ask(self._distributions)
-            suggested = [trial.params.get(f"level_{s:02d}", 0) for s in range(self.space.n_stages)]
+            suggested = [self.space.genes[trial.params.get(f"level_{s:02d}", 0)] for s in range(self.space.n_stages)]
             feasible = self.space.is_feasible(suggested)
             levels = suggested if feasible else self.space.repair(suggested, self._rng)
             unseen = tuple(levels) not in self._seen

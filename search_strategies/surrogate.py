@@ -16,8 +16,10 @@ from scipy.stats import norm, rankdata
 from diffes.errors import at_least
 from diffes.search.genome import Origin
 from diffes.search.initial import hybrid, sample_unseen
+from diffes.search.plan import PlanSpace
 from diffes.search.space import SearchSpace
 from diffes.search.strategy import Evaluation, Proposal, Strategy
+from search_strategies.plan_view import PlanView
 
 Floats = NDArray[np.float64]
 DP_UNITS = 2000  # costs are counted in at most so many units of the budget when it is solved
@@ -54,7 +56,8 @@ class Surrogate(Strategy):
         self._rng = np.random.default_rng(seed)
         self._known: dict[tuple[int, ...], float] = {}
         self._prefixes: set[tuple[int, ...]] = set()
-        self._kernel = _Kernel.prior(len(space.visited))
+        self._view = PlanView(space) if isinstance(space, PlanSpace) else StageView(space)
+        self._kernel = _Kernel.prior(self._view.n_features)
 
     def _ask(self) -> list[Proposal]:
         if not self._known:
@@ -63,7 +66,7 @@ class Surrogate(Strategy):
             return self._random(self.batch, [])
         ranked = sorted(self._known, key=lambda levels: self._known[levels], reverse=True)
         ranks = rankdata([self._known[genome] for genome in ranked])
-        levels, scores = self._scaled(ranked), norm.ppf((ranks - 0.5) / len(ranked))
+        levels, scores = self._view.features(ranked), norm.ppf((ranks - 0.5) / len(ranked))
         self._kernel = self._kernel.fitted(levels[:MEMORY], scores[:MEMORY])
         return self._promising(_Model(self._kernel, levels[:MEMORY], scores[:MEMORY]), ranked)
 
@@ -71,11 +74,7 @@ class Surrogate(Strategy):
         for evaluation in evaluations:
             levels = evaluation.schedule.levels
             self._known[levels] = evaluation.fitness
-            self._prefixes.update(self._prefixes_of(levels))
-
-    def _scaled(self, genomes: Sequence[Sequence[int]]) -> Floats:
-        """Sparsity (n, V) of the visited stages."""
-        return np.array(genomes, dtype=float)[:, self.space.visited] / max(self.space.max_level, 1)
+            self._prefixes.update(state for state, _ in self._view.states(levels))
 
     def _random(self, n: int, chosen: Sequence[tuple[int, ...]]) -> list[Proposal]:
         """Up to n unseen schedules that are not among those chosen."""
@@ -86,16 +85,9 @@ class Surrogate(Strategy):
             batch.append(self.propose(levels, origin=Origin("random")))
         return batch
 
-    def _prefixes_of(self, levels: Sequence[int]) -> list[tuple[int, ...]]:
-        """What decides the state after each visited stage, in the order of sampling."""
-        path = [levels[s] for s in reversed(self.space.visited)]
-        return [tuple(path[: i + 1]) for i in range(len(path))]
-
     def _price(self, levels: Sequence[int]) -> float:
         """Fraction of a whole run's denoiser calls that measuring a schedule takes, given what was measured before."""
-        steps = [self.space.steps[s] for s in reversed(self.space.visited)]
-        shared = [prefix in self._prefixes for prefix in self._prefixes_of(levels)]
-        return sum(n for n, known in zip(steps, shared, strict=True) if not known) / sum(steps)
+        return sum(price for state, price in self._view.states(levels) if state not in self._prefixes)
 
     def _promising(self, model: _Model, ranked: Sequence[tuple[int, ...]]) -> list[Proposal]:
         """The batch of unseen schedules, from the one that is believed best to the one that tells most."""
@@ -105,29 +97,31 @@ class Surrogate(Strategy):
             unseen = [levels for levels in passed if levels not in self._known and levels not in batch]
             if not unseen:
                 continue
-            mean, deviation = model.predict(self._scaled(unseen))
+            mean, deviation = model.predict(self._view.features(unseen))
             prices = np.array([self._price(levels) for levels in unseen])
             chosen = int(np.argmax(mean + curiosity * deviation - THRIFT * prices))
             best = unseen[chosen]
             batch[best] = self.propose(best, origin=passed[best])
-            model = model.believing(self._scaled([best]), float(mean[chosen]))
+            model = model.believing(self._view.features([best]), float(mean[chosen]))
         return [*batch.values(), *self._random(self.batch - len(batch), list(batch))]
 
     def _climb(
         self, model: _Model, ranked: Sequence[tuple[int, ...]], curiosity: float
     ) -> dict[tuple[int, ...], Origin]:
         """Feasible genomes that were passed on the way up, and from where."""
-        optimum = self.space.repair(solve(self.space, self._table(model)), self._rng)
-        passed = {tuple(optimum): Origin("dynamic programming")}
+        passed: dict[tuple[int, ...], Origin] = {}
+        if isinstance(self._view, StageView):
+            optimum = self.space.repair(solve(self.space, self._view.table(model)), self._rng)
+            passed[tuple(optimum)] = Origin("dynamic programming")
         for _ in range(STRANGERS):
             passed.setdefault(tuple(self.space.sample(self._rng)), Origin("random"))
         here = list(dict.fromkeys([*passed, *ranked[:PARENTS]]))
         height: dict[tuple[int, ...], float] = {}
         for _ in range(CLIMB):
-            around = [self._neighbours(levels) for levels in here]
+            around = [self._view.neighbours(levels, self._rng) for levels in here]
             new = list(dict.fromkeys(levels for levels in [*here, *itertools.chain(*around)] if levels not in height))
             if new:
-                mean, deviation = model.predict(self._scaled(new))
+                mean, deviation = model.predict(self._view.features(new))
                 height.update(zip(new, mean + curiosity * deviation, strict=True))
             for levels, near in zip(here, around, strict=True):
                 for moved in near:
@@ -139,7 +133,27 @@ class Surrogate(Strategy):
             here = higher
         return passed
 
-    def _neighbours(self, levels: tuple[int, ...]) -> list[tuple[int, ...]]:
+
+class StageView:
+    """What the model is told of a schedule of stages, which schedules are near, and which denoiser calls they share.
+
+    Args:
+        space: the feasible schedules.
+    """
+
+    def __init__(self, space: SearchSpace) -> None:
+        self.space = space
+
+    @property
+    def n_features(self) -> int:
+        """One a visited stage."""
+        return len(self.space.visited)
+
+    def features(self, genomes: Sequence[Sequence[int]]) -> Floats:
+        """Sparsity (n, V) of the visited stages."""
+        return np.array(genomes, dtype=float)[:, self.space.visited] / max(self.space.max_level, 1)
+
+    def neighbours(self, levels: tuple[int, ...], rng: np.random.Generator) -> list[tuple[int, ...]]:
         """Distinct feasible genomes that one level moved from one stage to another leads to."""
         found: dict[tuple[int, ...], None] = {}
         for i, j in itertools.permutations(self.space.visited, 2):
@@ -149,12 +163,18 @@ class Surrogate(Strategy):
             moved[i] -= 1
             moved[j] += 1
             if not self.space.is_feasible(moved):
-                moved = self.space.repair(moved, self._rng)
+                moved = self.space.repair(moved, rng)
             found.setdefault(tuple(moved))
         found.pop(levels, None)
         return list(found)
 
-    def _table(self, model: _Model) -> Floats:
+    def states(self, levels: Sequence[int]) -> list[tuple[tuple[int, ...], float]]:
+        """What decides the state after each visited stage, in the order of sampling, and its share of a run's calls."""
+        sampled = self.space.visited[::-1]
+        path = [levels[s] for s in sampled]
+        return [(tuple(path[: i + 1]), self.space.steps[s] / sum(self.space.steps)) for i, s in enumerate(sampled)]
+
+    def table(self, model: _Model) -> Floats:
         """(S, H + 1) what the model believes each level of each stage to be worth on its own."""
         top = self.space.max_level
         table = np.zeros((self.space.n_stages, top + 1))

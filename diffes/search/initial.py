@@ -1,14 +1,19 @@
-"""First populations: the uniform schedule, seven shapes, and random schedules that were not seen before."""
+"""First populations: of schedules and of plans what is designed for them, and random ones that were not seen before."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+import functools
+import itertools
+from collections.abc import Callable, Container, Iterator
 
 import numpy as np
 
+from diffes.search.operators import MUTATIONS
+from diffes.search.plan import PlanSpace
 from diffes.search.space import SearchSpace
 
 SAMPLE_TRIES = 200
+MIXES = 3  # even plans at thinner levels in a first population
 
 # Profiles over the trajectory: x in (0, 1) runs from the first sampled stage (S-1) to the last (0), i counts them.
 # Positive means a higher level.
@@ -35,15 +40,39 @@ def shapes(space: SearchSpace) -> list[list[int]]:
     return [list(levels) for levels in found]
 
 
+@functools.singledispatch
+def designed(space: SearchSpace, rng: np.random.Generator, size: int) -> Iterator[list[int]]:
+    """Genomes (S,) that a population of `size` begins with, the most important first: uniform and the shapes."""
+    yield space.uniform()
+    yield from shapes(space)
+
+
+@designed.register
+def _(space: PlanSpace, rng: np.random.Generator, size: int) -> Iterator[list[int]]:
+    """The starts of the space, uniform dense plans, even ones at thinner levels, and neighbours of the starts.
+
+    The neighbours are one mutation away, those of the first start first; they leave a quarter of the population to
+    random plans.
+    """
+    yield from map(list, space.starts)
+    yield space.uniform()
+    for level in dict.fromkeys(space.allowed[i * (len(space.allowed) - 1) // MIXES] for i in range(1, MIXES + 1)):
+        if (plan := space.even(level)) is not None:
+            yield space.spend(plan, np.random.default_rng(level))
+    mutate = MUTATIONS.bind(space.mutation, 1, space=space, rng=rng)
+    for start in itertools.islice(itertools.cycle(space.starts), max(size * 3 // 4 - len(space.starts) - MIXES - 1, 0)):
+        yield mutate(list(start))[0]
+
+
 def hybrid(space: SearchSpace, rng: np.random.Generator, size: int) -> list[list[int]]:
-    """The uniform schedule, the shapes, and random ones up to `size`: distinct, feasible genomes (S,).
+    """What is designed for the space, and random genomes up to `size`: distinct, feasible ones (S,).
 
     There are fewer when the space (or what 200 draws in a row find of it) is smaller than `size`.
 
-    Source: the "hybrid" initial population of Diff-ES; the profiles are our own.
+    Source: the "hybrid" initial population of Diff-ES (uniform, seven shapes, random); the profiles are our own.
     """
-    population = [levels for levels in shapes(space) if levels != space.uniform()]
-    population = [space.uniform(), *population][:size]
+    distinct = dict.fromkeys(map(tuple, designed(space, rng, size)))
+    population = [list(levels) for levels in itertools.islice(distinct, size)]
     seen = {tuple(levels) for levels in population}
     while len(population) < size and (levels := sample_unseen(space, rng, seen)) is not None:
         seen.add(tuple(levels))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -31,7 +32,16 @@ class SearchSpace:
             with the level. A level that costs as much as the next denser one is never feasible.
         budget: the largest cost allowed, in the units of `steps * level_costs`; None allows all, and every genome whose
             unvisited stages are dense is feasible then.
+
+    Attributes:
+        mutation: the operator of a search that was told no other.
+        small_mutation: likewise, of one that takes small steps.
+        crossover: likewise.
     """
+
+    mutation: ClassVar[str] = "level_switch"
+    small_mutation: ClassVar[str] = "level_switch_small"
+    crossover: ClassVar[str] = "level_exchange"
 
     stages: Stages
     max_level: int
@@ -107,7 +117,7 @@ class SearchSpace:
         limit = max(math.floor(budget * densest * (1 + 1e-9)), thinnest)
         return cls(stages, falling.shape[1] - 1, tuple(steps), whole, limit)
 
-    def without_budget(self) -> SearchSpace:
+    def without_budget(self) -> Self:
         """The same space, in which a schedule may cost what it likes."""
         return replace(self, budget=None)
 
@@ -120,6 +130,20 @@ class SearchSpace:
     def visited(self) -> list[int]:
         """Stages with at least one denoiser call: the only ones whose level matters."""
         return [s for s, n in enumerate(self.steps) if n]
+
+    @property
+    def genes(self) -> tuple[int, ...]:
+        """Values that a stage may have, rising."""
+        return tuple(range(self.max_level + 1))
+
+    @property
+    def thinnest(self) -> int:
+        """The highest level of a denoiser call."""
+        return self.max_level
+
+    def called(self, levels: Sequence[int]) -> list[int]:
+        """Stages in which a genome (S,) calls the denoiser: those between which levels can be moved."""
+        return self.visited
 
     def cost(self, levels: Sequence[int]) -> int:
         """Cost of a genome (S,), in the units of the budget."""
@@ -184,6 +208,10 @@ class SearchSpace:
             if self.cost(levels) <= self.budget:
                 break
         return self.repair(levels, np.random.default_rng(0))
+
+    def constants(self) -> list[list[int]]:
+        """Genomes (S,) that are the same everywhere, over the whole range of costs, whatever the budget."""
+        return [[level if n else 0 for n in self.steps] for level in range(self.max_level + 1)]
 
     def counts(self, schedule: Schedule, fidelity: float) -> bool:
         """Whether a measured schedule can be a search's result: on all probes and within the budget."""

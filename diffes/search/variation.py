@@ -13,23 +13,22 @@ from diffes.search.operators import CROSSOVERS, MUTATIONS, BoundOperator
 from diffes.search.space import SearchSpace
 
 MUTATION_TRIES = 20
-MUTATION, CROSSOVER = "level_switch", "level_exchange"  # where none is named
 
 
 def make_toolbox(
-    space: SearchSpace, rng: np.random.Generator, *, mutate: str = MUTATION, mate: str = CROSSOVER
+    space: SearchSpace, rng: np.random.Generator, *, mutate: str | None = None, mate: str | None = None
 ) -> base.Toolbox:
     """A DEAP toolbox on a space: all but `evaluate`.
 
-    `individual()` draws a random feasible genome, `population(n=16)` makes a hybrid first population (uniform, seven
-    shapes, random ones), `mutate(genome)` and `mate(one, other)` keep the budget, `select(genomes, k)` takes the k
-    fittest, of equals the earlier ones; `clone` and `map` are DEAP's own.
+    `individual()` draws a random feasible genome, `population(n=16)` makes a hybrid first population,
+    `mutate(genome)` and `mate(one, other)` keep the budget, `select(genomes, k)` takes the k fittest, of equals the
+    earlier ones; `clone` and `map` are DEAP's own.
 
     Args:
         space: the feasible schedules.
         rng: what all of them draw from.
         mutate: a registered mutation or one of DEAP's, with options after a colon: "level_switch:max_moves=3",
-            "deap.mutUniformInt:indpb=0.2".
+            "deap.mutUniformInt:indpb=0.2"; the space's own when left out.
         mate: a crossover, likewise.
 
     Raises:
@@ -38,8 +37,8 @@ def make_toolbox(
     toolbox = base.Toolbox()
     toolbox.register("individual", _individual, space, rng)
     toolbox.register("population", _population, space, rng)
-    toolbox.register("mutate", BoundOperator(MUTATIONS, mutate, space, rng))
-    toolbox.register("mate", BoundOperator(CROSSOVERS, mate, space, rng))
+    toolbox.register("mutate", BoundOperator(MUTATIONS, mutate or space.mutation, space, rng))
+    toolbox.register("mate", BoundOperator(CROSSOVERS, mate or space.crossover, space, rng))
     toolbox.register("select", tools.selBest)
     return toolbox
 

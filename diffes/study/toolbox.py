@@ -12,7 +12,7 @@ from diffes.search.ledger import Ledger
 from diffes.search.space import SearchSpace
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import Evaluator, Proposal
-from diffes.search.variation import CROSSOVER, MUTATION, make_toolbox
+from diffes.search.variation import make_toolbox
 
 
 class Measure:
@@ -62,7 +62,7 @@ def measuring_toolbox(
     """A whole DEAP toolbox; see `Workbench.toolbox`."""
     ledger = Ledger(space, evaluate, store)
     measure = Measure(ledger)
-    toolbox = make_toolbox(space, np.random.default_rng(seed), mutate=mutation or MUTATION, mate=crossover or CROSSOVER)
+    toolbox = make_toolbox(space, np.random.default_rng(seed), mutate=mutation, mate=crossover)
     toolbox.register("evaluate", measure)
     toolbox.register("map", measure.map)
     toolbox.register("result", ledger.result)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffes.search.initial import SHAPES, hybrid, sample_unseen, shapes
+from diffes.search.plan import PlanSpace
 from diffes.search.schedule import Stages
 from diffes.search.space import SearchSpace
 
@@ -63,3 +64,28 @@ def test_sample_unseen() -> None:
         assert tuple(levels) not in seen
         seen.add(tuple(levels))
     assert len(seen) == 7
+
+
+PLANS = PlanSpace.dense_calls([[1.0, 0.8, 0.6, 0.4]] * 32, 4)
+START, OTHER = [4] * 28 + [0] * 4, [0, 4, 4, 4] * 4 + [4] * 16
+
+
+def test_a_population_of_plans_is_starts_then_uniform_then_mixes_then_neighbours_then_random() -> None:
+    space = PlanSpace.dense_calls([[1.0, 0.8, 0.6, 0.4]] * 32, 4, starts=[START, OTHER])
+    population = hybrid(space, np.random.default_rng(0), 16)
+    assert len(set(map(tuple, population))) == 16 and all(map(space.is_feasible, population))
+    assert population[:3] == [START, OTHER, space.uniform()]
+    assert [len(space.called(plan)) for plan in population[3:6]] == [5, 6, 10]
+    differ = [min(int(np.not_equal(plan, start).sum()) for start in (START, OTHER)) for plan in population[6:]]
+    assert np.mean(differ[:6]) < 5 < np.mean(differ[6:])
+    assert hybrid(space, np.random.default_rng(0), 16) == population
+    assert hybrid(space, np.random.default_rng(1), 16)[:6] == population[:6]
+    assert hybrid(space, np.random.default_rng(1), 16)[6:] != population[6:]
+    assert hybrid(space, np.random.default_rng(0), 2) == [START, OTHER]
+
+
+def test_a_population_of_plans_without_starts_is_random_after_the_mixes() -> None:
+    population = hybrid(PLANS, np.random.default_rng(0), 12)
+    assert len(population) == 12 and population[0] == PLANS.uniform()
+    dense = PlanSpace.dense_calls([[1.0, 0.5]] * 6, 5, allowed=(0,))
+    assert hybrid(dense, np.random.default_rng(0), 3)[0].count(0) == 5

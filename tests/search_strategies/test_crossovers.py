@@ -8,8 +8,8 @@ import pytest
 from diffes.errors import DiffesError
 from diffes.search.genome import Genome
 from diffes.search.space import SearchSpace
-from diffes.testing import SPACES, CrossoverConformance
-from search_strategies.crossovers import level_exchange
+from diffes.testing import PLANS, SPACES, CrossoverConformance
+from search_strategies.crossovers import level_exchange, node_exchange
 
 PAPER = SPACES["paper"]
 
@@ -20,6 +20,11 @@ class TestLevelExchange(CrossoverConformance):
 
 class TestFewMoves(CrossoverConformance):
     name = "level_exchange:rate=0.2"
+
+
+class TestNodeExchange(CrossoverConformance):
+    name = "node_exchange"
+    plans_only = True
 
 
 def pair(seed: int) -> tuple[list[int], list[int]]:
@@ -75,3 +80,26 @@ def test_both_are_changed_in_place() -> None:
 def test_a_rate_beyond_its_ends_is_refused(rate: float) -> None:
     with pytest.raises(DiffesError, match=r"rate must be in \[0, 1\]"):
         crossed(0, rate)
+
+
+def test_node_exchange_swaps_what_is_below_a_cut() -> None:
+    """In a space without a budget nothing is repaired; the cut is anywhere between two nodes."""
+    space, cuts = PLANS["no budget"], set()
+    for seed in range(100):
+        one, other = [0] * 16, [3] * 16
+        a, b = node_exchange(Genome(one), Genome(other), space=space, rng=np.random.default_rng(seed))
+        cuts.add(a.count(3))
+        assert a == [3] * a.count(3) + [0] * a.count(0) and b == [3 - level for level in a]
+    assert cuts == set(range(1, 16))
+
+
+def test_level_exchange_leaves_alone_who_is_called() -> None:
+    space, rng = PLANS["no budget"], np.random.default_rng(0)
+    one, other = [5, 0, 4, 1, 5, 2, *[5] * 10], [1, 5, 0, 3, 5, 4, *[5] * 10]
+    changed: set[int] = set()
+    for _ in range(50):
+        a, b = level_exchange(Genome(one), Genome(other), space=space, rng=rng)
+        assert [s for s, level in enumerate(a) if level == 5] == [0, 4, *range(6, 16)]
+        assert [s for s, level in enumerate(b) if level == 5] == [1, 4, *range(6, 16)]
+        changed.update(s for s in range(16) if a[s] != one[s])
+    assert changed == {2, 3, 5}

@@ -17,6 +17,7 @@ from search_strategies.exhaustive import Exhaustive, feasible
 
 class TestConformance(StrategyConformance):
     name = "exhaustive"
+    plans = False
     random = False
 
 

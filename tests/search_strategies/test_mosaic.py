@@ -23,6 +23,7 @@ STEEP_MIDDLE = (0.0, 0.0, 0.0, 2.0, 2.0, 2.0)  # gradient 0, 0, 1, 1, 0, 0
 
 class TestConformance(StrategyConformance):
     name = "mosaic"
+    plans = False
     searches = False
     random = False
     test_the_sequence_is_the_same_in_another_process = None  # type: ignore[assignment]  # a profile is no option
