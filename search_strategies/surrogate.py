@@ -42,6 +42,9 @@ class Surrogate(Strategy):
     That bound is the mean for the first schedule of a batch and two standard deviations above it for the last. Of
     equals the one is asked that shares the first stages with one that was measured: it costs fewer denoiser calls.
 
+    Plans are seen coarsely, by the compute and the calls along the trajectory; climbs on them begin with the fittest
+    and with random ones and follow random mutations.
+
     Args:
         space: the feasible schedules.
         seed: the only source of randomness.

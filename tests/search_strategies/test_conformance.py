@@ -17,9 +17,18 @@ from diffes.errors import DiffesError
 from diffes.registry import Registry
 from diffes.search.loop import run_search
 from diffes.search.operators import CROSSOVERS, MUTATIONS, mended
+from diffes.search.plan import PlanSpace, schedules_only
 from diffes.search.space import SearchSpace
 from diffes.search.strategy import STRATEGIES, Evaluation, Proposal, Strategy
-from diffes.testing import SPACES, CrossoverConformance, MutationConformance, StrategyConformance, answer, evaluate
+from diffes.testing import (
+    PLANS,
+    SPACES,
+    CrossoverConformance,
+    MutationConformance,
+    StrategyConformance,
+    answer,
+    evaluate,
+)
 from search_strategies.evolution import Evolution
 from search_strategies.exhaustive import Exhaustive
 from search_strategies.mutations import level_switch
@@ -104,7 +113,7 @@ def suite_of(make: Callable[..., Strategy], **attributes: Any) -> StrategyConfor
 
 def test_a_good_strategy_fails_nothing() -> None:
     assert failures(suite_of(Evolution)) == set()
-    assert failures(suite_of(Exhaustive, random=False)) == set()
+    assert failures(suite_of(Exhaustive, random=False, plans=False)) == set()
 
 
 class RefusesAll(RandomSearch):
@@ -126,6 +135,29 @@ def test_who_refuses_every_space_is_found() -> None:
         suite_of(RefusesAll).test_batches_are_feasible_and_distinct()
     with pytest.raises(AssertionError, match="refuses the space 'small'"):
         suite_of(RefusesSmall).test_batches_are_feasible_and_distinct()
+
+
+class RefusesPlans(RandomSearch):
+    def __init__(self, space: SearchSpace, *, seed: int) -> None:
+        schedules_only(space, "local")
+        super().__init__(space, seed=seed)
+
+
+def test_who_refuses_plans_has_to_say_so() -> None:
+    with pytest.raises(AssertionError, match="refuses the space 'plans'"):
+        suite_of(RefusesPlans).test_batches_are_feasible_and_distinct()
+    suite = suite_of(RefusesPlans, plans=False)
+    suite.test_batches_are_feasible_and_distinct()
+    assert not PLANS.keys() & suite.spaces().keys()
+
+
+class JunkInPlans(RandomSearch):
+    """Calls every node that is skipped, whatever that costs."""
+
+    explores = True
+
+    def _ask(self) -> list[Proposal]:
+        return [self.propose([self.space.thinnest] * self.space.n_stages) for _ in super()._ask()[:1]]
 
 
 class Silent(RandomSearch):
@@ -243,6 +275,7 @@ class OnlyUniform(RandomSearch):
         (DrawsFromNumpy, "test_global_random_states_are_left_alone"),
         (TakesNan, "test_nan_is_refused_and_does_no_harm"),
         (LearnsInAnyOrder, "test_the_order_of_telling_does_not_matter"),
+        (JunkInPlans, "test_the_seed_decides_the_sequence_of_plans"),
         (ThinsUnvisited, "test_batches_are_feasible_and_distinct"),
         (OnlyUniform, "test_the_optimum_of_a_small_space_is_found"),
         (OnlyUniform, "test_the_seed_decides_the_sequence"),
@@ -315,6 +348,24 @@ def test_the_suite_of_mutations_finds_what_is_wrong(bad: Callable[..., Any], tes
     assert failures(operators(MutationConformance, level_switch)) == set()
     with pytest.raises(AssertionError):
         getattr(operators(MutationConformance, bad), test)()
+
+
+def test_an_operator_of_plans_has_to_refuse_other_spaces() -> None:
+    suite = operators(MutationConformance, level_switch)
+    suite.plans_only = True
+    assert failures(suite) == {"test_an_operator_of_plans_refuses_other_spaces"}
+
+
+def skips_all(genome: list[int], *, space: SearchSpace, rng: np.random.Generator) -> Any:
+    """It takes the highest value for a level like others."""
+    return ([max(level, space.thinnest + isinstance(space, PlanSpace)) for level in genome],)
+
+
+def test_an_operator_that_knows_nothing_of_skipped_nodes_is_found() -> None:
+    suite = operators(MutationConformance, skips_all)
+    suite.plans_only = True
+    with pytest.raises(AssertionError, match="left the budget of the space 'plans'"):
+        suite.test_feasible_genomes_stay_feasible_in_every_space()
 
 
 def random_children(one: list[int], other: list[int], *, space: SearchSpace, rng: np.random.Generator) -> Any:

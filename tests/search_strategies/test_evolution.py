@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from diffes.search.operators import MUTATIONS, mutation
 from diffes.search.schedule import Stages
 from diffes.search.space import SearchSpace
 from diffes.search.strategy import STRATEGIES, Evaluation
-from diffes.testing import SPACES, StrategyConformance, answer, evaluate, trace
+from diffes.testing import PLANS, SPACES, StrategyConformance, answer, evaluate, trace
 from search_strategies.evolution import Evolution
 
 PAPER = SPACES["paper"]
@@ -131,6 +132,22 @@ def test_a_crossover_has_two_parents() -> None:
     assert {origin.operator for origin in found} == {"level_exchange + level_switch"}
     assert {len(set(origin.parents)) for origin in found} == {2}
     assert {len(parent) for origin in found for parent in origin.parents} == {10}
+
+
+def test_plans_are_varied_by_their_own_operators() -> None:
+    space = PLANS["plans"]
+    assert {o.operator for o in origins(Evolution(space, seed=0), 40)} == {"plan_move"}
+    crossed = Evolution(space, seed=0, mu=4, crossover="node_exchange", crossover_rate=1)
+    assert {o.operator for o in origins(crossed, 20)} == {"node_exchange + plan_move"}
+    named = Evolution(space, seed=0, mutation="move_call:max_shift=2")
+    assert {o.operator for o in origins(named, 20)} == {"move_call:max_shift=2"}
+
+
+def test_starts_of_a_space_are_asked_first_and_improved() -> None:
+    start = (5,) * 12 + (0, 0, 0, 0)
+    space = replace(PLANS["plans"], starts=(start,))
+    strategy = Evolution(space, seed=0)
+    assert strategy.ask()[0].schedule.levels == start
 
 
 def test_the_crossover_rate_counts_only_where_there_is_a_crossover() -> None:

@@ -11,7 +11,7 @@ from diffes.errors import DiffesError
 from diffes.search.loop import run_search
 from diffes.search.schedule import Stages
 from diffes.search.space import SearchSpace
-from diffes.testing import SPACES, StrategyConformance, evaluate, separable
+from diffes.testing import PLANS, SPACES, StrategyConformance, evaluate, separable
 from search_strategies.exhaustive import Exhaustive, feasible
 
 
@@ -61,3 +61,8 @@ def test_the_limit_is_the_largest_space_that_it_takes() -> None:
 def test_wrong_parameters_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DiffesError, match=message):
         Exhaustive(SPACES["paper"], seed=0, **options)
+
+
+def test_plans_are_refused() -> None:
+    with pytest.raises(DiffesError, match="strategy 'exhaustive' works on levels of stages"):
+        Exhaustive(PLANS["plans"], seed=0)

@@ -13,7 +13,7 @@ from diffes.search.genome import Origin
 from diffes.search.schedule import Stages
 from diffes.search.space import SearchSpace
 from diffes.search.strategy import StageProfile, Strategy
-from diffes.testing import SPACES, StrategyConformance, answer
+from diffes.testing import PLANS, SPACES, StrategyConformance, answer
 from search_strategies.mosaic import Mosaic, segments
 
 FLAT = (0.0,) * 6
@@ -142,3 +142,8 @@ def test_an_unvisited_stage_stays_dense_and_the_budget_is_met() -> None:
 def test_wrong_parameters_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DiffesError, match=message):
         Mosaic(SPACES["small"], seed=0, **options)
+
+
+def test_plans_are_refused() -> None:
+    with pytest.raises(DiffesError, match="strategy 'mosaic' works on levels of stages"):
+        Mosaic(PLANS["plans"], seed=0, profile=StageProfile(FLAT, FLAT))

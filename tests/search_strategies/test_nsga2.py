@@ -15,7 +15,7 @@ from diffes.search.loop import run_search
 from diffes.search.schedule import Stages
 from diffes.search.space import SearchSpace
 from diffes.search.strategy import Evaluation, Proposal
-from diffes.testing import SPACES, StrategyConformance, evaluate, separable
+from diffes.testing import PLANS, SPACES, StrategyConformance, evaluate, separable
 from search_strategies.nsga2 import Nsga2
 
 PAPER = SPACES["paper"]
@@ -186,3 +186,15 @@ def test_the_tournaments_draw_from_the_seed_only() -> None:
         assert offspring(lambda level: float(level), 1, crossover_rate=0.5) != first
     finally:
         random.setstate(before)
+
+
+def test_a_front_of_plans_is_of_many_costs() -> None:
+    space = PLANS["plans"]
+    strategy = Nsga2(space, seed=0)
+    first = strategy.ask()
+    constants = space.constants()
+    assert [list(p.schedule.levels) for p in first[: len(constants)]] == constants
+    result = run_search(Nsga2(space, seed=0), evaluate, max_evals=150)
+    costs = [space.cost(e.schedule.levels) for e in result.evaluations]
+    assert space.budget is not None and min(costs) < space.budget / 2 and max(costs) > 2 * space.budget
+    assert space.cost(result.best.schedule.levels) <= space.budget
