@@ -106,12 +106,18 @@ class ModelAdapter(abc.ABC):
         raise DiffesError(f"{type(self.pipe).__name__} takes class ids, no prompts; leave --prompts {path} out")
 
     @abc.abstractmethod
-    def start(self, probes: Probes, n_steps: int, guidance: float) -> SamplingState:
-        """The state before the first step."""
+    def start(self, probes: Probes, steps: int | Any, guidance: float) -> SamplingState:
+        """The state before the first step of a run of so many steps, or of a scheduler that has its timesteps set."""
 
     @abc.abstractmethod
+    def predict(self, state: SamplingState, probes: Probes, guidance: float) -> tuple[Tensor, Tensor]:
+        """The guided prediction of the next denoiser call, exactly as the family's pipeline makes it, and the latents
+        that its scheduler is given with it, both of the shape of the state's latents."""
+
     def step(self, state: SamplingState, probes: Probes, guidance: float) -> SamplingState:
         """One denoiser call and one scheduler step, exactly as the family's pipeline does them."""
+        prediction, latents = self.predict(state, probes, guidance)
+        return self.advance(state, prediction, state.scheduler.timesteps[state.index], latents)
 
     @abc.abstractmethod
     def finish(self, state: SamplingState, guidance: float) -> Tensor:
@@ -256,10 +262,20 @@ class ModelAdapter(abc.ABC):
         scheduler.set_timesteps(n_steps, device=self.device)
         return scheduler
 
+    def ready(self, steps: int | Any) -> Any:
+        """A scheduler of one's own: the pipeline's kind for a number of steps, or a copy of one that is ready."""
+        return self.fresh_scheduler(steps) if isinstance(steps, int) else copy.deepcopy(steps)
+
     @torch.no_grad()
-    def sample(self, probes: Probes, n_steps: int, guidance: float) -> Tensor:
-        """The final latents (n, C, h, w) of a whole run with the denoiser as it is."""
-        state = self.start(probes, n_steps, guidance)
+    def sample(self, probes: Probes, steps: int | Any, guidance: float) -> Tensor:
+        """The final latents (n, C, h, w) of a whole run with the denoiser as it is.
+
+        Args:
+            probes: what images are made from.
+            steps: how many, by the pipeline's scheduler, or a scheduler that has its timesteps set.
+            guidance: classifier-free guidance scale.
+        """
+        state = self.start(probes, steps, guidance)
         for _ in range(len(state.scheduler.timesteps)):
             state = self.step(state, probes, guidance)
         return self.finish(state, guidance)

@@ -35,12 +35,12 @@ class DiTAdapter(ModelAdapter):
         names = {class_id: name for name, class_id in self.pipe.labels.items()}
         return names.get(condition, str(condition))
 
-    def start(self, probes: Probes, n_steps: int, guidance: float) -> SamplingState:
+    def start(self, probes: Probes, steps: int | Any, guidance: float) -> SamplingState:
         latents = probes.noise.to(self.device, self.dtype)
-        return SamplingState(torch.cat([latents] * 2) if guidance > 1 else latents, self.fresh_scheduler(n_steps), 0)
+        return SamplingState(torch.cat([latents] * 2) if guidance > 1 else latents, self.ready(steps), 0)
 
-    def step(self, state: SamplingState, probes: Probes, guidance: float) -> SamplingState:
-        """One step as `DiTPipeline.__call__` takes it (diffusers 0.42), guidance on the noise channels only."""
+    def predict(self, state: SamplingState, probes: Probes, guidance: float) -> tuple[Tensor, Tensor]:
+        """As `DiTPipeline.__call__` does it (diffusers 0.42), guidance on the noise channels only."""
         latents, scheduler = state.latents, state.scheduler
         channels = self.denoiser.config.in_channels
         timestep = scheduler.timesteps[state.index]
@@ -56,7 +56,7 @@ class DiTAdapter(ModelAdapter):
             conditional, unconditional = noise.chunk(2)
             mixed = unconditional + guidance * (conditional - unconditional)
             noise = torch.cat([mixed, mixed])
-        return self.advance(state, noise, timestep, latents)
+        return noise, latents
 
     def finish(self, state: SamplingState, guidance: float) -> Tensor:
         return state.latents.chunk(2)[0] if guidance > 1 else state.latents

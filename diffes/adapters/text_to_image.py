@@ -50,12 +50,12 @@ class TextToImageAdapter(ModelAdapter):
     def use_prompts(self, path: Path) -> None:
         self.prompts = read_prompts(path)
 
-    def start(self, probes: Probes, n_steps: int, guidance: float) -> SamplingState:
-        scheduler = self.fresh_scheduler(n_steps)
+    def start(self, probes: Probes, steps: int | Any, guidance: float) -> SamplingState:
+        scheduler = self.ready(steps)
         return SamplingState(probes.noise.to(self.device, self.dtype) * scheduler.init_noise_sigma, scheduler, 0)
 
-    def step(self, state: SamplingState, probes: Probes, guidance: float) -> SamplingState:
-        """One step as `StableDiffusionXLPipeline.__call__` takes it (diffusers 0.42)."""
+    def predict(self, state: SamplingState, probes: Probes, guidance: float) -> tuple[Tensor, Tensor]:
+        """As `StableDiffusionXLPipeline.__call__` does it (diffusers 0.42)."""
         latents, scheduler = state.latents, state.scheduler
         timestep = scheduler.timesteps[state.index]
         conditions = (None,) * len(probes) + probes.conditions if guidance > 1 else probes.conditions
@@ -64,7 +64,7 @@ class TextToImageAdapter(ModelAdapter):
         if guidance > 1:
             unconditional, conditional = noise.chunk(2)
             noise = unconditional + guidance * (conditional - unconditional)
-        return self.advance(state, noise, timestep, latents)
+        return noise, latents
 
     def finish(self, state: SamplingState, guidance: float) -> Tensor:
         return state.latents

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import abc
 import copy
+import itertools
 import math
 import sys
 import time
@@ -18,16 +20,19 @@ from diffes.adapters import ModelAdapter, Probes, SamplingState
 from diffes.errors import DiffesError
 from diffes.measure.metrics import Metric
 from diffes.runtime.router import Router
-from diffes.search.schedule import Schedule, Stages
+from diffes.search.schedule import Plan, Schedule, Stages
 from diffes.search.strategy import Evaluation
 
+BATCH = 32
+CACHE_BYTES = 1 << 28
 
-class ScheduleEvaluator:
-    """Measures schedules on one set of probes; an `Evaluator` for `run_search`.
 
-    Schedules that agree on the stages sampled first share that part of the trajectory: states at stage boundaries are
-    cached, a batch is walked as a trie, and only what differs is run. Scores are bit-identical to running all of it,
-    because every denoiser call is made on the same inputs in the same batch.
+class RoutedEvaluator(abc.ABC):
+    """Measures what a router can run on one set of probes; an `Evaluator` for `run_search`.
+
+    Candidates that agree on what is sampled first share that part of the trajectory: states are cached, a batch is
+    walked as a trie, and only what differs is run. Scores are bit-identical to running all of it, because every
+    denoiser call is made on the same inputs in the same batch.
 
     Denoiser calls are counted in rows: a call on a batch of b counts b, both branches of guidance included. A search
     that goes on over its store counts as if it had never stopped: what its cache would have held is run again, but not
@@ -35,49 +40,51 @@ class ScheduleEvaluator:
 
     Args:
         router: the model with its bank; dense outside of an evaluation.
-        stages: their ranges of timesteps.
         probes: fixed noise and conditions.
-        n_steps: sampling steps.
         guidance: classifier-free guidance scale; 1 and less switch it off.
         metric: what is measured.
         batch: probes per denoiser call (twice as many rows with guidance).
         cache_bytes: how much memory the cached states may take.
 
     Attributes:
-        steps: (S,) denoiser calls per stage.
-        reference: dense outputs (n, ...) in the metric's space.
-        denoiser_calls: rows counted so far, the dense references excluded.
+        reference: outputs (n, ...) in the metric's space that paired metrics compare with.
+        denoiser_calls: rows counted so far, the references excluded.
     """
 
     def __init__(
-        self,
-        router: Router,
-        stages: Stages,
-        probes: Probes,
-        *,
-        n_steps: int,
-        guidance: float,
-        metric: Metric,
-        batch: int = 32,
-        cache_bytes: int = 1 << 28,
+        self, router: Router, probes: Probes, *, guidance: float, metric: Metric, batch: int, cache_bytes: int
     ) -> None:
         self.router = router
         self.adapter: ModelAdapter = router.adapter
-        self.stages = stages
         self.metric = metric
-        self.n_steps = n_steps
         self.guidance = guidance
         self.probes = probes
         self.batch = batch
-        walked = [stages.stage_of(t) for t in self.adapter.timesteps(n_steps)]
-        if walked != sorted(walked, reverse=True):
-            raise DiffesError("this scheduler's timesteps do not fall; schedules need a sampler that walks downwards")
-        self.steps = tuple(walked.count(s) for s in range(len(stages)))
-        self._visited = [s for s in reversed(range(len(stages))) if self.steps[s]]
         self._cache = _StateCache(cache_bytes)
         self.denoiser_calls = 0
         self._fixed_bytes, self._row_bytes = 0, 0.0
         self.reference = self._in_metric_space(self._measured_reference())
+
+    @abc.abstractmethod
+    def _reference_steps(self) -> int | Any:
+        """Steps of the dense model that makes the reference, or its scheduler, ready."""
+
+    @abc.abstractmethod
+    def _routed(self, schedule: Schedule) -> Schedule | Plan:
+        """What the router is given for a genome."""
+
+    @abc.abstractmethod
+    def _path(self, schedule: Schedule) -> list[tuple[tuple[int, ...], int]]:
+        """The parts of the trajectory, from the noisiest on: what decides the state after each, given those before, and
+        its denoiser calls."""
+
+    @abc.abstractmethod
+    def _steps_of(self, schedule: Schedule) -> int | Any:
+        """Number of steps of a genome, or its scheduler, ready."""
+
+    def _resumed(self, state: SamplingState, schedule: Schedule) -> SamplingState:
+        """A cached state in which another genome may have been sampled, as the start of the rest of this one."""
+        return state
 
     def __call__(self, schedules: Sequence[Schedule], fidelity: float = 1.0) -> Iterator[Evaluation]:
         """Evaluates a batch in the order of the trie, so that neighbours follow each other; yields each when done."""
@@ -96,30 +103,37 @@ class ScheduleEvaluator:
 
     def scores(self, schedule: Schedule, fidelity: float = 1.0) -> Tensor:
         """Score (n,) of each probe, or of the first `ceil(fidelity * n)`; higher is better."""
-        latents = self.latents(schedule, fidelity)
+        return self.scored(self.latents(schedule, fidelity))
+
+    def scored(self, latents: Tensor) -> Tensor:
+        """Score (n,) of final latents (n, C, h, w) of the first n probes."""
         return self.metric(self._in_metric_space(latents), self.reference[: len(latents)])
 
     @torch.no_grad()
     def latents(self, schedule: Schedule, fidelity: float = 1.0) -> Tensor:
         """Final latents (n, C, h, w) of the routed model."""
-        with self.router.routed(schedule):
+        with self.router.routed(self._routed(schedule)):
             return torch.cat([self._run(part, schedule) for part in self._parts(fidelity)])
 
     @torch.no_grad()
-    def dense_latents(self, n_steps: int) -> Tensor:
-        """Final latents (n, C, h, w) of the dense model at any number of steps: the reference, the cheapest rival."""
+    def dense_latents(self, steps: int | Any) -> Tensor:
+        """Final latents (n, C, h, w) of the dense model at any number of steps, or by a scheduler that is ready."""
         parts = [self.probes[rows] for rows in self._parts()]
-        return torch.cat([self.adapter.sample(part, n_steps, self.guidance) for part in parts])
+        return torch.cat([self.adapter.sample(part, steps, self.guidance) for part in parts])
+
+    def dense_scores(self, steps: int | Any) -> Tensor:
+        """Score of each probe (n,) of the dense model with fewer steps, against the reference."""
+        return self.scored(self.dense_latents(steps))
 
     @torch.no_grad()
     def _measured_reference(self) -> Tensor:
-        """Dense latents (n, C, h, w); on the way it is noted how large a state is, whatever the sampler keeps in it."""
+        """Reference latents (n, C, h, w); on the way it is noted how large a state is, whatever the sampler keeps."""
         finals = []
         for rows in self._parts():
             part = self.probes[rows]
-            state = self.adapter.start(part, self.n_steps, self.guidance)
+            state = self.adapter.start(part, self._reference_steps(), self.guidance)
             self._fixed_bytes = max(self._fixed_bytes, size_of(state.scheduler))
-            for _ in range(sum(self.steps)):
+            for _ in range(len(state.scheduler.timesteps)):
                 state = self.adapter.step(state, part, self.guidance)
                 if rows.start == 0:  # other parts are like the first one
                     per_row = (size_of(state) - self._fixed_bytes) / len(part)
@@ -127,33 +141,33 @@ class ScheduleEvaluator:
             finals.append(self.adapter.finish(state, self.guidance))
         return torch.cat(finals)
 
-    def dense_scores(self, n_steps: int) -> Tensor:
-        """Score of each probe (n,) of the dense model with fewer steps, against its own full run."""
-        return self.metric(self._in_metric_space(self.dense_latents(n_steps)), self.reference)
-
     def _parts(self, fidelity: float = 1.0) -> list[slice]:
         """Which probes share a denoiser call."""
         n = math.ceil(fidelity * len(self.probes))
         return [slice(i, min(i + self.batch, n)) for i in range(0, n, self.batch)]
 
     def _prefixes(self, rows: slice, schedule: Schedule) -> list[Prefix]:
-        """What decides the state after each visited stage, from the noisiest on: the probes, the levels so far."""
-        levels = [schedule.levels[s] for s in self._visited]
-        return [(rows.start, rows.stop, *levels[: i + 1]) for i in range(len(levels))]
+        """What decides the state after each part of the trajectory: the probes, and all parts so far."""
+        decided = [part for part, _ in self._path(schedule)]
+        return [(rows.start, rows.stop, *itertools.chain(*decided[: i + 1])) for i in range(len(decided))]
 
     def _state_bytes(self, rows: slice) -> int:
         """What a state of these probes takes at most; the same for one that was measured by an earlier process."""
         return self._fixed_bytes + math.ceil(self._row_bytes * (rows.stop - rows.start))
 
     def _run(self, rows: slice, schedule: Schedule) -> Tensor:
-        """Walks the stages from the noisiest, from the deepest cached state on."""
+        """Walks the trajectory from the noisiest part, from the deepest cached state on."""
         part, prefixes = self.probes[rows], self._prefixes(rows, schedule)
         counted = self._cache.depth(prefixes)
         done, state = self._cache.deepest(prefixes)
         if state is None:
-            state = self.adapter.start(part, self.n_steps, self.guidance)
-        for i in range(done, len(self._visited)):
-            for _ in range(self.steps[self._visited[i]]):
+            state = self.adapter.start(part, self._steps_of(schedule), self.guidance)
+        else:
+            state = self._resumed(state, schedule)
+        for i, (_, n_calls) in enumerate(self._path(schedule)):
+            if i < done:
+                continue
+            for _ in range(n_calls):
                 state = self.adapter.step(state, part, self.guidance)
                 if i >= counted:
                     self.denoiser_calls += len(part) * (2 if self.guidance > 1 else 1)
@@ -164,6 +178,59 @@ class ScheduleEvaluator:
         if self.metric.space == "latent":
             return latents
         return torch.cat([self.adapter.decode(part) for part in latents.split(self.batch)])
+
+
+class ScheduleEvaluator(RoutedEvaluator):
+    """Measures schedules: a level for each stage, at a fixed number of the scheduler's own steps.
+
+    Its reference is the dense model at as many steps; see `RoutedEvaluator` for what both evaluators do.
+
+    Args:
+        router: the model with its bank; dense outside of an evaluation.
+        stages: their ranges of timesteps.
+        probes: fixed noise and conditions.
+        n_steps: sampling steps.
+        guidance: classifier-free guidance scale; 1 and less switch it off.
+        metric: what is measured.
+        batch: probes per denoiser call (twice as many rows with guidance).
+        cache_bytes: how much memory the cached states may take.
+
+    Attributes:
+        steps: (S,) denoiser calls per stage.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        stages: Stages,
+        probes: Probes,
+        *,
+        n_steps: int,
+        guidance: float,
+        metric: Metric,
+        batch: int = BATCH,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.stages = stages
+        self.n_steps = n_steps
+        walked = [stages.stage_of(t) for t in router.adapter.timesteps(n_steps)]
+        if walked != sorted(walked, reverse=True):
+            raise DiffesError("this scheduler's timesteps do not fall; schedules need a sampler that walks downwards")
+        self.steps = tuple(walked.count(s) for s in range(len(stages)))
+        self._visited = [s for s in reversed(range(len(stages))) if self.steps[s]]
+        super().__init__(router, probes, guidance=guidance, metric=metric, batch=batch, cache_bytes=cache_bytes)
+
+    def _reference_steps(self) -> int:
+        return self.n_steps
+
+    def _routed(self, schedule: Schedule) -> Schedule:
+        return schedule
+
+    def _path(self, schedule: Schedule) -> list[tuple[tuple[int, ...], int]]:
+        return [((schedule.levels[s],), self.steps[s]) for s in self._visited]
+
+    def _steps_of(self, schedule: Schedule) -> int:
+        return self.n_steps
 
 
 def size_of(thing: Any) -> int:

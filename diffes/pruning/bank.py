@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffes.adapters import BlockSet, GroupSet, Kind
 from diffes.errors import DiffesError
 from diffes.pruning.base import GroupWeights
-from diffes.search.schedule import Schedule
+from diffes.search.schedule import Plan, Schedule
 
 FORMAT = "diffes-bank"
 FORMAT_VERSION = 2
@@ -73,10 +73,9 @@ class WeightBank(Mapping[Key, StageWeights]):
         tensors = {id(w): w.nbytes for entry in self._entries.values() for w in entry.values()}
         return sum(tensors.values())
 
-    def for_schedule(self, schedule: Schedule) -> WeightBank:
-        """The part that one schedule needs, in memory."""
-        keys = [(stage, level) for stage, level in enumerate(schedule.levels) if level]
-        return WeightBank({key: self[key] for key in keys}, self.kind)
+    def for_schedule(self, schedule: Schedule | Plan) -> WeightBank:
+        """The part that one schedule or plan needs, in memory."""
+        return WeightBank({key: self[key] for key in schedule.thin()}, self.kind)
 
     def kept(self, key: Key, prunable: Sequence[GroupSet | BlockSet]) -> list[int]:
         """How many groups of each set stay at a stage and level; level 0 keeps all."""

@@ -13,7 +13,7 @@ from diffes.adapters import BlockSet, GroupSet, ModelAdapter
 from diffes.errors import DiffesError
 from diffes.pruning.bank import StageWeights, WeightBank
 from diffes.pruning.base import GroupWeights
-from diffes.search.schedule import Schedule
+from diffes.search.schedule import Plan, Schedule
 
 
 class Router:
@@ -39,7 +39,7 @@ class Router:
     def __init__(self, adapter: ModelAdapter, bank: WeightBank) -> None:
         self.adapter = adapter
         self.bank = bank
-        self.schedule: Schedule | None = None
+        self.schedule: Schedule | Plan | None = None
         self._max_level = adapter.max_level(bank.kind)
         check_not_offloaded(adapter.denoiser)
         self._parts: dict[str, _WidthPart | _DepthPart] = {
@@ -50,8 +50,8 @@ class Router:
         self._swapping = False  # an interrupted swap leaves it True: what is loaded is then unknown
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-    def install(self, schedule: Schedule) -> None:
-        """Routes `schedule` from the next denoiser call on, in place of any schedule before.
+    def install(self, schedule: Schedule | Plan) -> None:
+        """Routes a schedule or a plan from the next denoiser call on, in place of any schedule before.
 
         Raises:
             DiffesError: the bank lacks a stage and level of the schedule, or the schedule is for another model.
@@ -61,9 +61,8 @@ class Router:
                 f"the schedule has max_level {schedule.max_level}, this model {self._max_level} for {self.bank.kind} "
                 "pruning: it was made for another model"
             )
-        for stage, level in enumerate(schedule.levels):
-            if level:
-                _ = self.bank[stage, level]
+        for key in schedule.thin():
+            _ = self.bank[key]
         self.schedule = schedule
         if not self._hooks:
             denoiser = self.adapter.denoiser
@@ -80,7 +79,7 @@ class Router:
         self._load(None)
 
     @contextmanager
-    def routed(self, schedule: Schedule) -> Iterator[None]:
+    def routed(self, schedule: Schedule | Plan) -> Iterator[None]:
         """Routes `schedule` inside the context; dense again however the context is left."""
         try:
             self.install(schedule)
@@ -94,8 +93,7 @@ class Router:
         check_not_offloaded(self.adapter.denoiser)
         for part in self._parts.values():
             part.check_unchanged()
-        stage = self.schedule.stages.stage_of(self.adapter.timestep(args, kwargs))
-        level = self.schedule.levels[stage]
+        stage, level = self.schedule.key(self.adapter.timestep(args, kwargs))
         self._load(self.bank[stage, level] if level else None)
 
     def _load(self, weights: StageWeights | None) -> None:

@@ -1,4 +1,4 @@
-"""Stages of the sampling trajectory and the level of each: the genome of every search."""
+"""What a sampling run does where: the level of each stage, or the timesteps that are called and the level of each."""
 
 from __future__ import annotations
 
@@ -87,6 +87,15 @@ class Schedule:
         total = sum(steps) * self.max_level
         return sum(n * level for n, level in zip(steps, self.levels, strict=True)) / total
 
+    def key(self, timestep: float) -> tuple[int, int]:
+        """Stage and level of a denoiser call at a timestep."""
+        stage = self.stages.stage_of(timestep)
+        return stage, self.levels[stage]
+
+    def thin(self) -> list[tuple[int, int]]:
+        """Stage and level of every stage that is not dense."""
+        return [(stage, level) for stage, level in enumerate(self.levels) if level]
+
     def to_json(self) -> dict[str, Any]:
         """`stages`, `levels` and `max_level` as plain lists and numbers."""
         return {
@@ -109,3 +118,86 @@ class Schedule:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise DiffesError(f"this is no schedule: {type(error).__name__} {error}") from error
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which timesteps call the denoiser, each at which level, by which solver.
+
+    Args:
+        stages: the ranges of timesteps in which levels were calibrated.
+        calls: timestep and level of each call in the order of sampling; timesteps are whole and fall.
+        max_level: H; levels are in [0, H], 0 is dense.
+        solver: name of the solver that steps from one to the next.
+    """
+
+    stages: Stages
+    calls: tuple[tuple[int, int], ...]
+    max_level: int
+    solver: str
+
+    def __post_init__(self) -> None:
+        top = self.stages.ranges[-1][1]
+        edges = [top, *self.timesteps, -1]
+        if not self.calls or any(a <= b for a, b in itertools.pairwise(edges)):
+            raise DiffesError(
+                f"the timesteps of a plan must fall within [0, {top - 1}], at least one, got {list(self.timesteps)}"
+            )
+        for level in self.levels:
+            if type(level) is not int or not 0 <= level <= self.max_level:
+                raise DiffesError(f"levels must be integers in [0, {self.max_level}], got {level!r}")
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """Of the calls, the noisiest first."""
+        return tuple(timestep for timestep, _ in self.calls)
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Of the calls, in the order of the timesteps."""
+        return tuple(level for _, level in self.calls)
+
+    def key(self, timestep: float) -> tuple[int, int]:
+        """Stage and level of a denoiser call at a timestep.
+
+        Raises:
+            DiffesError: the plan does not call there.
+        """
+        for known, level in self.calls:
+            if known == timestep:
+                return self.stages.stage_of(timestep), level
+        raise DiffesError(
+            f"the denoiser was called at timestep {timestep:g}, which the plan that is applied does not visit: it runs "
+            f"with its own scheduler and num_inference_steps={len(self.calls)}; call diffes.remove(pipe) to go back to "
+            "other schedulers and numbers of steps"
+        )
+
+    def thin(self) -> list[tuple[int, int]]:
+        """Stage and level of every call that is not dense, each once."""
+        return sorted({self.key(timestep) for timestep, level in self.calls if level})
+
+    def to_json(self) -> dict[str, Any]:
+        """`timesteps` and `levels` of the calls, `solver`, `stages` and `max_level` as plain lists and numbers."""
+        return {
+            "timesteps": list(self.timesteps),
+            "levels": list(self.levels),
+            "solver": self.solver,
+            "stages": [list(stage) for stage in self.stages.ranges],
+            "max_level": self.max_level,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan that `to_json` wrote; other keys are left alone.
+
+        Raises:
+            DiffesError: a key is missing or its value is not of the form above.
+        """
+        try:
+            stages = tuple((int(lo), int(hi)) for lo, hi in data["stages"])
+            calls = tuple(zip(map(int, data["timesteps"]), data["levels"], strict=True))
+            return cls(Stages(stages), calls, int(data["max_level"]), str(data["solver"]))
+        except DiffesError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise DiffesError(f"this is no plan: {type(error).__name__} {error}") from error

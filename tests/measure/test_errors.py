@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import N_STAGES, small_bank
+
+from diffes.adapters import ModelAdapter
+from diffes.measure.errors import MeasuredTable, measure_table
+from diffes.measure.metrics import make_metric
+from diffes.measure.plans import PlanEvaluator
+from diffes.runtime.router import Router
+from diffes.search.frontier import front
+from diffes.search.plan import PlanSpace
+from diffes.search.schedule import Plan, Stages
+
+N_NODES = 16
+
+
+def bench(adapter: ModelAdapter, solver: str = "dpmsolver++", **options: object) -> tuple[PlanEvaluator, PlanSpace]:
+    stages = Stages.equal(N_STAGES)
+    router = Router(adapter, small_bank(adapter, "obs", stages))
+    metric = make_metric("latent_mse", adapter.device)
+    evaluator = PlanEvaluator(
+        router, stages, solver, adapter.make_probes(2, 0), guidance=2.0, metric=metric, reference_steps=4
+    )
+    top = adapter.max_level("width")
+    costs = [[1 - 0.9 * k / top for k in range(top + 1)]] * N_NODES
+    return evaluator, PlanSpace.dense_calls(costs, 8.0, **options)  # type: ignore[arg-type]
+
+
+def measured(adapter: ModelAdapter, solver: str = "dpmsolver++", **options: object) -> MeasuredTable:
+    return measure_table(*bench(adapter, solver, **options))
+
+
+def test_a_dense_jump_to_the_next_node_is_the_dense_run_itself(untrained: ModelAdapter) -> None:
+    """With a solver of first order: to the next node, and from the last one to the end."""
+    found = measured(untrained, "ddim")
+    errors = found.table.errors
+    far = errors[0, -1, 0]
+    for i in range(N_NODES):
+        assert errors[i, i + 1, 0] < 1e-6 * far
+    assert found.table.start[0] == 0 and (np.diff(found.table.start) != 0).all()
+
+
+def test_errors_are_those_of_the_solvers_own_steps(tiny: ModelAdapter) -> None:
+    """A jump of one thin call against the scheduler that makes just that step from the dense state."""
+    evaluator, space = bench(tiny, "ddim")
+    found = measure_table(evaluator, space)
+    nodes = evaluator.plan(space.any_schedule([0] * N_NODES)).timesteps
+    dense = evaluator.scheduler(nodes)
+    state = tiny.start(evaluator.probes, dense, 2.0)
+    kept = []
+    with torch.no_grad():
+        for _ in nodes:
+            kept.append(state.latents.chunk(2)[0])
+            state = tiny.step(state, evaluator.probes, 2.0)
+    i, j, level = 0, 5, 2  # from pure noise, where a run can begin
+    plan = evaluator.plan(space.any_schedule([level] * N_NODES))
+    jump = tiny.start(evaluator.probes, evaluator.scheduler([nodes[i], nodes[j]]), 2.0)
+    with torch.no_grad(), evaluator.router.routed(plan):
+        jump = tiny.step(jump, evaluator.probes, 2.0)
+    expected = float((jump.latents.chunk(2)[0] - kept[j]).square().mean())
+    assert found.table.errors[i, j, level] == pytest.approx(expected * found.growth[j], rel=1e-3)
+
+
+def test_calls_are_counted_and_few(tiny: ModelAdapter) -> None:
+    found = measured(tiny)
+    levels = tiny.max_level("width") + 1
+    assert found.calls >= 2 * 2 * N_NODES * levels
+    assert measured(tiny, allowed=(0,)).calls < found.calls
+    assert np.isnan(measured(tiny, allowed=(0,)).table.errors[:, :, 1:]).all()
+
+
+def test_it_is_the_same_again_and_leaves_the_model_dense(tiny: ModelAdapter) -> None:
+    evaluator, space = bench(tiny)
+    probes = evaluator.probes
+    before = tiny.sample(probes, 4, 2.0)
+    one, other = measure_table(evaluator, space), measure_table(evaluator, space)
+    assert np.array_equal(one.table.errors, other.table.errors, equal_nan=True)
+    assert np.array_equal(one.growth, other.growth) and one.growth[-1] == 1
+    assert torch.equal(tiny.sample(probes, 4, 2.0), before)
+
+
+def test_jumps_of_second_order_are_the_schedulers_own(tiny: ModelAdapter) -> None:
+    """From the dense state at a node, with the dense prediction that lies as far behind in the solver's memory."""
+    evaluator, space = bench(tiny)
+    found = measure_table(evaluator, space)
+    nodes = evaluator.plan(space.any_schedule([0] * N_NODES)).timesteps
+    scheduler = evaluator.scheduler(nodes)
+    state = tiny.start(evaluator.probes, scheduler, 2.0)
+    kept = []
+    with torch.no_grad():
+        for _ in nodes:
+            kept.append(state.latents)
+            state = tiny.step(state, evaluator.probes, 2.0)
+    signal, noise = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[:-1])
+    logs = signal.log() - noise.log()
+    i, j, level = 7, 10, 2
+    p = int((logs[i] - logs[:i] - (logs[j] - logs[i])).abs().argmin())
+    calls = ((nodes[p], 0), (nodes[i], level), (nodes[j], 0))
+    jump = replace(tiny.start(evaluator.probes, evaluator.scheduler([t for t, _ in calls]), 2.0), latents=kept[p])
+    with torch.no_grad(), evaluator.router.routed(Plan(evaluator.stages, calls, 4, "dpmsolver++")):
+        jump = replace(tiny.step(jump, evaluator.probes, 2.0), latents=kept[i])
+        jump = tiny.step(jump, evaluator.probes, 2.0)
+    expected = float((jump.latents - kept[j]).square().mean())
+    assert found.table.errors[i, j, level] == pytest.approx(expected * found.growth[j], rel=1e-3)
+
+
+def test_plans_of_the_table_are_better_than_even_ones(tiny: ModelAdapter) -> None:
+    """Dense plans from the table against evenly spaced ones of the same cost, on the probes of the table."""
+    evaluator, space = bench(tiny, allowed=(0,))
+    found = measure_table(evaluator, space)
+    plans = {round(f.cost): f for f in front(found.table, 8.0, resolution=8, allowed=(0,))}
+    reference = evaluator.dense_latents(evaluator.scheduler(range(999, 0, -10)))
+    ahead = 0
+    for calls, forecast in plans.items():
+        even = space.any_schedule(space._trailing(calls, 0))
+        errors = [
+            float((evaluator.latents(genome) - reference).square().mean())
+            for genome in (space.any_schedule(forecast.levels), even)
+        ]
+        ahead += errors[0] <= errors[1]
+    assert len(plans) >= 6 and ahead >= len(plans) - 2

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import N_STAGES, images, open_adapter, small_bank
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+from diffes.adapters import ModelAdapter
+from diffes.errors import DiffesError
+from diffes.measure.metrics import make_metric
+from diffes.measure.plans import PlanEvaluator, trailing
+from diffes.runtime.router import Router
+from diffes.runtime.solver import SOLVERS, scheduler_for
+from diffes.search.plan import PlanSpace
+from diffes.search.schedule import Plan, Schedule, Stages
+
+N_NODES = 10
+
+
+def evaluator_of(adapter: ModelAdapter, solver: str = "dpmsolver++", **changes: int) -> PlanEvaluator:
+    stages = Stages.equal(N_STAGES)
+    router = Router(adapter, small_bank(adapter, "obs", stages))
+    metric = make_metric("latent_mse", adapter.device)
+    settings = {"reference_steps": 12, **changes}
+    return PlanEvaluator(router, stages, solver, adapter.make_probes(2, 0), guidance=2.0, metric=metric, **settings)  # type: ignore[arg-type]
+
+
+def space_of(adapter: ModelAdapter, calls: float | None = 4.0) -> PlanSpace:
+    top = adapter.max_level("width")
+    return PlanSpace.dense_calls([[1 - 0.9 * k / top for k in range(top + 1)]] * N_NODES, calls)
+
+
+def test_trailing_timesteps_begin_at_the_noisiest() -> None:
+    assert trailing(4, 1000) == [999, 749, 499, 249]
+    assert trailing(200, 1000)[0] == 999 and trailing(200, 1000)[-1] == 4
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_prefixes_of_plans_are_shared_and_change_no_bit(untrained: ModelAdapter, solver: str) -> None:
+    """Random plans and their neighbours, one after the other with one cache, against each alone."""
+    space, rng = space_of(untrained), np.random.default_rng(0)
+    plans = [space.sample(rng) for _ in range(4)]
+    for plan in list(plans):  # the same beginning, another end
+        last = space.called(plan)[0]
+        plans.append([1 if node == last else level for node, level in enumerate(plan)])
+    schedules = list(dict.fromkeys(space.any_schedule(plan) for plan in plans))
+    shared = evaluator_of(untrained, solver)
+    found = {e.schedule: e for e in shared(schedules)}
+    whole = 0
+    for schedule in schedules:
+        alone = evaluator_of(untrained, solver)
+        (expected,) = alone([schedule])
+        assert found[schedule].fitness == expected.fitness
+        assert expected.denoiser_calls == 2 * 2 * len(space.called(schedule.levels))
+        whole += expected.denoiser_calls
+    assert sum(e.denoiser_calls for e in found.values()) == shared.denoiser_calls < whole
+
+
+def test_a_dense_plan_at_the_solvers_own_timesteps_is_that_run(untrained: ModelAdapter) -> None:
+    evaluator, space = evaluator_of(untrained), space_of(untrained, None)
+    untrained.pipe.scheduler = DPMSolverMultistepScheduler.from_config(
+        untrained.pipe.scheduler.config, algorithm_type="dpmsolver++", timestep_spacing="trailing",
+        final_sigmas_type="zero",
+    )  # fmt: skip
+    own = untrained.sample(evaluator.probes, 5, 2.0)
+    dense = [0 if node % 2 else space.skip for node in range(N_NODES)]
+    assert torch.equal(evaluator.latents(space.schedule(dense)), own)
+
+
+def test_order_one_is_ddim(untrained: ModelAdapter) -> None:
+    config = untrained.pipe.scheduler.config
+    untrained.pipe.scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False)
+    probes = untrained.make_probes(2, 0)
+    ready = scheduler_for(untrained.pipe.scheduler, "ddim", [int(t) for t in untrained.timesteps(5)])
+    ours, theirs = untrained.sample(probes, ready, 2.0), untrained.sample(probes, 5, 2.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_levels_of_a_plan_are_those_of_its_stages(tiny: ModelAdapter) -> None:
+    """A plan of one level everywhere equals the schedule of that level, at the same timesteps."""
+    evaluator, space = evaluator_of(tiny), space_of(tiny, None)
+    genome = space.schedule([2] * N_NODES)
+    plan = evaluator.plan(genome)
+    assert plan.timesteps == tuple(range(999, 0, -100)) and plan.levels == (2,) * N_NODES
+    with evaluator.router.routed(Schedule(evaluator.stages, (2,) * N_STAGES, plan.max_level)):
+        expected = tiny.sample(evaluator.probes, evaluator.scheduler(plan.timesteps), 2.0)
+    assert torch.equal(evaluator.latents(genome), expected)
+
+
+def test_more_dense_calls_come_nearer_to_the_reference(tiny: ModelAdapter) -> None:
+    evaluator, space = evaluator_of(tiny, reference_steps=40), space_of(tiny, None)
+    scores = [float(evaluator.scores(space.schedule(plan)).mean()) for plan in space.constants()]
+    assert scores[-1] > scores[2] > scores[0]
+
+
+def test_a_plan_refuses_other_timesteps(tiny: ModelAdapter) -> None:
+    plan = Plan(Stages.equal(N_STAGES), ((999, 0), (400, 1)), 4, "dpmsolver++")
+    router = Router(tiny, small_bank(tiny, "obs", Stages.equal(N_STAGES)))
+    probes = tiny.make_probes(1, 0)
+    with router.routed(plan), pytest.raises(DiffesError, match=r"at timestep 500, .* num_inference_steps=2"):
+        tiny.denoise_once(probes.noise, torch.tensor([500]), probes.conditions)
+    ready = scheduler_for(tiny.pipe.scheduler, "dpmsolver++", plan.timesteps)
+    with pytest.raises(DiffesError, match="has 2 steps at timesteps of its own, got num_inference_steps=20"):
+        ready.set_timesteps(20)
+    ready.set_timesteps(2)
+    assert ready.timesteps.tolist() == [999, 400]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_pipeline_with_the_planned_scheduler_makes_what_the_evaluator_measures(
+    untrained: ModelAdapter, solver: str
+) -> None:
+    plan = Plan(Stages.equal(N_STAGES), ((999, 1), (700, 0), (400, 2), (80, 1)), untrained.max_level("width"), solver)
+    router = Router(untrained, small_bank(untrained, "obs", Stages.equal(N_STAGES)))
+    untrained.pipe.scheduler = scheduler_for(untrained.pipe.scheduler, solver, plan.timesteps)
+    with router.routed(plan):
+        once = images(untrained.pipe, steps=4)
+        assert np.array_equal(images(untrained.pipe, steps=4), once)
+        with pytest.raises(DiffesError, match="num_inference_steps=4"):
+            images(untrained.pipe, steps=5)
+    fresh = open_adapter(untrained.pipe.config._name_or_path)
+    fresh.pipe.scheduler = scheduler_for(fresh.pipe.scheduler, solver, plan.timesteps)
+    assert not np.array_equal(images(fresh.pipe, steps=4), once)  # dense at the same timesteps
+
+
+def test_an_unknown_solver_is_refused(tiny: ModelAdapter) -> None:
+    with pytest.raises(DiffesError, match="unknown solver of plans 'unipc'"):
+        scheduler_for(tiny.pipe.scheduler, "unipc", [999])
