@@ -8,9 +8,9 @@ import torch
 from conftest import N_STAGES, small_bank
 
 from diffes.adapters import ModelAdapter
-from diffes.measure.errors import MeasuredTable, measure_table
+from diffes.measure.error_table import MeasuredTable, measure_table
 from diffes.measure.metrics import make_metric
-from diffes.measure.plans import PlanEvaluator
+from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.runtime.router import Router
 from diffes.search.frontier import front
 from diffes.search.plan import PlanSpace

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffes.adapters import Probes
-from diffes.measure.plans import PlanEvaluator
+from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.search.frontier import ErrorTable, Floats
 from diffes.search.plan import PlanSpace
 

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffes.adapters import ModelAdapter
 from diffes.errors import DiffesError
 from diffes.measure.metrics import make_metric
-from diffes.measure.plans import PlanEvaluator, trailing
+from diffes.measure.plan_evaluator import PlanEvaluator, trailing
 from diffes.runtime.router import Router
 from diffes.runtime.solver import SOLVERS, scheduler_for
 from diffes.search.plan import PlanSpace

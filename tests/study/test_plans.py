@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import Counting, small_config
+
+from diffes.errors import DiffesError
+from diffes.search.plan import PlanSpace
+from diffes.study.plans import Plans
+from diffes.study.workbench import Workbench, prepare
+
+
+@pytest.fixture(scope="module")
+def plans(tiny_folder: Path) -> Plans:
+    config = small_config(tiny_folder, method="obs", cost="macs", budget=1.0, probes=2, heldout=2, max_evals=24)
+    return Plans(prepare(config, Counting()), nodes=12)
+
+
+def test_costs_are_those_of_the_stage_that_a_node_lies_in(plans: Plans) -> None:
+    table = plans.bench.costs
+    assert len(plans.costs) == 12
+    assert plans.costs[0] == table[0] and plans.costs[-1] == table[-1] and plans.costs[3] == table[1]
+    space = plans.space(3.0)
+    assert isinstance(space, PlanSpace) and space.skip == plans.bench.space.max_level + 1
+    assert plans.cost(space.schedule(space.uniform())) == 3.0
+    assert plans.space(3.0, "steps").allowed == (0,)
+
+
+def test_joint_search_from_the_table_is_never_behind_dense_steps(plans: Plans) -> None:
+    """Its starts hold the best of dense steps; both meet the budget, and are better than evenly spaced calls."""
+    table = plans.table(Counting())
+    steps = plans.search(3.0, "steps", starts=plans.starts(table, 3.0, "steps"), progress=Counting())
+    starts = [*plans.starts(table, 3.0), steps.best.schedule.levels]
+    joint = plans.search(3.0, starts=starts, progress=Counting())
+    for result in (steps, joint):
+        assert len(result.evaluations) == 24
+        assert plans.cost(result.best.schedule) <= 3.0 + 1e-6
+    even = plans.space(3.0).uniform()
+    first = plans.searched.scores(plans.space(3.0).schedule(even)).mean()
+    assert joint.best.fitness >= steps.best.fitness >= float(first)
+    assert {level for level in steps.best.schedule.levels if level <= plans.bench.space.max_level} == {0}
+
+
+def test_one_table_starts_every_budget(plans: Plans) -> None:
+    table = plans.table(Counting())
+    for calls in (1.5, 4.0):
+        found = plans.starts(table, calls)
+        assert found and all(plans.space(calls).is_feasible(levels) for levels in found)
+
+
+def test_the_same_seed_finds_the_same_plan(plans: Plans) -> None:
+    one, other = (plans.search(2.5, strategy="evolution", max_evals=20, progress=Counting()) for _ in range(2))
+    assert [e.schedule for e in one.evaluations] == [e.schedule for e in other.evaluations]
+
+
+def test_what_cannot_be_planned_is_refused(plans: Plans, bench: Workbench) -> None:
+    with pytest.raises(DiffesError, match="set cost to macs or latency"):
+        Plans(bench)
+    with pytest.raises(DiffesError, match="unknown solver of plans 'heun'"):
+        Plans(plans.bench, solver="heun")
+    with pytest.raises(DiffesError, match=r"calls must be at least 0\.\d+ dense calls"):
+        plans.space(0.001)
+    with pytest.raises(DiffesError, match="nodes must be at least 2, got 1"):
+        Plans(plans.bench, nodes=1)
+    few = replace(plans.bench, space=replace(plans.bench.space, steps=(1, 0, 1, 1)))
+    with pytest.raises(DiffesError, match=r"stages \[1\] were not calibrated"):
+        Plans(few)
+    with pytest.raises(DiffesError, match="exhaustive"):
+        plans.search(3.0, strategy="exhaustive", progress=Counting())
