@@ -105,7 +105,7 @@ def main() -> None:
             if not left:
                 continue
             bench = prepare(replace(config, model=model, seed=seed), RichProgress())
-            plans = Plans(bench, args.solver, args.nodes)
+            plans = Plans(bench, args.solver, args.nodes, 20 if args.smoke else 200)
             table = plans.table()
             for budget in left:
                 start = time.perf_counter()

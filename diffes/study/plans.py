@@ -38,11 +38,13 @@ class Plans:
             one of a call: macs or latency.
         solver: a name of `diffes.runtime.solver.SOLVERS`.
         nodes: candidate timesteps, at least 2.
+        reference_steps: of the dense model that all plans are compared with, by the same solver.
     """
 
     bench: Workbench
     solver: str = "dpmsolver++"
     nodes: int = 64
+    reference_steps: int = 200
 
     def __post_init__(self) -> None:
         at_least("nodes", self.nodes, 2)
@@ -80,13 +82,13 @@ class Plans:
             self.costs, calls, allowed=allowed, starts=starts, n_timesteps=self.bench.adapter.n_timesteps
         )
 
-    def evaluator(self, n_probes: int, seed: int, split: Split = "search", reference_steps: int = 200) -> PlanEvaluator:
+    def evaluator(self, n_probes: int, seed: int, split: Split = "search") -> PlanEvaluator:
         """What measures plans, on probes of its own, against the dense model at many steps of the solver."""
         config = self.bench.config
         return PlanEvaluator(
             self.bench.router, self.bench.space.stages, self.solver,
             self.bench.adapter.make_probes(n_probes, seed, split), guidance=config.guidance, metric=self.bench.metric,
-            reference_steps=reference_steps,
+            reference_steps=self.reference_steps,
         )  # fmt: skip
 
     @cached_property
