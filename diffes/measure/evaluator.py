@@ -47,7 +47,8 @@ class RoutedEvaluator(abc.ABC):
         cache_bytes: how much memory the cached states may take.
 
     Attributes:
-        reference: outputs (n, ...) in the metric's space that paired metrics compare with.
+        final_reference: latents (n, C, h, w) that everything is compared with.
+        reference: the same (n, ...) in the metric's space.
         denoiser_calls: rows counted so far, the references excluded.
     """
 
@@ -63,7 +64,8 @@ class RoutedEvaluator(abc.ABC):
         self._cache = _StateCache(cache_bytes)
         self.denoiser_calls = 0
         self._fixed_bytes, self._row_bytes = 0, 0.0
-        self.reference = self._in_metric_space(self._measured_reference())
+        self.final_reference = self._measured_reference()
+        self.reference = self._in_metric_space(self.final_reference)
 
     @abc.abstractmethod
     def _reference_steps(self) -> int | Any:

@@ -168,16 +168,16 @@ class BankFile:
                 entry[part] = tensor.to(dtype=self._dtype) if part == "consumer" else tensor
             weights = {name: GroupWeights(**tensors) for name, tensors in parts.items()}
             if (split := self.header.get("split")) is not None:
-                self._check_split(key[0], weights, split)
+                self._check_split(f"stage{key[0]}.level{key[1]}", weights, split)
             return weights
         except Exception as error:
             raise self._damaged(error) from error
 
-    def _check_split(self, stage: int, weights: StageWeights, split: Mapping[str, Any]) -> None:
-        for name, n_groups, n_kept in zip(split["sets"], split["groups"], split["kept"][stage], strict=True):
+    def _check_split(self, place: str, weights: StageWeights, split: Mapping[str, Any]) -> None:
+        for name, n_groups, n_kept in zip(split["sets"], split["groups"], split["kept"][place], strict=True):
             found = len(weights[name].kept) if name in weights else n_groups
             if found != n_kept:
-                raise ValueError(f"stage {stage} keeps {found} groups of {name}, its split says {n_kept}")
+                raise ValueError(f"{place} keeps {found} groups of {name}, its split says {n_kept}")
 
     def _damaged(self, error: Exception) -> DiffesError:
         return DiffesError(f"{self.path} is damaged ({error}): {AGAIN}")
@@ -186,17 +186,17 @@ class BankFile:
 AGAIN = "restore it, or run `diffes search` again"
 
 
-def split_of(bank: WeightBank, schedule: Schedule, prunable: Sequence[GroupSet | BlockSet]) -> dict[str, Any]:
-    """How the levels of a schedule are shared out over the layers, as JSON in `schedule.json` and in the bank.
+def split_of(bank: WeightBank, prunable: Sequence[GroupSet | BlockSet]) -> dict[str, Any]:
+    """How the levels of a bank are shared out over the layers, as JSON in `schedule.json` and in the bank's file.
 
     Returns:
         `sets`: names of the group sets, in the order of the forward pass; `groups`: how many groups each has; `kept`:
-        (S, sets) how many of them stay in each stage.
+        by `stage{s}.level{k}`, (sets,) how many of them stay there.
     """
     return {
         "sets": [p.name for p in prunable],
         "groups": [p.n_groups for p in prunable],
-        "kept": [bank.kept(key, prunable) for key in enumerate(schedule.levels)],
+        "kept": {f"stage{stage}.level{level}": bank.kept((stage, level), prunable) for stage, level in sorted(bank)},
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,56 +12,74 @@ from diffusers import DiffusionPipeline
 from diffes.adapters import adapter_for, load_pipeline
 from diffes.errors import DiffesError
 from diffes.pruning.bank import WeightBank, check_fingerprint
-from diffes.runtime.artifact import BANK, base_model, read_schedule
+from diffes.runtime.artifact import BANK, base_model, chosen
 from diffes.runtime.router import Router, check_not_offloaded
+from diffes.runtime.solver import scheduler_for
+from diffes.search.schedule import Plan
 
 P = TypeVar("P", bound=DiffusionPipeline)
-_ATTRIBUTE = "_diffes_router"
+_ATTRIBUTE = "_diffes_applied"
 
 
-def apply(pipe: P, run: str | Path) -> P:
-    """Makes a pipeline run the schedule of a run; from then on only diffusers' own calls are needed.
+@dataclass(frozen=True)
+class _Applied:
+    """What runs on a pipeline, and the scheduler that it had before, where a plan took its place."""
 
-    Any scheduler, number of steps and guidance will do: routing goes by timestep. Move the pipeline to its device and
-    dtype, and load LoRAs, first. `torch.compile` comes after, with `torch._dynamo.config.recompile_limit` above the
-    number of different levels, because each is compiled for itself. A run applied before is removed first.
+    router: Router
+    scheduler: Any = None
+
+
+def apply(pipe: P, run: str | Path, *, calls: float | None = None) -> P:
+    """Makes a pipeline run the schedule of a run, or a plan of a front; from then on only diffusers' own calls are
+    needed.
+
+    Of a schedule, any scheduler, number of steps and guidance will do: routing goes by timestep. A plan brings its own
+    solver and timesteps: the pipeline is called with the plan's `num_inference_steps`, and anything else is refused.
+    Move the pipeline to its device and dtype, and load LoRAs, first. `torch.compile` comes after, with
+    `torch._dynamo.config.recompile_limit` above the number of different levels, because each is compiled for itself. A
+    run applied before is removed first.
 
     Args:
         pipe: the pipeline that the run was made for.
-        run: the run folder, or one that `diffes export` wrote.
+        run: the folder of a run or of a front, or one that `diffes export` wrote.
+        calls: of a front, what the plan may cost, in dense denoiser calls; the best one within is taken, and of all
+            plans where it is left out.
 
     Returns:
         The same pipeline.
 
     Raises:
-        DiffesError: the run is damaged or was made for another model, or the pipeline is offloaded; it is then as it
-            was.
+        DiffesError: the run is damaged or was made for another model, the pipeline is offloaded, or no plan is as cheap
+            as `calls`; the pipeline is then as it was.
     """
     folder = Path(run)
-    schedule, facts = read_schedule(folder)
+    schedule, facts = chosen(folder, calls)
     adapter = adapter_for(pipe)
     check_not_offloaded(adapter.denoiser)
     bank, header = WeightBank.open(folder / BANK, adapter.dtype)
     if facts.get("split") != header.get("split"):
         raise DiffesError(f"{folder} is damaged: its schedule and its bank split levels over the layers differently")
-    previous: Router | None = getattr(adapter.denoiser, _ATTRIBUTE, None)
-    schedule_before = previous.schedule if previous else None
+    previous: _Applied | None = getattr(adapter.denoiser, _ATTRIBUTE, None)
+    routed_before = previous.router.schedule if previous else None
     if previous:
-        previous.remove()
+        previous.router.remove()
     try:
         check_fingerprint(adapter.denoiser, header["fingerprint"], folder / BANK)
+        own = previous.scheduler if previous and previous.scheduler is not None else pipe.scheduler
+        planned = scheduler_for(own, schedule.solver, schedule.timesteps) if isinstance(schedule, Plan) else None
         router = Router(adapter, bank)
         router.install(schedule)
     except BaseException:
-        if previous and schedule_before:
-            previous.install(schedule_before)
+        if previous and routed_before:
+            previous.router.install(routed_before)
         raise
-    setattr(adapter.denoiser, _ATTRIBUTE, router)
+    pipe.scheduler = own if planned is None else planned
+    setattr(adapter.denoiser, _ATTRIBUTE, _Applied(router, None if planned is None else own))
     return pipe
 
 
 def remove(pipe: P) -> P:
-    """Makes a pipeline dense again, bit for bit.
+    """Makes a pipeline dense again, bit for bit, and gives it the scheduler back that a plan took the place of.
 
     Returns:
         The same pipeline.
@@ -69,21 +88,24 @@ def remove(pipe: P) -> P:
         DiffesError: no run is applied to it.
     """
     denoiser = adapter_for(pipe).denoiser
-    router: Router | None = getattr(denoiser, _ATTRIBUTE, None)
-    if router is None:
+    applied: _Applied | None = getattr(denoiser, _ATTRIBUTE, None)
+    if applied is None:
         raise DiffesError("no run is applied to this pipeline: call diffes.apply(pipe, RUN) first")
-    router.remove()
+    applied.router.remove()
+    if applied.scheduler is not None:
+        pipe.scheduler = applied.scheduler
     delattr(denoiser, _ATTRIBUTE)
     return pipe
 
 
-def load(run: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None) -> Any:
+def load(run: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, calls: float | None = None) -> Any:
     """Opens what a run was made for, with the run applied.
 
     Args:
-        run: a folder that `diffes export` wrote, or a run folder.
+        run: a folder that `diffes export` wrote, or the folder of a run or of a front.
         device: "cpu", "cuda", "cuda:1"; "auto" takes cuda where there is one.
         dtype: what the model computes in; as in the search when left out.
+        calls: of a front, what the plan may cost, in dense denoiser calls (see `apply`).
 
     Returns:
         The diffusers pipeline. Its base model comes from the folder, from diffes itself or, by its hub id, from the
@@ -93,11 +115,11 @@ def load(run: str | Path, *, device: str = "auto", dtype: torch.dtype | None = N
         DiffesError: the folder is damaged, or its base model missing or another.
     """
     folder = Path(run)
-    _, facts = read_schedule(folder)
+    _, facts = chosen(folder, calls)
     pipe = load_pipeline(
         base_model(folder, facts), device=pick_device(device), dtype=dtype or getattr(torch, facts["dtype"])
     )
-    return apply(pipe, folder)
+    return apply(pipe, folder, calls=calls)
 
 
 def pick_device(name: str) -> str:

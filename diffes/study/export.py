@@ -39,6 +39,8 @@ def export(run: Path, out: Path, *, dtype: str | None = None, overwrite: bool = 
     Raises:
         DiffesError: the run is damaged or unfinished, or `out` cannot be written.
     """
+    if (run / artifact.FRONT).is_file():
+        raise DiffesError(f"{run} is a front of plans, and only runs of one schedule can be exported; copy it as it is")
     schedule, facts = artifact.read_schedule(run)
     measured = report.read_report(run)
     bank, header = WeightBank.open(run / artifact.BANK)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import platform
+import shutil
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,24 +17,41 @@ from deap import tools
 from diffes.errors import DiffesError
 from diffes.files import CONFIG, read_json, write_json, write_safely
 from diffes.runtime.artifact import BANK, SCHEDULE
+from diffes.runtime.artifact import FRONT as PLANS
 from diffes.search.ledger import LOGGED
 from diffes.study.config import RunConfig
 
 JOURNAL, REPORT, COSTS, LOGBOOK = "study.journal", "report.json", "costs.json", "logbook.csv"
 FIGURES = ("schedule.png", "split.png", "convergence.png", "images.png")
-FRONT = "front.png"  # of strategies that search one
+FRONT = "front.png"  # of strategies that search one, and of `diffes front`
+TABLE, JOURNALS = "table.npz", "journals"  # of `diffes front`
+FRONT_FILES = (FRONT, PLANS, TABLE)
 FILES = (CONFIG, JOURNAL, COSTS, LOGBOOK, SCHEDULE, BANK, *FIGURES, REPORT)
 
 
-def config_record(config: RunConfig) -> dict[str, Any]:
-    """Settings and the versions they ran with."""
+def config_record(config: RunConfig, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Settings, with those of a front, and the versions they ran with."""
     packages = ("diffes", "torch", "diffusers", "deap", "optuna", "pyiqa", "numpy", "safetensors")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    return {"settings": config.to_json(), "versions": versions}
+    return {"settings": {**config.to_json(), **(extra or {})}, "versions": versions}
 
 
-def open_run(folder: Path, config: RunConfig, *, overwrite: bool) -> bool:
+def open_run(
+    folder: Path,
+    config: RunConfig,
+    *,
+    overwrite: bool,
+    extra: Mapping[str, Any] | None = None,
+    finished: str = REPORT,
+) -> bool:
     """Checks that a run may go into `folder`, before any work is done and without touching what is there.
+
+    Args:
+        folder: where to.
+        config: the settings.
+        overwrite: whether what is there may be replaced.
+        extra: settings of a front.
+        finished: the file that only a finished run has.
 
     Returns:
         True when an unfinished run of the same settings is there to go on with.
@@ -48,7 +67,7 @@ def open_run(folder: Path, config: RunConfig, *, overwrite: bool) -> bool:
         if not _is_run(folder):
             raise DiffesError(f"--out {folder} is not empty and holds no run of diffes; name another folder")
         try:
-            resumes = _check_same_run(folder, config)
+            resumes = _check_same_run(folder, config_record(config, extra), finished)
         except DiffesError:
             if not overwrite:
                 raise
@@ -77,13 +96,12 @@ def _is_run(folder: Path) -> bool:
     return isinstance(settings, dict) and isinstance(versions, dict) and "diffes" in versions
 
 
-def _check_same_run(folder: Path, config: RunConfig) -> bool:
-    if (folder / REPORT).exists():
+def _check_same_run(folder: Path, now: Mapping[str, Any], finished: str) -> bool:
+    if (folder / finished).exists():
         raise DiffesError(
             f"--out {folder} holds a finished run; pass --overwrite to replace it, or name another folder"
         )
     before = read_json(folder / CONFIG)
-    now = config_record(config)
     changed = [
         f"{name} was {before[part].get(name)!r} and is {value!r}"
         for part in ("settings", "versions")
@@ -98,13 +116,14 @@ def _check_same_run(folder: Path, config: RunConfig) -> bool:
     return True
 
 
-def begin_run(folder: Path, config: RunConfig, *, resumes: bool) -> None:
+def begin_run(folder: Path, config: RunConfig, *, resumes: bool, extra: Mapping[str, Any] | None = None) -> None:
     """Clears the files of an earlier run, unless it is gone on with, and writes `config.json`."""
     folder.mkdir(exist_ok=True)
     if not resumes:
-        for name in (*FILES, FRONT, f"{JOURNAL}.lock"):
+        for name in (*FILES, *FRONT_FILES, f"{JOURNAL}.lock"):
             (folder / name).unlink(missing_ok=True)
-        write_json(folder / CONFIG, config_record(config))
+        shutil.rmtree(folder / JOURNALS, ignore_errors=True)
+        write_json(folder / CONFIG, config_record(config, extra))
 
 
 def write_logbook(folder: Path, logbook: tools.Logbook) -> None:

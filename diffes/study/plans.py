@@ -20,6 +20,7 @@ from diffes.search.ledger import SearchResult
 from diffes.search.loop import run_search
 from diffes.search.plan import PlanSpace
 from diffes.search.schedule import Schedule, Stages
+from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation
 from diffes.study.heldout import HELDOUT_SEED
 from diffes.study.workbench import Workbench
@@ -125,6 +126,7 @@ class Plans:
         starts: Sequence[Sequence[int]] = (),
         strategy: str | None = None,
         max_evals: int | None = None,
+        store: EvaluationStore | None = None,
         progress: Progress | None = None,
     ) -> SearchResult:
         """A search for the best plan within a budget.
@@ -135,6 +137,7 @@ class Plans:
             starts: plans that it begins with: the table's, and for "joint" the best of "steps".
             strategy: spec of a strategy; the workbench's own when left out.
             max_evals: plans to evaluate, likewise.
+            store: keeps the evaluations; what it has is not paid for again.
             progress: told of every evaluation; bars when left out.
 
         Raises:
@@ -150,7 +153,7 @@ class Plans:
                 advance(f"{config.metric} {evaluation.fitness:.5g}", evaluation.fidelity)
 
             made = STRATEGIES.make(spec, space, seed=config.seed)
-            return run_search(made, self.searched, max_evals=evals, on_evaluation=on_evaluation)
+            return run_search(made, self.searched, max_evals=evals, store=store, on_evaluation=on_evaluation)
 
     def cost(self, genome: Schedule) -> float:
         """Cost of a plan in dense calls, exactly."""

@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from diffes.adapters import BlockSet, GroupSet
 from diffes.search.schedule import Schedule, Stages
 
 COLOURS = ("#0b6e99", "#d1603d", "#6a994e", "#7d5ba6", "#c99700", "#444444", "#c2578b", "#3fa7a0", "#8c5a3c", "#9aa5b1")
@@ -144,26 +146,25 @@ def damage(table: Sequence[Sequence[float]], stages: Stages, metric: str) -> Fig
         return figure
 
 
-def split(names: Sequence[str], groups: Sequence[int], kept: Sequence[Sequence[int]], schedule: Schedule) -> Figure:
+def split(prunable: Sequence[GroupSet | BlockSet], kept: Sequence[Sequence[int]], schedule: Schedule) -> Figure:
     """Heat map of how the levels of a schedule are shared out: what each layer loses in each stage, noise on the left.
 
     Args:
-        names: of the group sets, in the order of the forward pass.
-        groups: (sets,) how many groups each has.
-        kept: (S, sets) how many stay.
+        prunable: the group sets, in the order of the forward pass.
+        kept: (S, sets) how many groups of each stay.
         schedule: its stages and levels label the columns.
     """
-    short = [re.sub(r"transformer_blocks\.|attentions\.|_blocks", "", name) for name in names]
+    short = [re.sub(r"transformer_blocks\.|attentions\.|_blocks", "", each.name) for each in prunable]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(7, 1.4 + 0.19 * len(names)))
+        figure = Figure(figsize=(7, 1.4 + 0.19 * len(prunable)))
         axes: Axes = figure.subplots()
-        lost = 1 - np.array(kept, dtype=float)[::-1].T / np.array(groups)[:, None]
+        lost = 1 - np.array(kept, dtype=float)[::-1].T / np.array([each.n_groups for each in prunable])[:, None]
         image = axes.imshow(lost, aspect="auto", cmap="magma_r", vmin=0, vmax=1)
         columns = zip(reversed(schedule.stages.ranges), reversed(schedule.levels), strict=True)
         axes.set_xticks(
             range(len(kept)), [f"{lo}-{hi}\nlevel {k}" for (lo, hi), k in columns], rotation=45, ha="right", fontsize=8
         )
-        axes.set_yticks(range(len(names)), short, fontsize=8)
+        axes.set_yticks(range(len(short)), short, fontsize=8)
         axes.set(xlabel="timesteps (sampling goes from left to right)")
         figure.colorbar(image, label="removed fraction")
         return figure
@@ -197,6 +198,29 @@ def front(named: Mapping[str, Sequence[tuple[float, float]]], currency: str, met
         axes.set(xlabel=f"{currency}, fraction of the dense model's", ylabel=metric)
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
+        return figure
+
+
+def fronts(points: Sequence[Mapping[str, Any]], currency: str) -> Figure:
+    """Error against cost, and against measured time, of the plans of a front, by kind.
+
+    Args:
+        points: with `kind`, `cost` in dense calls, `ms` and `latent_mse`.
+        currency: what the cost counts.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(10, 3.8))
+        left, right = figure.subplots(1, 2, sharey=True)
+        for kind, colour in zip(dict.fromkeys(point["kind"] for point in points), itertools.cycle(COLOURS)):
+            chosen = [p for p in points if p["kind"] == kind and p["latent_mse"] is not None]
+            for axes, name in ((left, "cost"), (right, "ms")):
+                ordered = sorted((point[name], point["latent_mse"]) for point in chosen)
+                axes.plot(*zip(*ordered, strict=True), "o-", color=colour, markersize=4, linewidth=1.2, label=kind)
+        left.set(xlabel=f"cost in dense calls, by {currency}", ylabel="held-out latent MSE", yscale="log")
+        right.set(xlabel="milliseconds a run, measured")
+        for axes in (left, right):
+            axes.grid(alpha=0.3, which="both")
+        left.legend()
         return figure
 
 

@@ -17,9 +17,9 @@ from diffes.measure.currencies import LATENCY_REPEATS, prunable_fraction
 from diffes.progress import Progress
 from diffes.pruning.bank import fingerprint, split_of
 from diffes.runtime.apply import load
-from diffes.runtime.artifact import BANK, read_schedule, write_schedule
+from diffes.runtime.artifact import BANK, chosen, write_schedule
 from diffes.search.ledger import SearchResult
-from diffes.search.schedule import Schedule
+from diffes.search.schedule import Plan, Schedule
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation
 from diffes.study import folder, plots
@@ -85,7 +85,7 @@ def _write_result(bench: Workbench, schedule: Schedule, out: Path) -> None:
         "allocation": config.allocation if bank.kind == "width" else "equal",
         "kind": bank.kind,
         "model": str(home.resolve()) if home and config.model not in shipped_models() else config.model,
-        "split": split_of(bank, schedule, bench.adapter.prunable(bank.kind)),
+        "split": split_of(bank, bench.adapter.prunable(bank.kind)),
     }
     header = {"fingerprint": fingerprint(bench.adapter.denoiser), **pruned, **schedule.to_json()}
     files.write_safely(out / BANK, lambda partial: bank.save(partial, header))
@@ -150,9 +150,9 @@ def _draw(bench: Workbench, result: SearchResult, report: Report, out: Path) -> 
     captions = [adapter.label(condition) for condition in evaluator.probes.conditions]
     eligible = [e.fitness for e, counts in zip(result.evaluations, result.eligible, strict=True) if counts]
     prunable = adapter.prunable(bench.router.bank.kind)
-    layers = split_of(bench.router.bank, best, prunable)
+    kept = [bench.router.bank.kept(key, prunable) for key in enumerate(best.levels)]
     figures = {
-        "split.png": plots.split(layers["sets"], layers["groups"], layers["kept"], best),
+        "split.png": plots.split(prunable, kept, best),
         "schedule.png": plots.schedules({"searched": best, "uniform": uniform}),
         "convergence.png": plots.convergence({config.strategy: eligible}, config.metric),
         "images.png": plots.image_grid({name: adapter.decode(latents) for name, latents in rows.items()}, captions),
@@ -167,9 +167,17 @@ def _draw(bench: Workbench, result: SearchResult, report: Report, out: Path) -> 
         files.write_safely(out / name, functools.partial(plots.save, figure))
 
 
-def sample_images(run: Path, conditions: Sequence[Condition] | None, *, seed: int, steps: int | None,
-                  guidance: float | None, device: str) -> tuple[torch.Tensor, list[str]]:  # fmt: skip
-    """Images of a run's or exported folder's pipeline, routed.
+def sample_images(
+    run: Path,
+    conditions: Sequence[Condition] | None,
+    *,
+    seed: int,
+    steps: int | None,
+    guidance: float | None,
+    device: str,
+    calls: float | None = None,
+) -> tuple[torch.Tensor, list[str]]:
+    """Images of the pipeline of a run, of a front or of an exported folder, routed.
 
     Args:
         run: the folder.
@@ -178,23 +186,26 @@ def sample_images(run: Path, conditions: Sequence[Condition] | None, *, seed: in
         steps: sampling steps; as in the search when left out.
         guidance: guidance scale; as in the search when left out.
         device: where to run.
+        calls: of a front, what the plan may cost, in dense calls.
 
     Returns:
         Images (n, channels, h, w) in [0, 1] and a label for each.
 
     Raises:
-        DiffesError: the folder or its model is damaged or missing, or a condition is not the model's.
+        DiffesError: the folder or its model is damaged or missing, or a condition or the number of steps is not the
+            model's or the plan's.
     """
-    _, facts = read_schedule(run)
-    adapter = adapter_for(load(run, device=device))
-    chosen = list(conditions) if conditions is not None else list(adapter.choices("heldout")[:8])
-    n_steps = facts["steps"] if steps is None else steps
+    routed, facts = chosen(run, calls)
+    own_steps = len(routed.calls) if isinstance(routed, Plan) else facts["steps"]
+    adapter = adapter_for(load(run, device=device, calls=calls))
+    wanted = list(conditions) if conditions is not None else list(adapter.choices("heldout")[:8])
+    n_steps = own_steps if steps is None else steps
     adapter.timesteps(n_steps)  # refuses numbers of steps that the scheduler cannot take
     adapter.pipe.set_progress_bar_config(disable=True)
     images = adapter.generate(
-        chosen,
+        wanted,
         n_steps=n_steps,
         guidance=facts["guidance"] if guidance is None else guidance,
         generator=torch.Generator(adapter.device).manual_seed(seed),
     )
-    return images, [adapter.label(condition) for condition in chosen]
+    return images, [adapter.label(condition) for condition in wanted]

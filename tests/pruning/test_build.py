@@ -103,15 +103,16 @@ def test_the_split_is_kept_with_the_bank_and_checked(tiny: ModelAdapter, stages:
     schedule = Schedule(stages, (0, 1, 3, 0), 4)
     bank = small_bank(tiny, "obs", stages).for_schedule(schedule)
     sets = tiny.group_sets()
-    split = split_of(bank, schedule, sets)
+    split = split_of(bank, sets)
     assert split["sets"] == [s.name for s in sets] and split["groups"] == [s.n_groups for s in sets]
-    assert split["kept"][0] == split["groups"] and split["kept"][2] == bank.kept((2, 3), sets)
+    assert split["kept"].keys() == {"stage1.level1", "stage2.level3"}
+    assert split["kept"]["stage2.level3"] == bank.kept((2, 3), sets) and bank.kept((0, 0), sets) == split["groups"]
     bank.save(tmp_path / "bank", {"split": split})
     loaded, header = WeightBank.open(tmp_path / "bank")
-    assert header["split"] == split and loaded.kept((2, 3), sets) == split["kept"][2]
-    split["kept"][2][0] += 1
+    assert header["split"] == split and loaded.kept((2, 3), sets) == bank.kept((2, 3), sets)
+    split["kept"]["stage2.level3"][0] += 1
     bank.save(tmp_path / "bank", {"split": split})
     loaded, _ = WeightBank.open(tmp_path / "bank")
     assert loaded[1, 1]
-    with pytest.raises(DiffesError, match=r"is damaged \(stage 2 keeps \d+ groups of transformer_blocks.0.attn1, its"):
+    with pytest.raises(DiffesError, match=r"is damaged \(stage2.level3 keeps \d+ groups of transformer_blocks"):
         _ = loaded[2, 3]

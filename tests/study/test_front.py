@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Counting, images, small_config
+
+import diffes
+from diffes import files
+from diffes.adapters import load_pipeline
+from diffes.errors import DiffesError
+from diffes.runtime.artifact import chosen, read_front
+from diffes.search.schedule import Plan
+from diffes.study import folder
+from diffes.study.export import export
+from diffes.study.front import COLUMNS, complete_front, rows_of
+from diffes.study.run import sample_images
+
+BUDGETS = [2.0, 3.0]
+
+
+def make(model: Path, out: Path, budgets: list[float] = BUDGETS, **changes: Any) -> dict[str, Any]:
+    settings = {"method": "obs", "cost": "macs", "probes": 2, "heldout": 2, "max_evals": 12, **changes}
+    return complete_front(small_config(model, **settings), budgets, out, Counting(), nodes=10)
+
+
+@pytest.fixture(scope="module")
+def front(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("fronts") / "tiny"
+    make(tiny_folder, out)
+    return out
+
+
+def test_a_front_holds_every_kind_at_every_budget(front: Path) -> None:
+    data = read_front(front)
+    assert [(p["budget"], p["kind"]) for p in data["points"]] == [
+        (budget, kind) for budget in BUDGETS for kind in ("dense", "dense-planned", "joint")
+    ]
+    for point in data["points"]:
+        assert 0 < point["cost"] <= point["budget"] + 1e-6
+        assert point["n_calls"] == len(point["timesteps"]) == len(point["levels"])
+        assert point["ms"] > 0 and point["latent_mse"] == pytest.approx(-point["heldout_mean"], rel=1e-4)
+        assert point["kind"] == "joint" or set(point["levels"]) == {0}
+    assert data["currency"] == "macs" and data["solver"] == "dpmsolver++" and data["reference"]["steps"] == 200
+    assert len(rows_of(data)) == 6 and all(len(row) == len(COLUMNS) for row in rows_of(data))
+    for name in (folder.FRONT, folder.TABLE, folder.COSTS):
+        assert (front / name).stat().st_size > 0
+
+
+def test_a_killed_front_goes_on_and_ends_the_same(front: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """Cut off where only the first budget was searched: the table and its evaluations are not paid for again."""
+    out = tmp_path / "front"
+    with pytest.raises(RuntimeError, match="killed"):
+        complete_front(
+            small_config(tiny_folder, method="obs", cost="macs", probes=2, heldout=2, max_evals=12),
+            BUDGETS, out, Killing("searching joint, 3 calls"), nodes=10,
+        )  # fmt: skip
+    assert not (out / "front.json").exists()
+    before = (out / folder.TABLE).read_bytes()
+    again = make(tiny_folder, out)
+    whole = read_front(front)
+    assert (out / folder.TABLE).read_bytes() == before
+    for one, other in zip(again["points"], whole["points"], strict=True):
+        assert {k: v for k, v in one.items() if k != "ms"} == {k: v for k, v in other.items() if k != "ms"}
+    with pytest.raises(DiffesError, match="finished run; pass --overwrite"):
+        make(tiny_folder, out)
+
+
+class Killing(Counting):
+    """Progress of a process that dies when a task begins."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__()
+        self._title = title
+
+    def task(self, title: str, total: int) -> Any:
+        if title == self._title:
+            raise RuntimeError("killed")
+        return super().task(title, total)
+
+
+def test_apply_runs_the_best_plan_within_and_remove_restores(front: Path, tiny_folder: Path) -> None:
+    pipe = load_pipeline(str(tiny_folder))
+    own, dense = pipe.scheduler, images(pipe, steps=4)
+    plan, _ = chosen(front, 2.0)
+    assert isinstance(plan, Plan)
+    diffes.apply(pipe, front, calls=2)
+    assert pipe.scheduler is not own
+    once = images(pipe, steps=len(plan.calls))
+    assert not np.array_equal(once, dense)
+    with pytest.raises(DiffesError, match=f"num_inference_steps={len(plan.calls)}"):
+        images(pipe, steps=len(plan.calls) + 1)
+    planned, pipe.scheduler = pipe.scheduler, own
+    with pytest.raises(DiffesError, match="which the plan that is applied does not visit"):
+        images(pipe, steps=4)
+    pipe.scheduler = planned
+    diffes.apply(pipe, front)  # over it: the best of all
+    diffes.apply(pipe, front, calls=2)
+    assert np.array_equal(images(pipe, steps=len(plan.calls)), once)
+    diffes.remove(pipe)
+    assert pipe.scheduler is own and np.array_equal(images(pipe, steps=4), dense)
+
+
+def test_the_plan_of_a_pipeline_is_the_librarys_own_run(front: Path, tiny_folder: Path) -> None:
+    made, names = sample_images(front, [0, 3], seed=5, steps=None, guidance=None, device="cpu", calls=3)
+    plan, facts = chosen(front, 3)
+    assert isinstance(plan, Plan) and len(names) == 2 and facts["guidance"] == 2.0
+    pipe = diffes.apply(load_pipeline(str(tiny_folder)), front, calls=3)
+    again = images(pipe, steps=len(plan.calls))
+    assert np.allclose(made.permute(0, 2, 3, 1).numpy(), again)
+    assert torch.isfinite(made).all()
+
+
+def test_the_most_expensive_plan_is_the_best_where_nothing_is_said(front: Path) -> None:
+    points = read_front(front)["points"]
+    best = max(points, key=lambda point: point["heldout_mean"])
+    plan, _ = chosen(front, None)
+    assert isinstance(plan, Plan) and list(plan.timesteps) == best["timesteps"] and list(plan.levels) == best["levels"]
+
+
+def test_bad_input_is_refused(front: Path, run: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DiffesError, match=r"costs 0.1 dense calls or less: they cost \d\.\d\d to"):
+        chosen(front, 0.1)
+    with pytest.raises(DiffesError, match="holds one schedule, not a front"):
+        chosen(run, 4.0)
+    with pytest.raises(DiffesError, match="positive numbers of dense calls"):
+        make(tiny_folder, tmp_path / "a", [])
+    with pytest.raises(DiffesError, match="calls must be at least"):
+        make(tiny_folder, tmp_path / "b", [1e-6])
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(DiffesError, match="only runs of one schedule can be exported"):
+        export(front, tmp_path / "c")
+    data = json.loads((front / "front.json").read_text())
+    data["points"][0]["levels"] = [99] * len(data["points"][0]["levels"])
+    copy = tmp_path / "d"
+    copy.mkdir()
+    for name in ("bank.safetensors", "front.json"):
+        (copy / name).write_bytes((front / name).read_bytes())
+    files.write_json(copy / "front.json", data)
+    with pytest.raises(DiffesError, match="was altered"):
+        chosen(copy, None)
