@@ -286,3 +286,21 @@ def test_operators_of_deap_are_named_like_any_other(tiny_folder: Path, tmp_path:
     journal = (tmp_path / "run" / folder.JOURNAL).read_text()
     assert '"deap.mutShuffleIndexes:indpb=0.2"' in journal
     assert "deap.cxTwoPoint + deap.mutShuffleIndexes" in journal
+
+
+def test_front_then_sample_by_cost(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "front"
+    options = ["--model", str(tiny_folder), *SMALL, "--max-evals", "6", "--nodes", "8", "--budgets", "2", "3"]
+    main(["front", *options, "--out", str(out)])
+    shown = capsys.readouterr().out
+    assert shown.count("joint") == 2 + 2 and "--calls 3" in " ".join(shown.split())
+    with Image.open(out / folder.FRONT) as image:
+        assert image.width > image.height > 200
+    main(["sample", str(out), "--calls", "2", "--out", str(tmp_path / "grid.png")])
+    assert (tmp_path / "grid.png").stat().st_size > 1000
+    other = str(tmp_path / "other.png")
+    assert "they cost" in fails(capsys, "sample", str(out), "--calls", "0.01", "--out", other)
+    assert "num_inference_steps=" in fails(capsys, "sample", str(out), "--steps", "33", "--out", other)
+    assert "pass --overwrite" in fails(capsys, "front", *options, "--out", str(out))
+    assert "unknown solver" in fails(capsys, "front", *options, "--solver", "pndm", "--out", str(tmp_path / "x"))
+    assert "set cost to macs" in fails(capsys, "front", *options, "--cost", "level", "--out", str(tmp_path / "x"))

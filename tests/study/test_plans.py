@@ -3,9 +3,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Counting, small_config
 
+from diffes.adapters.macs import macs_per_call
 from diffes.errors import DiffesError
 from diffes.search.plan import PlanSpace
 from diffes.study.plans import Plans
@@ -69,3 +71,17 @@ def test_what_cannot_be_planned_is_refused(plans: Plans, bench: Workbench) -> No
         Plans(few)
     with pytest.raises(DiffesError, match="exhaustive"):
         plans.search(3.0, strategy="exhaustive", progress=Counting())
+
+
+def test_the_cost_of_a_plan_is_the_macs_of_its_run(plans: Plans) -> None:
+    """Counted call by call on the routed model, in units of a dense call; no plan exceeds its budget."""
+    adapter, router = plans.bench.adapter, plans.bench.router
+    dense = macs_per_call(adapter)
+    space, rng = plans.space(4.0), np.random.default_rng(0)
+    for _ in range(5):
+        genome = space.schedule(space.sample(rng))
+        plan = plans.searched.plan(genome)
+        with router.routed(plan):
+            counted = sum(macs_per_call(adapter, timestep) for timestep in plan.timesteps)
+        assert counted / dense == pytest.approx(plans.cost(genome), rel=1e-9)
+        assert plans.cost(genome) <= 4.0 + 1e-9
