@@ -6,7 +6,7 @@ import torch
 from conftest import N_STAGES, images, open_adapter, small_bank
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-from diffes.adapters import ModelAdapter
+from diffes.adapters import ModelAdapter, Probes
 from diffes.errors import DiffesError
 from diffes.measure.metrics import make_metric
 from diffes.measure.plan_evaluator import PlanEvaluator, trailing
@@ -122,6 +122,26 @@ def test_a_pipeline_with_the_planned_scheduler_makes_what_the_evaluator_measures
     fresh = open_adapter(untrained.pipe.config._name_or_path)
     fresh.pipe.scheduler = scheduler_for(fresh.pipe.scheduler, solver, plan.timesteps)
     assert not np.array_equal(images(fresh.pipe, steps=4), once)  # dense at the same timesteps
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_own_loop_of_a_plan_equals_the_pipeline_bit_for_bit(
+    untrained: ModelAdapter, solver: str, guidance: float
+) -> None:
+    plan = Plan(Stages.equal(N_STAGES), ((999, 1), (600, 2), (240, 0)), untrained.max_level("width"), solver)
+    router = Router(untrained, small_bank(untrained, "obs", Stages.equal(N_STAGES)))
+    planned = scheduler_for(untrained.pipe.scheduler, solver, plan.timesteps)
+    config = untrained.denoiser.config
+    shape = (3, config.in_channels, config.sample_size, config.sample_size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(7))
+    conditions = tuple(untrained.choices("heldout")[:3])
+    with router.routed(plan):
+        ours = untrained.decode(untrained.sample(Probes(noise, conditions), planned, guidance))
+        untrained.pipe.scheduler = planned
+        generator = torch.Generator().manual_seed(7)
+        theirs = untrained.generate(conditions, n_steps=3, guidance=guidance, generator=generator)
+    assert torch.equal(ours, theirs)
 
 
 def test_an_unknown_solver_is_refused(tiny: ModelAdapter) -> None:
