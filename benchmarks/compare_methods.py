@@ -62,9 +62,11 @@ def main() -> None:
     parser.add_argument("--metric", default="ssim")
     parser.add_argument("--heldout", type=int, default=64)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--allocation", choices=("damage", "equal"), default="damage", help="of levels over layers")
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
     config = RunConfig(metric=args.metric, heldout=args.heldout, max_evals=args.max_evals, strategy=args.strategy)
+    config = replace(config, allocation=args.allocation)
     if args.smoke:
         config = replace(config, stages=2, steps=4, probes=2, heldout=4, calibration_samples=8, metric="latent_mse")
         config = replace(config, max_evals=2)

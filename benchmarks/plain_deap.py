@@ -55,9 +55,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--generations", type=int, default=15)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--allocation", choices=("damage", "equal"), default="damage", help="of levels over layers")
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
-    config = RunConfig(model=args.model, steps=10, guidance=1.0, probes=8, strategy=f"evolution:mu={MU},lam={LAMBDA}")
+    config = RunConfig(
+        model=args.model,
+        allocation=args.allocation,
+        steps=10,
+        guidance=1.0,
+        probes=8,
+        strategy=f"evolution:mu={MU},lam={LAMBDA}",
+    )
     if args.smoke:
         config = replace(config, stages=4, steps=4, probes=2, heldout=4, calibration_samples=8, metric="latent_mse")
         args.seeds, args.generations = 2, 2

@@ -76,9 +76,10 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=816, help="of the reference")
     parser.add_argument("--share", type=float, default=1 / 3, help="of the reference's calls, for surrogate")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--allocation", choices=("damage", "equal"), default="damage", help="of levels over layers")
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
-    config = RunConfig(steps=10, guidance=1.0, probes=8, max_evals=args.evaluations)
+    config = RunConfig(steps=10, guidance=1.0, probes=8, max_evals=args.evaluations, allocation=args.allocation)
     if args.smoke:
         config = replace(config, stages=4, steps=4, probes=2, heldout=4, calibration_samples=8, max_evals=40)
         args.seeds = 2
