@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def build_bank(
     entries: dict[Key, StageWeights] = {}
     calls = 0
     for stage in range(len(stages)) if only is None else only:
-        drawn = seed * 100_003 + stage
+        drawn = stage_seed(seed, stage)
         if thin is None or method.needs != "nothing":
             run = None
             if method.needs != "nothing":
@@ -64,7 +64,7 @@ def build_bank(
                 weigh = method.timestep_weights
                 run = StagePass(adapter, stages.ranges[stage], data, guidance > 1, drawn, weigh)
                 calls += len(data)
-            thin = _prune(adapter, method, run, ladders.sets)
+            thin = thin_weights(adapter, method, run, ladders.sets)
         split = ladders.equal
         if ladders.splits:
             assert data is not None
@@ -72,13 +72,23 @@ def build_bank(
             split = allocate(ladders.sets, damage.measure(ladders.sets, thin))
             calls += damage.calls
         for level in range(1, ladders.max_level + 1):
-            # Those that share weights share the very objects: `nbytes` and the file of a search count on it.
-            entries[stage, level] = {
-                name: thin[name][rung] for name, rung in zip(thin, split[level], strict=True) if rung
-            }
+            entries[stage, level] = at_split(thin, split[level])
         if progress:
             progress(stage)
     return WeightBank(entries, method.kind, calls=calls)
+
+
+def stage_seed(seed: int, stage: int) -> int:
+    """What a stage draws its calibration timesteps and noise from."""
+    return seed * 100_003 + stage
+
+
+def at_split(thin: Mapping[str, Sequence[GroupWeights]], split: Sequence[int]) -> StageWeights:
+    """An entry of a bank: each set at its rung, without those that stay dense.
+
+    Entries that share weights share the very objects: `nbytes` and the file of a search count on it.
+    """
+    return {name: thin[name][rung] for name, rung in zip(thin, split, strict=True) if rung}
 
 
 class _Ladders:
@@ -102,7 +112,7 @@ class _Ladders:
         self.equal = [[rungs.equal(level) for rungs in self.sets] for level in range(self.max_level + 1)]
 
 
-def _prune(
+def thin_weights(
     adapter: ModelAdapter, method: PruningMethod, run: StagePass | None, sets: Sequence[Rungs]
 ) -> dict[str, list[GroupWeights]]:
     """What is left of every set at every rung, in host memory; the first one is dense."""
