@@ -51,7 +51,7 @@ def measure_table(
     Source: the table of GITS, with a level for each jump, weights, and the solver's second order.
     """
     n, levels = space.n_stages, range(space.thinnest + 1)
-    parts = [evaluator.probes[rows] for rows in evaluator._parts()]
+    parts = [evaluator.probes[rows] for rows in evaluator.parts()]
     errors = np.full((n, n + 1, len(levels)), np.nan)
     sums, starts, ratios, calls = np.zeros_like(errors), np.zeros(n), np.zeros(n + 1), 0
     for part in parts:

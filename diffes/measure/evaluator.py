@@ -98,7 +98,7 @@ class RoutedEvaluator(abc.ABC):
 
     def remember(self, evaluation: Evaluation) -> None:
         """Notes an evaluation of an earlier process, so that its shared trajectories are not counted twice."""
-        for part in self._parts(evaluation.fidelity):
+        for part in self.parts(evaluation.fidelity):
             prefixes = self._prefixes(part, evaluation.schedule)
             for prefix in prefixes[self._cache.depth(prefixes) :]:
                 self._cache.put(prefix, None, self._state_bytes(part))
@@ -115,12 +115,12 @@ class RoutedEvaluator(abc.ABC):
     def latents(self, schedule: Schedule, fidelity: float = 1.0) -> Tensor:
         """Final latents (n, C, h, w) of the routed model."""
         with self.router.routed(self._routed(schedule)):
-            return torch.cat([self._run(part, schedule) for part in self._parts(fidelity)])
+            return torch.cat([self._run(part, schedule) for part in self.parts(fidelity)])
 
     @torch.no_grad()
     def dense_latents(self, steps: int | Any) -> Tensor:
         """Final latents (n, C, h, w) of the dense model at any number of steps, or by a scheduler that is ready."""
-        parts = [self.probes[rows] for rows in self._parts()]
+        parts = [self.probes[rows] for rows in self.parts()]
         return torch.cat([self.adapter.sample(part, steps, self.guidance) for part in parts])
 
     def dense_scores(self, steps: int | Any) -> Tensor:
@@ -131,7 +131,7 @@ class RoutedEvaluator(abc.ABC):
     def _measured_reference(self) -> Tensor:
         """Reference latents (n, C, h, w); on the way it is noted how large a state is, whatever the sampler keeps."""
         finals = []
-        for rows in self._parts():
+        for rows in self.parts():
             part = self.probes[rows]
             state = self.adapter.start(part, self._reference_steps(), self.guidance)
             self._fixed_bytes = max(self._fixed_bytes, size_of(state.scheduler))
@@ -143,7 +143,7 @@ class RoutedEvaluator(abc.ABC):
             finals.append(self.adapter.finish(state, self.guidance))
         return torch.cat(finals)
 
-    def _parts(self, fidelity: float = 1.0) -> list[slice]:
+    def parts(self, fidelity: float = 1.0) -> list[slice]:
         """Which probes share a denoiser call."""
         n = math.ceil(fidelity * len(self.probes))
         return [slice(i, min(i + self.batch, n)) for i in range(0, n, self.batch)]

@@ -83,7 +83,7 @@ def complete_front(
     known = files.read_json(out / folder.COSTS) if resumes and (out / folder.COSTS).exists() else {}
     plans = Plans(prepare(config, progress, known.get("costs")), solver, nodes)
     for budget in budgets:
-        plans.space(budget)  # refused before the long part where nothing is that cheap
+        plans.space(budget, "steps")  # refused before the long part where not even one dense call is that cheap
     folder.begin_run(out, config, resumes=resumes, extra=extra)
     files.write_json(out / folder.COSTS, {"cost": config.cost, "costs": plans.bench.costs})
     table = _table(plans, out / folder.TABLE, progress)

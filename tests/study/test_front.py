@@ -130,7 +130,7 @@ def test_bad_input_is_refused(front: Path, run: Path, tiny_folder: Path, tmp_pat
     with pytest.raises(DiffesError, match="positive numbers of dense calls"):
         make(tiny_folder, tmp_path / "a", [])
     with pytest.raises(DiffesError, match="calls must be at least"):
-        make(tiny_folder, tmp_path / "b", [1e-6])
+        make(tiny_folder, tmp_path / "b", [3.0, 0.9])  # a thin call could be paid, a dense one cannot
     assert not (tmp_path / "b").exists()
     with pytest.raises(DiffesError, match="only runs of one schedule can be exported"):
         export(front, tmp_path / "c")
