@@ -100,7 +100,7 @@ def front(
     data = fronts.complete_front(config, budgets, out, RichProgress(), solver=solver, nodes=nodes, overwrite=overwrite)
     table = Table(title=f"{config.model}, {config.method}, held out, against {data['reference']['steps']} dense steps")
     for name in fronts.COLUMNS:
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
     for row in fronts.rows_of(data):
         table.add_row(*row)
     console.print(table)

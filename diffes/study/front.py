@@ -90,7 +90,7 @@ def complete_front(
     points: list[Point] = []
     for budget in sorted(budgets):
         points += _searched(plans, table, budget, out, progress)
-    with progress.task("held-out probes, speed, figure", 3) as advance:
+    with progress.task("held-out probes, speed, figure", 2) as advance:
         split = _write_bank(plans, [point.genome for point in points], out)
         rows = _measured(plans, points)
         advance("measured")
