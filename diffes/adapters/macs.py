@@ -8,8 +8,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from diffes.adapters.base import ModelAdapter
 
-DEEP = 99  # modules within modules: all
-
 
 def _attention_flops(query: Size, key: Size, value: Size, *_args: object, **_kwargs: object) -> int:
     return int(sdpa_flop_count(query, key, value))
@@ -27,7 +25,7 @@ def macs_by_module(adapter: ModelAdapter, timestep: int = 0) -> dict[str, int]:
     """
     probe = adapter.make_probes(1, 0)
     latents = probe.noise.to(adapter.device, adapter.dtype)
-    with FlopCounterMode(display=False, depth=DEEP, custom_mapping=_ATTENTION_ON_CPU) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as counter:
         adapter.denoise_once(latents, torch.tensor([timestep]), probe.conditions)
     root = type(adapter.denoiser).__name__  # text encoders may have run as well
     counts = {name: sum(by_operator.values()) // 2 for name, by_operator in counter.get_flop_counts().items()}

@@ -110,7 +110,7 @@ class _DenseRun:
         states, data, calls = [], [], 0
         for i, timestep in enumerate(plans[0].timesteps):
             states.append(adapter.finish(state, guidance).float().cpu())
-            state.scheduler._init_step_index(state.scheduler.timesteps[i])
+            state.scheduler._step_index = i
             by_level: list[Tensor] = []
             for level, plan in zip(levels, plans, strict=True):
                 if level not in space.allowed and level:
@@ -118,10 +118,9 @@ class _DenseRun:
                     continue
                 with router.routed(plan):
                     prediction, latents = adapter.predict(state, probes, guidance)
-                state.scheduler._step_index = i
                 clean = state.scheduler.convert_model_output(prediction, sample=latents)
                 by_level.append(adapter.finish(replace(state, latents=clean), guidance).float().cpu())
-                calls += len(probes) * (2 if guidance > 1 else 1)
+                calls += evaluator.rows(probes)
                 if level == 0:
                     dense = prediction, latents
             state = adapter.advance(state, dense[0], state.scheduler.timesteps[i], dense[1])
@@ -147,15 +146,7 @@ class _DenseRun:
                 back = int((logs[i] - logs[:i] - reach).abs().argmin())
                 slope = (clean - self.data[back, 0]) / float(logs[i] - logs[back])
                 clean = clean + 0.5 * float(reach) * slope
-            if j < n:
-                shrink = float(self.sigmas[j] / self.sigmas[i])
-                made = (
-                    shrink * self.states[i]
-                    + float(self.alphas[j] - self.alphas[i] * self.sigmas[j] / self.sigmas[i]) * clean
-                )
-            else:
-                made = clean
-            found[j - i - 1] = (made - self.states[j]).square().flatten(1).mean(1).double().numpy()
+            found[j - i - 1] = (self._step(i, j, clean) - self.states[j]).square().flatten(1).mean(1).double().numpy()
         return found
 
     def start_errors(self) -> Floats:
@@ -172,7 +163,7 @@ class _DenseRun:
         places = list(range(apart, n, apart))
         ratios, calls = [], 0
         for node in places:
-            off = self._jump(node - apart, node)
+            off = self._step(node - apart, node, self.data[node - apart, 0])
             grid = self.timesteps[node :: max(1, round(n / COARSE))]
             ends = []
             for latents in (self.states[node], off):
@@ -181,7 +172,7 @@ class _DenseRun:
                 state = replace(state, latents=doubled.to(state.latents))
                 for _ in grid:
                     state = adapter.step(state, probes, guidance)
-                    calls += len(probes) * (2 if guidance > 1 else 1)
+                    calls += evaluator.rows(probes)
                 ends.append(adapter.finish(state, guidance).float().cpu())
             change = float((ends[1] - ends[0]).square().mean()) / max(
                 float((off - self.states[node]).square().mean()), 1e-30
@@ -189,7 +180,7 @@ class _DenseRun:
             ratios.append(change)
         return np.interp(np.arange(n + 1), [*places, n], [*ratios, 1.0]), calls
 
-    def _jump(self, i: int, j: int) -> Tensor:
-        """A first-order step from node i to node j."""
+    def _step(self, i: int, j: int, clean: Tensor) -> Tensor:
+        """The solver's step from node i to node j, or to the end, with predicted clean latents."""
         rest = float(self.alphas[j] - self.alphas[i] * self.sigmas[j] / self.sigmas[i])
-        return float(self.sigmas[j] / self.sigmas[i]) * self.states[i] + rest * self.data[i, 0]
+        return float(self.sigmas[j] / self.sigmas[i]) * self.states[i] + rest * clean

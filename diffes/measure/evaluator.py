@@ -148,6 +148,10 @@ class RoutedEvaluator(abc.ABC):
         n = math.ceil(fidelity * len(self.probes))
         return [slice(i, min(i + self.batch, n)) for i in range(0, n, self.batch)]
 
+    def rows(self, probes: Probes) -> int:
+        """What one denoiser call on these probes counts."""
+        return len(probes) * (2 if self.guidance > 1 else 1)
+
     def _prefixes(self, rows: slice, schedule: Schedule) -> list[Prefix]:
         """What decides the state after each part of the trajectory: the probes, and all parts so far."""
         decided = [part for part, _ in self._path(schedule)]
@@ -166,13 +170,11 @@ class RoutedEvaluator(abc.ABC):
             state = self.adapter.start(part, self._steps_of(schedule), self.guidance)
         else:
             state = self._resumed(state, schedule)
-        for i, (_, n_calls) in enumerate(self._path(schedule)):
-            if i < done:
-                continue
+        for i, (_, n_calls) in enumerate(self._path(schedule)[done:], done):
             for _ in range(n_calls):
                 state = self.adapter.step(state, part, self.guidance)
                 if i >= counted:
-                    self.denoiser_calls += len(part) * (2 if self.guidance > 1 else 1)
+                    self.denoiser_calls += self.rows(part)
             self._cache.put(prefixes[i], state, self._state_bytes(rows))
         return self.adapter.finish(state, self.guidance)
 

@@ -11,7 +11,7 @@ from diffes.measure.evaluator import BATCH, CACHE_BYTES, RoutedEvaluator
 from diffes.measure.metrics import Metric
 from diffes.runtime.router import Router
 from diffes.runtime.solver import retimed, scheduler_for
-from diffes.search.plan import calls_of
+from diffes.search.plan import calls_of, trailing
 from diffes.search.schedule import Plan, Schedule, Stages
 
 
@@ -75,8 +75,3 @@ class PlanEvaluator(RoutedEvaluator):
 
     def _resumed(self, state: SamplingState, schedule: Schedule) -> SamplingState:
         return replace(state, scheduler=retimed(state.scheduler, self._steps_of(schedule)))
-
-
-def trailing(n: int, n_timesteps: int) -> list[int]:
-    """`n` timesteps from T - 1 on, evenly spread, as diffusers' "trailing" spacing has them."""
-    return [round(n_timesteps * (n - i) / n) - 1 for i in range(n)]

@@ -8,10 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from diffes.adapters import BlockSet, GroupSet
+from diffes.adapters import BlockSet, GroupSet, Kind
+from diffes.search.schedule import Allocation
 
 Floats = NDArray[np.float64]
 UNITS = 1 << 14  # savings are counted in so many parts of what the last level saves
+
+
+def allocation_of(kind: Kind, wanted: Allocation) -> Allocation:
+    """How levels of a kind are shared out where `wanted` was asked for: whole blocks know the equal split only."""
+    return wanted if kind == "width" else "equal"
 
 
 @dataclass(frozen=True)

@@ -73,9 +73,10 @@ class WeightBank(Mapping[Key, StageWeights]):
         tensors = {id(w): w.nbytes for entry in self._entries.values() for w in entry.values()}
         return sum(tensors.values())
 
-    def for_schedule(self, schedule: Schedule | Plan) -> WeightBank:
-        """The part that one schedule or plan needs, in memory."""
-        return WeightBank({key: self[key] for key in schedule.thin()}, self.kind)
+    def for_schedule(self, *schedules: Schedule | Plan) -> WeightBank:
+        """The part that these schedules or plans need, in memory."""
+        keys = sorted({key for schedule in schedules for key in schedule.thin()})
+        return WeightBank({key: self[key] for key in keys}, self.kind)
 
     def kept(self, key: Key, prunable: Sequence[GroupSet | BlockSet]) -> list[int]:
         """How many groups of each set stay at a stage and level; level 0 keeps all."""

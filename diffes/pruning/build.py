@@ -10,7 +10,7 @@ from torch import Tensor
 from diffes.adapters import BlockSet, GroupSet, ModelAdapter
 from diffes.adapters.macs import macs_per_group
 from diffes.errors import DiffesError
-from diffes.pruning.allocation import Rungs, allocate
+from diffes.pruning.allocation import Rungs, allocate, allocation_of
 from diffes.pruning.bank import Key, StageWeights, WeightBank
 from diffes.pruning.base import DepthMethod, GroupWeights, LayerWeights, PruningMethod, WidthMethod, nested
 from diffes.pruning.calibration import CalibrationSet, StagePass, block_changes, input_moments
@@ -103,7 +103,7 @@ class _Ladders:
 
     def __init__(self, adapter: ModelAdapter, method: PruningMethod, allocation: Allocation) -> None:
         self.max_level = adapter.max_level(method.kind)
-        self.splits = allocation == "damage" and method.kind == "width"
+        self.splits = allocation_of(method.kind, allocation) == "damage"
         macs = macs_per_group(adapter) if self.splits else {}
         self.sets = [
             Rungs.of(p, self.max_level, macs.get(p.name, 0.0), FINER if self.splits else 1)

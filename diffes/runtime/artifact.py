@@ -67,9 +67,9 @@ def chosen(folder: Path, calls: float | None) -> tuple[Schedule | Plan, dict[str
         best = max(within, key=lambda point: point["heldout_mean"])
         shared = {name: data[name] for name in ("stages", "max_level", "solver")}
         return Plan.from_json({**shared, "timesteps": best["timesteps"], "levels": best["levels"]}), data
+    except DiffesError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, DiffesError):
-            raise
         raise DiffesError(f"{folder / FRONT} is damaged ({type(error).__name__} {error}): restore it") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,7 @@ def scheduler_for(scheduler: Any, solver: str, timesteps: Sequence[int], device:
     return made
 
 
+@functools.cache
 def _planned(kind: Any) -> Any:
     """A subclass of a scheduler whose only timesteps are those of its `plan`."""
 

@@ -267,14 +267,19 @@ class PlanSpace(SearchSpace):
     def _trailing(self, count: int, level: int) -> list[int]:
         """`count` calls at one level, spaced as diffusers' "trailing" timesteps: the noisiest node is one of them."""
         plan = [self.skip] * self.n_stages
-        for i in range(count):
-            plan[round(self.n_stages - i * self.n_stages / count) - 1] = level
+        for node in trailing(count, self.n_stages):
+            plan[node] = level
         return plan
 
     def _single(self, rng: np.random.Generator) -> tuple[int, int]:
         """A random node and allowed level that can be paid on their own."""
         pairs = [(node, level) for node in range(self.n_stages) for level in self.allowed if self.pays(node, level)]
         return pairs[int(rng.integers(len(pairs)))]
+
+
+def trailing(n: int, size: int) -> list[int]:
+    """`n` of `size` timesteps or nodes, evenly spread from the last one down, as diffusers' "trailing" spacing."""
+    return [round(size * (n - i) / n) - 1 for i in range(n)]
 
 
 def calls_of(plan: Schedule) -> tuple[tuple[int, int], ...]:

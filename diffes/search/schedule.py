@@ -78,9 +78,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if len(self.levels) != len(self.stages):
             raise DiffesError(f"a schedule needs one level per stage, got {len(self.levels)} for {len(self.stages)}")
-        for level in self.levels:
-            if type(level) is not int or not 0 <= level <= self.max_level:
-                raise DiffesError(f"levels must be integers in [0, {self.max_level}], got {level!r}")
+        _check_levels(self.levels, self.max_level)
 
     def nominal_sparsity(self, steps: Sequence[int]) -> float:
         """Removed fraction of the prunable parameters, averaged over steps; `steps` (S,) are the calls per stage."""
@@ -143,9 +141,7 @@ class Plan:
             raise DiffesError(
                 f"the timesteps of a plan must fall within [0, {top - 1}], at least one, got {list(self.timesteps)}"
             )
-        for level in self.levels:
-            if type(level) is not int or not 0 <= level <= self.max_level:
-                raise DiffesError(f"levels must be integers in [0, {self.max_level}], got {level!r}")
+        _check_levels(self.levels, self.max_level)
 
     @property
     def timesteps(self) -> tuple[int, ...]:
@@ -176,19 +172,9 @@ class Plan:
         """Stage and level of every call that is not dense, each once."""
         return sorted({self.key(timestep) for timestep, level in self.calls if level})
 
-    def to_json(self) -> dict[str, Any]:
-        """`timesteps` and `levels` of the calls, `solver`, `stages` and `max_level` as plain lists and numbers."""
-        return {
-            "timesteps": list(self.timesteps),
-            "levels": list(self.levels),
-            "solver": self.solver,
-            "stages": [list(stage) for stage in self.stages.ranges],
-            "max_level": self.max_level,
-        }
-
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """The plan that `to_json` wrote; other keys are left alone.
+        """The plan of `timesteps`, `levels`, `solver`, `stages` and `max_level`; other keys are left alone.
 
         Raises:
             DiffesError: a key is missing or its value is not of the form above.
@@ -201,3 +187,9 @@ class Plan:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise DiffesError(f"this is no plan: {type(error).__name__} {error}") from error
+
+
+def _check_levels(levels: Sequence[int], max_level: int) -> None:
+    for level in levels:
+        if type(level) is not int or not 0 <= level <= max_level:
+            raise DiffesError(f"levels must be integers in [0, {max_level}], got {level!r}")

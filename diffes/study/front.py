@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffes import files
-from diffes.adapters import model_folder, shipped_models
 from diffes.errors import DiffesError
-from diffes.measure.currencies import LATENCY_REPEATS, interleaved_ms
 from diffes.measure.error_table import MeasuredTable
 from diffes.measure.metrics import latent_mse
 from diffes.progress import Progress
-from diffes.pruning.bank import WeightBank, fingerprint, split_of
+from diffes.pruning.bank import fingerprint, split_of
 from diffes.runtime.artifact import BANK, FRONT, read_front, write_front
 from diffes.search.frontier import ErrorTable
-from diffes.search.schedule import Plan, Schedule
+from diffes.search.schedule import Schedule
 from diffes.search.store import EvaluationStore
 from diffes.study import folder, plots
 from diffes.study.config import RunConfig
@@ -106,13 +104,13 @@ def _table(plans: Plans, path: Path, progress: Progress) -> MeasuredTable:
     """The table, from its file where it was measured before."""
     if path.exists():
         with np.load(path) as data:
-            costs = np.array(plans.costs)[::-1] / np.mean([row[0] for row in plans.costs])
-            return MeasuredTable(ErrorTable(data["errors"], data["start"], costs), data["growth"], int(data["calls"]))
+            table = ErrorTable(data["errors"], data["start"], data["costs"])
+            return MeasuredTable(table, data["growth"], int(data["calls"]))
     found = plans.table(progress)
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:
-            np.savez(file, errors=found.table.errors, start=found.table.start, growth=found.growth, calls=found.calls)
+            np.savez(file, **asdict(found.table), growth=found.growth, calls=found.calls)
 
     files.write_safely(path, write)
     return found
@@ -132,26 +130,18 @@ def _searched(plans: Plans, table: MeasuredTable, budget: float, out: Path, prog
 
 def _write_bank(plans: Plans, genomes: Sequence[Schedule], out: Path) -> dict[str, Any]:
     """One bank for all plans of the front; returns how its levels are shared out over the layers."""
-    bench, whole = plans.bench, plans.bench.router.bank
-    keys = sorted({key for genome in genomes for key in plans.heldout.plan(genome).thin()})
-    bank = WeightBank({key: whole[key] for key in keys}, whole.kind)
-    split = split_of(bank, bench.adapter.prunable(bank.kind))
-    header = {**_made_for(plans), "split": split, "fingerprint": fingerprint(bench.adapter.denoiser)}
+    adapter = plans.bench.adapter
+    bank = plans.bench.router.bank.for_schedule(*map(plans.heldout.plan, genomes))
+    split = split_of(bank, adapter.prunable(bank.kind))
+    header = {**_made_for(plans), "split": split, "fingerprint": fingerprint(adapter.denoiser)}
     files.write_safely(out / BANK, lambda partial: bank.save(partial, header))
     return split
 
 
 def _made_for(plans: Plans) -> dict[str, Any]:
-    config, space = plans.bench.config, plans.bench.space
-    home = model_folder(config.model)
-    return {
-        "method": config.method,
-        "allocation": config.allocation if plans.bench.router.bank.kind == "width" else "equal",
-        "kind": plans.bench.router.bank.kind,
-        "model": str(home.resolve()) if home and config.model not in shipped_models() else config.model,
-        "stages": [list(stage) for stage in space.stages.ranges],
-        "max_level": space.max_level,
-    }
+    space = plans.bench.space
+    stages = [list(stage) for stage in space.stages.ranges]
+    return {**plans.bench.made_for(), "stages": stages, "max_level": space.max_level}
 
 
 def _facts(plans: Plans) -> dict[str, Any]:
@@ -186,15 +176,8 @@ def _measured(plans: Plans, points: Sequence[Point]) -> list[dict[str, Any]]:
                 "timesteps": list(plan.timesteps), "levels": list(plan.levels), "calls_spent": point.calls_spent,
             }
         )  # fmt: skip
-    probes = bench.adapter.make_probes(bench.config.probes, 0, "heldout")
-
-    def run(plan: Plan) -> None:
-        with bench.router.routed(plan):
-            latents = bench.adapter.sample(probes, heldout.scheduler(plan.timesteps), bench.config.guidance)
-        bench.adapter.decode(latents)
-
-    runs = [functools.partial(run, heldout.plan(point.genome)) for point in points]
-    for row, ms in zip(rows, interleaved_ms(runs, LATENCY_REPEATS, bench.adapter.device), strict=True):
+    routed = [heldout.plan(point.genome) for point in points]
+    for row, ms in zip(rows, bench.milliseconds(routed, bench.config.probes), strict=True):
         row["ms"] = ms
     return rows
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from diffes import files
-from diffes.adapters import Condition, adapter_for, model_folder, shipped_models
+from diffes.adapters import Condition, adapter_for
 from diffes.errors import DiffesError
 from diffes.measure.currencies import LATENCY_REPEATS, prunable_fraction
 from diffes.progress import Progress
@@ -79,14 +79,7 @@ def _write_result(bench: Workbench, schedule: Schedule, out: Path) -> None:
     """The bank of the schedule, then the schedule itself."""
     config = bench.config
     bank = bench.router.bank.for_schedule(schedule)
-    home = model_folder(config.model)
-    pruned = {
-        "method": config.method,
-        "allocation": config.allocation if bank.kind == "width" else "equal",
-        "kind": bank.kind,
-        "model": str(home.resolve()) if home and config.model not in shipped_models() else config.model,
-        "split": split_of(bank, bench.adapter.prunable(bank.kind)),
-    }
+    pruned = {**bench.made_for(), "split": split_of(bank, bench.adapter.prunable(bank.kind))}
     header = {"fingerprint": fingerprint(bench.adapter.denoiser), **pruned, **schedule.to_json()}
     files.write_safely(out / BANK, lambda partial: bank.save(partial, header))
     facts = {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from deap import base
 
-from diffes.adapters import ModelAdapter, Split, adapter_for, load_pipeline, model_folder
+from diffes.adapters import ModelAdapter, Split, adapter_for, load_pipeline, model_folder, shipped_models
 from diffes.errors import unknown_name
 from diffes.measure.currencies import CURRENCIES, LATENCY_REPEATS, Currency, Table, interleaved_ms, macs_fraction
 from diffes.measure.evaluator import ScheduleEvaluator
@@ -22,13 +22,15 @@ from diffes.measure.metrics import Metric, make_metric
 from diffes.measure.profile import damage_table, stage_profile
 from diffes.progress import Progress, RichProgress
 from diffes.pruning import METHODS
+from diffes.pruning.allocation import allocation_of
 from diffes.pruning.build import build_bank
 from diffes.pruning.calibration import CalibrationSet, load_calibration, sample_calibration
 from diffes.runtime.apply import pick_device
 from diffes.runtime.router import Router
+from diffes.runtime.solver import scheduler_for
 from diffes.search.ledger import SearchResult
 from diffes.search.loop import run_search
-from diffes.search.schedule import Schedule, Stages
+from diffes.search.schedule import Plan, Schedule, Stages
 from diffes.search.space import SearchSpace
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation, Evaluator, StageProfile
@@ -160,10 +162,20 @@ class Workbench:
             return self.make_evaluator(self)
         return self.evaluator(self.config.probes, self.config.seed)
 
+    def made_for(self) -> dict[str, Any]:
+        """What a bank of this workbench was made for and how, as JSON beside it."""
+        home, kind = model_folder(self.config.model), self.router.bank.kind
+        return {
+            "method": self.config.method,
+            "allocation": allocation_of(kind, self.config.allocation),
+            "kind": kind,
+            "model": str(home.resolve()) if home and self.config.model not in shipped_models() else self.config.model,
+        }
+
     def milliseconds(
-        self, candidates: Sequence[Schedule | int], batch: int, repeats: int = LATENCY_REPEATS
+        self, candidates: Sequence[Schedule | Plan | int], batch: int, repeats: int = LATENCY_REPEATS
     ) -> list[float]:
-        """Median milliseconds of whole runs, noise to pixels, of schedules and of the dense model at numbers of steps.
+        """Median milliseconds of whole runs, noise to pixels, of schedules, plans and numbers of dense steps.
 
         Args:
             candidates: they take turns, so that all see the same machine.
@@ -172,14 +184,18 @@ class Workbench:
         """
         probes = self.adapter.make_probes(batch, HELDOUT_SEED, "heldout")
 
-        def images(n_steps: int) -> torch.Tensor:
-            return self.adapter.decode(self.adapter.sample(probes, n_steps, self.config.guidance))
+        def images(steps: int | Any) -> torch.Tensor:
+            return self.adapter.decode(self.adapter.sample(probes, steps, self.config.guidance))
 
-        def run(candidate: Schedule | int) -> torch.Tensor:
+        def run(candidate: Schedule | Plan | int) -> torch.Tensor:
             if isinstance(candidate, int):
                 return images(candidate)
+            steps: int | Any = self.config.steps
+            if isinstance(candidate, Plan):
+                own = self.adapter.pipe.scheduler
+                steps = scheduler_for(own, candidate.solver, candidate.timesteps, self.adapter.device)
             with self.router.routed(candidate):
-                return images(self.config.steps)
+                return images(steps)
 
         return interleaved_ms([partial(run, candidate) for candidate in candidates], repeats, self.adapter.device)
 
@@ -226,7 +242,7 @@ def prepare(config: RunConfig, progress: Progress, costs: Table | None = None) -
     space = SearchSpace.mean_sparsity(stages, adapter.max_level(method.kind), config.budget, steps)
     metric = make_metric(config.metric, adapter.device)
     try_metric(metric, adapter)
-    splits = config.allocation == "damage" and method.kind == "width"
+    splits = allocation_of(method.kind, config.allocation) == "damage"
     data = calibration_of(config, adapter) if splits or method.needs != "nothing" else None
     with progress.task(f"calibrating {config.method}", len(space.visited)) as advance:
         bank = build_bank(

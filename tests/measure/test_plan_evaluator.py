@@ -9,10 +9,10 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffes.adapters import ModelAdapter, Probes
 from diffes.errors import DiffesError
 from diffes.measure.metrics import make_metric
-from diffes.measure.plan_evaluator import PlanEvaluator, trailing
+from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.runtime.router import Router
 from diffes.runtime.solver import SOLVERS, scheduler_for
-from diffes.search.plan import PlanSpace
+from diffes.search.plan import PlanSpace, trailing
 from diffes.search.schedule import Plan, Schedule, Stages
 
 N_NODES = 10
