@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,29 +39,51 @@ WRITE_ERRORS = {
 
 @app.command
 def search(
+    genes: Literal["joint", "steps", "levels"] = "joint",
+    calls: float | None = None,
     config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _DEFAULT,
+    solver: str = "dpmsolver++",
+    nodes: int = 64,
     out: Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Find a stage-wise pruning schedule, compare it on held-out probes, and write a run folder.
+    """Find how to sample faster, compare it on held-out probes with what else the same cost buys, write a run folder.
 
-    With no options it searches the shipped `fashion-dit` in a few minutes on two CPU cores. The same command run again
-    on an unfinished folder goes on where it stopped.
+    With no options it searches a plan for the shipped `fashion-dit` in a few minutes on two CPU cores. The same command
+    run again on an unfinished folder goes on where it stopped.
 
     Args:
+        genes: what is searched. joint: plans, which timesteps call the denoiser and how thin at each. steps: which
+            timesteps, all calls dense. levels: the paper's, a level for each stage at the pipeline's own steps.
+        calls: what a plan may cost, in dense denoiser calls, by --cost (level, the paper's, stands for macs here).
+            Left out: 6. Schedules of levels have --budget instead.
         config: settings of the run.
-        out: run folder. Left out: runs/MODEL-METHOD-STRATEGY-BUDGET-SEED.
+        solver: of plans: dpmsolver++ (second order) or ddim (first order, no noise).
+        nodes: of plans: candidate timesteps.
+        out: run folder. Left out: runs/ and a name of the model, method, what is searched and the seed.
         overwrite: replace a run that is already there.
     """
-    model = config.model.rstrip("/").rsplit("/", 1)[-1]
-    name = f"{model}-{config.method}-{config.strategy}-{config.budget:g}-s{config.seed}"
-    out = out or Path("runs") / re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
+    if genes != "levels":
+        if config.budget != RunConfig().budget:
+            raise DiffesError(
+                f"--budget {config.budget:g} is of --genes levels; what a plan may cost is --calls, in dense denoiser "
+                "calls"
+            )
+        if config.cost == "level":
+            config = replace(config, cost="macs")
+        budget = 6.0 if calls is None else calls
+        out = out or _named(f"{config.method}-{genes}-{budget:g}-{config.cost}", config)
+        _front(config, [budget], out, overwrite, genes=genes, solver=solver, nodes=nodes)
+        return
+    if calls is not None:
+        raise DiffesError(f"--calls {calls:g} is of plans; schedules of --genes levels have --budget, got no plan")
+    out = out or _named(f"{config.method}-{config.strategy}-{config.budget:g}", config)
     report = _engine().complete_run(config, out, RichProgress(), overwrite=overwrite)
     found = report.run
     console.print(_table(report))
     console.print(f"levels by stage, cleanest first: {' '.join(map(str, found.schedule.levels))}")
-    calls = f"{found.denoiser_calls:,} denoiser calls and {found.calibration_calls:,} of calibration"
-    console.print(f"{found.evaluations} evaluations, {calls}; written to {out}:")
+    spent = f"{found.denoiser_calls:,} denoiser calls and {found.calibration_calls:,} of calibration"
+    console.print(f"{found.evaluations} evaluations, {spent}; written to {out}:")
     for path in sorted(out.iterdir()):
         console.print(f"  {path}  ({path.stat().st_size:,} bytes)", highlight=False)
     console.print(f"next: diffes sample {out} --out grid.png", highlight=False)
@@ -87,26 +110,41 @@ def front(
         config: settings; --max-evals is of each search, --budget is not used.
         solver: dpmsolver++ (second order) or ddim (first order, no noise).
         nodes: candidate timesteps.
-        out: folder. Left out: runs/front-MODEL-METHOD-COST-SEED.
+        out: folder. Left out: runs/MODEL-METHOD-front-COST-SEED.
         overwrite: replace a front that is already there.
     """
-    model = config.model.rstrip("/").rsplit("/", 1)[-1]
-    out = out or Path("runs") / re.sub(
-        r"[^A-Za-z0-9_.-]+", "-", f"front-{model}-{config.method}-{config.cost}-s{config.seed}"
-    )
+    out = out or _named(f"{config.method}-front-{config.cost}", config)
+    _front(config, budgets, out, overwrite, genes="joint", solver=solver, nodes=nodes)
+
+
+def _front(config: RunConfig, budgets: list[float], out: Path, overwrite: bool, **options: Any) -> None:
+    """Plans at some budgets, and what is shown of them."""
     _engine()
     from diffes.study import front as fronts
 
-    data = fronts.complete_front(config, budgets, out, RichProgress(), solver=solver, nodes=nodes, overwrite=overwrite)
-    table = Table(title=f"{config.model}, {config.method}, held out, against {data['reference']['steps']} dense steps")
+    data = fronts.complete_front(config, budgets, out, RichProgress(), overwrite=overwrite, **options)
+    table = Table(
+        title=f"{config.model}, {config.method}: {config.metric} and latent MSE over {config.heldout} held-out probes, "
+        f"against {data['reference']['steps']} dense steps"
+    )
     for name in fronts.COLUMNS:
         table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
     for row in fronts.rows_of(data):
         table.add_row(*row)
     console.print(table)
-    console.print(
-        f"written to {out}; next: diffes sample {out} --calls {max(budgets):g} --out grid.png", highlight=False
-    )
+    for line in fronts.verdicts(data):
+        console.print(line, highlight=False)
+    console.print(f"written to {out}:", highlight=False)
+    for path in sorted(path for path in out.iterdir() if path.is_file()):
+        console.print(f"  {path}  ({path.stat().st_size:,} bytes)", highlight=False)
+    console.print(f"next: diffes sample {out} --calls {max(budgets):g} --out grid.png", highlight=False)
+
+
+def _named(name: str, config: RunConfig, seed: bool = True) -> Path:
+    """Where results go that were given no folder."""
+    model = config.model.rstrip("/").rsplit("/", 1)[-1]
+    whole = f"{model}-{name}" + (f"-s{config.seed}" if seed else "")
+    return Path("runs") / re.sub(r"[^A-Za-z0-9_.-]+", "-", whole)
 
 
 @app.command
@@ -199,10 +237,10 @@ def compare(
         seeds: searches of each, from --seed on; each draws its own probes.
         config: settings of all runs; --strategy is not used. All spend --max-calls denoiser calls, or if that is left
             out what --max-evals whole evaluations cost.
-        out: folder of the results. Left out: runs/compare-MODEL-METHOD-BUDGET.
+        out: folder of the results. Left out: runs/MODEL-METHOD-compare-BUDGET.
     """
-    model = config.model.rstrip("/").rsplit("/", 1)[-1]
-    _experiment(config, {"strategy": strategies}, seeds, out, f"compare-{model}-{config.method}-{config.budget:g}")
+    out = out or _named(f"{config.method}-compare-{config.budget:g}", config, seed=False)
+    _experiment(config, {"strategy": strategies}, seeds, out)
 
 
 @app.command
@@ -224,20 +262,19 @@ def ablate(
         seeds: searches of each combination, from --seed on; each draws its own probes.
         config: all other settings. All searches spend --max-calls denoiser calls, or if that is left out what
             --max-evals whole evaluations cost.
-        out: folder of the results. Left out: runs/ablate-MODEL-OPTIONS.
+        out: folder of the results. Left out: runs/MODEL-ablate-OPTIONS.
     """
     from diffes.study.grid import parse_variations
 
     varied = parse_variations(vary)
-    model = config.model.rstrip("/").rsplit("/", 1)[-1]
-    _experiment(config, varied, seeds, out, f"ablate-{model}-{'-'.join(varied)}")
+    out = out or _named(f"ablate-{'-'.join(varied)}", config, seed=False)
+    _experiment(config, varied, seeds, out)
 
 
-def _experiment(config: RunConfig, varied: dict[str, list[Any]], seeds: int, out: Path | None, name: str) -> None:
+def _experiment(config: RunConfig, varied: dict[str, list[Any]], seeds: int, out: Path) -> None:
     _engine()
     from diffes.study import grid
 
-    out = out or Path("runs") / re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
     head, body = grid.run_experiment(config, varied, seeds, out, RichProgress()).table(brief=True)
     table = Table(title=f"held-out {config.metric}" if "metric" not in varied else "held-out fitness")
     for title in head:

@@ -24,7 +24,7 @@ SMALL += ["--metric", "latent_mse"]
 
 
 def search(out: Path, *options: str) -> None:
-    main(["search", *SMALL, "--out", str(out), *options])
+    main(["search", "--genes", "levels", *SMALL, "--out", str(out), *options])
 
 
 def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -100,10 +100,19 @@ def test_a_text_to_image_model_takes_prompts(
     assert "takes prompts" in fails(capsys, "sample", str(run), "--classes", "1", *nothing)
     assert "not both" in fails(capsys, "sample", str(run), "--classes", "1", "--prompts", "x", *nothing)
     assert "at least one condition" in fails(capsys, "sample", str(run), "--prompts", *nothing)
-    of_classes = ["search", *SMALL, "--model", str(tiny_folder), "--out", str(tmp_path / "no")]
+    of_classes = ["search", "--genes", "levels", *SMALL, "--model", str(tiny_folder), "--out", str(tmp_path / "no")]
     assert "takes class ids" in fails(capsys, *of_classes, "--prompts", str(prompts))
     prompts.write_text("{}")
-    of_prompts = ["search", *SMALL, "--model", str(tiny_sdxl_folder), "--out", str(tmp_path / "no")]
+    of_prompts = [
+        "search",
+        "--genes",
+        "levels",
+        *SMALL,
+        "--model",
+        str(tiny_sdxl_folder),
+        "--out",
+        str(tmp_path / "no"),
+    ]
     assert "at least one prompt" in fails(capsys, *of_prompts, "--prompts", str(prompts))
     assert not (tmp_path / "no").exists()
 
@@ -151,9 +160,13 @@ def test_operators_and_strategies_take_options(
         else:
             assert report["front"] == {}
     out = ["--out", str(tmp_path / "no"), *SMALL, *tiny]
-    assert "takes no mutation" in fails(capsys, "search", *out, "--strategy", "random", "--mutation", "swap_stages")
-    assert "Did you mean 'swap_stages'" in fails(capsys, "search", *out, "--mutation", "swap_stage")
-    assert "its options are" in fails(capsys, "search", *out, "--strategy", "evolution:nu=4")
+    assert "takes no mutation" in fails(
+        capsys, "search", "--genes", "levels", *out, "--strategy", "random", "--mutation", "swap_stages"
+    )
+    assert "Did you mean 'swap_stages'" in fails(
+        capsys, "search", "--genes", "levels", *out, "--mutation", "swap_stage"
+    )
+    assert "its options are" in fails(capsys, "search", "--genes", "levels", *out, "--strategy", "evolution:nu=4")
 
 
 def test_a_budget_in_macs_is_met_by_the_whole_denoiser(tiny_folder: Path, tmp_path: Path) -> None:
@@ -173,7 +186,9 @@ def test_evaluations_may_go_to_a_database(
     study = optuna.load_study(study_name="one", storage=url)
     assert len(study.trials) == 8
     shutil.rmtree(tmp_path / "one")
-    assert "has evaluations" in fails(capsys, "search", *SMALL, *options, "--out", str(tmp_path / "one"))
+    assert "has evaluations" in fails(
+        capsys, "search", "--genes", "levels", *SMALL, *options, "--out", str(tmp_path / "one")
+    )
     search(tmp_path / "one", *options, "--overwrite", "--max-evals", "3")
     assert len(optuna.load_study(study_name="one", storage=url).trials) == 3
 
@@ -198,7 +213,18 @@ def test_a_killed_search_goes_on_and_ends_in_the_same_place(tiny_folder: Path, t
     options = ["--model", str(tiny_folder), "--max-evals", "60"]
     search(tmp_path / "whole", *options)
     killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "diffes.cli", "search", *SMALL, *options, "--out", str(killed)]
+    command = [
+        sys.executable,
+        "-m",
+        "diffes.cli",
+        "search",
+        "--genes",
+        "levels",
+        *SMALL,
+        *options,
+        "--out",
+        str(killed),
+    ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         journal = killed / folder.JOURNAL
         deadline = time.monotonic() + 120
@@ -219,7 +245,7 @@ def test_finished_and_foreign_folders_are_not_overwritten(
     model = ["--model", str(tiny_folder)]
     search(run, *model)
     before = {path: path.read_bytes() for path in run.iterdir()}
-    arguments = ["search", *SMALL, *model, "--out", str(run)]
+    arguments = ["search", "--genes", "levels", *SMALL, *model, "--out", str(run)]
     assert "--overwrite" in fails(capsys, *arguments)
     (run / folder.REPORT).rename(tmp_path / "report")
     assert "max_evals was 8 and is 9" in fails(capsys, *arguments, "--max-evals", "9")

@@ -29,10 +29,13 @@ class Currency(abc.ABC):
     Attributes:
         counted: whether its table takes a while to make.
         timed: whether it depends on the number of probes, as time does.
+        changing: whether the weights of a level are put in place for every call, as plans do, and that is paid for, or
+            once a stage.
     """
 
     counted: ClassVar[bool] = True
     timed: ClassVar[bool] = False
+    changing: bool = False
 
     @abc.abstractmethod
     def table(self, router: Router, stages: Stages, visited: Sequence[int], max_level: int, probes: Probes) -> Table:
@@ -76,7 +79,7 @@ class Latency(Currency):
     timed = True
 
     def table(self, router: Router, stages: Stages, visited: Sequence[int], max_level: int, probes: Probes) -> Table:
-        return ms_by_level(router, stages, visited, max_level, probes, LATENCY_REPEATS)
+        return ms_by_level(router, stages, visited, max_level, probes, LATENCY_REPEATS, self.changing)
 
 
 CURRENCIES: Registry[type[Currency]] = Registry("cost", "diffes.costs")
@@ -119,11 +122,18 @@ def macs_by_level(router: Router, stages: Stages, visited: Sequence[int], max_le
 
 @torch.no_grad()
 def ms_by_level(
-    router: Router, stages: Stages, visited: Sequence[int], max_level: int, probes: Probes, repeats: int
+    router: Router,
+    stages: Stages,
+    visited: Sequence[int],
+    max_level: int,
+    probes: Probes,
+    repeats: int,
+    changing: bool = False,
 ) -> Table:
     """(S, H + 1) median milliseconds of one denoiser call on the probes' batch, levels taking turns.
 
     Measured in one stage where levels remove the same from all layers in all of them, else in every visited one.
+    With `changing`, putting the weights of another level in place is part of a call.
     """
     adapter = router.adapter
     latents = probes.noise.to(adapter.device, adapter.dtype)
@@ -140,11 +150,14 @@ def ms_by_level(
 
         def enter(level: int, stage: int = stage, call: Callable[[], None] = call) -> None:
             router.install(_only(stages, [stage], level, max_level))
-            call()  # the weights are swapped once a stage, not in every call
+            call()
 
         try:
-            before = [functools.partial(enter, level) for level in range(max_level + 1)]
-            table[stage] = interleaved_ms([call] * len(before), repeats, adapter.device, before)
+            entering = [functools.partial(enter, level) for level in range(max_level + 1)]
+            if changing:
+                table[stage] = interleaved_ms(entering, repeats, adapter.device)
+            else:
+                table[stage] = interleaved_ms([call] * len(entering), repeats, adapter.device, entering)
         finally:
             router.remove()
     for stage in range(len(stages)):

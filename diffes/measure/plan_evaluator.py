@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,9 @@ class PlanEvaluator(RoutedEvaluator):
         reference_steps: of the dense model.
         batch: probes per denoiser call (twice as many rows with guidance).
         cache_bytes: how much memory the cached states may take.
+
+    Attributes:
+        timesteps: where every genome calls, which then is a schedule: a level for each stage. None: genomes choose.
     """
 
     def __init__(
@@ -48,11 +52,21 @@ class PlanEvaluator(RoutedEvaluator):
         self.stages = stages
         self.solver = solver
         self.reference_steps = reference_steps
+        self.timesteps: tuple[int, ...] | None = None
         super().__init__(router, probes, guidance=guidance, metric=metric, batch=batch, cache_bytes=cache_bytes)
 
     def plan(self, genome: Schedule) -> Plan:
         """What a genome runs."""
-        return Plan(self.stages, calls_of(genome), genome.max_level - 1, self.solver)
+        if self.timesteps is None:
+            return Plan(self.stages, calls_of(genome), genome.max_level - 1, self.solver)
+        calls = tuple((timestep, genome.key(timestep)[1]) for timestep in self.timesteps)
+        return Plan(self.stages, calls, genome.max_level, self.solver)
+
+    def at(self, timesteps: Sequence[int]) -> PlanEvaluator:
+        """What measures schedules at fixed timesteps, the noisiest first, by the same probes, reference and cache."""
+        made = copy.copy(self)
+        made.timesteps = tuple(timesteps)
+        return made
 
     def scheduler(self, timesteps: Sequence[int]) -> Any:
         """The solver at timesteps of one's own, ready."""
@@ -66,12 +80,11 @@ class PlanEvaluator(RoutedEvaluator):
 
     def _path(self, schedule: Schedule) -> list[tuple[tuple[int, ...], int]]:
         """One call a part. A step ends at the next call, so what decides a state is that timestep too."""
-        calls = calls_of(schedule)
-        following = [timestep for timestep, _ in calls[1:]] + [-1]
-        return [((*call, after), 1) for call, after in zip(calls, following, strict=True)]
+        plan = self.plan(schedule)
+        return [((*call, after), 1) for call, after in zip(plan.calls, (*plan.timesteps[1:], -1), strict=True)]
 
     def _steps_of(self, schedule: Schedule) -> Any:
-        return self.scheduler([timestep for timestep, _ in calls_of(schedule)])
+        return self.scheduler(self.plan(schedule).timesteps)
 
     def _resumed(self, state: SamplingState, schedule: Schedule) -> SamplingState:
         return replace(state, scheduler=retimed(state.scheduler, self._steps_of(schedule)))

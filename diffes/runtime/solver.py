@@ -11,12 +11,21 @@ from diffusers import DPMSolverMultistepScheduler
 
 from diffes.errors import DiffesError, unknown_name
 
-_DPM = {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero", "use_karras_sigmas": False, "thresholding": False}
+_DPM = {
+    "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero", "thresholding": False, "use_karras_sigmas": False,
+    "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False,
+}  # fmt: skip
 SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpmsolver++": (DPMSolverMultistepScheduler, {**_DPM, "solver_order": 2}),
     "ddim": (DPMSolverMultistepScheduler, {**_DPM, "solver_order": 1}),
 }
 """DPM-Solver++ of order 2 and of order 1; the latter is DDIM without noise, and Euler in the sigmas of a variance."""
+
+SPACINGS: dict[str, dict[str, Any]] = {
+    **{name: {"timestep_spacing": name} for name in ("trailing", "linspace", "leading")},
+    "log-snr": {"use_lu_lambdas": True},
+}
+"""How diffusers spaces timesteps evenly: three ways in time, and one in the logarithm of the signal-to-noise ratio."""
 
 
 def solver_named(name: str) -> tuple[Any, dict[str, Any]]:
@@ -52,6 +61,19 @@ def scheduler_for(scheduler: Any, solver: str, timesteps: Sequence[int], device:
     made.plan = [int(t) for t in timesteps]
     made.set_timesteps(len(made.plan), device=device)
     return made
+
+
+def spaced(scheduler: Any, n: int, spacing: str) -> list[int]:
+    """At most `n` timesteps of a pipeline's noise schedule, falling, as diffusers spaces them.
+
+    Args:
+        scheduler: the pipeline's.
+        n: at least 1; where two would round to the same timestep there are fewer.
+        spacing: a name of `SPACINGS`.
+    """
+    made = DPMSolverMultistepScheduler.from_config(scheduler.config, **_DPM | SPACINGS[spacing])
+    made.set_timesteps(n)
+    return sorted({int(t) for t in made.timesteps}, reverse=True)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ JOURNAL, REPORT, COSTS, LOGBOOK = "study.journal", "report.json", "costs.json", 
 FIGURES = ("schedule.png", "split.png", "convergence.png", "images.png")
 FRONT = "front.png"  # of strategies that search one, and of `diffes front`
 TABLE, JOURNALS = "table.npz", "journals"  # of `diffes front`
-FRONT_FILES = (FRONT, PLANS, TABLE)
+FRONT_FILES = (FRONT, PLANS, TABLE, "plans.png")
 FILES = (CONFIG, JOURNAL, COSTS, LOGBOOK, SCHEDULE, BANK, *FIGURES, REPORT)
 
 

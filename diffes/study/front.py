@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
 
 from diffes import files
 from diffes.errors import DiffesError
@@ -19,14 +21,18 @@ from diffes.pruning.bank import fingerprint, split_of
 from diffes.runtime.artifact import BANK, FRONT, read_front, write_front
 from diffes.search.frontier import ErrorTable
 from diffes.search.schedule import Schedule
+from diffes.search.space import SearchSpace
 from diffes.search.store import EvaluationStore
 from diffes.study import folder, plots
 from diffes.study.config import RunConfig
 from diffes.study.heldout import finite
 from diffes.study.plans import Genes, Plans
+from diffes.study.settings import PLANNED
 from diffes.study.workbench import prepare
 
-GENES: dict[str, Genes] = {"dense-planned": "steps", "joint": "joint"}
+KINDS = ("dense", "dense-planned", "levels", "joint")
+IMAGES = 10  # of the picture that shows all kinds
+PAPERS = "evolution"  # the strategy of "levels"
 
 
 @dataclass(frozen=True)
@@ -34,17 +40,20 @@ class Point:
     """A plan of a front.
 
     Args:
-        kind: "dense", evenly spaced dense calls; "dense-planned", dense calls at timesteps of the table and a search;
-            "joint", levels too.
+        kind: "dense", evenly spaced dense calls, the best of four spacings; "dense-planned", dense calls at timesteps
+            of the table and a search; "levels", the paper's search, a level for each stage at evenly spaced timesteps;
+            "joint", timesteps and levels.
         budget: in dense calls.
         genome: the plan.
         calls_spent: denoiser calls, in rows, of the table and the search that led to it.
+        fitness: on the search's probes, of every evaluation of its search.
     """
 
     kind: str
     budget: float
     genome: Schedule
     calls_spent: int
+    fitness: tuple[float, ...] = ()
 
 
 def complete_front(
@@ -53,6 +62,7 @@ def complete_front(
     out: Path,
     progress: Progress,
     *,
+    genes: Genes = "joint",
     solver: str = "dpmsolver++",
     nodes: int = 64,
     overwrite: bool = False,
@@ -64,6 +74,7 @@ def complete_front(
         budgets: in dense calls, each above what the cheapest call costs.
         out: the folder.
         progress: told of the long parts.
+        genes: "joint", all kinds of `Point`; "steps", the first two.
         solver: of the plans.
         nodes: candidate timesteps.
         overwrite: replace what is there.
@@ -76,26 +87,35 @@ def complete_front(
     """
     if not budgets or min(budgets) <= 0:
         raise DiffesError(f"budgets must be positive numbers of dense calls, at least one, got {list(budgets)}")
-    extra = {"budgets": sorted(budgets), "solver": solver, "nodes": nodes}
+    if config.storage is not None:
+        raise DiffesError(
+            f"plans keep their evaluations in journals in the run folder, and --storage {config.storage} is for "
+            "--genes levels: leave it out"
+        )
+    extra = {"budgets": sorted(budgets), "genes": genes, "solver": solver, "nodes": nodes}
     resumes = folder.open_run(out, config, overwrite=overwrite, extra=extra, finished=FRONT)
     known = files.read_json(out / folder.COSTS) if resumes and (out / folder.COSTS).exists() else {}
-    plans = Plans(prepare(config, progress, known.get("costs")), solver, nodes)
+    costs = known.get("costs")
+    settings = replace(config, budget=0.0 if config.cost == "level" else 1.0)  # of schedules, which are not searched
+    plans = Plans(prepare(settings, progress, costs, PLANNED), solver, nodes, known_costs=costs)
     for budget in budgets:
         plans.space(budget, "steps")  # refused before the long part where not even one dense call is that cheap
     folder.begin_run(out, config, resumes=resumes, extra=extra)
-    files.write_json(out / folder.COSTS, {"cost": config.cost, "costs": plans.bench.costs})
+    files.write_json(out / folder.COSTS, {"cost": config.cost, "costs": plans.call_costs})
     table = _table(plans, out / folder.TABLE, progress)
     points: list[Point] = []
     for budget in sorted(budgets):
-        points += _searched(plans, table, budget, out, progress)
+        points += searched(plans, table, budget, genes, progress, out / folder.JOURNALS)
     with progress.task("held-out probes, speed, figure", 2) as advance:
         split = _write_bank(plans, [point.genome for point in points], out)
-        rows = _measured(plans, points)
+        rows, pictures = _measured(plans, points)
         advance("measured")
-        data = _facts(plans) | {"split": split, "calls_spent": table.calls, "points": rows}
-        figure = plots.fronts(rows, plans.bench.config.cost)
-        files.write_safely(out / folder.FRONT, functools.partial(plots.save, figure))
-        advance("figure")
+        data = _facts(plans) | {"genes": genes, "split": split, "calls_spent": table.calls, "points": rows}
+        figures = {folder.FRONT: plots.fronts(rows, config.cost), "plans.png": plots.plans(rows, data["max_level"])}
+        figures |= _shown(plans, points, pictures)
+        for name, figure in figures.items():
+            files.write_safely(out / name, functools.partial(plots.save, figure))
+        advance("figures")
         write_front(out, data)
     return read_front(out)
 
@@ -116,15 +136,52 @@ def _table(plans: Plans, path: Path, progress: Progress) -> MeasuredTable:
     return found
 
 
-def _searched(plans: Plans, table: MeasuredTable, budget: float, out: Path, progress: Progress) -> list[Point]:
-    """Evenly spaced dense calls, planned ones, and plans of both; each search begins with what the one before found."""
-    dense = plans.space(budget, "steps")
-    points = [Point("dense", budget, dense.schedule(dense.uniform()), 0)]
-    for kind, genes in GENES.items():
-        starts = [points[-1].genome.levels, *plans.starts(table, budget, genes)]
-        store = EvaluationStore(out / folder.JOURNALS / f"{kind}-{budget:g}.journal", plans.space(budget, genes))
-        found = plans.search(budget, genes, starts=list(dict.fromkeys(starts)), store=store, progress=progress)
-        points.append(Point(kind, budget, found.best.schedule, table.calls + found.denoiser_calls))
+def searched(
+    plans: Plans,
+    table: MeasuredTable,
+    budget: float,
+    genes: Genes = "joint",
+    progress: Progress | None = None,
+    journals: Path | None = None,
+) -> list[Point]:
+    """A point of each kind at one budget; none is worse, on the search's probes, than those it could do without.
+
+    Each search begins with what those before it found, and all have as many evaluations.
+
+    Args:
+        plans: the workbench, solver and nodes.
+        table: where searches of timesteps start.
+        budget: in dense calls.
+        genes: "joint" for all kinds, "steps" for dense ones only.
+        progress: told of every evaluation; bars when left out.
+        journals: folder that keeps evaluations; those that it has are not paid for again.
+    """
+
+    def store(kind: str, space: SearchSpace) -> EvaluationStore | None:
+        return EvaluationStore(journals / f"{kind}-{budget:g}.journal", space) if journals else None
+
+    before = plans.searched.denoiser_calls
+    best, worth = plans.dense(budget)
+    points = [Point("dense", budget, best, plans.searched.denoiser_calls - before)]
+    for kind in KINDS[1:] if genes == "joint" else KINDS[1:2]:
+        if kind == "levels":
+            try:
+                space = plans.level_space(budget)
+            except DiffesError:
+                continue  # too few dense calls for so many steps
+            found = plans.search(budget, "levels", strategy=PAPERS, store=store(kind, space), progress=progress)
+            genome, spent = plans.genome(plans.fixed.plan(found.best.schedule)), found.denoiser_calls
+        else:
+            of: Genes = "steps" if kind == "dense-planned" else "joint"
+            starts = [plans.nearest(best), *plans.starts(table, budget, of)]
+            starts = [each for each in dict.fromkeys(starts) if plans.space(budget, of).is_feasible(each)]
+            stored = store(kind, plans.space(budget, of))
+            found = plans.search(budget, of, starts=starts, store=stored, progress=progress)
+            genome, spent = found.best.schedule, table.calls + found.denoiser_calls
+        if found.best.fitness > worth:
+            best, worth = genome, found.best.fitness
+        fitness = tuple(evaluation.fitness for evaluation in found.evaluations)
+        points.append(Point(kind, budget, genome if kind == "levels" else best, spent, fitness))
     return points
 
 
@@ -158,15 +215,16 @@ def _facts(plans: Plans) -> dict[str, Any]:
     }
 
 
-def _measured(plans: Plans, points: Sequence[Point]) -> list[dict[str, Any]]:
-    """Rows of `front.json`: every plan on held-out probes, and timed, all taking turns."""
+def _measured(plans: Plans, points: Sequence[Point]) -> tuple[list[dict[str, Any]], list[Tensor]]:
+    """Rows of `front.json`: every plan on held-out probes, and timed, all taking turns; latents of its first probes."""
     heldout, bench = plans.heldout, plans.bench
     final = heldout.final_reference
-    rows = []
+    rows, pictures = [], []
     for point in points:
         latents = heldout.latents(point.genome)
         scores = heldout.scored(latents)
         plan = heldout.plan(point.genome)
+        pictures.append(latents[:IMAGES])
         rows.append(
             {
                 "kind": point.kind, "budget": point.budget, "cost": plans.cost(point.genome),
@@ -179,7 +237,48 @@ def _measured(plans: Plans, points: Sequence[Point]) -> list[dict[str, Any]]:
     routed = [heldout.plan(point.genome) for point in points]
     for row, ms in zip(rows, bench.milliseconds(routed, bench.config.probes), strict=True):
         row["ms"] = ms
-    return rows
+    return rows, pictures
+
+
+def _shown(plans: Plans, points: Sequence[Point], pictures: Sequence[Tensor]) -> dict[str, Figure]:
+    """Images of held-out probes and the searches, at the budget in the middle."""
+    budgets = sorted({point.budget for point in points})
+    shown = budgets[(len(budgets) - 1) // 2]
+    adapter, heldout = plans.bench.adapter, plans.heldout
+    rows = {f"dense, {plans.reference_steps} steps": heldout.final_reference[:IMAGES]}
+    at = [(point, latents) for point, latents in zip(points, pictures, strict=True) if point.budget == shown]
+    rows |= {f"{point.kind}, {shown:g} calls": latents for point, latents in at}
+    captions = [adapter.label(condition) for condition in heldout.probes.conditions[:IMAGES]]
+    searches = {point.kind: point.fitness for point, _ in at if point.fitness}
+    return {
+        "images.png": plots.image_grid({name: adapter.decode(latents) for name, latents in rows.items()}, captions),
+        "convergence.png": plots.convergence(searches, plans.bench.config.metric),
+    }
+
+
+def verdicts(data: Mapping[str, Any]) -> list[str]:
+    """What each budget shows, in a sentence: how far a plan is ahead of dense calls on held-out probes, if it is."""
+    lines = []
+    for budget in sorted({point["budget"] for point in data["points"]}):
+        at = {p["kind"]: p for p in data["points"] if p["budget"] == budget and p["latent_mse"] is not None}
+        if not {"dense", "dense-planned"} <= set(at):
+            continue
+        best = at.get("joint", at["dense-planned"])
+        even, chosen = (at[kind]["latent_mse"] / max(best["latent_mse"], 1e-12) for kind in ("dense", "dense-planned"))
+        start = f"{budget:g} dense calls: "
+        if best is at["dense-planned"]:
+            lines.append(start + f"well-chosen timesteps have {even:.2f} times less error than evenly spaced ones")
+        elif not any(best["levels"]):
+            lines.append(start + "thin calls add nothing, the best plan found is dense")
+        elif chosen <= 1:
+            lines.append(start + f"thin calls add nothing ({1 / chosen:.2f} times the error of well-chosen dense ones)")
+        else:
+            lines.append(
+                start + f"the plan has {chosen:.2f} times less error than as many well-chosen dense calls, {even:.2f} "
+                f"times less than evenly spaced ones, and takes {best['ms'] / at['dense-planned']['ms']:.2f} times "
+                "their milliseconds"
+            )
+    return lines
 
 
 def rows_of(data: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -11,21 +11,24 @@ import numpy as np
 
 from diffes.adapters import Split
 from diffes.errors import DiffesError, at_least
+from diffes.measure.currencies import CURRENCIES, Currency, Table
 from diffes.measure.error_table import MeasuredTable, measure_table
 from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.progress import Progress, RichProgress
-from diffes.runtime.solver import solver_named
+from diffes.runtime.solver import SPACINGS, solver_named, spaced
 from diffes.search.frontier import variants
 from diffes.search.ledger import SearchResult
 from diffes.search.loop import run_search
-from diffes.search.plan import PlanSpace
-from diffes.search.schedule import Schedule, Stages
+from diffes.search.plan import PlanSpace, trailing
+from diffes.search.schedule import Plan, Schedule, Stages
+from diffes.search.space import SearchSpace
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation
 from diffes.study.heldout import HELDOUT_SEED
+from diffes.study.settings import operators_of
 from diffes.study.workbench import Workbench
 
-Genes = Literal["steps", "joint"]
+Genes = Literal["levels", "steps", "joint"]
 POWERS = (1.0, 0.5)  # errors of a plan add up as squares or as roots: which is nearer to the truth differs
 VARIANTS = 4  # plans of the table from each
 
@@ -40,12 +43,14 @@ class Plans:
         solver: a name of `diffes.runtime.solver.SOLVERS`.
         nodes: candidate timesteps, at least 2.
         reference_steps: of the dense model that all plans are compared with, by the same solver.
+        known_costs: `call_costs` of an earlier process; measured when left out.
     """
 
     bench: Workbench
     solver: str = "dpmsolver++"
     nodes: int = 64
     reference_steps: int = 200
+    known_costs: Table | None = None
 
     def __post_init__(self) -> None:
         at_least("nodes", self.nodes, 2)
@@ -61,9 +66,23 @@ class Plans:
             )
 
     @cached_property
+    def call_costs(self) -> Table:
+        """(S, H + 1) cost of a call in each stage at each level: the workbench's, where time is counted with the change
+        of weights before the call."""
+        currency: Currency = CURRENCIES.make(self.bench.config.cost)
+        if self.known_costs or not currency.timed:
+            return self.known_costs or self.bench.costs
+        currency.changing = True
+        space, probes = (
+            self.bench.space,
+            self.bench.adapter.make_probes(self.bench.config.probes, HELDOUT_SEED, "heldout"),
+        )
+        return currency.table(self.bench.router, space.stages, space.visited, space.max_level, probes)
+
+    @cached_property
     def costs(self) -> list[list[float]]:
         """(nodes, H + 1) cost of a call at each node, the cleanest first, at each level."""
-        stages, table = self.bench.space.stages, self.bench.costs
+        stages, table = self.bench.space.stages, self.call_costs
         grid = Stages.equal(self.nodes, self.bench.adapter.n_timesteps)
         return [list(table[stages.stage_of(hi - 1)]) for _, hi in grid.ranges]
 
@@ -118,6 +137,59 @@ class Plans:
         found = [plans[i] for i in range(longest) for plans in by_power if i < len(plans)]
         return [levels for levels in dict.fromkeys(found) if space.is_feasible(levels)]
 
+    def dense(self, calls: float) -> tuple[Schedule, float]:
+        """As many dense calls as a budget pays, evenly spaced: of diffusers' spacings the best on the search's probes.
+
+        Returns:
+            The plan and its fitness.
+        """
+        adapter, n = self.bench.adapter, max(int(calls + 1e-9), 1)
+        spacings = (spaced(adapter.pipe.scheduler, n, name) for name in SPACINGS)
+        space = self.bench.space
+        called = [tuple((timestep, 0) for timestep in timesteps) for timesteps in spacings]
+        plans = [self.genome(Plan(space.stages, calls, space.max_level, self.solver)) for calls in called]
+        fitness = [float(self.searched.scores(plan).mean()) for plan in plans]
+        best = max(range(len(plans)), key=fitness.__getitem__)
+        return plans[best], fitness[best]
+
+    def genome(self, plan: Plan) -> Schedule:
+        """Any plan as a genome, of one node a timestep."""
+        n, skip = self.bench.adapter.n_timesteps, plan.max_level + 1
+        called = dict(plan.calls)
+        return Schedule(Stages.equal(n, n), tuple(called.get(timestep, skip) for timestep in range(n)), skip)
+
+    def nearest(self, genome: Schedule) -> tuple[int, ...]:
+        """The plan (N,) whose calls are at the nodes nearest to those of another, each node called once."""
+        space = self.space(None)
+        nodes = np.array([hi - 1 for _, hi in space.stages.ranges])
+        levels = [space.skip] * self.nodes
+        for timestep, level in self.searched.plan(genome).calls:
+            levels[int(np.abs(nodes - timestep).argmin())] = level
+        return tuple(levels)
+
+    @cached_property
+    def fixed(self) -> PlanEvaluator:
+        """What measures schedules as the paper's: a level for each stage, here at as many evenly spaced timesteps as
+        the workbench has steps, by the solver of the plans, on the probes of a search."""
+        return self.searched.at(trailing(self.bench.config.steps, self.bench.adapter.n_timesteps))
+
+    def level_space(self, calls: float) -> SearchSpace:
+        """Schedules, a level for each stage at the timesteps of `fixed`, that cost at most so many dense calls.
+
+        Raises:
+            DiffesError: the highest level in all stages costs more.
+        """
+        stages, costs = self.bench.space.stages, self.call_costs
+        steps = stages.count_steps(self.fixed.timesteps or ())
+        least, dense = (sum(n * row[k] for n, row in zip(steps, costs, strict=True)) for k in (-1, 0))
+        if calls * self._unit < least:
+            raise DiffesError(
+                f"schedules of {sum(steps)} steps cost at least {least / self._unit:.4f} dense calls, got {calls}; "
+                "raise it, or take fewer steps"
+            )
+        share = min(calls * self._unit / dense, 1.0)
+        return SearchSpace.dense_fraction(stages, steps, costs, share)
+
     def search(
         self,
         calls: float,
@@ -133,10 +205,10 @@ class Plans:
 
         Args:
             calls: the budget, in dense calls.
-            genes: "steps" or "joint".
-            starts: plans that it begins with: the table's, and for "joint" the best of "steps".
-            strategy: spec of a strategy; the workbench's own when left out.
-            max_evals: plans to evaluate, likewise.
+            genes: "steps", "joint" or "levels"; of the latter the results are schedules, measured by `fixed`.
+            starts: plans that it begins with: the table's, and for "joint" the best of "steps". Not of "levels".
+            strategy: spec of a strategy; the workbench's own, with its operators, when left out.
+            max_evals: plans to evaluate; as the workbench's settings say when left out.
             store: keeps the evaluations; what it has is not paid for again.
             progress: told of every evaluation; bars when left out.
 
@@ -144,19 +216,27 @@ class Plans:
             DiffesError: the budget is below the cheapest call, or the strategy does not work on plans.
         """
         config = self.bench.config
-        space, spec = self.space(calls, genes, starts), strategy or config.strategy
-        evals = max_evals or config.max_evals
-        title = f"searching {genes}, {calls:g} calls"
-        with (progress or RichProgress()).task(title, evals) as advance:
+        evaluator = self.fixed if genes == "levels" else self.searched
+        space = self.level_space(calls) if genes == "levels" else self.space(calls, genes, starts)
+        spec, evals = strategy or config.strategy, max_evals or config.max_evals
+        made = STRATEGIES.make(spec, space, seed=config.seed, **({} if strategy else operators_of(config)))
+        with (progress or RichProgress()).task(f"searching {genes}, {calls:g} calls", evals) as advance:
 
             def on_evaluation(evaluation: Evaluation) -> None:
                 advance(f"{config.metric} {evaluation.fitness:.5g}", evaluation.fidelity)
 
-            made = STRATEGIES.make(spec, space, seed=config.seed)
-            return run_search(made, self.searched, max_evals=evals, store=store, on_evaluation=on_evaluation)
+            return run_search(
+                made, evaluator, max_evals=evals, max_denoiser_calls=config.max_calls, store=store,
+                on_evaluation=on_evaluation,
+            )  # fmt: skip
+
+    @property
+    def _unit(self) -> float:
+        """Cost of a dense call, in the unit of `costs`: the mean where it differs by node."""
+        return float(np.mean([row[0] for row in self.costs]))
 
     def cost(self, genome: Schedule) -> float:
         """Cost of a plan in dense calls, exactly."""
-        unit = float(np.mean([row[0] for row in self.costs]))
-        calls = zip(self.costs, genome.levels, strict=True)
-        return sum(row[level] for row, level in calls if level < len(row)) / unit
+        stages, costs = self.bench.space.stages, self.call_costs
+        calls = self.searched.plan(genome).calls
+        return sum(costs[stages.stage_of(timestep)][level] for timestep, level in calls) / self._unit

@@ -224,6 +224,32 @@ def fronts(points: Sequence[Mapping[str, Any]], currency: str) -> Figure:
         return figure
 
 
+def plans(points: Sequence[Mapping[str, Any]], max_level: int) -> Figure:
+    """Which timesteps each plan calls, and how thin: a row for each plan, noise on the left.
+
+    Args:
+        points: with `kind`, `budget`, `timesteps` and `levels`.
+        max_level: H.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7, 0.9 + 0.28 * len(points)))
+        axes: Axes = figure.subplots()
+        for row, point in enumerate(points):
+            sparsity = [level / max_level for level in point["levels"]]
+            dots = axes.scatter(
+                point["timesteps"], [row] * len(sparsity), c=sparsity, cmap="magma_r", vmin=0, vmax=1, s=38,
+                edgecolors="#444444", linewidths=0.6,
+            )  # fmt: skip
+        axes.set_yticks(range(len(points)), [f"{point['kind']}, {point['budget']:g}" for point in points])
+        axes.invert_yaxis()
+        axes.invert_xaxis()
+        axes.set(xlabel="timestep (sampling goes from left to right)")
+        axes.grid(axis="y", alpha=0.3)
+        if points:
+            figure.colorbar(dots, label="removed (0 is dense)")
+        return figure
+
+
 def image_grid(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None) -> Figure:
     """Rows of images (n, channels, h, w) in [0, 1], same noise in each column, a label for each row and column."""
     n = max(len(images) for images in rows.values())

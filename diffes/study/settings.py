@@ -12,17 +12,24 @@ from diffes.measure.currencies import CURRENCIES
 from diffes.measure.metrics import Metric
 from diffes.search.genome import Genome
 from diffes.search.operators import CROSSOVERS, MUTATIONS, BoundOperator, OperatorRegistry
+from diffes.search.plan import PlanSpace
 from diffes.search.schedule import Stages
 from diffes.search.space import SearchSpace
 from diffes.search.strategy import STRATEGIES, StageProfile
 from diffes.study.config import RunConfig
 
 OPERATORS: dict[str, OperatorRegistry] = {"mutation": MUTATIONS, "crossover": CROSSOVERS}
-EXAMPLES: dict[str, Any] = {"profile": StageProfile((1.0, 0.5), (0.0, 1.0))}  # facts about a model of two stages
+EXAMPLES: dict[str, Any] = {"profile": StageProfile((1.0,) * 4, (0.0,) * 4)}  # facts about a model of four stages
+EXAMPLE = SearchSpace.mean_sparsity(Stages.equal(4), 4, 0.5)
+PLANNED = PlanSpace.dense_calls([[1.0, 0.5]] * 6, 2.0)
 
 
-def check_settings(config: RunConfig) -> None:
+def check_settings(config: RunConfig, space: SearchSpace = EXAMPLE) -> None:
     """Checks what a search is made of.
+
+    Args:
+        config: the settings.
+        space: a small one of the kind that is searched.
 
     Raises:
         DiffesError: there is no such strategy, operator or cost, it takes no such options, or the strategy needs a fact
@@ -36,12 +43,11 @@ def check_settings(config: RunConfig) -> None:
             f"{', '.join(EXAMPLES)}"
         )
     facts = {name: EXAMPLES[name] for name in strategy.needs}
-    space = SearchSpace.mean_sparsity(Stages.equal(2), 2, 0.5)
     given = operators_of(config)
     STRATEGIES.make(config.strategy, space, seed=0, **given, **facts)
     for name, spec in (STRATEGIES.parse(config.strategy)[1] | given).items():
         if name in strategy.operators:
-            _try_operator(OPERATORS[name], spec)
+            _try_operator(OPERATORS[name], spec, space)
 
 
 def operators_of(config: RunConfig) -> dict[str, str]:
@@ -58,9 +64,9 @@ def operators_of(config: RunConfig) -> dict[str, str]:
     return given
 
 
-def _try_operator(registry: OperatorRegistry, spec: str) -> None:
+def _try_operator(registry: OperatorRegistry, spec: str, space: SearchSpace) -> None:
     """Applies an operator once, so that one that is for other genomes says so before the long part."""
-    space, rng = SearchSpace.mean_sparsity(Stages.equal(4), 4, 0.5), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     BoundOperator(registry, spec, space, rng)(*(Genome(space.sample(rng)) for _ in range(registry.n_parents)))
 
 

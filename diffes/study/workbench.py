@@ -36,7 +36,7 @@ from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation, Evaluator, StageProfile
 from diffes.study.config import RunConfig
 from diffes.study.heldout import HELDOUT_SEED, HeldOut
-from diffes.study.settings import check_settings, operators_of, try_metric
+from diffes.study.settings import EXAMPLE, check_settings, operators_of, try_metric
 from diffes.study.toolbox import measuring_toolbox
 
 
@@ -219,18 +219,21 @@ def workbench(progress: Progress | None = None, **settings: Any) -> Workbench:
     return prepare(RunConfig(**settings), progress or RichProgress())
 
 
-def prepare(config: RunConfig, progress: Progress, costs: Table | None = None) -> Workbench:
+def prepare(
+    config: RunConfig, progress: Progress, costs: Table | None = None, example: SearchSpace = EXAMPLE
+) -> Workbench:
     """Loads, checks every setting, then calibrates and prunes: the long part comes last.
 
     Args:
         config: the settings.
         progress: told of the long part.
         costs: those of an earlier workbench of the same settings; measured anew when left out.
+        example: a small space of the kind that will be searched, on which the strategy and its operators are tried.
 
     Raises:
         DiffesError: a name is unknown, the budget infeasible, the model or its calibration data unusable.
     """
-    check_settings(config)
+    check_settings(config, example)
     method = METHODS.make(config.method)
     pipe = load_pipeline(config.model, device=pick_device(config.device), dtype=getattr(torch, config.dtype))
     pipe.set_progress_bar_config(disable=True)

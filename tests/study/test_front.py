@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import Counting, images, small_config
+from PIL import Image
 
 import diffes
 from diffes import files
 from diffes.adapters import load_pipeline
 from diffes.errors import DiffesError
 from diffes.runtime.artifact import chosen, read_front
+from diffes.runtime.solver import SPACINGS, spaced
+from diffes.search.plan import trailing
 from diffes.search.schedule import Plan
 from diffes.study import folder
 from diffes.study.export import export
-from diffes.study.front import COLUMNS, complete_front, rows_of
+from diffes.study.front import COLUMNS, KINDS, complete_front, rows_of, searched, verdicts
+from diffes.study.plans import Plans
 from diffes.study.run import sample_images
+from diffes.study.workbench import prepare
 
 BUDGETS = [2.0, 3.0]
 
@@ -38,17 +44,59 @@ def front(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_front_holds_every_kind_at_every_budget(front: Path) -> None:
     data = read_front(front)
     assert [(p["budget"], p["kind"]) for p in data["points"]] == [
-        (budget, kind) for budget in BUDGETS for kind in ("dense", "dense-planned", "joint")
+        (budget, kind) for budget in BUDGETS for kind in KINDS
     ]
     for point in data["points"]:
         assert 0 < point["cost"] <= point["budget"] + 1e-6
         assert point["n_calls"] == len(point["timesteps"]) == len(point["levels"])
         assert point["ms"] > 0 and point["latent_mse"] == pytest.approx(-point["heldout_mean"], rel=1e-4)
-        assert point["kind"] == "joint" or set(point["levels"]) == {0}
+        assert point["kind"] in ("joint", "levels") or set(point["levels"]) == {0}
     assert data["currency"] == "macs" and data["solver"] == "dpmsolver++" and data["reference"]["steps"] == 200
-    assert len(rows_of(data)) == 6 and all(len(row) == len(COLUMNS) for row in rows_of(data))
-    for name in (folder.FRONT, folder.TABLE, folder.COSTS):
+    assert len(rows_of(data)) == 8 and all(len(row) == len(COLUMNS) for row in rows_of(data))
+    for name in (folder.TABLE, folder.COSTS):
         assert (front / name).stat().st_size > 0
+    for name in (folder.FRONT, "plans.png", "images.png", "convergence.png"):
+        with Image.open(front / name) as image:
+            assert min(image.size) > 150 and len(set(image.convert("L").getdata())) > 10
+
+
+def test_no_kind_is_worse_on_the_searchs_probes_than_what_it_begins_with(front: Path, tiny_folder: Path) -> None:
+    """Planned dense calls against the best of four spacings, plans against both, the paper's levels among them."""
+    config = small_config(tiny_folder, method="obs", cost="macs", probes=2, heldout=2, max_evals=8)
+    plans = Plans(prepare(config, Counting()), nodes=10)
+    points = searched(plans, plans.table(Counting()), 3.0, progress=Counting())
+    scores = {p.kind: float(plans.searched.scores(p.genome).mean()) for p in points}
+    assert scores["joint"] >= max(scores.values()) and scores["dense-planned"] >= scores["dense"]
+    even = [plans.genome(plan_of(plans, spaced(plans.bench.adapter.pipe.scheduler, 3, name))) for name in SPACINGS]
+    assert scores["dense"] == max(float(plans.searched.scores(genome).mean()) for genome in even)
+    levels = next(p for p in points if p.kind == "levels")
+    plan = plans.searched.plan(levels.genome)
+    assert list(plan.timesteps) == trailing(config.steps, 1000) and plans.cost(levels.genome) <= 3.0 + 1e-6
+    by_stage: dict[int, set[int]] = {}
+    for timestep, level in plan.calls:
+        by_stage.setdefault(plan.stages.stage_of(timestep), set()).add(level)
+    assert all(len(found) == 1 for found in by_stage.values())
+    assert [p.kind for p in searched(plans, plans.table(Counting()), 3.0, "steps", Counting())] == list(KINDS[:2])
+
+
+def plan_of(plans: Plans, timesteps: list[int]) -> Plan:
+    space = plans.bench.space
+    return Plan(space.stages, tuple((t, 0) for t in timesteps), space.max_level, plans.solver)
+
+
+def test_verdicts_say_when_thin_calls_add_nothing() -> None:
+    def point(kind: str, mse: float, levels: list[int], ms: float = 1.0) -> dict[str, Any]:
+        return {"kind": kind, "budget": 4.0, "latent_mse": mse, "levels": levels, "ms": ms}
+
+    dense = [point("dense", 0.4, [0, 0]), point("dense-planned", 0.2, [0, 0])]
+    for joint, said in (
+        (point("joint", 0.1, [3, 0], 2.0), "2.00 times less error than as many well-chosen.*4.00 times.*takes 2.00"),
+        (point("joint", 0.4, [3, 0]), r"thin calls add nothing \(2.00 times the error"),
+        (point("joint", 0.2, [0, 0]), "thin calls add nothing, the best plan found is dense"),
+    ):
+        (line,) = verdicts({"points": [*dense, joint]})
+        assert line.startswith("4 dense calls: ") and re.search(said, line)
+    assert "2.00 times less error than evenly spaced" in verdicts({"points": dense})[0]
 
 
 def test_a_killed_front_goes_on_and_ends_the_same(front: Path, tiny_folder: Path, tmp_path: Path) -> None:
