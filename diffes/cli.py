@@ -196,24 +196,27 @@ def sample(
 def export(
     run: tyro.conf.Positional[Path],
     out: tyro.conf.Positional[Path],
+    calls: float | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a finished run as a folder that stands alone.
+    """Write a finished run, or a plan of a front, as a folder that stands alone.
 
-    It holds the base model (a local one as a copy, a shipped or hub one by name), the schedule, the bank and a card
-    with the measured table. `diffes.load(OUT)` opens it in one line on another machine; it can be pushed to a hub.
+    It holds the base model (a local one as a copy, a shipped or hub one by name), the schedule or plan, the bank and a
+    card with the measured table; the card of a plan of dense calls also says how diffusers alone runs it.
+    `diffes.load(OUT)` opens it in one line on another machine; it can be pushed to a hub.
 
     Args:
-        run: folder that `diffes search` wrote.
+        run: folder that `diffes search` or `diffes front` wrote.
         out: folder to write.
+        calls: of a front, what the plan may cost, in dense calls; the best within is taken. Left out: the best of all.
         dtype: of the compensated weights in the bank. Left out: as in the run.
         overwrite: replace an earlier export.
     """
     _engine()
     from diffes.study.export import export as write_export
 
-    write_export(run, out, dtype=dtype, overwrite=overwrite)
+    write_export(run, out, calls=calls, dtype=dtype, overwrite=overwrite)
     console.print(f"written to {out}:", highlight=False)
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         console.print(f"  {path}  ({path.stat().st_size:,} bytes)", highlight=False)

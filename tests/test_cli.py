@@ -288,7 +288,7 @@ def test_finished_and_foreign_folders_are_not_overwritten(
 def test_bad_options_are_named(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in fails(capsys, "search", "--out", str(tmp_path / "run"), *options)
+    assert message in fails(capsys, "search", "--genes", "levels", "--out", str(tmp_path / "run"), *options)
     assert not (tmp_path / "run").exists()
 
 

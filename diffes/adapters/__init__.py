@@ -2,9 +2,9 @@
 
 from diffes.adapters.base import Condition, ModelAdapter, Probes, SamplingState, Split
 from diffes.adapters.groups import BlockSet, GroupSet, Kind
-from diffes.adapters.loading import ADAPTERS, adapter_for, load_pipeline, model_folder, shipped_models
+from diffes.adapters.loading import ADAPTERS, adapter_for, load_pipeline, model_folder, pipeline_class, shipped_models
 
 __all__ = [
     "ADAPTERS", "BlockSet", "Condition", "GroupSet", "Kind", "ModelAdapter", "Probes", "SamplingState", "Split",
-    "adapter_for", "load_pipeline", "model_folder", "shipped_models",
+    "adapter_for", "load_pipeline", "model_folder", "pipeline_class", "shipped_models",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
@@ -65,6 +66,22 @@ def load_pipeline(model: str, *, device: str = "cpu", dtype: torch.dtype = torch
     except Exception as error:  # safetensors, hub clients and torch each raise classes of their own here
         reason = " ".join(str(error).split())[:300]
         raise DiffesError(f"{model!r} could not be loaded on {device}: {type(error).__name__}: {reason}") from error
+
+
+def pipeline_class(model: str) -> type[DiffusionPipeline]:
+    """The class of a pipeline, from its `model_index.json` alone; that of a hub id may be downloaded.
+
+    Raises:
+        DiffesError: there is no such model, or its class is none of diffusers.
+    """
+    folder = model_folder(model)
+    try:
+        found: type[DiffusionPipeline] = getattr(
+            diffusers, DiffusionPipeline.load_config(folder or model)["_class_name"]
+        )
+    except Exception as error:  # hub clients raise classes of their own here
+        raise DiffesError(f"{model!r} could not be read: {type(error).__name__}: {error}") from error
+    return found
 
 
 @contextmanager

@@ -42,7 +42,8 @@ def read_front(folder: Path) -> dict[str, Any]:
 
 
 def chosen(folder: Path, calls: float | None) -> tuple[Schedule | Plan, dict[str, Any]]:
-    """What a folder offers to be run, and the facts of its JSON: its schedule, or a plan of its front.
+    """What a folder offers to be run, and the facts of its JSON: its schedule, or a plan of its front, whose point is
+    then the only one in `points`.
 
     Args:
         folder: of a run, of a front, or an exported one.
@@ -66,7 +67,9 @@ def chosen(folder: Path, calls: float | None) -> tuple[Schedule | Plan, dict[str
             )
         best = max(within, key=lambda point: point["heldout_mean"])
         shared = {name: data[name] for name in ("stages", "max_level", "solver")}
-        return Plan.from_json({**shared, "timesteps": best["timesteps"], "levels": best["levels"]}), data
+        return Plan.from_json({**shared, "timesteps": best["timesteps"], "levels": best["levels"]}), data | {
+            "points": [best]
+        }
     except DiffesError:
         raise
     except (KeyError, TypeError, ValueError) as error:

@@ -80,7 +80,10 @@ def complete_front(
         overwrite: replace what is there.
 
     Returns:
-        What `front.json` holds.
+        What `front.json` holds: what was calibrated and how, the solver, the reference, and `points`, a row for each
+        plan. Of its calls, in the order of sampling, a row states `timesteps` (training timesteps), `sigmas` (noise
+        over signal there, as diffusers' scheduler counts it, without the 0 that it ends at) and `levels` (0 is dense);
+        `cost` and `budget` are in dense calls of the currency, `ms` is the time of a run.
 
     Raises:
         DiffesError: bad settings, or `out` cannot be used; what is there is then untouched.
@@ -231,7 +234,9 @@ def _measured(plans: Plans, points: Sequence[Point]) -> tuple[list[dict[str, Any
                 "n_calls": len(plan.calls), "heldout_mean": finite(float(scores.mean())),
                 "heldout_std": finite(float(scores.std())),
                 "latent_mse": finite(-float(latent_mse(latents.float(), final.float()).mean())),
-                "timesteps": list(plan.timesteps), "levels": list(plan.levels), "calls_spent": point.calls_spent,
+                "timesteps": list(plan.timesteps),
+                "sigmas": heldout.scheduler(plan.timesteps).sigmas[:-1].tolist(),
+                "levels": list(plan.levels), "calls_spent": point.calls_spent,
             }
         )  # fmt: skip
     routed = [heldout.plan(point.genome) for point in points]

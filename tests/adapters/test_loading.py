@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusers import DiffusionPipeline, DiTPipeline
+from diffusers import DiffusionPipeline, DiTPipeline, StableDiffusionXLPipeline
 
-from diffes.adapters import ADAPTERS, ModelAdapter, adapter_for, load_pipeline, shipped_models
+from diffes.adapters import ADAPTERS, ModelAdapter, adapter_for, load_pipeline, pipeline_class, shipped_models
 from diffes.adapters.dit import DiTAdapter
 from diffes.adapters.loading import SHIPPED
 from diffes.errors import DiffesError
@@ -45,6 +45,15 @@ def test_unusable_models_are_refused(model: str, message: str, tmp_path: Path, t
         model = str(tmp_path)
     with pytest.raises(DiffesError, match=message):
         load_pipeline(model)
+
+
+def test_the_class_of_a_pipeline_is_read_without_loading_it(tiny_folder: Path, tmp_path: Path) -> None:
+    assert pipeline_class(str(tiny_folder)) is DiTPipeline
+    assert pipeline_class("emoji-sdxl") is StableDiffusionXLPipeline
+    for content in ("{", "{}", '{"_class_name": "NoPipeline"}'):
+        (tmp_path / "model_index.json").write_text(content)
+        with pytest.raises(DiffesError, match="could not be read"):
+            pipeline_class(str(tmp_path))
 
 
 class Styled(DiTPipeline):  # type: ignore[misc]  # diffusers is not followed

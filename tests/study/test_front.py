@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +11,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import Counting, images, small_config
+from diffusers import DDIMScheduler
 from PIL import Image
 
 import diffes
 from diffes import files
 from diffes.adapters import load_pipeline
+from diffes.cli import main
 from diffes.errors import DiffesError
-from diffes.runtime.artifact import chosen, read_front
+from diffes.pruning.bank import WeightBank
+from diffes.runtime.artifact import BANK, BASE, FRONT, chosen, read_front, write_front
 from diffes.runtime.solver import SPACINGS, spaced
 from diffes.search.plan import trailing
 from diffes.search.schedule import Plan
 from diffes.study import folder
-from diffes.study.export import export
+from diffes.study.export import CARD, FILES, export
 from diffes.study.front import COLUMNS, KINDS, complete_front, rows_of, searched, verdicts
 from diffes.study.plans import Plans
 from diffes.study.run import sample_images
@@ -48,7 +53,9 @@ def test_a_front_holds_every_kind_at_every_budget(front: Path) -> None:
     ]
     for point in data["points"]:
         assert 0 < point["cost"] <= point["budget"] + 1e-6
-        assert point["n_calls"] == len(point["timesteps"]) == len(point["levels"])
+        assert point["n_calls"] == len(point["timesteps"]) == len(point["levels"]) == len(point["sigmas"])
+        alphas = DDIMScheduler().alphas_cumprod[point["timesteps"]]
+        assert point["sigmas"] == pytest.approx(((1 - alphas) / alphas).sqrt().tolist(), rel=1e-5)
         assert point["ms"] > 0 and point["latent_mse"] == pytest.approx(-point["heldout_mean"], rel=1e-4)
         assert point["kind"] in ("joint", "levels") or set(point["levels"]) == {0}
     assert data["currency"] == "macs" and data["solver"] == "dpmsolver++" and data["reference"]["steps"] == 200
@@ -180,8 +187,11 @@ def test_bad_input_is_refused(front: Path, run: Path, tiny_folder: Path, tmp_pat
     with pytest.raises(DiffesError, match="calls must be at least"):
         make(tiny_folder, tmp_path / "b", [3.0, 0.9])  # a thin call could be paid, a dense one cannot
     assert not (tmp_path / "b").exists()
-    with pytest.raises(DiffesError, match="only runs of one schedule can be exported"):
-        export(front, tmp_path / "c")
+    with pytest.raises(DiffesError, match="holds one schedule, not a front"):
+        export(run, tmp_path / "c", calls=4.0)
+    with pytest.raises(DiffesError, match=r"costs 0.1 dense calls or less: they cost \d\.\d\d to"):
+        export(front, tmp_path / "c", calls=0.1)
+    assert not (tmp_path / "c").exists()
     data = json.loads((front / "front.json").read_text())
     data["points"][0]["levels"] = [99] * len(data["points"][0]["levels"])
     copy = tmp_path / "d"
@@ -191,3 +201,121 @@ def test_bad_input_is_refused(front: Path, run: Path, tiny_folder: Path, tmp_pat
     files.write_json(copy / "front.json", data)
     with pytest.raises(DiffesError, match="was altered"):
         chosen(copy, None)
+
+
+def preferring(kind: str, front: Path, copy: Path) -> Path:
+    """A copy of a front in which plans of one kind are the best, so that they are the ones that are taken."""
+    shutil.copytree(front, copy)
+    data = read_front(front)
+    better = [p | {"heldout_mean": p["heldout_mean"] + 1e6 * (p["kind"] == kind)} for p in data["points"]]
+    write_front(copy, data | {"points": better})
+    return copy
+
+
+@pytest.mark.parametrize("kind", ["joint", "dense-planned"])
+def test_an_exported_plan_gives_the_bits_of_the_front(
+    kind: str, front: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    source, out = preferring(kind, front, tmp_path / "front"), tmp_path / "out"
+    plan, _ = chosen(source, 3)
+    assert isinstance(plan, Plan) and any(plan.levels) == (kind == "joint")
+    n_steps = len(plan.calls)
+    expected = images(diffes.apply(load_pipeline(str(tiny_folder)), source, calls=3), steps=n_steps)
+    main(["export", str(source), str(out), "--calls", "3"])
+    assert {path.name for path in out.iterdir()} == {FRONT, BANK, BASE, CARD, folder.FRONT} <= FILES
+    assert chosen(out, None)[0] == chosen(out, 3)[0] == plan
+    assert sorted(WeightBank.open(out / BANK)[0]) == plan.thin()
+    (point,) = read_front(out)["points"]
+    (row, *_) = rows_of({"points": [point]})
+    card = (out / CARD).read_text()
+    assert f"| {' | '.join(row)} |" in card and card.count("\n| 3 |") == 4 and f"num_inference_steps={n_steps}" in card
+    for path in (CARD, FRONT, BANK):
+        assert str(tiny_folder).encode() not in (out / path).read_bytes()
+    moved = out.rename(tmp_path / "moved")  # its base model with it
+    assert np.array_equal(images(diffes.load(moved), steps=n_steps), expected)
+    with pytest.raises(DiffesError, match=f"num_inference_steps={n_steps}"):
+        images(diffes.load(moved), steps=n_steps + 1)
+    options: dict[str, Any] = {"seed": 5, "steps": None, "guidance": None, "device": "cpu"}
+    ours, theirs = (sample_images(at, [0, 3], **options, calls=3)[0] for at in (source, moved))
+    assert torch.equal(ours, theirs)
+    main(["sample", str(moved), "--out", str(tmp_path / "grid.png")])
+    export(moved, tmp_path / "again")  # an export is a front of one plan
+    assert read_front(tmp_path / "again") == read_front(moved)
+
+
+def test_an_exported_plan_in_half_precision(front: Path, tmp_path: Path) -> None:
+    source, out = preferring("joint", front, tmp_path / "front"), tmp_path / "out"
+    plan, _ = chosen(source, 3)
+    assert isinstance(plan, Plan)
+    sizes = []
+    for dtype in ("float32", "float16"):
+        with pytest.raises(DiffesError, match="--overwrite") if out.exists() else nullcontext():
+            export(source, out, calls=3)
+        export(source, out, calls=3, dtype=dtype, overwrite=True)
+        sizes.append((out / BANK).stat().st_size)
+        assert np.isfinite(images(diffes.load(out), steps=len(plan.calls))).all()
+    assert sizes[1] < 0.9 * sizes[0]
+
+
+def test_an_export_that_fails_leaves_what_was_there(front: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("ten years")
+    for overwrite in (False, True):
+        with pytest.raises(DiffesError, match="name another folder"):
+            export(front, out, calls=2, overwrite=overwrite)
+    with pytest.raises(DiffesError, match="cannot write"):
+        export(front, Path("/proc/nowhere"))
+    copy = preferring("joint", front, tmp_path / "front")
+    (copy / folder.FRONT).unlink()
+    with pytest.raises(DiffesError, match=r"front\.png is missing"):
+        export(copy, tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["front", "out"]
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+def run_card(out: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the blocks of code in a card leave, each run for itself where the card says it lies."""
+    monkeypatch.chdir(out.parent)
+    found: list[dict[str, Any]] = []
+    for block in re.findall(r"```python\n(.*?)```", (out / CARD).read_text(), re.DOTALL):
+        found.append({})
+        exec(block, found[-1])
+    return found
+
+
+def same(one: dict[str, Any], other: dict[str, Any], n_steps: int) -> bool:
+    """Whether two blocks of code left the same images, and pipelines that make the same to the bit."""
+    pictures = all(np.array_equal(a, b) for a, b in zip(one["images"], other["images"], strict=True))
+    return pictures and np.array_equal(images(one["pipe"], steps=n_steps), images(other["pipe"], steps=n_steps))
+
+
+def test_the_card_of_a_dense_plan_runs_without_diffes(
+    front: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in ("dense", "dense-planned"):
+        export(preferring(kind, front, tmp_path / "front"), tmp_path / kind, calls=3)
+        shutil.rmtree(tmp_path / "front")
+        plan, _ = chosen(tmp_path / kind, None)
+        ours, alone = run_card(tmp_path / kind, monkeypatch)
+        assert isinstance(plan, Plan) and alone["timesteps"] == list(plan.timesteps)
+        assert not any("diffes" in name for name in alone)
+        assert same(ours, alone, len(plan.calls))
+
+
+def test_the_card_of_a_thin_plan_runs(front: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(preferring("joint", front, tmp_path / "front"), tmp_path / "out", calls=3)
+    (ours,) = run_card(tmp_path / "out", monkeypatch)
+    assert len(ours["images"]) == 2
+
+
+@pytest.mark.slow
+def test_the_card_gives_a_pipeline_that_takes_them_its_timesteps(
+    tiny_sdxl_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tiny_sdxl_folder, tmp_path / "made", [2.0], max_evals=6, budget=0.7)
+    export(preferring("dense-planned", tmp_path / "made", tmp_path / "front"), tmp_path / "out")
+    ours, alone = run_card(tmp_path / "out", monkeypatch)
+    text = (tmp_path / "out" / CARD).read_text()
+    assert ", timesteps=timesteps," in text and "set_timesteps" not in text
+    assert np.array_equal(ours["images"][0], alone["images"][0])
