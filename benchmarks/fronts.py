@@ -1,13 +1,15 @@
 """Dense calls at chosen timesteps against plans that choose timesteps and levels together, at equal cost.
 
-One calibration and one table of local errors a model and seed serve all budgets. For every budget, in dense calls by
-multiply-accumulates: `dense`, evenly spaced calls; `dense-planned`, timesteps of the table and then of a search;
-`joint`, timesteps and levels, likewise, whose search also begins with the best of `dense-planned` and so never ends
-behind it on the search's probes. Both searches have as many evaluations. Scores are latent MSE on held-out probes
-against the dense model at 200 steps. Finished points are lines of `points.jsonl` and are not run again.
+One calibration and one table of local errors a model and seed serve all budgets. At each, in dense calls by
+multiply-accumulates or by measured milliseconds: the four kinds of `diffes front`, each search as long as the others,
+and the plans that the table alone makes. Scores are latent MSE and SSIM on held-out probes against the dense model at
+200 steps; whole runs are timed at batches 1 and 16, all kinds of a budget taking turns. Beside each plan stands how
+many dense calls are as good, between the points of `dense` and `dense-planned`. Finished points are lines of
+`points.jsonl` and are not run again.
 
-    python benchmarks/fronts.py --models fashion-dit --budgets 4 6 8    # about half an hour on two CPU cores
-    python benchmarks/fronts.py --smoke                                 # tiny
+    python benchmarks/fronts.py --models fashion-dit --budgets 4 6 8 --seeds 0 1 2    # an hour on two CPU cores
+    python benchmarks/fronts.py --cost latency --batch 1                              # for the time of one image
+    python benchmarks/fronts.py --smoke                                               # tiny
 """
 
 from __future__ import annotations
@@ -21,59 +23,103 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diffes.adapters import shipped_models
 from diffes.measure.error_table import MeasuredTable
+from diffes.measure.metrics import make_metric
 from diffes.progress import RichProgress
 from diffes.search.schedule import Schedule
+from diffes.study import front
 from diffes.study.config import RunConfig
 from diffes.study.folder import config_record
 from diffes.study.plans import Plans
+from diffes.study.settings import PLANNED
 from diffes.study.workbench import prepare
 
 RESULTS = Path(__file__).parent / "results" / "fronts"
+BATCHES = (1, 16)  # at which whole runs are timed
+ALONE = {"dense-planned, table alone": "steps", "joint, table alone": "joint"}
+KINDS = ("dense", "dense-planned, table alone", "dense-planned", "levels", "joint, table alone", "joint")
+SETTINGS = ("model", "guidance", "solver", "cost", "batch")
 
 
-def points(plans: Plans, table: MeasuredTable, calls: float, evals: int) -> list[dict[str, Any]]:
+def points(plans: Plans, table: MeasuredTable, budget: float, repeats: int) -> list[dict[str, Any]]:
     """A row for each kind at one budget, and for the plans that the table alone makes."""
-    dense = plans.space(calls, "steps")
-    rows = [row("dense", plans, dense.schedule(dense.uniform()), 0)]
-    before: tuple[int, ...] | None = None
-    for kind, genes in (("dense-planned", "steps"), ("joint", "joint")):
-        starts = plans.starts(table, calls, genes)  # type: ignore[arg-type]
-        rows.append(row(f"{kind}, table alone", plans, dense.any_schedule(starts[0]), table.calls))
-        starts += [before] if before is not None else []
-        found = plans.search(calls, genes, starts=starts, max_evals=evals)  # type: ignore[arg-type]
-        rows.append(row(kind, plans, found.best.schedule, table.calls + found.denoiser_calls))
-        before = found.best.schedule.levels
+    found = front.searched(plans, table, budget)
+    for kind, genes in ALONE.items():
+        space = plans.space(budget, genes)  # type: ignore[arg-type]
+        start = plans.starts(table, budget, genes)[0]  # type: ignore[arg-type]
+        found.append(front.Point(kind, budget, space.any_schedule(start), table.calls))
+    rows = [row(plans, point.kind, point.genome, point.calls_spent) for point in found]
+    routed = [plans.heldout.plan(point.genome) for point in found]
+    for batch in BATCHES:
+        for each, ms in zip(rows, plans.bench.milliseconds(routed, batch, repeats), strict=True):
+            each[f"ms_{batch}"] = round(ms, 2)
     return rows
 
 
-def row(kind: str, plans: Plans, genome: Schedule, spent: int) -> dict[str, Any]:
+def row(plans: Plans, kind: str, genome: Schedule, spent: int) -> dict[str, Any]:
     """One plan on held-out probes."""
-    scores = -plans.heldout.scores(genome)
-    plan = plans.heldout.plan(genome)
+    heldout, decode = plans.heldout, plans.bench.adapter.decode
+    latents = heldout.latents(genome)
+    scores = -heldout.scored(latents)
+    ssim = make_metric("ssim", plans.bench.adapter.device)(decode(latents), decode(heldout.final_reference))
+    plan = heldout.plan(genome)
     return {
         "kind": kind, "cost": round(plans.cost(genome), 4), "n_calls": len(plan.calls),
-        "latent_mse": float(scores.mean()), "std": float(scores.std()), "timesteps": list(plan.timesteps),
-        "levels": list(plan.levels), "calls_spent": spent,
+        "latent_mse": float(scores.mean()), "std": float(scores.std()), "ssim": float(ssim.mean()),
+        "timesteps": list(plan.timesteps), "levels": list(plan.levels), "calls_spent": spent,
     }  # fmt: skip
 
 
+def as_good(mse: float, curve: Sequence[tuple[float, float]]) -> str:
+    """Cost at which a curve of (cost, mean latent MSE) reaches an error, on straight lines between its logarithms."""
+    costs, errors = (np.log(each) for each in zip(*sorted(curve), strict=True))
+    best = np.minimum.accumulate(errors)
+    if np.log(mse) < best[-1]:
+        return f"> {np.exp(costs[-1]):.3g}"
+    if np.log(mse) > best[0]:
+        return f"< {np.exp(costs[0]):.3g}"
+    return f"{np.exp(np.interp(-np.log(mse), -best, costs)):.2f}"
+
+
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: mean over seeds, a line for each model, guidance and budget."""
-    kinds = ("dense", "dense-planned, table alone", "dense-planned", "joint, table alone", "joint")
-    lines = [f"| model | guidance | dense calls | seeds | {' | '.join(kinds)} | gain over dense-planned |"]
-    lines.append("|" + "---|" * (len(kinds) + 5))
-    groups: dict[tuple[str, float, float], list[dict[str, Any]]] = {}
+    """Markdown: mean ± standard deviation over seeds, a line for each setting and budget."""
+    lines = [
+        f"| model | guidance | solver | cost | budget | seeds | {' | '.join(KINDS)} | over dense | over dense-planned "
+        "| as good: dense | as good: dense-planned | ms at 1 and 16: dense-planned | joint |"
+    ]
+    lines.append("|" + "---|" * (len(KINDS) + 12))
+    groups: dict[tuple[Any, ...], dict[float, dict[str, list[dict[str, Any]]]]] = {}
     for each in rows:
-        groups.setdefault((each["model"], each["guidance"], each["budget"]), []).append(each)
-    for (model, guidance, budget), found in sorted(groups.items()):
-        by_kind = {kind: [each["latent_mse"] for each in found if each["kind"] == kind] for kind in kinds}
-        means = {kind: statistics.mean(values) for kind, values in by_kind.items()}
-        cells = [f"{means[kind]:.5f}" for kind in kinds]
-        gain = means["dense-planned"] / means["joint"]
-        start = f"| {model} | {guidance:g} | {budget:g} | {len(by_kind['joint'])} "
-        lines.append(f"{start}| {' | '.join(cells)} | {gain:.2f}x |")
+        at = groups.setdefault(tuple(each[name] for name in SETTINGS), {}).setdefault(each["budget"], {})
+        at.setdefault(each["kind"], []).append(each)
+    for (model, guidance, solver, cost, batch), budgets in sorted(groups.items()):
+        means = {
+            b: {k: statistics.mean(p["latent_mse"] for p in ps) for k, ps in at.items()} for b, at in budgets.items()
+        }
+        for budget, kinds in sorted(budgets.items()):
+            mean = means[budget]
+            cells = [
+                " ± ".join([f"{mean[kind]:.5f}", *([f"{statistics.stdev(v):.5f}"] if len(v) > 1 else [])])
+                for kind in KINDS
+                for v in [[p["latent_mse"] for p in kinds.get(kind, [])]]
+                if v or kind != "levels"
+            ]
+            if "levels" not in kinds:
+                cells.insert(KINDS.index("levels"), "")
+            gains = [f"{mean[rival] / mean['joint']:.2f}x" for rival in ("dense", "dense-planned")]
+            good = [
+                as_good(mean["joint"], [(b, means[b][rival]) for b in means]) for rival in ("dense", "dense-planned")
+            ]
+            ms = [
+                " and ".join(f"{statistics.mean(p[f'ms_{b}'] for p in kinds[kind]):.0f}" for b in BATCHES)
+                for kind in ("dense-planned", "joint")
+            ]
+            currency = cost if cost == "macs" else f"{cost}, batch {batch}"
+            start = f"| {model} | {guidance:g} | {solver} | {currency} | {budget:g} | {len(kinds['joint'])} "
+            lines.append(f"{start}| {' | '.join([*cells, *gains, *good, *ms])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -84,15 +130,19 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of calibration and search probes")
     parser.add_argument("--solver", default="dpmsolver++")
+    parser.add_argument("--cost", choices=("macs", "latency"), default="macs")
+    parser.add_argument("--batch", type=int, default=16, help="at which calls are timed")
     parser.add_argument("--nodes", type=int, default=64)
     parser.add_argument("--max-evals", type=int, default=160, help="of each search")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
-    config = RunConfig(cost="macs", budget=1.0, metric="latent_mse", guidance=args.guidance)
+    config = RunConfig(
+        cost=args.cost, budget=1.0, metric="latent_mse", guidance=args.guidance, max_evals=args.max_evals
+    )
     if args.smoke:
-        config = replace(config, stages=2, steps=4, probes=2, heldout=4, calibration_samples=8)
-        args.models, args.budgets, args.seeds, args.nodes, args.max_evals = ["fashion-dit"], [3], [0], 8, 12
+        config = replace(config, stages=2, steps=4, probes=2, heldout=4, calibration_samples=8, max_evals=8)
+        args.models, args.budgets, args.seeds, args.nodes = ["fashion-dit"], [3], [0], 8
         args.out = Path("runs/smoke/fronts") if args.out == RESULTS else args.out
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "points.jsonl"
@@ -100,17 +150,18 @@ def main() -> None:
     for model in args.models:
         for seed in args.seeds:
             settings = {"model": model, "guidance": args.guidance, "seed": seed, "solver": args.solver}
+            settings |= {"cost": args.cost, "batch": args.batch}
             done = {each["budget"] for each in rows if all(each[name] == value for name, value in settings.items())}
             left = [budget for budget in args.budgets if budget not in done]
             if not left:
                 continue
-            bench = prepare(replace(config, model=model, seed=seed), RichProgress())
-            plans = Plans(bench, args.solver, args.nodes, 20 if args.smoke else 200)
+            bench = prepare(replace(config, model=model, seed=seed), RichProgress(), example=PLANNED)
+            plans = Plans(bench, args.solver, args.nodes, 20 if args.smoke else 200, timed_at=args.batch)
             table = plans.table()
             for budget in left:
                 start = time.perf_counter()
-                made = points(plans, table, budget, args.max_evals)
-                facts = settings | {"budget": budget, "evals": args.max_evals, "nodes": args.nodes}
+                made = points(plans, table, budget, 1 if args.smoke else 5)
+                facts = settings | {"budget": budget, "evals": config.max_evals, "nodes": args.nodes}
                 facts |= {"seconds": round(time.perf_counter() - start, 1), **config_record(bench.config)}
                 rows += [each | facts for each in made]
                 with path.open("a") as file:

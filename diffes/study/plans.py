@@ -44,6 +44,7 @@ class Plans:
         nodes: candidate timesteps, at least 2.
         reference_steps: of the dense model that all plans are compared with, by the same solver.
         known_costs: `call_costs` of an earlier process; measured when left out.
+        timed_at: images a call that is timed, where time is the cost; as many as a search has probes when left out.
     """
 
     bench: Workbench
@@ -51,6 +52,7 @@ class Plans:
     nodes: int = 64
     reference_steps: int = 200
     known_costs: Table | None = None
+    timed_at: int | None = None
 
     def __post_init__(self) -> None:
         at_least("nodes", self.nodes, 2)
@@ -73,10 +75,8 @@ class Plans:
         if self.known_costs or not currency.timed:
             return self.known_costs or self.bench.costs
         currency.changing = True
-        space, probes = (
-            self.bench.space,
-            self.bench.adapter.make_probes(self.bench.config.probes, HELDOUT_SEED, "heldout"),
-        )
+        space, batch = self.bench.space, self.timed_at or self.bench.config.probes
+        probes = self.bench.adapter.make_probes(batch, HELDOUT_SEED, "heldout")
         return currency.table(self.bench.router, space.stages, space.visited, space.max_level, probes)
 
     @cached_property

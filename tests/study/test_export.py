@@ -57,8 +57,8 @@ def test_exported_and_loaded_in_another_process_gives_the_same_bits(
 def test_a_shipped_model_is_exported_by_name(tmp_path: Path) -> None:
     run = tmp_path / "run"
     main([
-        "search", "--genes", "levels", "--stages", "2", "--steps", "4", "--max-evals", "2", "--probes", "2", "--heldout", "2", "--metric",
-        "latent_mse", "--calibration-samples", "16", "--out", str(run),
+        "search", "--genes", "levels", "--stages", "2", "--steps", "4", "--max-evals", "2", "--probes", "2",
+        "--heldout", "2", "--metric", "latent_mse", "--calibration-samples", "16", "--out", str(run),
     ])  # fmt: skip
     export(run, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out" / artifact.BASE).exists()
