@@ -23,7 +23,8 @@ from diffes.study.record import Report
 
 app = tyro.extras.SubcommandApp()
 _DEFAULT = RunConfig()
-_PLANNED = RunConfig(cost="macs", max_evals=80)
+_SEARCH = RunConfig(metric="auto")
+_PLANNED = RunConfig(cost="macs", max_evals=80, metric="latent_mse")
 _EQUAL_MACS = RunConfig(cost="macs", budget=0.7)  # levels cost something else with another method or number of stages
 WRITE_ERRORS = {
     errno.ENOSPC,
@@ -41,7 +42,7 @@ WRITE_ERRORS = {
 def search(
     genes: Literal["joint", "steps", "levels"] = "joint",
     calls: float | None = None,
-    config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _DEFAULT,
+    config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _SEARCH,
     solver: str = "dpmsolver++",
     nodes: int = 64,
     out: Path | None = None,
@@ -57,12 +58,14 @@ def search(
             timesteps, all calls dense. levels: the paper's, a level for each stage at the pipeline's own steps.
         calls: what a plan may cost, in dense denoiser calls, by --cost (level, the paper's, stands for macs here).
             Left out: 6. Schedules of levels have --budget instead.
-        config: settings of the run.
+        config: settings of the run; --metric auto is latent_mse for plans and ssim for levels.
         solver: of plans: dpmsolver++ (second order) or ddim (first order, no noise).
         nodes: of plans: candidate timesteps.
         out: run folder. Left out: runs/ and a name of the model, method, what is searched and the seed.
         overwrite: replace a run that is already there.
     """
+    if config.metric == "auto":
+        config = replace(config, metric="ssim" if genes == "levels" else "latent_mse")
     if genes != "levels":
         if config.budget != RunConfig().budget:
             raise DiffesError(
