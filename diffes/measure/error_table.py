@@ -9,27 +9,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffes.adapters import Probes
+from diffes.adapters import Probes, SamplingState
 from diffes.measure.plan_evaluator import PlanEvaluator
+from diffes.search.carried import Trajectory
 from diffes.search.frontier import ErrorTable, Floats
 from diffes.search.plan import PlanSpace
 
 CHECKPOINTS = 8  # nodes from which it is measured how a deviation grows
 COARSE = 12  # calls of a run that shows it, from the noisiest node on
+SMOOTHING = 20  # the reaction of predictions is averaged over about a node in so many, at least over neighbours
+SPAN = 1e-12  # directions in which latents differ by less, relative to the first one, are left out
 
 
 @dataclass(frozen=True)
 class MeasuredTable:
-    """An error table and what it took.
+    """An error table, the dense run that it is made of, and what it took.
 
     Args:
         table: nodes in the order of sampling.
         growth: (N + 1,) factor on the mean square of a deviation at each node, and at the end, until the end.
+        run: the dense run, for plans whose latents are carried along.
         calls: denoiser calls, in rows.
     """
 
     table: ErrorTable
     growth: Floats
+    run: Trajectory
     calls: int
 
 
@@ -53,14 +58,17 @@ def measure_table(
     n, levels = space.n_stages, range(space.thinnest + 1)
     parts = [evaluator.probes[rows] for rows in evaluator.parts()]
     errors = np.full((n, n + 1, len(levels)), np.nan)
-    sums, starts, ratios, calls = np.zeros_like(errors), np.zeros(n), np.zeros(n + 1), 0
+    sums, starts, ratios, reaction, calls = np.zeros_like(errors), np.zeros(n), np.zeros(n + 1), np.zeros(n), 0
+    products = np.zeros(2 * [n + 1 + n * len(levels)])
     for part in parts:
         run = _DenseRun.on(evaluator, space, part, levels, advance)
-        grown, paid = run.growth(evaluator, part)
+        grown, reacts, paid = run.growth(evaluator, part)
         for i in range(n):
             sums[i, i + 1 :] += len(part) * run.errors_from(i)
         starts += len(part) * run.start_errors()
         ratios += len(part) * grown
+        reaction += len(part) * reacts
+        products += len(part) * run.products()
         calls += paid + run.calls
     total = sum(len(part) for part in parts)
     growth = ratios / total
@@ -69,7 +77,21 @@ def measure_table(
     errors[:, :, [k for k in levels if k not in space.allowed]] = np.nan
     unit = np.array(space.level_costs, dtype=float)[:, 0].mean()
     costs = np.array(space.level_costs, dtype=float)[::-1, : len(levels)] / unit
-    return MeasuredTable(ErrorTable(errors, starts / total * growth[:-1], costs), growth, calls)
+    places = _coordinates(products / total)
+    states, data = places[: n + 1], places[n + 1 :].reshape(n, len(levels), -1)
+    data[:, [k for k in levels if k not in space.allowed]] = np.nan
+    kept = Trajectory(states, data, run.alphas.numpy(), run.sigmas.numpy(), reaction / total, costs, run.second)
+    return MeasuredTable(ErrorTable(errors, starts / total * growth[:-1], costs), growth, kept, calls)
+
+
+def _coordinates(products: Floats) -> Floats:
+    """Points (n, R) that have these inner products (n, n), in as few coordinates as it takes; NaN for infinite ones."""
+    finite = np.isfinite(products.diagonal())
+    squares, directions = np.linalg.eigh(products[np.ix_(finite, finite)])
+    spanned = squares > SPAN * squares[-1]
+    points = np.full((len(products), spanned.sum()), np.nan)
+    points[finite] = directions[:, spanned] * np.sqrt(squares[spanned])
+    return points
 
 
 @dataclass(frozen=True)
@@ -110,16 +132,14 @@ class _DenseRun:
         states, data, calls = [], [], 0
         for i, timestep in enumerate(plans[0].timesteps):
             states.append(adapter.finish(state, guidance).float().cpu())
-            state.scheduler._step_index = i
             by_level: list[Tensor] = []
             for level, plan in zip(levels, plans, strict=True):
                 if level not in space.allowed and level:
                     by_level.append(by_level[0])
                     continue
                 with router.routed(plan):
-                    prediction, latents = adapter.predict(state, probes, guidance)
-                clean = state.scheduler.convert_model_output(prediction, sample=latents)
-                by_level.append(adapter.finish(replace(state, latents=clean), guidance).float().cpu())
+                    prediction, latents, clean = _predicted(evaluator, state, probes)
+                by_level.append(clean)
                 calls += evaluator.rows(probes)
                 if level == 0:
                     dense = prediction, latents
@@ -153,34 +173,74 @@ class _DenseRun:
         """(N,) mean squared distance of pure noise at each node from the state of the dense run there."""
         return (self.states[:-1] - self.states[0]).square().flatten(1).mean(1).double().numpy()
 
-    def growth(self, evaluator: PlanEvaluator, probes: Probes) -> tuple[Floats, int]:
-        """(N + 1,) how the mean square of a deviation at each node changes until the end, and the calls it took.
+    def products(self) -> Floats:
+        """Inner products of the states (N + 1) and the predictions (N K), a square matrix, as means over all entries.
+
+        They are all that a linear combination of these can be measured by.
+        """
+        points = torch.cat([self.states.flatten(1), self.data.flatten(0, 1).flatten(1)])
+        pieces = (piece.double() for piece in points.split(1 << 14, dim=1))
+        total = torch.stack([piece @ piece.T for piece in pieces]).sum(0)
+        return (total / points.shape[1]).numpy()
+
+    def growth(self, evaluator: PlanEvaluator, probes: Probes) -> tuple[Floats, Floats, int]:
+        """(N + 1,) how the mean square of a deviation at each node changes until the end, (N,) what a prediction there
+        adds to itself for each unit of one, and the calls it took.
 
         Measured on the deviation that a jump to the node leaves, by dense runs from it and from the state without it.
         """
-        adapter, guidance, n = evaluator.adapter, evaluator.guidance, len(self.data)
+        n = len(self.data)
         apart = max(1, n // CHECKPOINTS)  # nearer to the start hardly anything has happened that could deviate
         places = list(range(apart, n, apart))
-        ratios, calls = [], 0
+        ratios, reactions, calls = [], [], 0
         for node in places:
             off = self._step(node - apart, node, self.data[node - apart, 0])
-            grid = self.timesteps[node :: max(1, round(n / COARSE))]
-            ends = []
-            for latents in (self.states[node], off):
-                state = adapter.start(probes, evaluator.scheduler(grid), guidance)
-                doubled = torch.cat([latents] * (len(state.latents) // len(latents)))
-                state = replace(state, latents=doubled.to(state.latents))
-                for _ in grid:
-                    state = adapter.step(state, probes, guidance)
-                    calls += evaluator.rows(probes)
-                ends.append(adapter.finish(state, guidance).float().cpu())
-            change = float((ends[1] - ends[0]).square().mean()) / max(
-                float((off - self.states[node]).square().mean()), 1e-30
-            )
-            ratios.append(change)
-        return np.interp(np.arange(n + 1), [*places, n], [*ratios, 1.0]), calls
+            called = range(node, n, max(1, round(n / COARSE)))
+            kept, moved = (self._run(evaluator, probes, called, latents) for latents in (self.states[node], off))
+            calls += 2 * len(called) * evaluator.rows(probes)
+            changes = moved - kept  # (steps + 1, 2, n, ...)
+            start = max(float(changes[0, 0].square().mean()), 1e-30)
+            ratios.append(float(changes[-1, 0].square().mean()) / start)
+            for i, (latents, clean) in zip(called, changes[:-1], strict=True):
+                square = max(float(latents.square().mean()), 1e-30)
+                reactions.append((i, float((latents * clean).mean()) / square))
+        grown = np.interp(np.arange(n + 1), [*places, n], [*ratios, 1.0])
+        return grown, _smooth(reactions, n), calls
+
+    def _run(self, evaluator: PlanEvaluator, probes: Probes, called: Sequence[int], latents: Tensor) -> Tensor:
+        """(steps + 1, 2, n, ...) of a dense run from given latents: those before each call and what it predicts, clean;
+        final latents twice."""
+        adapter, guidance = evaluator.adapter, evaluator.guidance
+        state = adapter.start(probes, evaluator.scheduler([self.timesteps[i] for i in called]), guidance)
+        doubled = torch.cat([latents] * (len(state.latents) // len(latents)))
+        state = replace(state, latents=doubled.to(state.latents))
+        found = []
+        for timestep in state.scheduler.timesteps:
+            prediction, given, clean = _predicted(evaluator, state, probes)
+            found.append(torch.stack([adapter.finish(state, guidance).float().cpu(), clean]))
+            state = adapter.advance(state, prediction, timestep, given)
+        final = adapter.finish(state, guidance).float().cpu()
+        return torch.stack([*found, torch.stack([final, final])])
 
     def _step(self, i: int, j: int, clean: Tensor) -> Tensor:
         """The solver's step from node i to node j, or to the end, with predicted clean latents."""
         rest = float(self.alphas[j] - self.alphas[i] * self.sigmas[j] / self.sigmas[i])
         return float(self.sigmas[j] / self.sigmas[i]) * self.states[i] + rest * clean
+
+
+def _predicted(evaluator: PlanEvaluator, state: SamplingState, probes: Probes) -> tuple[Tensor, Tensor, Tensor]:
+    """The next call: the prediction and latents that a scheduler's step takes, and clean latents (n, ...) predicted."""
+    adapter, guidance = evaluator.adapter, evaluator.guidance
+    prediction, latents = adapter.predict(state, probes, guidance)
+    state.scheduler._step_index = state.index
+    clean = state.scheduler.convert_model_output(prediction, sample=latents)
+    return prediction, latents, adapter.finish(replace(state, latents=clean), guidance).float().cpu()
+
+
+def _smooth(values: Sequence[tuple[int, float]], n: int) -> Floats:
+    """(N,) averages of values at nodes, weighted by how near these are; 0 where there are none."""
+    if not values:
+        return np.zeros(n)
+    nodes, found = np.array(values).T
+    weights = np.exp(-0.5 * np.square((np.arange(n)[:, None] - nodes) / max(1.0, n / SMOOTHING)))
+    return np.asarray((weights @ found) / weights.sum(1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,9 +50,7 @@ class ErrorTable:
         Raises:
             DiffesError: it has another number of nodes or no call.
         """
-        if len(levels) != len(self.start) or min(levels) >= self.costs.shape[1]:
-            raise DiffesError(f"a plan of this table has {len(self.start)} nodes and at least one call, got {levels}")
-        path = [(node, level) for node, level in enumerate(reversed(levels)) if level < self.costs.shape[1]]
+        path = called(levels, *self.costs.shape)
         ends = [*(node for node, _ in path[1:]), len(levels)]
         parts = [self.start[path[0][0]], *(self.errors[i, j, k] for (i, k), j in zip(path, ends, strict=True))]
         total = float((_allowed(np.array(parts)) ** power).sum() ** (1 / power))
@@ -66,7 +64,8 @@ class Forecast:
     Args:
         levels: (N,) genome of a plan space, the cleanest node first: a level below K, or K where the node is skipped.
         cost: of its calls together, in the unit of the table's costs.
-        error: the p-norm of the errors of its jumps, in their unit.
+        error: the p-norm of the errors of its jumps, in their unit; or where its latents are carried along, their mean
+            square deviation at the end.
     """
 
     levels: tuple[int, ...]
@@ -98,12 +97,13 @@ def front(
     Raises:
         DiffesError: no plan is allowed within the cost, or the resolution or the power is out of its range.
     """
-    found = _solve(table, max_cost, resolution, power, allowed)
-    best: list[Forecast] = []
-    for forecast in sorted(found, key=lambda each: (each.cost, each.error)):
-        if not best or forecast.error < best[-1].error:
-            best.append(forecast)
-    return best
+    levels, units = counted(table.costs, max_cost, resolution, allowed)
+    if not 0 < power < np.inf:
+        raise DiffesError(f"power must be a positive number, got {power}")
+    local, start = _allowed(table.errors[:, :, levels]) ** power, _allowed(table.start) ** power
+    value, origin = _programme(local, start, units, resolution + len(units) // 2)  # rounding may add half a unit a call
+    plans = genomes(value, origin, levels, units, table.costs.shape[1])
+    return undominated([table.predict(genome, power) for _, genome in plans], max_cost)
 
 
 def variants(
@@ -136,7 +136,7 @@ def variants(
     errors = table.errors.copy()
     for _ in range(count * TRIES):
         near = ErrorTable(errors, table.start, table.costs)
-        levels = min(_solve(near, budget, resolution, power, allowed), key=lambda each: each.error).levels
+        levels = front(near, budget, resolution=resolution, power=power, allowed=allowed)[-1].levels
         found.setdefault(levels, table.predict(levels, power))
         if len(found) == count:
             break
@@ -146,40 +146,75 @@ def variants(
     return sorted(found.values(), key=lambda each: each.error)
 
 
-def _solve(
-    table: ErrorTable, max_cost: float, resolution: int, power: float, allowed: Sequence[int] | None
-) -> list[Forecast]:
-    """The best plan of each whole number of units of cost, those beyond the exact cost left out."""
+def called(levels: Sequence[int], n: int, k: int) -> list[tuple[int, int]]:
+    """Node and level of each call of a plan (N,), in the order of sampling; K is a skipped node.
+
+    Raises:
+        DiffesError: it has another number of nodes or no call.
+    """
+    if len(levels) != n or min(levels) >= k:
+        raise DiffesError(f"a plan of this table has {n} nodes and at least one call, got {levels}")
+    return [(node, level) for node, level in enumerate(reversed(levels)) if level < k]
+
+
+def counted(
+    costs: Floats, max_cost: float, resolution: int, allowed: Sequence[int] | None
+) -> tuple[list[int], NDArray[np.int_]]:
+    """The levels (L,) that are allowed, and the costs (N, L) of calls at them in whole units.
+
+    Raises:
+        DiffesError: no call is that cheap, a level is unknown, or the resolution is out of its range.
+    """
     at_least("resolution", resolution, 1)
-    if not 0 < power < np.inf:
-        raise DiffesError(f"power must be a positive number, got {power}")
-    n, _, k = table.errors.shape
+    k = costs.shape[1]
     levels = list(range(k)) if allowed is None else list(allowed)
     if not levels or not {*levels} <= set(range(k)):
         raise DiffesError(f"allowed must be levels in [0, {k - 1}], at least one, got {allowed}")
-    smallest = float(table.costs[:, levels].min())
+    smallest = float(costs[:, levels].min())
     if not smallest <= max_cost < np.inf:
         raise DiffesError(f"no plan costs {max_cost} or less: the smallest possible is {smallest:.6g}; raise it")
-    units = np.maximum(np.rint(table.costs[:, levels] * (resolution / max_cost)).astype(int), 1)
-    local = _allowed(table.errors[:, :, levels]) ** power
-    start = _allowed(table.start) ** power
-    value, origin = _programme(local, start, units, resolution + n // 2)  # rounding may add half a unit a call
-    found = []
+    return levels, np.maximum(np.rint(costs[:, levels] * (resolution / max_cost)).astype(int), 1)
+
+
+def genomes(
+    value: Floats, origin: NDArray[np.int_], levels: Sequence[int], units: NDArray[np.int_], skip: int
+) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Units spent and the whole plan (N,), the cleanest node first, wherever a programme has found one.
+
+    Args:
+        value: (limit + 1,) of plans that spend so many units; infinite where there is none.
+        origin: (N + 1, limit + 1) `node * L + level` of the call before each node; -1 at a start.
+        levels: (L,) that the programme knows.
+        units: (N, L) of calls.
+        skip: the value of a skipped node.
+    """
+    n = len(units)
     for spent in np.flatnonzero(np.isfinite(value)):
-        genome = [k] * n
+        genome = [skip] * n
         node, left = n, int(spent)
         while (packed := int(origin[node, left])) >= 0:
             node, level = divmod(packed, len(levels))
             genome[n - 1 - node] = levels[level]
             left -= int(units[node, level])
-        found.append(table.predict(genome, power))
-    within = [forecast for forecast in found if forecast.cost <= max_cost * (1 + 1e-9)]
-    if not within:
+        yield int(spent), tuple(genome)
+
+
+def undominated(found: Sequence[Forecast], max_cost: float) -> list[Forecast]:
+    """Those within the exact cost that no other one beats in cost and error, from the cheapest to the best.
+
+    Raises:
+        DiffesError: there is none.
+    """
+    best: list[Forecast] = []
+    for forecast in sorted(found, key=lambda each: (each.cost, each.error)):
+        if forecast.cost <= max_cost * (1 + 1e-9) and (not best or forecast.error < best[-1].error):
+            best.append(forecast)
+    if not best:
         raise DiffesError(
             f"the table allows no plan of cost {max_cost} or less: every way to the end is infinite or dearer; raise "
             "the cost or allow more jumps"
         )
-    return within
+    return best
 
 
 def _programme(errors: Floats, start: Floats, units: NDArray[np.int_], limit: int) -> tuple[Floats, NDArray[np.int_]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from diffes.measure.metrics import latent_mse
 from diffes.progress import Progress
 from diffes.pruning.bank import fingerprint, split_of
 from diffes.runtime.artifact import BANK, FRONT, read_front, write_front
+from diffes.search.carried import Trajectory
 from diffes.search.frontier import ErrorTable
 from diffes.search.schedule import Schedule
 from diffes.search.space import SearchSpace
@@ -127,13 +128,14 @@ def _table(plans: Plans, path: Path, progress: Progress) -> MeasuredTable:
     """The table, from its file where it was measured before."""
     if path.exists():
         with np.load(path) as data:
-            table = ErrorTable(data["errors"], data["start"], data["costs"])
-            return MeasuredTable(table, data["growth"], int(data["calls"]))
+            table = ErrorTable(**{field.name: data[field.name] for field in fields(ErrorTable)})
+            run = Trajectory(**{field.name: data[field.name] for field in fields(Trajectory)})
+            return MeasuredTable(table, data["growth"], run, int(data["calls"]))
     found = plans.table(progress)
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:
-            np.savez(file, **asdict(found.table), growth=found.growth, calls=found.calls)
+            np.savez(file, **asdict(found.table) | asdict(found.run), growth=found.growth, calls=found.calls)
 
     files.write_safely(path, write)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from diffes.measure.error_table import MeasuredTable, measure_table
 from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.progress import Progress, RichProgress
 from diffes.runtime.solver import SPACINGS, solver_named, spaced
+from diffes.search import carried
 from diffes.search.frontier import variants
 from diffes.search.ledger import SearchResult
 from diffes.search.loop import run_search
@@ -30,7 +32,7 @@ from diffes.study.workbench import Workbench
 
 Genes = Literal["levels", "steps", "joint"]
 POWERS = (1.0, 0.5)  # errors of a plan add up as squares or as roots: which is nearer to the truth differs
-VARIANTS = 4  # plans of the table from each
+VARIANTS = 4  # plans of the table from each, and with latents carried along
 
 
 @dataclass(frozen=True)
@@ -127,15 +129,14 @@ class Plans:
             return measure_table(self.searched, self.space(None), advance)
 
     def starts(self, table: MeasuredTable, calls: float, genes: Genes = "joint") -> list[tuple[int, ...]]:
-        """The table's plans for a budget, the most promising first by either way of adding errors up, in turn."""
+        """The table's plans for a budget, in turn of each way to foretell an error: with latents carried along, which
+        is the most promising, then by adding errors up as squares and as roots."""
         space = self.space(calls, genes)
-        by_power = [
-            [forecast.levels for forecast in variants(table.table, calls, VARIANTS, power=p, allowed=space.allowed)]
-            for p in POWERS
-        ]
-        longest = max(map(len, by_power))
-        found = [plans[i] for i in range(longest) for plans in by_power if i < len(plans)]
-        return [levels for levels in dict.fromkeys(found) if space.is_feasible(levels)]
+        ways = [carried.variants(table.run, calls, VARIANTS, allowed=space.allowed)]
+        ways += [variants(table.table, calls, VARIANTS, power=p, allowed=space.allowed) for p in POWERS]
+        turns = itertools.chain.from_iterable(itertools.zip_longest(*ways))
+        found = dict.fromkeys(forecast.levels for forecast in turns if forecast is not None)
+        return [levels for levels in found if space.is_feasible(levels)]
 
     def dense(self, calls: float) -> tuple[Schedule, float]:
         """As many dense calls as a budget pays, evenly spaced: of diffusers' spacings the best on the search's probes.

@@ -8,7 +8,7 @@ import torch
 from conftest import N_STAGES, small_bank
 
 from diffes.adapters import ModelAdapter
-from diffes.measure.error_table import MeasuredTable, measure_table
+from diffes.measure.error_table import MeasuredTable, _coordinates, measure_table
 from diffes.measure.metrics import make_metric
 from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.runtime.router import Router
@@ -107,6 +107,44 @@ def test_jumps_of_second_order_are_the_schedulers_own(tiny: ModelAdapter) -> Non
         jump = tiny.step(jump, evaluator.probes, 2.0)
     expected = float((jump.latents - kept[j]).square().mean())
     assert found.table.errors[i, j, level] == pytest.approx(expected * found.growth[j], rel=1e-3)
+
+
+def test_what_is_carried_along_is_the_dense_run(tiny: ModelAdapter) -> None:
+    """Coordinates keep distances; a dense plan of all nodes is forecast to end where the dense run does."""
+    for solver in ("dpmsolver++", "ddim"):
+        evaluator, space = bench(tiny, solver)
+        run = measure_table(evaluator, space).run
+        scheduler = evaluator.scheduler(evaluator.plan(space.any_schedule([0] * N_NODES)).timesteps)
+        final = evaluator.dense_latents(scheduler)
+        moved = float((final - tiny.start(evaluator.probes, scheduler, 2.0).latents.chunk(2)[0]).square().mean())
+        assert float(np.square(run.states[-1] - run.states[0]).sum()) == pytest.approx(moved, rel=1e-4)
+        assert run.predict([0] * N_NODES).error < 1e-6 * moved
+        assert run.reaction.shape == (N_NODES,) and 0.5 < run.reaction[-1] < 2
+
+
+def test_coordinates_keep_inner_products_and_mark_what_is_infinite() -> None:
+    vectors = np.random.default_rng(0).normal(size=(4, 9))
+    vectors[2] = vectors[0] - vectors[1]
+    found = _coordinates(vectors @ vectors.T)
+    assert found.shape == (4, 3) and found @ found.T == pytest.approx(vectors @ vectors.T)
+    vectors[3, 5] = np.inf
+    with np.errstate(invalid="ignore"):
+        found = _coordinates(vectors @ vectors.T)
+    assert np.isnan(found[3]).all() and found[:3] @ found[:3].T == pytest.approx(vectors[:3] @ vectors[:3].T)
+
+
+def test_forecasts_are_near_what_plans_do(tiny: ModelAdapter) -> None:
+    """Of carried latents, against runs of random plans and the dense run over all nodes."""
+    evaluator, space = bench(tiny)
+    run = measure_table(evaluator, space).run
+    final = evaluator.latents(space.any_schedule([0] * N_NODES))
+    rng = np.random.default_rng(0)
+    ratios = []
+    for _ in range(12):
+        genome = space.schedule(space.sample(rng))
+        true = float((evaluator.latents(genome) - final).square().mean())
+        ratios.append(run.predict(genome.levels).error / true)
+    assert 0.5 < np.median(ratios) < 2 and np.abs(np.log(ratios)).max() < 1.5
 
 
 def test_plans_of_the_table_are_better_than_even_ones(tiny: ModelAdapter) -> None:
