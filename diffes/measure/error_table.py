@@ -18,6 +18,7 @@ from diffes.search.plan import PlanSpace
 CHECKPOINTS = 8  # nodes from which it is measured how a deviation grows
 COARSE = 12  # calls of a run that shows it, from the noisiest node on
 SMOOTHING = 20  # the reaction of predictions is averaged over about a node in so many, at least over neighbours
+MATCHED = np.linspace(0.5, 2, 151)  # factors on it that are tried
 SPAN = 1e-12  # directions in which latents differ by less, relative to the first one, are left out
 
 
@@ -81,7 +82,21 @@ def measure_table(
     states, data = places[: n + 1], places[n + 1 :].reshape(n, len(levels), -1)
     data[:, [k for k in levels if k not in space.allowed]] = np.nan
     kept = Trajectory(states, data, run.alphas.numpy(), run.sigmas.numpy(), reaction / total, costs, run.second)
+    kept = replace(kept, reaction=_matched(kept, growth))
     return MeasuredTable(ErrorTable(errors, starts / total * growth[:-1], costs), growth, kept, calls)
+
+
+def _matched(run: Trajectory, growth: Floats) -> Floats:
+    """(N,) the reaction of a run times what makes deviations grow on the way through all nodes as was measured.
+
+    A reaction is how far predictions move along a deviation; what they do across it adds to its growth too.
+    """
+    ratio = run.noises[1:] / run.noises[:-1]
+    gain = run.signals[1:] - run.signals[:-1] * ratio
+    factors = np.abs(ratio + gain * run.reaction * MATCHED[:, None])  # (scales, N)
+    foretold = 2 * np.log(np.maximum(factors, 1e-12))[:, ::-1].cumsum(1)[:, ::-1]
+    off = (foretold - np.log(np.maximum(growth[:-1], 1e-12))).mean(1)
+    return np.asarray(run.reaction * MATCHED[np.abs(off).argmin()])
 
 
 def _coordinates(products: Floats) -> Floats:

@@ -8,10 +8,11 @@ import torch
 from conftest import N_STAGES, small_bank
 
 from diffes.adapters import ModelAdapter
-from diffes.measure.error_table import MeasuredTable, _coordinates, measure_table
+from diffes.measure.error_table import MeasuredTable, _coordinates, _matched, measure_table
 from diffes.measure.metrics import make_metric
 from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.runtime.router import Router
+from diffes.search.carried import Trajectory
 from diffes.search.frontier import front
 from diffes.search.plan import PlanSpace
 from diffes.search.schedule import Plan, Stages
@@ -131,6 +132,16 @@ def test_coordinates_keep_inner_products_and_mark_what_is_infinite() -> None:
     with np.errstate(invalid="ignore"):
         found = _coordinates(vectors @ vectors.T)
     assert np.isnan(found[3]).all() and found[:3] @ found[:3].T == pytest.approx(vectors[:3] @ vectors[:3].T)
+
+
+def test_a_reaction_is_made_to_grow_as_was_measured() -> None:
+    signals = np.array([0.1, 0.5, 0.8, 1.0])
+    noises, reaction = np.sqrt(1 - signals**2), np.array([0.1, 0.4, 0.7])
+    points = np.zeros((4, 1))
+    run = Trajectory(points, np.zeros((3, 1, 1)), signals, noises, reaction, np.ones((3, 1)), second=True)
+    factors = noises[1:] / noises[:-1] * (1 - signals[:-1] * 1.2 * reaction) + signals[1:] * 1.2 * reaction
+    growth = np.append(np.square(factors)[::-1].cumprod()[::-1], 1.0)
+    assert _matched(run, growth) == pytest.approx(1.2 * reaction)
 
 
 def test_forecasts_are_near_what_plans_do(tiny: ModelAdapter) -> None:
