@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -221,10 +222,14 @@ class Plans:
         space = self.level_space(calls) if genes == "levels" else self.space(calls, genes, starts)
         spec, evals = strategy or config.strategy, max_evals or config.max_evals
         made = STRATEGIES.make(spec, space, seed=config.seed, **({} if strategy else operators_of(config)))
+        best = -math.inf
         with (progress or RichProgress()).task(f"searching {genes}, {calls:g} calls", evals) as advance:
 
             def on_evaluation(evaluation: Evaluation) -> None:
-                advance(f"{config.metric} {evaluation.fitness:.5g}", evaluation.fidelity)
+                nonlocal best
+                if space.counts(evaluation.schedule, evaluation.fidelity):
+                    best = max(best, evaluation.fitness)
+                advance(f"best {config.metric} {best:.5g}", evaluation.fidelity)
 
             return run_search(
                 made, evaluator, max_evals=evals, max_denoiser_calls=config.max_calls, store=store,
