@@ -292,6 +292,29 @@ def test_bad_options_are_named(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--calls", "0.5"], "none below 1, which a dense call costs, got [0.5]"),
+        (["--calls", "nan"], "none below 1"),
+        (["--budget", "0.3"], "--budget 0.3 is of --genes levels"),
+        (["--solver", "heun"], "'heun'"),
+        (["--nodes", "1"], "nodes must be at least 2"),
+        (["--strategy", "exhaustive"], "exhaustive"),
+        (["--mutation", "level_step:size=2"], "level_step"),
+        (["--storage", "sqlite:///none.db"], "is for --genes levels"),
+        (["--stages", "40"], "are not calibrated because no step of the workbench is in them"),
+        (["--genes", "levels", "--calls", "6"], "--calls 6 is of plans"),
+        (["--genes", "layers"], "levels"),
+    ],
+)
+def test_bad_options_of_plans_are_named(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in fails(capsys, "search", "--out", str(tmp_path / "run"), *options)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_output_that_cannot_be_written_is_one_paragraph(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("in the way")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -13,12 +14,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from diffes import files
-from diffes.errors import DiffesError
+from diffes.errors import DiffesError, at_least
 from diffes.measure.error_table import MeasuredTable
 from diffes.measure.metrics import latent_mse
 from diffes.progress import Progress
 from diffes.pruning.bank import fingerprint, split_of
 from diffes.runtime.artifact import BANK, FRONT, read_front, write_front
+from diffes.runtime.solver import solver_named
 from diffes.search.carried import Trajectory
 from diffes.search.frontier import ErrorTable
 from diffes.search.schedule import Schedule
@@ -72,7 +74,7 @@ def complete_front(
 
     Args:
         config: the settings; its budget is not used, its cost is the currency.
-        budgets: in dense calls, each above what the cheapest call costs.
+        budgets: in dense calls, each at least 1.
         out: the folder.
         progress: told of the long parts.
         genes: "joint", all kinds of `Point`; "steps", the first two.
@@ -89,8 +91,13 @@ def complete_front(
     Raises:
         DiffesError: bad settings, or `out` cannot be used; what is there is then untouched.
     """
-    if not budgets or min(budgets) <= 0:
-        raise DiffesError(f"budgets must be positive numbers of dense calls, at least one, got {list(budgets)}")
+    if not budgets or not 1 <= min(budgets) <= max(budgets) < math.inf:
+        raise DiffesError(
+            f"budgets are numbers of dense calls, at least one budget and none below 1, which a dense call costs, got "
+            f"{list(budgets)}"
+        )
+    solver_named(solver)
+    at_least("nodes", nodes, 2)
     if config.storage is not None:
         raise DiffesError(
             f"plans keep their evaluations in journals in the run folder, and --storage {config.storage} is for "
@@ -102,8 +109,6 @@ def complete_front(
     costs = known.get("costs")
     settings = replace(config, budget=0.0 if config.cost == "level" else 1.0)  # of schedules, which are not searched
     plans = Plans(prepare(settings, progress, costs, PLANNED), solver, nodes, known_costs=costs)
-    for budget in budgets:
-        plans.space(budget, "steps")  # refused before the long part where not even one dense call is that cheap
     folder.begin_run(out, config, resumes=resumes, extra=extra)
     files.write_json(out / folder.COSTS, {"cost": config.cost, "costs": plans.call_costs})
     table = _table(plans, out / folder.TABLE, progress)

@@ -28,7 +28,7 @@ from diffes.search.space import SearchSpace
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation
 from diffes.study.heldout import HELDOUT_SEED
-from diffes.study.settings import operators_of
+from diffes.study.settings import check_visited, operators_of
 from diffes.study.workbench import Workbench
 
 Genes = Literal["levels", "steps", "joint"]
@@ -64,11 +64,7 @@ class Plans:
             raise DiffesError(
                 "plans need what a call costs, and a level is no cost of a call: set cost to macs or latency"
             )
-        if missing := [s for s in range(self.bench.space.n_stages) if s not in self.bench.space.visited]:
-            raise DiffesError(
-                f"plans may call any timestep, and stages {missing} were not calibrated because no step of the "
-                f"workbench is in them: raise steps above {self.bench.config.steps} or lower stages"
-            )
+        check_visited(self.bench.space, self.bench.config)
 
     @cached_property
     def call_costs(self) -> Table:

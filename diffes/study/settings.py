@@ -50,6 +50,19 @@ def check_settings(config: RunConfig, space: SearchSpace = EXAMPLE) -> None:
             _try_operator(OPERATORS[name], spec, space)
 
 
+def check_visited(space: SearchSpace, config: RunConfig) -> None:
+    """Plans may call any timestep, so every stage has to be calibrated.
+
+    Raises:
+        DiffesError: a stage has no step and was, or would be, left out.
+    """
+    if missing := [s for s in range(space.n_stages) if s not in space.visited]:
+        raise DiffesError(
+            f"plans may call any timestep, and stages {missing} are not calibrated because no step of the workbench is "
+            f"in them: raise steps above {config.steps} or lower stages"
+        )
+
+
 def operators_of(config: RunConfig) -> dict[str, str]:
     """The operators that the settings give to the strategy, by the name of its parameter.
 

@@ -30,13 +30,14 @@ from diffes.runtime.router import Router
 from diffes.runtime.solver import scheduler_for
 from diffes.search.ledger import SearchResult
 from diffes.search.loop import run_search
+from diffes.search.plan import PlanSpace
 from diffes.search.schedule import Plan, Schedule, Stages
 from diffes.search.space import SearchSpace
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation, Evaluator, StageProfile
 from diffes.study.config import RunConfig
 from diffes.study.heldout import HELDOUT_SEED, HeldOut
-from diffes.study.settings import EXAMPLE, check_settings, operators_of, try_metric
+from diffes.study.settings import EXAMPLE, check_settings, check_visited, operators_of, try_metric
 from diffes.study.toolbox import measuring_toolbox
 
 
@@ -243,6 +244,8 @@ def prepare(
     stages = Stages.equal(config.stages, adapter.n_timesteps)
     steps = stages.count_steps(adapter.timesteps(config.steps))
     space = SearchSpace.mean_sparsity(stages, adapter.max_level(method.kind), config.budget, steps)
+    if isinstance(example, PlanSpace):
+        check_visited(space, config)
     metric = make_metric(config.metric, adapter.device)
     try_metric(metric, adapter)
     splits = allocation_of(method.kind, config.allocation) == "damage"

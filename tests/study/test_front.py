@@ -182,9 +182,9 @@ def test_bad_input_is_refused(front: Path, run: Path, tiny_folder: Path, tmp_pat
         chosen(front, 0.1)
     with pytest.raises(DiffesError, match="holds one schedule, not a front"):
         chosen(run, 4.0)
-    with pytest.raises(DiffesError, match="positive numbers of dense calls"):
+    with pytest.raises(DiffesError, match="at least one budget"):
         make(tiny_folder, tmp_path / "a", [])
-    with pytest.raises(DiffesError, match="calls must be at least"):
+    with pytest.raises(DiffesError, match="none below 1"):
         make(tiny_folder, tmp_path / "b", [3.0, 0.9])  # a thin call could be paid, a dense one cannot
     assert not (tmp_path / "b").exists()
     with pytest.raises(DiffesError, match="holds one schedule, not a front"):

@@ -67,7 +67,7 @@ def test_what_cannot_be_planned_is_refused(plans: Plans, bench: Workbench) -> No
     with pytest.raises(DiffesError, match="nodes must be at least 2, got 1"):
         Plans(plans.bench, nodes=1)
     few = replace(plans.bench, space=replace(plans.bench.space, steps=(1, 0, 1, 1)))
-    with pytest.raises(DiffesError, match=r"stages \[1\] were not calibrated"):
+    with pytest.raises(DiffesError, match=r"stages \[1\] are not calibrated"):
         Plans(few)
     with pytest.raises(DiffesError, match="exhaustive"):
         plans.search(3.0, strategy="exhaustive", progress=Counting())
