@@ -68,6 +68,7 @@ def of_plan(name: str, plan: Plan, facts: Mapping[str, Any], rivals: Sequence[Ma
     dense = not any(plan.levels)
     thin = "all of them dense" if dense else f"and how thin at each: {_removed(facts)} are removed"
     alone = _without_diffes(name, plan, facts, pipeline) if dense else ""
+    timed = " of {batch} images on {device} ({threads} threads)".format(**facts["timing"]) if "timing" in facts else ""
     return f"""{_head(name, facts)}
 A plan for {_base(facts)}, found by [diffes](https://pypi.org/project/diffes/): which {len(plan.calls)} timesteps call
 the denoiser, {thin}. It costs {point["cost"]:.2f} dense calls by {CURRENCIES[facts["currency"]]}.
@@ -85,7 +86,7 @@ pipe = diffes.load("{name}")  # this folder; a diffusers pipeline comes back
 ## Measured
 
 Metric `{facts["metric"]}` and latent MSE on held-out probes against the dense model at {reference["steps"]} steps of
-`{reference["solver"]}`, guidance {facts["guidance"]:g}; ms is the median time of a run where the front was made.
+`{reference["solver"]}`, guidance {facts["guidance"]:g}; ms is the median time of a run{timed}.
 This folder holds the `{point["kind"]}` plan; beside it is what else the front has at the same budget.
 
 {_table(front.COLUMNS, front.rows_of({"points": rivals}))}

@@ -222,6 +222,8 @@ def _facts(plans: Plans) -> dict[str, Any]:
         "guidance": config.guidance,
         "dtype": config.dtype,
         "nodes": plans.nodes,
+        "heldout": config.heldout,
+        "timing": plans.bench.timed_on(),
     }
 
 

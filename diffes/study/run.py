@@ -13,7 +13,7 @@ import torch
 from diffes import files
 from diffes.adapters import Condition, adapter_for
 from diffes.errors import DiffesError
-from diffes.measure.currencies import LATENCY_REPEATS, prunable_fraction
+from diffes.measure.currencies import prunable_fraction
 from diffes.progress import Progress
 from diffes.pruning.bank import fingerprint, split_of
 from diffes.runtime.apply import load
@@ -107,12 +107,10 @@ def _reported(bench: Workbench, result: SearchResult, heldout: HeldOut, out: Pat
         uniform=replace(record.uniform, ms=ms[1], search=finite(fitness)),
         fewer_steps=replace(record.fewer_steps, ms=ms[2]),
     )
-    device = bench.adapter.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     explores = STRATEGIES.parse(bench.config.strategy)[0].explores
     return Report(
         run=record,
-        timing=Timing(dense_ms, bench.config.probes, LATENCY_REPEATS, name, torch.get_num_threads()),
+        timing=Timing(dense_ms, **bench.timed_on()),
         prunable_fraction=prunable_fraction(bench.adapter, bench.router.bank.kind),
         bank_bytes=(out / BANK).stat().st_size,
         front=_front(bench, result.front(bench.space), heldout) if explores else {},

@@ -173,6 +173,17 @@ class Workbench:
             "model": str(home.resolve()) if home and self.config.model not in shipped_models() else self.config.model,
         }
 
+    def timed_on(self) -> dict[str, Any]:
+        """What runs are timed on: device, threads of torch, images a run and runs of each candidate."""
+        device = self.adapter.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return {
+            "batch": self.config.probes,
+            "repeats": LATENCY_REPEATS,
+            "device": name,
+            "threads": torch.get_num_threads(),
+        }
+
     def milliseconds(
         self, candidates: Sequence[Schedule | Plan | int], batch: int, repeats: int = LATENCY_REPEATS
     ) -> list[float]:
