@@ -7,7 +7,7 @@ time of one thread on its core, which other processes do not add to. Hours are t
 times sets times stages. Beside them those of the statistics' products `x^T x`, from the seconds of 1024 tokens; the
 denoiser's own calls are not in it.
 
-    python benchmarks/obs_calibration.py            # one thread, 4 GB of memory, 5 minutes
+    python benchmarks/obs_calibration.py            # one thread, 4 GB of memory, 4 minutes of a free core
     python benchmarks/obs_calibration.py --smoke    # a quarter of the width, into runs/smoke
 """
 
