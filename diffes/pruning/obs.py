@@ -164,6 +164,6 @@ def elimination_loss(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
 
 def _moved(tensor: Tensor, dim: int, origin: Tensor, to: Tensor, length: int) -> Tensor:
     """The first `length` places of a dimension, once what stood at `origin` is moved to `to`; overwrites."""
-    before = (slice(None),) * dim
-    tensor[*before, to] = tensor[*before, origin]  # index_select would copy the whole of a view
+    view = tensor.transpose(0, dim)
+    view[to] = view[origin]  # index_select would copy the whole of a view
     return tensor.narrow(dim, 0, length)
