@@ -13,12 +13,14 @@ from diffes.adapters import GroupSet
 from diffes.errors import DiffesError
 from diffes.pruning.base import GroupWeights, LayerWeights, WidthMethod
 
+BLOCK = 128  # single inputs dropped between two full updates
+
 
 def damped(second_moment: Tensor, damping: float) -> Tensor:
     """`H` in fp64 with `damping` times its mean diagonal added to the diagonal, so that it can be inverted."""
-    hessian = second_moment.double()
-    extra = damping * hessian.diagonal().mean().clamp_min(1e-12)
-    return hessian + extra * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    hessian = second_moment.to(torch.float64, copy=True)
+    hessian.diagonal().add_(damping * hessian.diagonal().mean().clamp_min(1e-12))
+    return hessian
 
 
 class OBS(WidthMethod):
@@ -57,54 +59,111 @@ class OBS(WidthMethod):
     ) -> list[GroupWeights]:
         if inputs is None:
             raise TypeError("OBS.prune needs the second moment of the consumer's inputs, got None")
-        inverse = torch.linalg.inv(damped(inputs, self.damping))
-        weight = weights.consumer.double().clone()
+        triangle, failed = torch.linalg.cholesky_ex(damped(inputs, self.damping))
+        if failed:
+            raise DiffesError(
+                f"the second moment of {groups.name} is not positive definite with damping {self.damping}: try more"
+            )
+        inverse = torch.cholesky_inverse(triangle)
+        weight = weights.consumer.to(torch.float64, copy=True)
         groups_left = torch.arange(groups.n_groups, device=weight.device)
         thin = []
         for n in n_kept:
-            groups_left, weight, inverse = eliminate(groups_left, weight, inverse, groups.size, n)
-            # a copy, also of an fp64 model's: what is left goes on being overwritten
-            consumer = weight.to(weights.consumer.dtype, copy=True)
-            thin.append(GroupWeights(groups_left.to(torch.int32), consumer))
+            groups_left, weight, inverse = eliminate(groups, groups_left, weight, inverse, n)
+            kept, places = groups_left.sort()
+            consumer = weight[:, groups.features(places)].to(weights.consumer.dtype)  # indexing copies
+            thin.append(GroupWeights(kept.to(torch.int32), consumer))
         return thin
 
 
 def eliminate(
-    groups_left: Tensor, weight: Tensor, inverse: Tensor, size: int, n_kept: int
+    groups: GroupSet, groups_left: Tensor, weight: Tensor, inverse: Tensor, n_kept: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Drops groups one by one until `n_kept` are left.
+    """Drops groups, cheapest first, until `n_kept` are left.
+
+    Groups of one input go in blocks: their order is found first, then one matrix product each updates `W` and `H^-1`.
 
     Args:
-        groups_left: (n,) indices of the groups still there.
-        weight: (d_out, n * size) fp64 consumer weight, overwritten.
-        inverse: (n * size, n * size) fp64 `H^-1`, overwritten by its down-dates.
-        size: consumer inputs per group.
+        groups: the set; only its `size` matters here.
+        groups_left: (n,) indices of the groups still there, in any order; overwritten.
+        weight: (d_out, n * size) fp64 consumer weight in that order, overwritten.
+        inverse: (n * size, n * size) fp64 `H^-1` in that order, overwritten.
         n_kept: when to stop.
 
     Returns:
-        The three tensors without what was dropped.
+        Views of the three tensors without what was dropped; the groups are in another order.
     """
-    n = len(groups_left)
-    alive = torch.ones(n, dtype=torch.bool, device=weight.device)
-    for _ in range(n - n_kept):
-        loss = elimination_loss(weight, inverse, n, size)
-        group = int(torch.where(alive, loss, torch.inf).argmin())
-        span = slice(group * size, (group + 1) * size)
-        factor = torch.linalg.solve(inverse[span, span], inverse[span])  # (H^-1_gg)^-1 H^-1_g,: of both updates
-        weight.addmm_(weight[:, span].clone(), factor, alpha=-1)
-        inverse.addmm_(inverse[:, span].clone(), factor, alpha=-1)
-        # The row and column of a dropped group are zero now up to rounding; the identity keeps its block invertible.
-        inverse[span] = inverse[:, span] = weight[:, span] = 0
-        inverse[span, span] = torch.eye(size, dtype=inverse.dtype, device=inverse.device)
-        alive[group] = False
-    columns = alive.repeat_interleave(size)
-    return groups_left[alive], weight[:, columns], inverse[columns][:, columns]
+    while excess := len(groups_left) - n_kept:
+        if groups.size == 1:
+            blocks = math.ceil(excess / BLOCK)
+            dropped = cheapest_inputs(weight, inverse, math.ceil(excess / blocks))
+        else:
+            dropped = elimination_loss(weight, inverse, groups.size).argmin(0, keepdim=True)
+        gone = groups.features(dropped)
+        rows, weight_columns, inverse_columns = inverse[gone], weight[:, gone], inverse[:, gone]
+        factor = torch.linalg.solve(rows[:, gone], rows)  # (H^-1_DD)^-1 H^-1_D,: of both updates
+        # The last ones left move to the places of the dropped ones, so that nothing else has to be copied.
+        n_left = len(groups_left) - len(dropped)
+        alive = torch.ones_like(groups_left, dtype=torch.bool)
+        alive[dropped] = False
+        to = (~alive[:n_left]).nonzero()[:, 0]
+        origin = alive[n_left:].nonzero()[:, 0] + n_left
+        groups_left = _moved(groups_left, 0, origin, to, n_left)
+        to, origin, n_left = groups.features(to), groups.features(origin), n_left * groups.size
+        factor = _moved(factor, 1, origin, to, n_left)
+        weight = _moved(weight, 1, origin, to, n_left)
+        inverse = _moved(_moved(inverse, 0, origin, to, n_left), 1, origin, to, n_left)
+        weight.addmm_(weight_columns, factor, alpha=-1)
+        inverse.addmm_(_moved(inverse_columns, 0, origin, to, n_left), factor, alpha=-1)
+    return groups_left, weight, inverse
 
 
-def elimination_loss(weight: Tensor, inverse: Tensor, n_groups: int, size: int) -> Tensor:
+def cheapest_inputs(weight: Tensor, inverse: Tensor, count: int) -> Tensor:
+    """The next inputs to go, without touching `W` and `H^-1`.
+
+    The loss of input i is `S_ii / H^-1_ii` with `S = W^T W`. Dropping g takes `H^-1_gg f f^T` from `H^-1` and
+    `f u^T + u f^T` from `S`, with `f = H^-1_g / H^-1_gg` and `u = S_g - S_gg f / 2`. So the diagonals are kept up to
+    date, and a row is the one from before all drops less what the `f` and `u` since took from it.
+
+    Args:
+        weight: (d_out, d).
+        inverse: (d, d) `H^-1`.
+        count: how many, at most d.
+
+    Returns:
+        (count,) indices, in the order of greedy elimination.
+    """
+    diagonal, squares = inverse.diagonal().clone(), weight.square().sum(0)
+    alive = torch.ones_like(diagonal, dtype=torch.bool)
+    f, u = weight.new_empty(count, len(diagonal)), weight.new_empty(count, len(diagonal))
+    pivots = weight.new_empty(count)
+    # rows of S of those likely to go, by one product; reading W for each takes longer
+    likely = (squares / diagonal).topk(min(2 * count, len(diagonal)), largest=False).indices
+    rows = dict(zip(likely.tolist(), weight[:, likely].T @ weight, strict=True))
+    order = []
+    for k in range(count):
+        g = int(torch.where(alive, squares / diagonal, torch.inf).argmin())
+        row = rows[g] if g in rows else weight[:, g] @ weight
+        f_g = f[:k, g]
+        pivots[k] = diagonal[g]
+        f[k] = (inverse[g] - (pivots[:k] * f_g) @ f[:k]) / pivots[k]
+        u[k] = row - f_g @ u[:k] - u[:k, g] @ f[:k] - (squares[g] / 2) * f[k]
+        diagonal -= pivots[k] * f[k].square()
+        squares -= 2 * f[k] * u[k]
+        alive[g] = False
+        order.append(g)
+    return torch.tensor(order, device=weight.device)
+
+
+def elimination_loss(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
     """(n_groups,) `tr(W_g (H^-1_gg)^-1 W_g^T)`: added squared error if a group went next."""
-    if size == 1:
-        return weight.square().sum(0) / inverse.diagonal()
-    blocks = inverse.view(n_groups, size, n_groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    columns = weight.view(-1, n_groups, size).permute(1, 2, 0)  # (n_groups, size, d_out)
-    return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+    blocks = inverse.unflatten(0, (-1, size)).unflatten(2, (-1, size)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    columns = weight.unflatten(1, (-1, size)).permute(1, 2, 0)  # (n_groups, size, d_out)
+    return torch.linalg.solve(blocks, columns @ columns.mT).diagonal(dim1=1, dim2=2).sum(1)
+
+
+def _moved(tensor: Tensor, dim: int, origin: Tensor, to: Tensor, length: int) -> Tensor:
+    """The first `length` places of a dimension, once what stood at `origin` is moved to `to`; overwrites."""
+    view = tensor.transpose(0, dim)
+    view[to] = view[origin]  # index_select would copy the whole of a view
+    return tensor.narrow(dim, 0, length)

@@ -9,7 +9,7 @@ import torch
 
 from diffes.adapters import GroupSet
 from diffes.errors import DiffesError
-from diffes.pruning import METHODS, BlockChanges, DepthMethod, GroupWeights, LayerWeights, WidthMethod
+from diffes.pruning import METHODS, BlockChanges, DepthMethod, GroupWeights, LayerWeights, WidthMethod, obs
 from diffes.pruning.base import nested
 from diffes.pruning.magnitude import Magnitude
 from diffes.pruning.obs import OBS, damped
@@ -116,6 +116,74 @@ def test_obs_hands_out_levels_of_an_fp64_model_that_stay_as_they_are(groups: Gro
         optimum = weights.consumer @ hessian[:, kept] @ torch.linalg.inv(hessian[kept][:, kept])
         assert consumer_of(thin).dtype == torch.float64
         torch.testing.assert_close(consumer_of(thin), optimum, rtol=1e-6, atol=1e-8)
+
+
+def greedily(groups: GroupSet, weight: torch.Tensor, hessian: torch.Tensor, n_kept: list[int]) -> list[GroupWeights]:
+    """The definition: every loss anew from `W` and `H^-1`, the cheapest group out of both, and so on."""
+    inverse, weight, kept, levels = torch.linalg.inv(hessian), weight.double(), list(range(groups.n_groups)), []
+    for n in n_kept:
+        while len(kept) > n:
+            spans = torch.arange(len(kept) * groups.size).view(-1, groups.size)
+            losses = [(weight[:, s] @ torch.linalg.inv(inverse[s][:, s]) @ weight[:, s].T).trace() for s in spans]
+            cheapest = int(torch.stack(losses).argmin())
+            gone = spans[cheapest]
+            rest = [i for i in range(spans.numel()) if i not in gone.tolist()]
+            factor = torch.linalg.inv(inverse[gone][:, gone]) @ inverse[gone]
+            weight = (weight - weight[:, gone] @ factor)[:, rest]
+            inverse = (inverse - inverse[:, gone] @ factor)[rest][:, rest]
+            del kept[cheapest]
+        levels.append(GroupWeights(torch.tensor(kept, dtype=torch.int32), weight))
+    return levels
+
+
+@pytest.mark.parametrize("block", [1, 5, 7, 128])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("groups", SETS, ids=lambda groups: groups.name)
+def test_obs_in_blocks_is_greedy_elimination(
+    groups: GroupSet, seed: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks larger than what a level drops, and ones that do not divide it; levels that drop nothing, and all."""
+    monkeypatch.setattr(obs, "BLOCK", block)
+    single, moment = example(groups, seed)
+    double = LayerWeights(single.producers, single.consumer.double())
+    n_kept = [groups.n_groups, *(round(groups.n_groups * part) for part in (0.95, 0.5, 0.5, 0.17, 0))]
+    wanted = greedily(groups, single.consumer, damped(moment, 0.01), n_kept)
+    for weights, tolerance in ((double, 1e-10), (single, 1e-6)):
+        thin = OBS().prune(groups, weights, moment, n_kept)
+        assert [t.kept.tolist() for t in thin] == [t.kept.tolist() for t in wanted]
+        for found, expected in zip(map(consumer_of, thin), map(consumer_of, wanted), strict=True):
+            assert found.dtype == weights.consumer.dtype and found.is_contiguous()
+            assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+def test_obs_looks_further_than_the_inputs_that_seemed_likely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs 0 and 1 nearly cancel each other: with 0 gone, 1 is cheapest, which was dearest before."""
+    monkeypatch.setattr(obs, "BLOCK", 2)
+    groups = GroupSet("ffn", "channels", 12, 1, ("in",), "out")
+    moment = torch.eye(12)
+    moment[0, 1] = moment[1, 0] = 0.9
+    consumer = torch.cat([torch.tensor([5, -6.5]), torch.linspace(2.3, 2.7, 10)])[None]
+    wanted = greedily(groups, consumer, damped(moment, 0.01), [10, 5])
+    thin = OBS().prune(groups, LayerWeights((torch.ones(12, 1),), consumer), moment, [10, 5])
+    assert [t.kept.tolist() for t in thin] == [t.kept.tolist() for t in wanted] == [[*range(2, 12)], [*range(7, 12)]]
+
+
+def test_obs_survives_inputs_that_are_the_same() -> None:
+    groups = SETS[1]
+    weights, moment = example(groups)
+    twin = torch.arange(24) // 2
+    moment = moment[twin][:, twin]
+    hessian = damped(moment, 0.01)
+    for thin in OBS().prune(groups, weights, moment, [17, 12, 5]):
+        kept = thin.kept.long()
+        optimum = weights.consumer.double() @ hessian[:, kept] @ torch.linalg.inv(hessian[kept][:, kept])
+        assert (consumer_of(thin).double() - optimum).norm() < 1e-6 * optimum.norm()
+
+
+def test_obs_refuses_a_moment_that_cannot_be_one() -> None:
+    weights, moment = example(SETS[1])
+    with pytest.raises(DiffesError, match=r"second moment of ffn is not positive definite with damping 0.01"):
+        OBS().prune(SETS[1], weights, -moment, [12])
 
 
 def test_obs_survives_inputs_that_are_never_active() -> None:
