@@ -137,10 +137,15 @@ def _front(config: RunConfig, budgets: list[float], out: Path, overwrite: bool, 
     console.print(table)
     for line in fronts.verdicts(data):
         console.print(line, highlight=False)
-    console.print(f"written to {out}:", highlight=False)
-    for path in sorted(path for path in out.iterdir() if path.is_file()):
-        console.print(f"  {path}  ({path.stat().st_size:,} bytes)", highlight=False)
+    _list(out, "*")
     console.print(f"next: diffes sample {out} --calls {max(budgets):g} --out grid.png", highlight=False)
+
+
+def _list(out: Path, pattern: str) -> None:
+    """What was written to a folder: its files, in the order of their names."""
+    console.print(f"written to {out}:", highlight=False)
+    for path in sorted(path for path in out.glob(pattern) if path.is_file()):
+        console.print(f"  {path}  ({path.stat().st_size:,} bytes)", highlight=False)
 
 
 def _named(name: str, config: RunConfig, seed: bool = True) -> Path:
@@ -220,9 +225,7 @@ def export(
     from diffes.study.export import export as write_export
 
     write_export(run, out, calls=calls, dtype=dtype, overwrite=overwrite)
-    console.print(f"written to {out}:", highlight=False)
-    for path in sorted(path for path in out.rglob("*") if path.is_file()):
-        console.print(f"  {path}  ({path.stat().st_size:,} bytes)", highlight=False)
+    _list(out, "**/*")
     console.print(f"next: python -c 'import diffes; pipe = diffes.load(\"{out}\")'", highlight=False, markup=False)
 
 
@@ -288,9 +291,7 @@ def _experiment(config: RunConfig, varied: dict[str, list[Any]], seeds: int, out
     for line in body:
         table.add_row(*line)
     console.print(table)
-    console.print(f"written to {out}:", highlight=False)
-    for path in sorted(path for path in out.iterdir() if path.is_file()):
-        console.print(f"  {path}  ({path.stat().st_size:,} bytes)", highlight=False)
+    _list(out, "*")
 
 
 def _engine() -> Any:

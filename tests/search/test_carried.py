@@ -15,18 +15,15 @@ from diffusers import DDPMScheduler
 from diffes.errors import DiffesError
 from diffes.runtime.solver import scheduler_for
 from diffes.search.carried import Trajectory, front, variants
+from diffes.search.plan import trailing
 
 BASE = DDPMScheduler(prediction_type="sample", clip_sample=False)
-
-
-def timesteps_of(n: int) -> list[int]:
-    return [round(1000 * (n - i) / n) - 1 for i in range(n)]
 
 
 def tiny(seed: int, n: int = 5, k: int = 2, r: int = 6, second: bool = True) -> Trajectory:
     """A dense run through random predictions that change slowly, the thinner the further off; costs from 1 to 4."""
     rng = np.random.default_rng(seed)
-    signals = np.append(BASE.alphas_cumprod[timesteps_of(n)].double().sqrt().numpy(), 1.0)
+    signals = np.append(BASE.alphas_cumprod[trailing(n, 1000)].double().sqrt().numpy(), 1.0)
     noises = np.sqrt(1 - signals**2)
     slow = np.cumsum(rng.normal(size=(n, 1, r)), 0) / n
     data = slow + 0.1 * np.arange(k)[:, None] * rng.normal(size=(n, k, r))
@@ -42,7 +39,7 @@ def by_hand(run: Trajectory, levels: tuple[int, ...]) -> tuple[float, float]:
     """Cost and error of a plan: the scheduler runs it on what the dense run and its reaction predict."""
     n, k = run.costs.shape
     path = [(i, level) for i, level in enumerate(levels[::-1]) if level < k]
-    times = timesteps_of(n)
+    times = trailing(n, 1000)
     scheduler = scheduler_for(BASE, "dpmsolver++" if run.second else "ddim", [times[i] for i, _ in path])
     at = torch.tensor(run.states[0])
     for (i, level), timestep in zip(path, scheduler.timesteps, strict=True):
