@@ -57,7 +57,7 @@ def test_shipped_model_search_and_sample(tmp_path: Path, capsys: pytest.CaptureF
     assert 0 < report["prunable_fraction"] < 1
     for name in folder.FIGURES:
         with Image.open(run / name) as image:
-            assert min(image.size) > 200 and len(set(image.convert("L").getdata())) > 10
+            assert min(image.size) > 200 and len(set(image.convert("L").tobytes())) > 10
     grid = tmp_path / "grid.png"
     main(["sample", str(run), "--classes", "0", "3", "5", "--seed", "1", "--out", str(grid)])
     with Image.open(grid) as image:

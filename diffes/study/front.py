@@ -156,7 +156,8 @@ def searched(
 ) -> list[Point]:
     """A point of each kind at one budget; none is worse, on the search's probes, than those it could do without.
 
-    Each search begins with what those before it found, and all have as many evaluations.
+    Each search begins with what those before it found. The search of dense calls has as many evaluations as the
+    settings say, and that of "joint" no more denoiser calls than it took.
 
     Args:
         plans: the workbench, solver and nodes.
@@ -173,6 +174,7 @@ def searched(
     before = plans.searched.denoiser_calls
     best, worth = plans.dense(budget)
     points = [Point("dense", budget, best, plans.searched.denoiser_calls - before)]
+    allowed: int | None = None
     for kind in KINDS[1:] if genes == "joint" else KINDS[1:2]:
         if kind == "levels":
             try:
@@ -186,7 +188,8 @@ def searched(
             starts = [plans.nearest(best), *plans.starts(table, budget, of)]
             starts = [each for each in dict.fromkeys(starts) if plans.space(budget, of).is_feasible(each)]
             stored = store(kind, plans.space(budget, of))
-            found = plans.search(budget, of, starts=starts, store=stored, progress=progress)
+            found = plans.search(budget, of, starts=starts, max_calls=allowed, store=stored, progress=progress)
+            allowed = found.denoiser_calls
             genome, spent = found.best.schedule, table.calls + found.denoiser_calls
         if found.best.fitness > worth:
             best, worth = genome, found.best.fitness

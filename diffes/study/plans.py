@@ -196,6 +196,7 @@ class Plans:
         starts: Sequence[Sequence[int]] = (),
         strategy: str | None = None,
         max_evals: int | None = None,
+        max_calls: int | None = None,
         store: EvaluationStore | None = None,
         progress: Progress | None = None,
     ) -> SearchResult:
@@ -207,6 +208,7 @@ class Plans:
             starts: plans that it begins with: the table's, and for "joint" the best of "steps". Not of "levels".
             strategy: spec of a strategy; the workbench's own, with its operators, when left out.
             max_evals: plans to evaluate; as the workbench's settings say when left out.
+            max_calls: denoiser calls to spend, in rows; likewise.
             store: keeps the evaluations; what it has is not paid for again.
             progress: told of every evaluation; bars when left out.
 
@@ -228,7 +230,7 @@ class Plans:
                 advance(f"best {config.metric} {best:.5g}", evaluation.fidelity)
 
             return run_search(
-                made, evaluator, max_evals=evals, max_denoiser_calls=config.max_calls, store=store,
+                made, evaluator, max_evals=evals, max_denoiser_calls=max_calls or config.max_calls, store=store,
                 on_evaluation=on_evaluation,
             )  # fmt: skip
 

@@ -64,7 +64,7 @@ def test_a_front_holds_every_kind_at_every_budget(front: Path) -> None:
         assert (front / name).stat().st_size > 0
     for name in (folder.FRONT, "plans.png", "images.png", "convergence.png"):
         with Image.open(front / name) as image:
-            assert min(image.size) > 150 and len(set(image.convert("L").getdata())) > 10
+            assert min(image.size) > 150 and len(set(image.convert("L").tobytes())) > 10
 
 
 def test_no_kind_is_worse_on_the_searchs_probes_than_what_it_begins_with(front: Path, tiny_folder: Path) -> None:
@@ -76,6 +76,9 @@ def test_no_kind_is_worse_on_the_searchs_probes_than_what_it_begins_with(front: 
     assert scores["joint"] >= max(scores.values()) and scores["dense-planned"] >= scores["dense"]
     even = [plans.genome(plan_of(plans, spaced(plans.bench.adapter.pipe.scheduler, 3, name))) for name in SPACINGS]
     assert scores["dense"] == max(float(plans.searched.scores(genome).mean()) for genome in even)
+    planned, joint = (next(p for p in points if p.kind == kind) for kind in ("dense-planned", "joint"))
+    dearest = plans.nodes * config.probes * 2  # rows of the dearest evaluation there is
+    assert planned.calls_spent / 2 < joint.calls_spent < planned.calls_spent + dearest
     levels = next(p for p in points if p.kind == "levels")
     plan = plans.searched.plan(levels.genome)
     assert list(plan.timesteps) == trailing(config.steps, 1000) and plans.cost(levels.genome) <= 3.0 + 1e-6
