@@ -1,14 +1,16 @@
 """Dense calls at chosen timesteps against plans that choose timesteps and levels together, at equal cost.
 
 One calibration and one table of local errors a model and seed serve all budgets. At each, in dense calls by
-multiply-accumulates or by measured milliseconds: the four kinds of `diffes front`, each search as long as the others,
-and the plans that the table alone makes. Scores are latent MSE and SSIM on held-out probes against the dense model at
-200 steps; whole runs are timed at batches 1 and 16, all kinds of a budget taking turns. Beside each plan stands how
-many dense calls are as good, between the points of `dense` and `dense-planned`. Finished points are lines of
-`points.jsonl` and are not run again.
+multiply-accumulates or by measured milliseconds: the four kinds of `diffes front`, the search of plans with no more
+denoiser calls than that of dense ones, and the plans that the table alone makes. Scores are latent MSE and SSIM on
+held-out probes against the dense model at 200 steps; whole runs are timed at batches 1 and 16, all kinds of a budget
+taking turns. Beside each plan stands how many dense calls are as good, on the lines through the points of `dense`,
+which go on beyond the budgets, and of `dense-planned`. `--method` takes what reuses as well. Finished points are lines
+of `points.jsonl` and are not run again.
 
     python benchmarks/fronts.py --models fashion-dit --budgets 4 6 8 --seeds 0 1 2    # an hour on two CPU cores
     python benchmarks/fronts.py --cost latency --batch 1                              # for the time of one image
+    python benchmarks/fronts.py --models emoji-sdxl --guidance 1 --method obs+deep_reuse
     python benchmarks/fronts.py --smoke                                               # tiny
 """
 
@@ -41,7 +43,8 @@ RESULTS = Path(__file__).parent / "results" / "fronts"
 BATCHES = (1, 16)  # at which whole runs are timed
 ALONE = {"dense-planned, table alone": "steps", "joint, table alone": "joint"}
 KINDS = ("dense", "dense-planned, table alone", "dense-planned", "levels", "joint, table alone", "joint")
-SETTINGS = ("model", "guidance", "solver", "cost", "batch")
+SETTINGS = ("model", "method", "guidance", "solver", "currency", "batch")
+BEYOND = (14.0, 16.0, 20.0, 24.0)  # dense calls, to see how many are as good as a plan
 
 
 def points(plans: Plans, table: MeasuredTable, budget: float, repeats: int) -> list[dict[str, Any]]:
@@ -59,6 +62,11 @@ def points(plans: Plans, table: MeasuredTable, budget: float, repeats: int) -> l
     return rows
 
 
+def beyond(plans: Plans) -> list[dict[str, Any]]:
+    """Rows of evenly spaced dense calls at more than any budget."""
+    return [row(plans, "dense", plans.dense(calls)[0], 0) | {"budget": calls} for calls in BEYOND]
+
+
 def row(plans: Plans, kind: str, genome: Schedule, spent: int) -> dict[str, Any]:
     """One plan on held-out probes."""
     heldout, decode = plans.heldout, plans.bench.adapter.decode
@@ -67,7 +75,7 @@ def row(plans: Plans, kind: str, genome: Schedule, spent: int) -> dict[str, Any]
     ssim = make_metric("ssim", plans.bench.adapter.device)(decode(latents), decode(heldout.final_reference))
     plan = heldout.plan(genome)
     return {
-        "kind": kind, "cost": round(plans.cost(genome), 4), "n_calls": len(plan.calls),
+        "kind": kind, "dense_calls": round(plans.cost(genome), 4), "n_calls": len(plan.calls),
         "latent_mse": float(scores.mean()), "std": float(scores.std()), "ssim": float(ssim.mean()),
         "timesteps": list(plan.timesteps), "levels": list(plan.levels), "calls_spent": spent,
     }  # fmt: skip
@@ -86,47 +94,46 @@ def as_good(mse: float, curve: Sequence[tuple[float, float]]) -> str:
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: mean ± standard deviation over seeds, a line for each setting and budget."""
-    lines = [
-        f"| model | guidance | solver | cost | budget | seeds | {' | '.join(KINDS)} | over dense | over dense-planned "
-        "| as good: dense | as good: dense-planned | ms at 1 and 16: dense-planned | joint |"
-    ]
-    lines.append("|" + "---|" * (len(KINDS) + 12))
+    columns = [*SETTINGS, "budget", "seeds", *KINDS, "over dense", "over dense-planned", "as good: dense"]
+    columns += ["as good: dense-planned", "ms at 1 and 16: dense-planned", "joint"]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     groups: dict[tuple[Any, ...], dict[float, dict[str, list[dict[str, Any]]]]] = {}
     for each in rows:
         at = groups.setdefault(tuple(each[name] for name in SETTINGS), {}).setdefault(each["budget"], {})
         at.setdefault(each["kind"], []).append(each)
-    for (model, guidance, solver, cost, batch), budgets in sorted(groups.items()):
-        means = {
-            b: {k: statistics.mean(p["latent_mse"] for p in ps) for k, ps in at.items()} for b, at in budgets.items()
-        }
+    for setting, budgets in sorted(groups.items()):
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for budget, kinds in budgets.items():
+            for kind, points in kinds.items():
+                curves.setdefault(kind, []).append((budget, statistics.mean(p["latent_mse"] for p in points)))
         for budget, kinds in sorted(budgets.items()):
-            mean = means[budget]
-            cells = [
-                " ± ".join([f"{mean[kind]:.5f}", *([f"{statistics.stdev(v):.5f}"] if len(v) > 1 else [])])
-                for kind in KINDS
-                for v in [[p["latent_mse"] for p in kinds.get(kind, [])]]
-                if v or kind != "levels"
-            ]
-            if "levels" not in kinds:
-                cells.insert(KINDS.index("levels"), "")
+            if "joint" not in kinds:
+                continue
+            mean = {kind: dict(curve)[budget] for kind, curve in curves.items() if kind in kinds}
+            cells = [_spread([p["latent_mse"] for p in kinds.get(kind, [])]) for kind in KINDS]
             gains = [f"{mean[rival] / mean['joint']:.2f}x" for rival in ("dense", "dense-planned")]
-            good = [
-                as_good(mean["joint"], [(b, means[b][rival]) for b in means]) for rival in ("dense", "dense-planned")
-            ]
+            good = [as_good(mean["joint"], curves[rival]) for rival in ("dense", "dense-planned")]
             ms = [
                 " and ".join(f"{statistics.mean(p[f'ms_{b}'] for p in kinds[kind]):.0f}" for b in BATCHES)
                 for kind in ("dense-planned", "joint")
             ]
-            currency = cost if cost == "macs" else f"{cost}, batch {batch}"
-            start = f"| {model} | {guidance:g} | {solver} | {currency} | {budget:g} | {len(kinds['joint'])} "
-            lines.append(f"{start}| {' | '.join([*cells, *gains, *good, *ms])} |")
+            start = [*map(str, setting), f"{budget:g}", str(len(kinds["joint"]))]
+            lines.append(f"| {' | '.join([*start, *cells, *gains, *good, *ms])} |")
     return "\n".join(lines) + "\n"
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation."""
+    if not values:
+        return ""
+    return " ± ".join([f"{statistics.mean(values):.5f}", *([f"{statistics.stdev(values):.5f}"] if values[1:] else [])])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=shipped_models())
     parser.add_argument("--budgets", type=float, nargs="+", default=[3, 4, 5, 6, 8, 10, 12], help="in dense calls")
+    parser.add_argument("--method", default="obs", help="what levels do: a pruning method, one that reuses, or a sum")
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of calibration and search probes")
     parser.add_argument("--solver", default="dpmsolver++")
@@ -138,8 +145,9 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
     config = RunConfig(
-        cost=args.cost, budget=1.0, metric="latent_mse", guidance=args.guidance, max_evals=args.max_evals
-    )
+        cost=args.cost, budget=1.0, metric="latent_mse", guidance=args.guidance, max_evals=args.max_evals,
+        method=args.method,
+    )  # fmt: skip
     if args.smoke:
         config = replace(config, stages=2, steps=4, probes=2, heldout=4, calibration_samples=8, max_evals=8)
         args.models, args.budgets, args.seeds, args.nodes = ["fashion-dit"], [3], [0], 8
@@ -149,8 +157,8 @@ def main() -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for model in args.models:
         for seed in args.seeds:
-            settings = {"model": model, "guidance": args.guidance, "seed": seed, "solver": args.solver}
-            settings |= {"cost": args.cost, "batch": args.batch}
+            settings = {"model": model, "method": args.method, "guidance": args.guidance, "seed": seed}
+            settings |= {"solver": args.solver, "currency": args.cost, "batch": args.batch}
             done = {each["budget"] for each in rows if all(each[name] == value for name, value in settings.items())}
             left = [budget for budget in args.budgets if budget not in done]
             if not left:
@@ -158,6 +166,12 @@ def main() -> None:
             bench = prepare(replace(config, model=model, seed=seed), RichProgress(), example=PLANNED)
             plans = Plans(bench, args.solver, args.nodes, 20 if args.smoke else 200, timed_at=args.batch)
             table = plans.table()
+            leaves = np.array(plans.call_costs)[bench.space.visited].mean(0)
+            settings |= {"leaves": [round(float(share), 4) for share in leaves / leaves[0]]}
+            if not args.smoke and not any(each["budget"] in BEYOND and each["seed"] == seed for each in rows):
+                rows += (made := [each | settings for each in beyond(plans)])
+                with path.open("a") as file:
+                    file.writelines(json.dumps(each) + "\n" for each in made)
             for budget in left:
                 start = time.perf_counter()
                 made = points(plans, table, budget, 1 if args.smoke else 5)

@@ -52,6 +52,7 @@ PLANS = {
     "plans": PlanSpace.dense_calls(LINEAR, 4),
     "dense calls only": PlanSpace.dense_calls(LINEAR, 4, allowed=(0,)),
     "crossing costs": PlanSpace.dense_calls(CROSSING, 2.2, allowed=(0, 1, 3, 4), starts=[[5, 5, 5, 4, 5, 5, 3, 0]]),
+    "reusing": PlanSpace.dense_calls(CROSSING, 2.2, reusing=(2, 4)),
     "one call": PlanSpace.dense_calls(LINEAR, 0.5),
     "all nodes": PlanSpace.dense_calls(CROSSING, 20),
     "one node": PlanSpace.dense_calls([[1.0, 0.5]], 0.7),

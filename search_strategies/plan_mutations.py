@@ -67,7 +67,7 @@ def trade_levels(genome: Genome, *, space: SearchSpace, rng: np.random.Generator
         trial[taker] = level
         if plans.affords(trial):
             genome[taker] = level
-    return (genome,)
+    return (mended(genome, plans, rng),)
 
 
 def add_call(genome: Genome, *, space: SearchSpace, rng: np.random.Generator) -> tuple[Genome]:
@@ -104,7 +104,7 @@ def drop_call(genome: Genome, *, space: SearchSpace, rng: np.random.Generator) -
         if plans.budget is not None and elsewhere and rng.random() < 0.5:
             _add(genome, plans, _one(elsewhere, rng), rng)
         genome[:] = plans.spend(genome, rng)
-    return (genome,)
+    return (mended(genome, plans, rng),)
 
 
 def split_call(
@@ -135,7 +135,7 @@ def split_call(
             genome[node] = plans.skip
             genome[pair[0]], genome[pair[1]] = levels
             break
-    return (genome,)
+    return (mended(genome, plans, rng),)
 
 
 def merge_calls(genome: Genome, *, space: SearchSpace, rng: np.random.Generator) -> tuple[Genome]:

@@ -16,7 +16,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
-from diffes.adapters.groups import BlockSet, GroupSet, Kind, NoHeads, hand_on, heads_of
+from diffes.adapters.groups import AnySet, BlockSet, BranchSet, GroupSet, NoHeads, UpLayerSet, hand_on, heads_of
 from diffes.errors import DiffesError
 
 Split = Literal["search", "heldout", "calibration"]  # of prompts: what one draws from, the others do not
@@ -50,11 +50,13 @@ class SamplingState:
         latents: what the next step starts from.
         scheduler: the sampler with its memory of earlier steps (multi-step solvers have one).
         index: number of steps done.
+        memory: what the denoiser may reuse of earlier calls (see `diffes.runtime.memory`); None where nothing is.
     """
 
     latents: Tensor
     scheduler: Any
     index: int
+    memory: Any = None
 
 
 class ModelAdapter(abc.ABC):
@@ -133,19 +135,37 @@ class ModelAdapter(abc.ABC):
     ) -> Tensor:
         """Images (n, channels, height, width) in [0, 1] by the family's own pipeline call."""
 
-    def max_level(self, kind: Kind) -> int:
+    def max_level(self, kind: str) -> int:
         """H, so that level `k` removes `k / H` of every group set.
 
         Width: the number of heads, the largest where layers differ (SDXL has 10 and 20); a layer with fewer rounds to
-        whole heads. Depth: the number of blocks.
+        whole heads. Depth: the number of blocks. Reuse: of attentions and FFNs, as many levels as of width.
         """
         if kind == "depth":
             return len(self.blocks())
         return max(groups.n_groups for groups in self.group_sets() if groups.kind == "heads")
 
-    def prunable(self, kind: Kind) -> Sequence[GroupSet | BlockSet]:
-        """What a method of that kind removes."""
-        return [BlockSet(tuple(self.blocks()))] if kind == "depth" else self.group_sets()
+    def prunable(self, kind: str) -> Sequence[AnySet]:
+        """What methods of a kind remove or reuse; kinds of several methods are joined by "+"."""
+        found: list[AnySet] = []
+        for each in dict.fromkeys(kind.split("+")):
+            if each == "depth":
+                found.append(BlockSet(tuple(self.blocks())))
+            elif each == "reuse":
+                found += [part for part in (self.branches(), self.up_layers()) if part is not None]
+            else:
+                found += self.group_sets()
+        return found
+
+    def branches(self) -> BranchSet:
+        """Attentions and FFNs of every block, in the order of the forward pass."""
+        parts = [f"{path}.{name}" for path in self.blocks() for name in ("attn1", "attn2", "ff")]
+        there = {name for name, _ in self.denoiser.named_modules()}
+        return BranchSet(tuple(part for part in parts if part in there))
+
+    def up_layers(self) -> UpLayerSet | None:
+        """Layers of a U-Net's way up; None where the denoiser is no U-Net."""
+        return None
 
     def group_sets(self) -> list[GroupSet]:
         """Heads and FFN channels of every block, in the order of the forward pass."""

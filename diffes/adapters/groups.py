@@ -1,15 +1,16 @@
-"""What can be removed from a denoiser: heads, FFN channels, blocks."""
+"""What can be removed from a denoiser, heads, FFN channels, blocks, and what can be reused from an earlier call."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-Kind = Literal["width", "depth"]
+Kind = Literal["width", "depth", "reuse"]
 
 
 class Prunable:
@@ -66,6 +67,79 @@ class BlockSet(Prunable):
     @property
     def n_groups(self) -> int:  # type: ignore[override]
         return len(self.blocks)
+
+
+@dataclass(frozen=True)
+class BranchSet(Prunable):
+    """Attentions and FFNs of all transformer blocks (reuse): one that is left out gives what it gave in the last call
+    that computed it. Gates, norms and residual connections around it are computed in every call.
+
+    Args:
+        branches: module paths, in the order of the forward pass.
+        name: the name in a bank.
+    """
+
+    branches: tuple[str, ...]
+    name: str = "branches"
+
+    @property
+    def n_groups(self) -> int:  # type: ignore[override]
+        return len(self.branches)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Module paths of which outputs are reused: output i where group i is left out."""
+        return self.branches
+
+    def recalled(self, kept: Sequence[int]) -> list[str]:
+        """Module paths that give an earlier output where only these groups are computed."""
+        return [path for i, path in enumerate(self.branches) if i not in set(kept)]
+
+    def idle(self, kept: Sequence[int]) -> list[str]:
+        """Module paths that need not be computed beside them."""
+        return []
+
+
+@dataclass(frozen=True)
+class UpLayerSet(Prunable):
+    """Layers of a U-Net's way up (reuse), each with the layer of the way down whose output it reads beside its input.
+
+    The outermost layers are computed, on the way down and up; what enters the first of them on the way up comes from
+    the last call that computed it, and nothing further inside is computed. Groups kept are always the last ones.
+
+    Args:
+        sources: (n,) module path whose output enters layer i on the way up.
+        up: (n,) the modules of layer i on the way up.
+        down: (n,) the modules of the way down whose output layer i reads, without those of the layers after i.
+        middle: the modules between the ways down and up.
+        name: the name in a bank.
+
+    Source: DeepCache.
+    """
+
+    sources: tuple[str, ...]
+    up: tuple[tuple[str, ...], ...]
+    down: tuple[tuple[str, ...], ...]
+    middle: tuple[str, ...]
+    name: str = "up_layers"
+
+    @property
+    def n_groups(self) -> int:  # type: ignore[override]
+        return len(self.sources)
+
+    def recalled(self, kept: Sequence[int]) -> list[str]:
+        """As `BranchSet.recalled`."""
+        return [self.sources[min(kept)]] if min(kept) else []
+
+    def idle(self, kept: Sequence[int]) -> list[str]:
+        """As `BranchSet.idle`."""
+        first = min(kept)
+        inside = [path for paths in (*self.down[:first], *self.up[:first]) for path in paths]
+        return [path for path in (*inside, *self.middle) if path not in self.recalled(kept)] if first else []
+
+
+AnySet = GroupSet | BlockSet | BranchSet | UpLayerSet
+REUSE_SETS = ("branches", "up_layers")
 
 
 def heads_of(path: str, attention: Any) -> GroupSet:

@@ -11,7 +11,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
 from diffes.adapters.base import Condition, unwrapped
+from diffes.adapters.groups import UpLayerSet
 from diffes.adapters.text_to_image import TextToImageAdapter
+from diffes.adapters.unet import unet_layers
 from diffes.errors import DiffesError
 
 
@@ -49,6 +51,9 @@ class SDXLAdapter(TextToImageAdapter):
         order = ("down_blocks", "mid_block", "up_blocks")  # the forward's; modules are registered in another one
         found = [path for path, module in self.denoiser.named_modules() if isinstance(module, BasicTransformerBlock)]
         return sorted(found, key=lambda path: order.index(path.split(".")[0]))
+
+    def up_layers(self) -> UpLayerSet:
+        return unet_layers(self.denoiser)
 
     def denoise_once(self, latents: Tensor, timesteps: Tensor, conditions: Sequence[Condition]) -> Tensor:
         embeds, pooled = self.embedded(conditions)

@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from diffes.adapters import GroupSet, Kind, ModelAdapter, Probes
+from diffes.adapters import BlockSet, GroupSet, ModelAdapter, Probes
 from diffes.adapters.macs import macs_per_call, macs_per_group
 from diffes.registry import Registry
 from diffes.runtime.router import Router
-from diffes.search.schedule import Schedule, Stages
+from diffes.search.schedule import Plan, Schedule, Stages
 from diffes.search.space import SearchSpace
 
 LATENCY_REPEATS = 5
@@ -86,38 +85,60 @@ CURRENCIES: Registry[type[Currency]] = Registry("cost", "diffes.costs")
 
 
 def macs_fraction(router: Router, schedule: Schedule, steps: Sequence[int]) -> float:
-    """MACs of a routed sampling run over those of the dense one; `steps` (S,) are the calls per stage."""
+    """MACs of a routed sampling run over those of the dense one; `steps` (S,) are the calls per stage.
+
+    The first call of a run computes everything where its level would reuse something.
+    """
     dense = macs_per_call(router.adapter)
-    with router.routed(schedule):
-        by_stage = [
-            macs_per_call(router.adapter, lo) if n else 0
-            for n, (lo, _) in zip(steps, schedule.stages.ranges, strict=True)
-        ]
-    return sum(n * macs for n, macs in zip(steps, by_stage, strict=True)) / (sum(steps) * dense)
+    visited = [stage for stage, n in enumerate(steps) if n]
+    macs = {stage: macs_at(router, schedule.stages, stage, schedule.levels[stage]) for stage in visited}
+    total = sum(steps[stage] * macs[stage] for stage in visited)
+    if schedule.levels[visited[-1]] in router.bank.reusing:
+        total += dense - macs[visited[-1]]
+    return total / (sum(steps) * dense)
 
 
 @torch.no_grad()
 def macs_by_level(router: Router, stages: Stages, visited: Sequence[int], max_level: int) -> Table:
     """(S, H + 1) multiply-accumulates of one denoiser call on a batch of one; in stages not visited those when dense.
 
-    Of width they are the dense model's less what the missing groups would have taken, which is exact; which blocks a
-    level skips differs by stage, and blocks need not be alike, so depth is counted call by call.
+    Of width they are the dense model's less what the missing groups would have taken, which is exact; of depth and
+    reuse they are counted over a call for each different choice of what is computed.
     """
     adapter, bank = router.adapter, router.bank
     dense = float(macs_per_call(adapter))
     table = [[dense] * (max_level + 1) for _ in range(len(stages))]
-    sets, by_group = adapter.prunable(bank.kind), macs_per_group(adapter) if bank.kind == "width" else {}
+    sets = adapter.prunable("width")
+    by_group = macs_per_group(adapter) if "width" in bank.kind else {}
+    counted: dict[object, float] = {}
     for level in range(1, max_level + 1):
-        if bank.kind == "width":
-            for stage in visited:
+        for stage in visited:
+            entry = bank[stage, level]
+            if set(entry) <= set(by_group):
                 kept = bank.kept((stage, level), sets)
                 lost = (by_group[p.name] * (p.n_groups - n) for p, n in zip(sets, kept, strict=True))
                 table[stage][level] = dense - sum(lost)
-            continue
-        with router.routed(_only(stages, visited, level, max_level)):
-            for stage in visited:
-                table[stage][level] = macs_per_call(adapter, stages.ranges[stage][0])
+                continue
+            computed = tuple((name, tuple(weights.kept.tolist())) for name, weights in sorted(entry.items()))
+            if computed not in counted:
+                counted[computed] = float(macs_at(router, stages, stage, level))
+            table[stage][level] = counted[computed]
     return table
+
+
+@torch.no_grad()
+def macs_at(router: Router, stages: Stages, stage: int, level: int) -> int:
+    """Multiply-accumulates of one denoiser call on a batch of one, in a stage at a level, after a dense call."""
+    plan = _after_dense(router, stages, stage, level)
+    with router.routed(plan):
+        return [macs_per_call(router.adapter, timestep) for timestep in plan.timesteps][-1]
+
+
+def _after_dense(router: Router, stages: Stages, stage: int, level: int) -> Plan:
+    """A dense call at the noisiest timestep, and one in a stage at a level."""
+    first, then = stages.ranges[-1][1] - 1, stages.ranges[stage][0]
+    calls = ((first, 0), (then, level)) if first > then else ((then, level),)
+    return Plan(stages, calls, router.max_level, solver="")
 
 
 @torch.no_grad()
@@ -132,43 +153,46 @@ def ms_by_level(
 ) -> Table:
     """(S, H + 1) median milliseconds of one denoiser call on the probes' batch, levels taking turns.
 
-    Measured in one stage where levels remove the same from all layers in all of them, else in every visited one.
-    With `changing`, putting the weights of another level in place is part of a call.
+    Measured in one stage where levels remove the same from all layers in all of them, else in every visited one, after
+    a dense call, whose outputs a level may reuse. With `changing`, putting the level's weights in place of the dense
+    ones is part of a call.
     """
-    adapter = router.adapter
+    adapter, bank = router.adapter, router.bank
     latents = probes.noise.to(adapter.device, adapter.dtype)
-    sets, levels = adapter.prunable(router.bank.kind), range(1, max_level + 1)
-    shapes = {stage: [router.bank.kept((stage, level), sets) for level in levels] for stage in visited}
-    alike = router.bank.kind == "width" and all(shape == shapes[visited[0]] for shape in shapes.values())
+    sets, levels = adapter.prunable(bank.kind), range(1, max_level + 1)
+
+    def shape(stage: int, level: int) -> list[object]:
+        """What a call's time depends on: of width the number of groups that stay, else which ones."""
+        entry = bank[stage, level]
+        counts = bank.kept((stage, level), sets)
+        which = [entry[p.name].kept.tolist() for p in sets if p.name in entry and not isinstance(p, GroupSet)]
+        return [counts, which]
+
+    shapes = {stage: [shape(stage, level) for level in levels] for stage in visited}
+    alike = all(each == shapes[visited[0]] for each in shapes.values())
     counted = visited[:1] if alike else visited
     table = [[0.0] * (max_level + 1) for _ in range(len(stages))]
+
+    def call(timestep: int) -> None:
+        adapter.denoise_once(latents, torch.full((len(probes),), timestep), probes.conditions)
+
+    def enter(plan: Plan, n: int) -> None:
+        router.install(plan, keep=True)
+        for timestep in plan.timesteps[:n]:
+            call(timestep)
+
     for stage in counted:
-        timesteps = torch.full((len(probes),), stages.ranges[stage][0])
-
-        def call(timesteps: Tensor = timesteps) -> None:
-            adapter.denoise_once(latents, timesteps, probes.conditions)
-
-        def enter(level: int, stage: int = stage, call: Callable[[], None] = call) -> None:
-            router.install(_only(stages, [stage], level, max_level))
-            call()
-
+        plans = [_after_dense(router, stages, stage, level) for level in range(max_level + 1)]
+        timed = [functools.partial(call, plan.timesteps[-1]) for plan in plans]
+        before = [functools.partial(enter, plan, len(plan.calls) - changing) for plan in plans]
         try:
-            entering = [functools.partial(enter, level) for level in range(max_level + 1)]
-            if changing:
-                table[stage] = interleaved_ms(entering, repeats, adapter.device)
-            else:
-                table[stage] = interleaved_ms([call] * len(entering), repeats, adapter.device, entering)
+            table[stage] = interleaved_ms(timed, repeats, adapter.device, before)
         finally:
             router.remove()
     for stage in range(len(stages)):
         if stage not in counted:
             table[stage] = list(table[counted[0]])
     return table
-
-
-def _only(stages: Stages, where: Sequence[int], level: int, max_level: int) -> Schedule:
-    """A schedule of one level in some stages and dense ones elsewhere."""
-    return Schedule(stages, tuple(level if s in where else 0 for s in range(len(stages))), max_level)
 
 
 def interleaved_ms(
@@ -200,15 +224,16 @@ def interleaved_ms(
     return [statistics.median(taken) for taken in times]
 
 
-def prunable_fraction(adapter: ModelAdapter, kind: Kind) -> float:
-    """Share of the denoiser's parameters that the last level removes: what a sparsity is a fraction of."""
+def prunable_fraction(adapter: ModelAdapter, kind: str) -> float:
+    """Share of the denoiser's parameters that the last level removes: what a sparsity is a fraction of. Reuse removes
+    none."""
     denoiser = adapter.denoiser
     layers: set[str] = set()
     for prunable in adapter.prunable(kind):
         if isinstance(prunable, GroupSet):
             layers.update(f"{path}." for path in prunable.producers)
             layers.add(f"{prunable.consumer}.weight")  # its bias stays
-        else:
+        elif isinstance(prunable, BlockSet):
             layers.update(f"{path}." for path in prunable.blocks)
     prefixes = tuple(layers)
     sizes = {name: parameter.numel() for name, parameter in denoiser.named_parameters()}

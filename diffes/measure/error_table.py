@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffes.adapters import Probes, SamplingState
 from diffes.measure.plan_evaluator import PlanEvaluator
+from diffes.runtime.memory import Memory
 from diffes.search.carried import Trajectory
 from diffes.search.frontier import ErrorTable, Floats
 from diffes.search.plan import PlanSpace
@@ -18,6 +19,7 @@ from diffes.search.plan import PlanSpace
 CHECKPOINTS = 8  # nodes from which it is measured how a deviation grows
 COARSE = 12  # calls of a run that shows it, from the noisiest node on
 SMOOTHING = 20  # the reaction of predictions is averaged over about a node in so many, at least over neighbours
+GAPS = (32, 12, 5)  # a level that reuses is measured with so many gaps in a run
 MATCHED = np.linspace(0.5, 2, 151)  # factors on it that are tried
 SPAN = 1e-12  # directions in which latents differ by less, relative to the first one, are left out
 
@@ -45,6 +47,9 @@ def measure_table(
 ) -> MeasuredTable:
     """Samples the dense model on all nodes and calls it there at every allowed level; jumps cost no call.
 
+    A level that reuses is called once for each of a few gaps to an earlier node, of whose dense call it reuses; jumps
+    at such levels are in the carried run only, as their errors depend on the plan before.
+
     The error of a jump is the mean squared distance of one solver step from the state that the dense run had at its
     end, times how such a deviation grows from there to the end. A solver of second order is given the dense prediction
     of the node that lies about as far behind as the jump reaches ahead.
@@ -60,9 +65,12 @@ def measure_table(
     parts = [evaluator.probes[rows] for rows in evaluator.parts()]
     errors = np.full((n, n + 1, len(levels)), np.nan)
     sums, starts, ratios, reaction, calls = np.zeros_like(errors), np.zeros(n), np.zeros(n + 1), np.zeros(n), 0
-    products = np.zeros(2 * [n + 1 + n * len(levels)])
+    reusing = [level for level in levels if level in space.reusing]
+    gaps = sorted({max(1, round(n / share)) for share in GAPS}) if reusing else []
+    again = n * len(reusing) * len(gaps)
+    products = np.zeros(2 * [n + 1 + n * len(levels) + again])
     for part in parts:
-        run = _DenseRun.on(evaluator, space, part, levels, advance)
+        run = _DenseRun.on(evaluator, space, part, levels, gaps, advance)
         grown, reacts, paid = run.growth(evaluator, part)
         for i in range(n):
             sums[i, i + 1 :] += len(part) * run.errors_from(i)
@@ -75,13 +83,18 @@ def measure_table(
     growth = ratios / total
     for i in range(n):
         errors[i, i + 1 :] = sums[i, i + 1 :] / total * growth[i + 1 :, None]
-    errors[:, :, [k for k in levels if k not in space.allowed]] = np.nan
+    unknown = [k for k in levels if k not in space.first_levels]
+    errors[:, :, unknown] = np.nan
     unit = np.array(space.level_costs, dtype=float)[:, 0].mean()
     costs = np.array(space.level_costs, dtype=float)[::-1, : len(levels)] / unit
     places = _coordinates(products / total)
-    states, data = places[: n + 1], places[n + 1 :].reshape(n, len(levels), -1)
-    data[:, [k for k in levels if k not in space.allowed]] = np.nan
-    kept = Trajectory(states, data, run.alphas.numpy(), run.sigmas.numpy(), reaction / total, costs, run.second)
+    states, data = places[: n + 1], places[n + 1 : len(places) - again].reshape(n, len(levels), -1)
+    data[:, unknown] = np.nan
+    reused = places[len(places) - again :].reshape(n, len(reusing), len(gaps), places.shape[1])
+    kept = Trajectory(
+        states, data, run.alphas.numpy(), run.sigmas.numpy(), reaction / total, costs, run.second,
+        np.array(reusing, dtype=int), np.array(gaps, dtype=int), reused,
+    )  # fmt: skip
     kept = replace(kept, reaction=_matched(kept, growth))
     return MeasuredTable(ErrorTable(errors, starts / total * growth[:-1], costs), growth, kept, calls)
 
@@ -115,7 +128,8 @@ class _DenseRun:
 
     Args:
         states: (N + 1, n, ...) latents at each node, and final ones.
-        data: (N, K, n, ...) predicted clean latents at each node, at each level.
+        data: (N, K, n, ...) predicted clean latents at each node, at each level; dense ones for levels that reuse.
+        reused: (N, L, G, n, ...) by levels that reuse, with each gap to the node of which they do.
         alphas: (N + 1,) signal of each node, and of the end.
         sigmas: (N + 1,) noise, likewise.
         second: whether the solver is of second order.
@@ -125,6 +139,7 @@ class _DenseRun:
 
     states: Tensor
     data: Tensor
+    reused: Tensor
     alphas: Tensor
     sigmas: Tensor
     second: bool
@@ -138,35 +153,53 @@ class _DenseRun:
         space: PlanSpace,
         probes: Probes,
         levels: Sequence[int],
+        gaps: Sequence[int],
         advance: Callable[[str], object] | None,
     ) -> _DenseRun:
         adapter, guidance, router = evaluator.adapter, evaluator.guidance, evaluator.router
         plans = [evaluator.plan(space.any_schedule([level] * space.n_stages)) for level in levels]
         scheduler = evaluator.scheduler(plans[0].timesteps)
         state = adapter.start(probes, scheduler, guidance)
-        states, data, calls = [], [], 0
+        states, data, reused, calls = [], [], [], 0
+        memories: list[Memory | None] = []
         for i, timestep in enumerate(plans[0].timesteps):
             states.append(adapter.finish(state, guidance).float().cpu())
             by_level: list[Tensor] = []
             for level, plan in zip(levels, plans, strict=True):
-                if level not in space.allowed and level:
+                if level not in space.first_levels and level:
                     by_level.append(by_level[0])
                     continue
-                with router.routed(plan):
+                with router.routed(plan, keep=True):
                     prediction, latents, clean = _predicted(evaluator, state, probes)
+                    if level == 0:
+                        dense = prediction, latents
+                        memories.append(router.memory)
                 by_level.append(clean)
                 calls += evaluator.rows(probes)
-                if level == 0:
-                    dense = prediction, latents
+            found: list[Tensor] = []
+            for level in (level for level in levels if level in space.reusing):
+                for node in (max(i - gap, 0) for gap in gaps):
+                    if not i:  # nothing before it
+                        found.append(by_level[0])
+                        continue
+                    called = ((plans[0].timesteps[node], 0), (timestep, level))
+                    with router.routed(replace(plans[0], calls=called)):
+                        router.memory = memories[node]
+                        found.append(_predicted(evaluator, state, probes)[2])
+                    calls += evaluator.rows(probes)
             state = adapter.advance(state, dense[0], state.scheduler.timesteps[i], dense[1])
             data.append(torch.stack(by_level))
+            reused.append(torch.stack(found).unflatten(0, (-1, len(gaps))) if found else torch.empty(0))
+            for old in range(max(i - max(gaps, default=0), 0)):
+                memories[old] = None
             if advance:
                 advance(f"timestep {timestep}")
         states.append(adapter.finish(state, guidance).float().cpu())
         noises = [scheduler._sigma_to_alpha_sigma_t(sigma) for sigma in state.scheduler.sigmas]
         alphas, sigmas = (torch.stack([torch.as_tensor(each[part]) for each in noises]).double() for part in (0, 1))
         second = scheduler.config.solver_order == 2
-        return cls(torch.stack(states), torch.stack(data), alphas, sigmas, second, plans[0].timesteps, calls)
+        kept = torch.stack(states), torch.stack(data), torch.stack(reused)
+        return cls(*kept, alphas, sigmas, second, plans[0].timesteps, calls)
 
     def errors_from(self, i: int) -> Floats:
         """(N - i, K) mean squared distance of a solver step from node i, to each later node and the end, from the
@@ -189,11 +222,13 @@ class _DenseRun:
         return (self.states[:-1] - self.states[0]).square().flatten(1).mean(1).double().numpy()
 
     def products(self) -> Floats:
-        """Inner products of the states (N + 1) and the predictions (N K), a square matrix, as means over all entries.
+        """Inner products of the states (N + 1) and the predictions (N K, then N L G), a square matrix, as means over
+        all entries.
 
         They are all that a linear combination of these can be measured by.
         """
-        points = torch.cat([self.states.flatten(1), self.data.flatten(0, 1).flatten(1)])
+        again = [self.reused.flatten(0, 2).flatten(1)] if self.reused.numel() else []
+        points = torch.cat([self.states.flatten(1), self.data.flatten(0, 1).flatten(1), *again])
         pieces = (piece.double() for piece in points.split(1 << 14, dim=1))
         total = torch.stack([piece @ piece.T for piece in pieces]).sum(0)
         return (total / points.shape[1]).numpy()

@@ -25,6 +25,7 @@ from diffes.search.strategy import Evaluation
 
 BATCH = 32
 CACHE_BYTES = 1 << 28
+REUSE_CACHE_BYTES = 1 << 30  # states are larger where they hold what later calls reuse
 
 
 class RoutedEvaluator(abc.ABC):
@@ -47,10 +48,13 @@ class RoutedEvaluator(abc.ABC):
         cache_bytes: how much memory the cached states may take.
 
     Attributes:
+        stages: in which levels were calibrated.
         final_reference: latents (n, C, h, w) that everything is compared with.
         reference: the same (n, ...) in the metric's space.
         denoiser_calls: rows counted so far, the references excluded.
     """
+
+    stages: Stages
 
     def __init__(
         self, router: Router, probes: Probes, *, guidance: float, metric: Metric, batch: int, cache_bytes: int
@@ -61,7 +65,7 @@ class RoutedEvaluator(abc.ABC):
         self.guidance = guidance
         self.probes = probes
         self.batch = batch
-        self._cache = _StateCache(cache_bytes)
+        self._cache = _StateCache(max(cache_bytes, REUSE_CACHE_BYTES) if router.bank.reusing else cache_bytes)
         self.denoiser_calls = 0
         self._fixed_bytes, self._row_bytes = 0, 0.0
         self.final_reference = self._measured_reference()
@@ -114,7 +118,7 @@ class RoutedEvaluator(abc.ABC):
     @torch.no_grad()
     def latents(self, schedule: Schedule, fidelity: float = 1.0) -> Tensor:
         """Final latents (n, C, h, w) of the routed model."""
-        with self.router.routed(self._routed(schedule)):
+        with self.router.routed(self._routed(schedule), keep=True):
             return torch.cat([self._run(part, schedule) for part in self.parts(fidelity)])
 
     @torch.no_grad()
@@ -130,16 +134,17 @@ class RoutedEvaluator(abc.ABC):
     @torch.no_grad()
     def _measured_reference(self) -> Tensor:
         """Reference latents (n, C, h, w); on the way it is noted how large a state is, whatever the sampler keeps."""
-        finals = []
+        finals, dense = [], Schedule(self.stages, (0,) * len(self.stages), self.router.max_level)
         for rows in self.parts():
             part = self.probes[rows]
             state = self.adapter.start(part, self._reference_steps(), self.guidance)
             self._fixed_bytes = max(self._fixed_bytes, size_of(state.scheduler))
-            for _ in range(len(state.scheduler.timesteps)):
-                state = self.adapter.step(state, part, self.guidance)
-                if rows.start == 0:  # other parts are like the first one
-                    per_row = (size_of(state) - self._fixed_bytes) / len(part)
-                    self._row_bytes = max(self._row_bytes, per_row)
+            with self.router.routed(dense, keep=True):
+                for _ in range(len(state.scheduler.timesteps)):
+                    state = self._step(state, part)
+                    if rows.start == 0:  # other parts are like the first one
+                        per_row = (size_of(state) - self._fixed_bytes) / len(part)
+                        self._row_bytes = max(self._row_bytes, per_row)
             finals.append(self.adapter.finish(state, self.guidance))
         return torch.cat(finals)
 
@@ -170,13 +175,18 @@ class RoutedEvaluator(abc.ABC):
             state = self.adapter.start(part, self._steps_of(schedule), self.guidance)
         else:
             state = self._resumed(state, schedule)
+        self.router.memory = state.memory
         for i, (_, n_calls) in enumerate(self._path(schedule)[done:], done):
             for _ in range(n_calls):
-                state = self.adapter.step(state, part, self.guidance)
+                state = self._step(state, part)
                 if i >= counted:
                     self.denoiser_calls += self.rows(part)
             self._cache.put(prefixes[i], state, self._state_bytes(rows))
         return self.adapter.finish(state, self.guidance)
+
+    def _step(self, state: SamplingState, part: Probes) -> SamplingState:
+        """One step; what later calls may reuse goes with the state."""
+        return replace(self.adapter.step(state, part, self.guidance), memory=self.router.memory)
 
     def _in_metric_space(self, latents: Tensor) -> Tensor:
         if self.metric.space == "latent":

@@ -1,4 +1,4 @@
-"""Structured pruning of denoisers: one method, one file, behind one registry."""
+"""Structured pruning of denoisers, and reuse between calls: one method, one file, behind one registry."""
 
 from diffes.pruning.base import (
     METHODS,
@@ -7,7 +7,13 @@ from diffes.pruning.base import (
     GroupWeights,
     LayerWeights,
     PruningMethod,
+    ReuseMethod,
+    Sum,
     WidthMethod,
+    make_method,
 )
 
-__all__ = ["METHODS", "BlockChanges", "DepthMethod", "GroupWeights", "LayerWeights", "PruningMethod", "WidthMethod"]
+__all__ = [
+    "METHODS", "BlockChanges", "DepthMethod", "GroupWeights", "LayerWeights", "PruningMethod", "ReuseMethod", "Sum",
+    "WidthMethod", "make_method",
+]  # fmt: skip

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from diffes.adapters import BlockSet, GroupSet, Kind
+from diffes.adapters import AnySet
 from diffes.search.schedule import Allocation
 
 Floats = NDArray[np.float64]
 UNITS = 1 << 14  # savings are counted in so many parts of what the last level saves
 
 
-def allocation_of(kind: Kind, wanted: Allocation) -> Allocation:
-    """How levels of a kind are shared out where `wanted` was asked for: whole blocks know the equal split only."""
-    return wanted if kind == "width" else "equal"
+def allocation_of(kind: str, wanted: Allocation) -> Allocation:
+    """How levels of a kind, or of several joined by "+", are shared out where `wanted` was asked for: whole blocks and
+    reuse know the equal split only."""
+    return wanted if "width" in kind.split("+") else "equal"
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,13 @@ class Rungs:
         macs: multiply-accumulates of one group in one denoiser call.
     """
 
-    groups: GroupSet | BlockSet
+    groups: AnySet
     max_level: int
     kept: tuple[int, ...]
     macs: float
 
     @classmethod
-    def of(cls, groups: GroupSet | BlockSet, max_level: int, macs: float, finer: int = 1) -> Rungs:
+    def of(cls, groups: AnySet, max_level: int, macs: float, finer: int = 1) -> Rungs:
         """All that levels ask for, and `finer` times as many where there are groups enough."""
         steps = finer * max_level
         kept = sorted({groups.n_kept(k, steps) for k in range(steps + 1)}, reverse=True)

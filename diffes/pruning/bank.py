@@ -6,20 +6,21 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffes.adapters import BlockSet, GroupSet, Kind
+from diffes.adapters import AnySet, Kind
+from diffes.adapters.groups import REUSE_SETS
 from diffes.errors import DiffesError
 from diffes.pruning.base import GroupWeights
 from diffes.search.schedule import Plan, Schedule
 
 FORMAT = "diffes-bank"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 StageWeights = Mapping[str, GroupWeights]
 Key = tuple[int, int]  # stage, level
 
@@ -29,26 +30,35 @@ class WeightBank(Mapping[Key, StageWeights]):
 
     Args:
         entries: the weights; a set that an entry does not name is dense at that level.
-        kind: "width", or "depth": then the one group set is the blocks.
+        kind: "width", "depth": then the one group set is the blocks, or "reuse"; of sums joined by "+".
         file: where entries that are not in memory yet are read from, each once.
         calls: denoiser calls, in rows, that it took to make.
+        max_level: H; 0 where it is that of the model and kind.
 
     On disk a bank is one safetensors file. Its tensors are `stage{s}.level{k}.{name}:kept` (n,) int32, the groups that
     stay, and, where the method compensates, `stage{s}.level{k}.{name}:consumer` (d_out, n * size). Its metadata has one
     key, `diffes-bank`, a JSON object:
 
-    - `format_version`: of this layout, now 2; version 1 had no `split`, and every set in every entry
-    - `kind`: "width" or "depth"; `method`: spec of the pruning method; `model`: what it was made for
+    - `format_version`: of this layout, now 3; version 2 had no kind `reuse` and no sums; version 1 no `split`, and
+      every set in every entry
+    - `kind`: "width", "depth", "reuse" (a set keeps what is computed; the rest is given as in the last call that
+      computed it), or some of them joined by "+"; `method`: spec of the pruning method; `model`: what it was made for
     - `stages`: [[lo, hi], ...] timesteps; `levels`: (S,) those held; `max_level`: H
     - `split`: how the levels held are shared out over the layers (see `split_of`), also in `schedule.json`
     - `fingerprint`: what a denoiser is recognised by (see `fingerprint`)
     """
 
     def __init__(
-        self, entries: Mapping[Key, StageWeights], kind: Kind, file: BankFile | None = None, calls: int = 0
+        self,
+        entries: Mapping[Key, StageWeights],
+        kind: str,
+        file: BankFile | None = None,
+        calls: int = 0,
+        max_level: int = 0,
     ) -> None:
         self.kind = kind
         self.calls = calls
+        self.max_level = max_level
         self._entries = dict(entries)
         self._file = file
 
@@ -73,12 +83,27 @@ class WeightBank(Mapping[Key, StageWeights]):
         tensors = {id(w): w.nbytes for entry in self._entries.values() for w in entry.values()}
         return sum(tensors.values())
 
+    @property
+    def reusing(self) -> tuple[int, ...]:
+        """Levels that reuse what an earlier call computed."""
+        named = {key: set(entry) for key, entry in self._entries.items()}
+        if self._file is not None:
+            stored = self._file.names.items()
+            named |= {key: {name.split(".", 2)[2].rsplit(":", 1)[0] for name in names} for key, names in stored}
+        return tuple(sorted({level for (_, level), names in named.items() if names & set(REUSE_SETS)}))
+
     def for_schedule(self, *schedules: Schedule | Plan) -> WeightBank:
         """The part that these schedules or plans need, in memory."""
         keys = sorted({key for schedule in schedules for key in schedule.thin()})
-        return WeightBank({key: self[key] for key in keys}, self.kind)
+        return WeightBank({key: self[key] for key in keys}, self.kind, max_level=self.max_level)
 
-    def kept(self, key: Key, prunable: Sequence[GroupSet | BlockSet]) -> list[int]:
+    def in_order(self, levels: Sequence[int]) -> WeightBank:
+        """The same bank with its levels renumbered: `levels[0]` becomes level 1."""
+        new = {level: i for i, level in enumerate(levels, 1)}
+        entries = {(stage, new[level]): entry for (stage, level), entry in self.items()}
+        return WeightBank(entries, self.kind, calls=self.calls, max_level=self.max_level)
+
+    def kept(self, key: Key, prunable: Sequence[AnySet]) -> list[int]:
         """How many groups of each set stay at a stage and level; level 0 keeps all."""
         entry = self[key] if key[1] else {}
         return [len(entry[p.name].kept) if p.name in entry else p.n_groups for p in prunable]
@@ -115,7 +140,7 @@ class WeightBank(Mapping[Key, StageWeights]):
             DiffesError: the file is missing, truncated, no bank, or of a newer format version.
         """
         file = BankFile(path, dtype)
-        return cls({}, file.header["kind"], file), file.header
+        return cls({}, file.header["kind"], file, max_level=file.header.get("max_level", 0)), file.header
 
 
 class BankFile:
@@ -144,7 +169,7 @@ class BankFile:
             for name in file.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
                 stage, level, _ = name.split(".", 2)
                 self.names.setdefault((int(stage[5:]), int(level[5:])), []).append(name)
-            if self.header["kind"] not in ("width", "depth"):
+            if not set(self.header["kind"].split("+")) <= set(get_args(Kind)):
                 raise ValueError(f"kind {self.header['kind']!r}")
             self._file = file
         except DiffesError:
@@ -187,7 +212,7 @@ class BankFile:
 AGAIN = "restore it, or run `diffes search` again"
 
 
-def split_of(bank: WeightBank, prunable: Sequence[GroupSet | BlockSet]) -> dict[str, Any]:
+def split_of(bank: WeightBank, prunable: Sequence[AnySet]) -> dict[str, Any]:
     """How the levels of a bank are shared out over the layers, as JSON in `schedule.json` and in the bank's file.
 
     Returns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -10,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffes.adapters import GroupSet, Kind
+from diffes.adapters import AnySet, GroupSet, Kind, ModelAdapter
 from diffes.registry import Registry
 
 
@@ -68,15 +69,20 @@ class BlockChanges:
 
 
 class PruningMethod(abc.ABC):
-    """Decides what goes first. A class of either kind below, found by name in `METHODS`.
+    """Decides what goes first. A class of one of the kinds below, found by name in `METHODS`.
 
     Attributes:
-        kind: "width" where groups inside blocks go, "depth" where whole blocks go.
+        kind: "width" where groups inside blocks go, "depth" where whole blocks go, "reuse" where nothing goes and
+            layers give again what they gave in an earlier call.
         needs: the statistics of a stage that it is given, and so whether it wants calibration.
     """
 
     kind: ClassVar[Kind]
-    needs: ClassVar[Literal["nothing", "squares", "second_moment", "blocks"]]
+    needs: ClassVar[Literal["nothing", "squares", "second_moment", "blocks", "changes"]]
+
+    def max_level(self, adapter: ModelAdapter) -> int:
+        """H, the number of levels beside the dense one."""
+        return adapter.max_level(self.kind)
 
     def timestep_weights(self, progress: Tensor) -> Tensor:
         """Weights (n,), positive, of calibration samples at `progress` (n,) through their stage: 0 where sampling
@@ -115,7 +121,66 @@ class DepthMethod(PruningMethod):
         """Importance (n_blocks,) of the blocks in one stage; the least goes first."""
 
 
+class ReuseMethod(PruningMethod):
+    """Says what is computed in a call, where the rest is given as in the last call that computed it."""
+
+    kind = "reuse"
+
+    @abc.abstractmethod
+    def groups(self, adapter: ModelAdapter) -> AnySet:
+        """What may be reused.
+
+        Raises:
+            DiffesError: this model has nothing of that kind.
+        """
+
+    @abc.abstractmethod
+    def kept(self, adapter: ModelAdapter, damage: Tensor | None) -> list[Tensor]:
+        """Indices (n_kept,) of the groups that are computed at levels 1 to H, nested: those of a level are computed at
+        every lower one.
+
+        Args:
+            adapter: the model.
+            damage: (n_groups,) mean squared change of a prediction in one stage when only that group's output is the
+                one of an earlier call, where `needs` is "changes"; else None.
+        """
+
+
 METHODS: Registry[type[PruningMethod]] = Registry("pruning method", "diffes.pruning_methods")
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Methods side by side: the levels of all of them, of which a call is at one.
+
+    Args:
+        parts: the methods, at least one.
+    """
+
+    parts: tuple[PruningMethod, ...]
+
+    @property
+    def kind(self) -> str:
+        """Kinds of the parts, each once, joined by "+"."""
+        return "+".join(dict.fromkeys(part.kind for part in self.parts))
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration has to look at data."""
+        return any(part.needs != "nothing" for part in self.parts)
+
+    def max_level(self, adapter: ModelAdapter) -> int:
+        """H, the levels of all parts beside the dense one."""
+        return sum(part.max_level(adapter) for part in self.parts)
+
+
+def make_method(spec: str) -> Sum:
+    """A pruning method, or several joined by "+", each with options after a colon.
+
+    Raises:
+        DiffesError: a name or an option is unknown.
+    """
+    return Sum(tuple(METHODS.make(part) for part in re.split(r"\+(?=[A-Za-z_])", spec)))
 
 
 def nested(importance: Tensor, n_kept: Sequence[int]) -> list[GroupWeights]:

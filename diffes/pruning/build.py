@@ -7,14 +7,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from diffes.adapters import BlockSet, GroupSet, ModelAdapter
+from diffes.adapters import BlockSet, BranchSet, GroupSet, ModelAdapter
 from diffes.adapters.macs import macs_per_group
 from diffes.errors import DiffesError
 from diffes.pruning.allocation import Rungs, allocate, allocation_of
 from diffes.pruning.bank import Key, StageWeights, WeightBank
-from diffes.pruning.base import DepthMethod, GroupWeights, LayerWeights, PruningMethod, WidthMethod, nested
+from diffes.pruning.base import (
+    DepthMethod,
+    GroupWeights,
+    LayerWeights,
+    PruningMethod,
+    ReuseMethod,
+    Sum,
+    WidthMethod,
+    nested,
+)
 from diffes.pruning.calibration import CalibrationSet, StagePass, block_changes, input_moments
-from diffes.pruning.damage import StageDamage
+from diffes.pruning.damage import BACKWARD, DIRECTIONS, StageDamage
 from diffes.search.schedule import Allocation, Stages
 
 FINER = 2  # rungs of a set for each level, where it has groups enough
@@ -22,7 +31,7 @@ FINER = 2  # rungs of a set for each level, where it has groups enough
 
 def build_bank(
     adapter: ModelAdapter,
-    method: PruningMethod,
+    method: PruningMethod | Sum,
     stages: Stages,
     data: CalibrationSet | None,
     *,
@@ -36,7 +45,7 @@ def build_bank(
 
     Args:
         adapter: the dense model.
-        method: how to prune.
+        method: how to prune, or what to reuse; of a sum the levels of all parts follow each other.
         stages: their ranges of timesteps.
         data: clean latents; not needed where neither the method nor the allocation looks at data.
         guidance: classifier-free guidance scale of the sampling to come.
@@ -49,13 +58,25 @@ def build_bank(
     Raises:
         DiffesError: calibration data are needed and there are none, or a layer's statistics are not finite.
     """
+    chosen = list(range(len(stages)) if only is None else only)
+    if isinstance(method, Sum):
+        banks = [
+            build_bank(
+                adapter, part, stages, data, guidance=guidance, seed=seed, allocation=allocation, only=chosen,
+                progress=progress,
+            )
+            for part in method.parts
+        ]  # fmt: skip
+        return joined(banks)
+    if isinstance(method, ReuseMethod):
+        return _reusing(adapter, method, stages, data, guidance, seed, chosen, progress)
     ladders = _Ladders(adapter, method, allocation)
     if data is None and (method.needs != "nothing" or ladders.splits):
         raise DiffesError(f"{type(method).__name__} with allocation {allocation} needs calibration data, got none")
     thin: dict[str, list[GroupWeights]] | None = None
     entries: dict[Key, StageWeights] = {}
     calls = 0
-    for stage in range(len(stages)) if only is None else only:
+    for stage in chosen:
         drawn = stage_seed(seed, stage)
         if thin is None or method.needs != "nothing":
             run = None
@@ -75,7 +96,50 @@ def build_bank(
             entries[stage, level] = at_split(thin, split[level])
         if progress:
             progress(stage)
-    return WeightBank(entries, method.kind, calls=calls)
+    return WeightBank(entries, method.kind, calls=calls, max_level=ladders.max_level)
+
+
+def joined(banks: Sequence[WeightBank]) -> WeightBank:
+    """One bank with the levels of several, those of each after those of the ones before."""
+    if len(banks) == 1:
+        return banks[0]
+    entries: dict[Key, StageWeights] = {}
+    below = 0
+    for bank in banks:
+        entries |= {(stage, below + level): entry for (stage, level), entry in bank.items()}
+        below += bank.max_level
+    kind = "+".join(dict.fromkeys(bank.kind for bank in banks))
+    return WeightBank(entries, kind, calls=sum(bank.calls for bank in banks), max_level=below)
+
+
+def _reusing(
+    adapter: ModelAdapter,
+    method: ReuseMethod,
+    stages: Stages,
+    data: CalibrationSet | None,
+    guidance: float,
+    seed: int,
+    only: Sequence[int],
+    progress: Callable[[int], None] | None,
+) -> WeightBank:
+    """The bank of a method that reuses: of each level, what is computed."""
+    groups, top = method.groups(adapter), method.max_level(adapter)
+    entries: dict[Key, StageWeights] = {}
+    calls = 0
+    for stage in only:
+        found = None
+        if method.needs == "changes":
+            if data is None:
+                raise DiffesError(f"{type(method).__name__} needs calibration data, got none")
+            assert isinstance(groups, BranchSet)
+            damage = StageDamage(adapter, stages.ranges[stage], data, guidance, stage_seed(seed, stage))
+            found = damage.of_earlier_outputs(groups.branches)
+            calls += damage.calls + damage.calls // (1 + BACKWARD * DIRECTIONS)
+        for level, kept in enumerate(method.kept(adapter, found), 1):
+            entries[stage, level] = {groups.name: GroupWeights(kept)} if len(kept) < groups.n_groups else {}
+        if progress:
+            progress(stage)
+    return WeightBank(entries, method.kind, calls=calls, max_level=top)
 
 
 def stage_seed(seed: int, stage: int) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -64,73 +64,133 @@ class StageDamage:
         Raises:
             DiffesError: the gradients overflowed.
         """
-        lo, hi = self.stage
-        generator = torch.Generator().manual_seed(self.seed + OWN_STREAM)
-        chosen = torch.randperm(len(self.data), generator=generator)[:SAMPLES]
-        timesteps = torch.randint(lo, hi, (len(chosen),), generator=generator)
-        noise = torch.randn((len(chosen), *self.data.latents.shape[1:]), generator=generator)
         groups_of = [rungs.groups for rungs in sets if isinstance(rungs.groups, GroupSet)]
         weights = [self.adapter.denoiser.get_submodule(groups.consumer).weight.detach() for groups in groups_of]
         damage = [torch.zeros(len(rungs.kept), dtype=torch.float64) for rungs in sets]
-        at_once = max(1, ELEMENTS // (DIRECTIONS * max(w.numel() for w in weights)))
-        for rows in torch.arange(len(chosen)).split(at_once):
-            signs = torch.randint(0, 2, (DIRECTIONS, *noise[rows].shape), generator=generator) * 2.0 - 1
-            found = self._gradients(groups_of, chosen[rows], timesteps[rows], noise[rows], signs)
+        for drawn in self._drawn(max(w.numel() for w in weights)):
+            found = self._gradients(groups_of, drawn)
             for i, (groups, weight, gradients) in enumerate(zip(groups_of, weights, found, strict=True)):
                 for rung, left in enumerate(thin[groups.name]):
                     change = _change(groups, weight.float(), left)
                     damage[i][rung] += (gradients @ change.flatten()).double().square().sum().cpu()
         if not all(bool(torch.isfinite(each).all()) for each in damage):
             raise DiffesError(
-                f"the damage of thin layers at timesteps [{lo}, {hi}) is not finite: the gradients overflowed; try "
-                "another --dtype, or --allocation equal, which needs none"
+                f"the damage of thin layers at timesteps [{self.stage[0]}, {self.stage[1]}) is not finite: the "
+                "gradients overflowed; try another --dtype, or --allocation equal, which needs none"
             )
-        elements = noise[0].numel() * len(chosen) * DIRECTIONS
-        return [np.asarray(each) / elements for each in damage]
+        return [np.asarray(each) / self._elements for each in damage]
 
-    def _gradients(
-        self, groups_of: Sequence[GroupSet], chosen: Tensor, timesteps: Tensor, noise: Tensor, signs: Tensor
-    ) -> list[Tensor]:
-        """For each set, (directions * n, d_out * d_in) gradients of `v^T f` by the weights of its consumer, sample by
-        sample."""
-        adapter, denoiser, n = self.adapter, self.adapter.denoiser, len(chosen)
-        clean = self.data.latents[chosen].to(adapter.device, adapter.dtype)
-        noisy = adapter.add_noise(clean, noise, timesteps)
-        conditions = tuple(self.data.conditions[i] for i in chosen.tolist())
-        branches = 2 if self.guidance > 1 else 1
-        if branches == 2:
+    def of_earlier_outputs(self, paths: Sequence[str]) -> Tensor:
+        """For each module, (n,) mean squared change of an element of the prediction when only its output is that of a
+        call one stage earlier on the way.
+
+        Args:
+            paths: of modules that give one tensor, with a row for each latent.
+
+        Raises:
+            DiffesError: the gradients overflowed.
+        """
+        lo, hi = self.stage
+        damage = torch.zeros(len(paths), dtype=torch.float64)
+        for drawn in self._drawn(1):
+            noisier = (drawn.timesteps + (hi - lo)).clamp_max(self.adapter.n_timesteps - 1)
+            with torch.no_grad():
+                earlier, _ = self._observed(paths, replace(drawn, timesteps=noisier))
+            seen, gradients = self._observed(paths, drawn, backward=True)
+            for i, path in enumerate(paths):
+                change = (earlier[path][1] - seen[path][1]).detach().float().flatten(1)
+                for direction in gradients:
+                    along = (direction[i].float().flatten(1) * change).sum(1).unflatten(0, (self._branches, -1)).sum(0)
+                    damage[i] += along.double().square().sum().cpu()
+        if not torch.isfinite(damage).all():
+            raise DiffesError(
+                f"the damage of reused outputs at timesteps [{self.stage[0]}, {self.stage[1]}) is not finite: the "
+                "gradients overflowed; try another --dtype"
+            )
+        return damage / self._elements
+
+    @property
+    def _branches(self) -> int:
+        return 2 if self.guidance > 1 else 1
+
+    @property
+    def _elements(self) -> int:
+        """Of all predictions that are looked at, in all directions."""
+        return self.data.latents[0].numel() * min(SAMPLES, len(self.data)) * DIRECTIONS
+
+    def _drawn(self, largest: int) -> Iterator[_Drawn]:
+        """What is predicted, in parts: gradients of `largest` elements a sample and direction are held at once."""
+        lo, hi = self.stage
+        generator = torch.Generator().manual_seed(self.seed + OWN_STREAM)
+        chosen = torch.randperm(len(self.data), generator=generator)[:SAMPLES]
+        timesteps = torch.randint(lo, hi, (len(chosen),), generator=generator)
+        noise = torch.randn((len(chosen), *self.data.latents.shape[1:]), generator=generator)
+        at_once = max(1, ELEMENTS // (DIRECTIONS * largest))
+        for rows in torch.arange(len(chosen)).split(at_once):
+            signs = torch.randint(0, 2, (DIRECTIONS, *noise[rows].shape), generator=generator) * 2.0 - 1
+            yield _Drawn(chosen[rows], timesteps[rows], noise[rows], signs)
+
+    def _observed(
+        self, paths: Sequence[str], drawn: _Drawn, *, backward: bool = False
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[tuple[Tensor, ...]]]:
+        """First input and output of modules in one guided prediction, and if asked for, for each direction v, the
+        gradients of `v^T f` by these outputs."""
+        adapter, denoiser, n = self.adapter, self.adapter.denoiser, len(drawn.chosen)
+        clean = self.data.latents[drawn.chosen].to(adapter.device, adapter.dtype)
+        noisy, timesteps = adapter.add_noise(clean, drawn.noise, drawn.timesteps), drawn.timesteps
+        conditions = tuple(self.data.conditions[i] for i in drawn.chosen.tolist())
+        if self._branches == 2:
             noisy, timesteps = torch.cat([noisy, noisy]), torch.cat([timesteps, timesteps])
             conditions = (*conditions, *(None,) * n)
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         handles = [
-            denoiser.get_submodule(groups.consumer).register_forward_hook(
-                lambda _module, inputs, output, name=groups.name: seen.update({name: (inputs[0].detach(), output)})
+            denoiser.get_submodule(path).register_forward_hook(
+                lambda _module, inputs, output, path=path: seen.update({path: (inputs[0].detach(), output)})
             )
-            for groups in groups_of
+            for path in paths
         ]
+        by_direction: list[tuple[Tensor, ...]] = []
         try:
-            with torch.enable_grad():
-                predicted = adapter.denoise_once(noisy.requires_grad_(), timesteps, conditions)
-                predicted = predicted[:, : noise.shape[1]].float()  # a learned variance, where there is one, is below
-                if branches == 2:
+            with torch.set_grad_enabled(backward):
+                predicted = adapter.denoise_once(noisy.requires_grad_(backward), timesteps, conditions)
+                predicted = predicted[:, : drawn.noise.shape[1]].float()  # a learned variance, if any, is below
+                if self._branches == 2:
                     predicted = self.guidance * predicted[:n] + (1 - self.guidance) * predicted[n:]
-                outputs = [seen[groups.name][1] for groups in groups_of]
-                by_direction = [
-                    torch.autograd.grad((predicted * v.to(predicted.device)).sum(), outputs, retain_graph=True)
-                    for v in signs
-                ]
+                outputs = [seen[path][1] for path in paths]
+                for v in drawn.signs if backward else ():
+                    along = (predicted * v.to(predicted.device)).sum()
+                    by_direction.append(torch.autograd.grad(along, outputs, retain_graph=True))
         finally:
             for handle in handles:
                 handle.remove()
+        return seen, by_direction
+
+    def _gradients(self, groups_of: Sequence[GroupSet], drawn: _Drawn) -> list[Tensor]:
+        """For each set, (directions * n, d_out * d_in) gradients of `v^T f` by the weights of its consumer, sample by
+        sample."""
+        seen, by_direction = self._observed([groups.consumer for groups in groups_of], drawn, backward=True)
         found = []
         for i, groups in enumerate(groups_of):
-            inputs = seen[groups.name][0].float()
+            inputs = seen[groups.consumer][0].float()
             parts = [
-                torch.einsum("nto,nti->noi", backward[i].float(), inputs).unflatten(0, (branches, n)).sum(0).flatten(1)
-                for backward in by_direction
+                torch.einsum("nto,nti->noi", gradients[i].float(), inputs)
+                .unflatten(0, (self._branches, -1))
+                .sum(0)
+                .flatten(1)
+                for gradients in by_direction
             ]
             found.append(torch.cat(parts))
         return found
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Noised latents, and random signs (directions, n, C, h, w)."""
+
+    chosen: Tensor
+    timesteps: Tensor
+    noise: Tensor
+    signs: Tensor
 
 
 def _change(groups: GroupSet, dense: Tensor, left: GroupWeights) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffes.adapters import BlockSet, GroupSet, ModelAdapter
+from diffes.adapters import AnySet, BlockSet, GroupSet, ModelAdapter
+from diffes.adapters.groups import REUSE_SETS
 from diffes.errors import DiffesError
 from diffes.pruning.bank import StageWeights, WeightBank
 from diffes.pruning.base import GroupWeights
+from diffes.runtime.memory import Memory, ReusePart
 from diffes.search.schedule import Plan, Schedule
 
 
@@ -22,8 +25,10 @@ class Router:
     A pre-forward hook reads the timestep of every call; when it lies in another stage than the last call's, what the
     bank holds for it is put in place. Width: the parameters of the prunable layers are swapped; attention modules keep
     diffusers' own processors, only their number of heads changes; LoRA matrices on these layers are cut to match.
-    Depth: skipped blocks hand their input on. The dense tensors themselves are kept and put back, so restoration is
-    exact. The bank stays in host memory; the device holds the dense weights and the present stage's thin ones.
+    Depth: skipped blocks hand their input on. Reuse: layers give again what they gave in the last call of the run that
+    computed them; the first call of a run computes everything. The dense tensors themselves are kept and put back, so
+    restoration is exact. The bank stays in host memory; the device holds the dense weights and the present stage's
+    thin ones.
 
     Args:
         adapter: the model, dense.
@@ -31,6 +36,8 @@ class Router:
 
     Attributes:
         schedule: what is routed now; None while the model is dense.
+        max_level: H, of the schedules that it routes.
+        memory: what the next call may reuse; None between runs, and where nothing is reused.
 
     Raises:
         DiffesError: the model is offloaded, or carries adapters that cannot be cut.
@@ -40,34 +47,52 @@ class Router:
         self.adapter = adapter
         self.bank = bank
         self.schedule: Schedule | Plan | None = None
-        self._max_level = adapter.max_level(bank.kind)
+        self.memory: Memory | None = None
+        self.max_level = bank.max_level or adapter.max_level(bank.kind)
         check_not_offloaded(adapter.denoiser)
-        self._parts: dict[str, _WidthPart | _DepthPart] = {
-            p.name: _WidthPart(adapter, p) if isinstance(p, GroupSet) else _DepthPart(adapter, p)
-            for p in adapter.prunable(bank.kind)
-        }
+        self._parts = {p.name: self._part(p) for p in adapter.prunable(bank.kind)}
+        self._reuse = [part for part in self._parts.values() if isinstance(part, ReusePart)]
+        self._keeps = False  # outputs that this schedule does not reuse
+        self._reused_until = math.inf  # the lowest timestep at which outputs are reused
         self._current: StageWeights | None = None
+        self._watching = False
         self._swapping = False  # an interrupted swap leaves it True: what is loaded is then unknown
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-    def install(self, schedule: Schedule | Plan) -> None:
+    def _part(self, prunable: AnySet) -> _WidthPart | _DepthPart | ReusePart:
+        if isinstance(prunable, GroupSet):
+            return _WidthPart(self.adapter, prunable)
+        if isinstance(prunable, BlockSet):
+            return _DepthPart(self.adapter, prunable)
+        return ReusePart(self.adapter, prunable, self._remembered)
+
+    def _remembered(self) -> Memory:
+        assert self.memory is not None  # layers are watched, and recalled, in calls that have one
+        return self.memory
+
+    def install(self, schedule: Schedule | Plan, *, keep: bool = False) -> None:
         """Routes a schedule or a plan from the next denoiser call on, in place of any schedule before.
+
+        Args:
+            schedule: what to route.
+            keep: also keeps outputs in `memory` that this schedule does not reuse, for others that go on from here.
 
         Raises:
             DiffesError: the bank lacks a stage and level of the schedule, or the schedule is for another model.
         """
-        if schedule.max_level != self._max_level:
+        if schedule.max_level != self.max_level:
             raise DiffesError(
-                f"the schedule has max_level {schedule.max_level}, this model {self._max_level} for {self.bank.kind} "
+                f"the schedule has max_level {schedule.max_level}, this model {self.max_level} for {self.bank.kind} "
                 "pruning: it was made for another model"
             )
-        for key in schedule.thin():
-            _ = self.bank[key]
-        self.schedule = schedule
+        reused = [key for key in schedule.thin() if any(name in REUSE_SETS for name in self.bank[key])]
+        self.schedule, self.memory, self._keeps = schedule, None, keep
+        self._reused_until = min((_lowest(schedule, key) for key in reused), default=math.inf)
         if not self._hooks:
             denoiser = self.adapter.denoiser
             self._hooks = [
                 denoiser.register_forward_pre_hook(self._before_call, with_kwargs=True),
+                *([denoiser.register_forward_hook(self._after_call)] if self._reuse else []),
                 denoiser.register_state_dict_pre_hook(lambda *_: self._load(None)),  # what is saved is the dense model
             ]
 
@@ -75,14 +100,14 @@ class Router:
         """Takes the hook away and makes the denoiser dense again, bit for bit."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self.schedule = [], None
+        self._hooks, self.schedule, self.memory = [], None, None
         self._load(None)
 
     @contextmanager
-    def routed(self, schedule: Schedule | Plan) -> Iterator[None]:
-        """Routes `schedule` inside the context; dense again however the context is left."""
+    def routed(self, schedule: Schedule | Plan, *, keep: bool = False) -> Iterator[None]:
+        """Routes `schedule` inside the context, as `install` does; dense again however the context is left."""
         try:
-            self.install(schedule)
+            self.install(schedule, keep=keep)
             yield
         finally:
             self.remove()
@@ -93,21 +118,48 @@ class Router:
         check_not_offloaded(self.adapter.denoiser)
         for part in self._parts.values():
             part.check_unchanged()
-        stage, level = self.schedule.key(self.adapter.timestep(args, kwargs))
-        self._load(self.bank[stage, level] if level else None)
+        timestep = self.adapter.timestep(args, kwargs)
+        stage, level = self.schedule.key(timestep)
+        weights = self.bank[stage, level] if level else None
+        watching = bool(self._reuse) and (self._keeps or timestep > self._reused_until)
+        if watching or timestep == self._reused_until:
+            self.memory = Memory.of_call(self.memory, self.schedule, timestep, args, kwargs)
+            if weights is not None and not self._remembers(weights):
+                weights = None
+        self._load(weights, watching)
 
-    def _load(self, weights: StageWeights | None) -> None:
-        if weights is self._current and not self._swapping:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _after_call(self, *_: Any) -> None:
+        if not self._watching:
+            self.memory = None
+
+    def _remembers(self, weights: StageWeights) -> bool:
+        """Whether all that these weights reuse was computed in this run."""
+        assert self.memory is not None
+        needed = (part.needs(weights[part.groups.name]) for part in self._reuse if part.groups.name in weights)
+        return all(path in self.memory.outputs for paths in needed for path in paths)
+
+    def _load(self, weights: StageWeights | None, watching: bool = False) -> None:
+        if weights is self._current and watching == self._watching and not self._swapping:
             return
-        self._swapping = True
+        self._swapping, self._watching = True, watching
         for name, part in self._parts.items():
             thin = None if weights is None else weights.get(name)  # a set that is not named is dense
+            if isinstance(part, ReusePart):
+                part.watching = watching
             if thin is None:
                 part.load_dense()
             else:
                 part.load_thin(thin)
         self._current = weights
         self._swapping = False
+
+
+def _lowest(schedule: Schedule | Plan, key: tuple[int, int]) -> float:
+    """The lowest timestep at which a schedule is in a stage and at a level."""
+    if isinstance(schedule, Plan):
+        return min(timestep for timestep in schedule.timesteps if schedule.key(timestep) == key)
+    return schedule.stages.ranges[key[0]][0]
 
 
 def check_not_offloaded(denoiser: Any) -> None:

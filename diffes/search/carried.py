@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from diffes.errors import at_least
 from diffes.search.frontier import Floats, Forecast, called, counted, genomes, undominated
 
 Ints = NDArray[np.int_]
+CLASSES = 3  # partial plans that are told apart by how many calls ago one computed everything
 SCALES = (1.0, 0.95, 1.05, 0.9, 1.1)  # of the reaction: the programmes that `variants` solves
 
 
@@ -35,6 +36,9 @@ class Trajectory:
         reaction: (N,) what a prediction adds to itself for each unit of a deviation.
         costs: (N, K) positive, of a call at a node at a level.
         second: whether the solver is DPM-Solver++ of order 2 (midpoint) instead of 1.
+        reusing: (L,) rising levels that reuse what an earlier call computed; `data` has NaN for them.
+        gaps: (G,) rising, how many nodes before a call that one lay, where it was measured.
+        reused: (N, L, G, R) what is predicted then.
     """
 
     states: Floats
@@ -44,6 +48,9 @@ class Trajectory:
     reaction: Floats
     costs: Floats
     second: bool
+    reusing: Ints = field(default_factory=lambda: np.zeros(0, dtype=int))
+    gaps: Ints = field(default_factory=lambda: np.zeros(0, dtype=int))
+    reused: Floats = field(default_factory=lambda: np.zeros((0, 0, 0, 0)))
 
     @property
     def logs(self) -> Floats:
@@ -58,13 +65,36 @@ class Trajectory:
         """
         path = called(levels, *self.costs.shape)
         ends = [*(node for node, _ in path[1:]), len(levels)]
-        at, before, clean = self.states[0], -1, self.states[0]
+        at, before, clean, computed = self.states[0], -1, self.states[0], -1
         for (i, k), j in zip(path, ends, strict=True):
-            new = self.data[i, k] + self.reaction[i] * (at - self.states[i])
+            (predicted,) = self.data_at(np.array([i]), np.array([k]), np.array([computed]))
+            new = predicted + self.reaction[i] * (at - self.states[i])
             at = self.step(i, j, at, new, self.reach(i, j, before), clean)
-            before, clean = i, new
+            before, clean, computed = i, new, computed if k in self.reusing else i
         error = float(np.square(at - self.states[-1]).sum())
         return Forecast(tuple(levels), float(sum(self.costs[i, k] for i, k in path)), error)
+
+    def data_at(self, i: Ints, k: Ints, computed: Ints) -> Floats:
+        """Clean latents (C, R) predicted at the dense run's latents at nodes i, levels k.
+
+        What reuses depends on how far back the last call lay that computed everything: between the gaps that were
+        measured, and none, it is interpolated.
+
+        Args:
+            i: (C,).
+            k: (C,).
+            computed: (C,) nodes of those calls; not looked at where nothing is reused.
+        """
+        found = self.data[i, k]
+        again = np.isin(k, self.reusing)
+        if again.any():
+            node, row = i[again], np.searchsorted(self.reusing, k[again])
+            place = np.interp(node - computed[again], [0, *self.gaps], np.arange(len(self.gaps) + 1))
+            low = np.minimum(place.astype(int), len(self.gaps) - 1)
+            share = (place - low)[:, None]
+            nearer = np.where(low[:, None] > 0, self.reused[node, row, low - 1], self.data[node, 0])
+            found[again] = (1 - share) * nearer + share * self.reused[node, row, low]
+        return found
 
     def reach(self, i: int | Ints, j: int | Ints, before: int | Ints) -> Floats:
         """By how much of its change since the call before, at another node, the solver extends a prediction at node i
@@ -103,8 +133,8 @@ def front(
     levels, units = counted(run.costs, max_cost, resolution, allowed)
     value, origin = _programme(run, levels, units, resolution + len(units) // 2)
     found = [
-        Forecast(genome, float(sum(run.costs[i, k] for i, k in called(genome, *run.costs.shape))), float(value[spent]))
-        for spent, genome in genomes(value, origin, levels, units, run.costs.shape[1])
+        Forecast(genome, float(sum(run.costs[i, k] for i, k in called(genome, *run.costs.shape))), error)
+        for error, genome in genomes(value, origin, levels, units, run.costs.shape[1])
     ]
     return undominated(found, max_cost)
 
@@ -134,8 +164,33 @@ def variants(
     return [run.predict(levels) for levels in itertools.islice(found, count)]
 
 
+@dataclass(frozen=True)
+class _Partial:
+    """The best partial plans that reach each node, by the units that they spent.
+
+    Where levels reuse, one is kept for each number of calls since the last one that computed everything, up to CLASSES:
+    what comes after depends on it. A row is a node and such a class.
+
+    Args:
+        value: (rows, limit + 1) error of a run that would end there from the dense run; infinite where there is none.
+        origin: (rows, limit + 1) `row * L + level` of the call before; -1 at a start.
+        computed: (rows, limit + 1) node of the last call that computed everything; -1 at a start.
+        at: (rows, limit + 1, R) latents.
+    """
+
+    value: Floats
+    origin: Ints
+    computed: Ints
+    at: Floats
+
+    @classmethod
+    def none(cls, rows: int, limit: int, width: int) -> _Partial:
+        shape = rows, limit + 1
+        return cls(np.full(shape, np.inf), np.full(shape, -1), np.full(shape, -1), np.zeros((*shape, width)))
+
+
 def _programme(run: Trajectory, levels: Sequence[int], units: Ints, limit: int) -> tuple[Floats, Ints]:
-    """Error (limit + 1,) of the whole plan that is found for so many units, and how it is come by.
+    """Error (classes, limit + 1) of the whole plans that are found for so many units, and how they are come by.
 
     Args:
         run: nodes, levels and what happens at them.
@@ -144,43 +199,62 @@ def _programme(run: Trajectory, levels: Sequence[int], units: Ints, limit: int) 
         limit: units that may be spent.
 
     Returns:
-        The errors, and (N + 1, limit + 1): `node * L + level` of the call before each node at that cost; -1 at a start.
+        The errors, and the `origin` of `_Partial`.
     """
     n, width = units.shape
-    value = np.full((n + 1, limit + 1), np.inf)
-    value[:n, 0] = np.square(run.states[:-1] - run.states[0]).sum(1)
-    origin = np.full((n + 1, limit + 1), -1)
-    at = np.zeros((n, limit + 1, run.states.shape[1]))
+    known = np.asarray(levels)
+    reusing = np.flatnonzero(np.isin(known, run.reusing))
+    fresh = np.flatnonzero(~np.isin(known, run.reusing))
+    classes = CLASSES if len(reusing) else 1
+    best = _Partial.none((n + 1) * classes, limit, run.states.shape[1])
+    best.value[: n * classes : classes, 0] = np.square(run.states[:-1] - run.states[0]).sum(1)
+    best.at[: n * classes : classes, 0] = run.states[0]
 
-    def last(node: int | Ints, spent: Ints) -> tuple[Ints, Ints, Floats]:
-        """Node of the last call before a node, -1 at a start; units spent before it; clean latents it predicted."""
-        packed = origin[node, spent]
+    def last(row: Ints, spent: Ints) -> tuple[Ints, Ints, Floats]:
+        """Row of the last call before a row, -1 at a start; units spent before it; clean latents it predicted."""
+        packed = best.origin[row, spent]
         before, level = packed // width, packed % width
-        left = np.where(packed < 0, 0, spent - units[before, level])
-        clean = run.data[before, np.asarray(levels)[level]]
-        clean = clean + run.reaction[before, None] * (at[before, left] - run.states[before])
+        node = before // classes
+        left = np.where(packed < 0, 0, spent - units[node, level])
+        clean = run.data_at(node, known[level], best.computed[before, left])
+        clean = clean + run.reaction[node, None] * (best.at[before, left] - run.states[node])
         return before, left, np.where(packed[:, None] < 0, 0.0, clean)
 
-    at[:, 0] = run.states[0]
-    for i in range(n):
-        spent = np.flatnonzero(np.isfinite(value[i]))
-        before, left, clean = last(i, spent)
+    def enter(row: int, level: int, spent: Ints, errors: Floats, group: int, computed: Ints) -> None:
+        """Goes on from a row at a level to all later nodes (J,), with errors (J, C), where that is better."""
+        cost = units[row // classes, level]
+        paid = spent + cost <= limit
+        rows = np.arange((row // classes + 1) * classes + group, len(best.value), classes)
+        new, old = errors[:, paid], best.value[rows][:, spent[paid] + cost]
+        node, column = np.nonzero(new < old)
+        to = rows[node], spent[paid][column] + cost
+        best.value[to] = new[node, column]
+        best.origin[to] = row * width + level
+        best.computed[to] = computed[paid][column]
+
+    for row in range(n * classes):
+        i, group = divmod(row, classes)
+        spent = np.flatnonzero(np.isfinite(best.value[row]))
+        before, left, clean = last(np.full(len(spent), row), spent)
         begun = before >= 0
         earlier, _, past = last(before[begun], left[begun])
-        reach = run.reach(before[begun], i, earlier)
-        at[i, spent[begun]] = run.step(before[begun], i, at[before, left][begun], clean[begun], reach, past)
-        errors = _errors(run, i, levels, at[i, spent], before, clean)
-        for level, cost in enumerate(units[i]):
-            paid = spent + cost <= limit
-            new, old = errors[:, level, paid], value[i + 1 :, spent[paid] + cost]
-            node, column = np.nonzero(new < old)
-            to = i + 1 + node, spent[paid][column] + cost
-            value[to] = new[node, column]
-            origin[to] = i * width + level
-    return value[n], origin
+        node = before // classes
+        reach = run.reach(node[begun], i, earlier // classes)
+        moved = run.step(node[begun], i, best.at[before, left][begun], clean[begun], reach, past)
+        best.at[row, spent[begun]] = moved
+        at, computed = best.at[row, spent], best.computed[row, spent]
+        errors = _errors(run, i, run.data[i, known[fresh], None], at, node, clean)
+        for column, level in enumerate(fresh.tolist()):
+            enter(row, level, spent, errors[:, column], 0, np.full(len(spent), i))
+        some = np.flatnonzero(computed >= 0)
+        for level in reusing.tolist() if len(some) else ():
+            x = run.data_at(np.full(len(some), i), np.full(len(some), known[level]), computed[some])
+            errors = _errors(run, i, x[None], at[some], node[some], clean[some])
+            enter(row, level, spent[some], errors[:, 0], min(group + 1, classes - 1), computed[some])
+    return best.value[n * classes :], best.origin
 
 
-def _errors(run: Trajectory, i: int, levels: Sequence[int], at: Floats, before: Ints, clean: Floats) -> Floats:
+def _errors(run: Trajectory, i: int, x: Floats, at: Floats, before: Ints, clean: Floats) -> Floats:
     """(N - i, L, C) mean square deviation at each later node and the end, after a call at node i at each level.
 
     With d the deviation now, p the prediction before and x that of the call, a step leaves a d + u x - v p + w, where
@@ -189,7 +263,7 @@ def _errors(run: Trajectory, i: int, levels: Sequence[int], at: Floats, before: 
     Args:
         run: the dense run.
         i: the node.
-        levels: (L,).
+        x: (L, C or 1, R) what is predicted at the dense latents.
         at: (C, R) latents of partial plans at node i.
         before: (C,) node of the call before; -1 if there is none.
         clean: (C, R) what that predicted.
@@ -199,12 +273,14 @@ def _errors(run: Trajectory, i: int, levels: Sequence[int], at: Floats, before: 
     gain = (run.signals[after] - run.signals[i] * ratio)[:, None]
     v = gain * run.reach(i, after[:, None], before)
     u = gain + v
-    d, p, x, w = at - run.states[i], clean, run.data[i, levels], ratio[:, None] * run.states[i] - run.states[after]
+    d, p, w = at - run.states[i], clean, ratio[:, None] * run.states[i] - run.states[after]
     a = ratio[:, None] + u * run.reaction[i]
     of_plan = a**2 * _dot(d, d) + v**2 * _dot(p, p) - 2 * a * v * _dot(d, p)
     of_plan += _dot(w, w)[:, None] + 2 * (a * (w @ d.T) - v * (w @ p.T))
-    mixed = a[:, None] * (x @ d.T) - v[:, None] * (x @ p.T) + (w @ x.T)[:, :, None]
-    total = of_plan[:, None] + u[:, None] ** 2 * _dot(x, x)[:, None] + 2 * u[:, None] * mixed
+    one = x.shape[1] == 1
+    along = [x[:, 0] @ each.T if one else np.einsum("lcr,cr->lc", x, each) for each in (d, p)]
+    mixed = a[:, None] * along[0] - v[:, None] * along[1] + np.tensordot(w, x, (1, 2))
+    total = of_plan[:, None] + u[:, None] ** 2 * np.square(x).sum(2) + 2 * u[:, None] * mixed
     return np.maximum(total, 0.0)
 
 

@@ -102,7 +102,7 @@ def front(
         raise DiffesError(f"power must be a positive number, got {power}")
     local, start = _allowed(table.errors[:, :, levels]) ** power, _allowed(table.start) ** power
     value, origin = _programme(local, start, units, resolution + len(units) // 2)  # rounding may add half a unit a call
-    plans = genomes(value, origin, levels, units, table.costs.shape[1])
+    plans = genomes(value[None], origin, levels, units, table.costs.shape[1])
     return undominated([table.predict(genome, power) for _, genome in plans], max_cost)
 
 
@@ -178,25 +178,27 @@ def counted(
 
 def genomes(
     value: Floats, origin: NDArray[np.int_], levels: Sequence[int], units: NDArray[np.int_], skip: int
-) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Units spent and the whole plan (N,), the cleanest node first, wherever a programme has found one.
+) -> Iterator[tuple[float, tuple[int, ...]]]:
+    """Error and the whole plan (N,), the cleanest node first, wherever a programme has found one.
 
     Args:
-        value: (limit + 1,) of plans that spend so many units; infinite where there is none.
-        origin: (N + 1, limit + 1) `node * L + level` of the call before each node; -1 at a start.
+        value: (C, limit + 1) of plans that spend so many units, one for each of C classes of them; infinite where there
+            is none.
+        origin: ((N + 1) C, limit + 1), a row for each node and class: `row * L + level` of the call before; -1 at a
+            start.
         levels: (L,) that the programme knows.
         units: (N, L) of calls.
         skip: the value of a skipped node.
     """
-    n = len(units)
-    for spent in np.flatnonzero(np.isfinite(value)):
+    n, classes = len(units), len(value)
+    for group, spent in zip(*np.nonzero(np.isfinite(value)), strict=True):
         genome = [skip] * n
-        node, left = n, int(spent)
-        while (packed := int(origin[node, left])) >= 0:
-            node, level = divmod(packed, len(levels))
-            genome[n - 1 - node] = levels[level]
-            left -= int(units[node, level])
-        yield int(spent), tuple(genome)
+        row, left = n * classes + int(group), int(spent)
+        while (packed := int(origin[row, left])) >= 0:
+            row, level = divmod(packed, len(levels))
+            genome[n - 1 - row // classes] = levels[level]
+            left -= int(units[row // classes, level])
+        yield float(value[group, spent]), tuple(genome)
 
 
 def undominated(found: Sequence[Forecast], max_cost: float) -> list[Forecast]:

@@ -32,6 +32,7 @@ class PlanSpace(SearchSpace):
         budget: the largest cost allowed; None allows all.
         allowed: levels that a call may have, rising: `(0,)` where only the timesteps are searched.
         starts: feasible plans (N,) from which a search starts.
+        reusing: levels that reuse what an earlier call computed, which the noisiest call of a plan cannot be at.
     """
 
     mutation: ClassVar[str] = "plan_move"
@@ -40,6 +41,7 @@ class PlanSpace(SearchSpace):
 
     allowed: tuple[int, ...]
     starts: tuple[tuple[int, ...], ...] = ()
+    reusing: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.stages)
@@ -51,13 +53,18 @@ class PlanSpace(SearchSpace):
                 f"allowed must be rising levels in [0, {self.max_level - 1}], at least one, got {self.allowed}: "
                 f"{self.max_level} is a skipped node"
             )
+        if 0 in self.reusing or not set(levels) - set(self.reusing):
+            raise DiffesError(
+                f"reusing must be levels above 0 and leave at least one of {self.allowed}, got {self.reusing}: the "
+                "first call of a run has nothing to reuse"
+            )
         costs = np.array(self.level_costs) if len({len(row) for row in self.level_costs}) == 1 else np.empty(0)
         if costs.shape != (n, self.max_level + 1) or costs[:, -1].any() or not (costs[:, :-1] > 0).all():
             raise DiffesError(
                 f"level_costs must be {(n, self.max_level + 1)} whole numbers, positive but for the last of each node, "
                 f"which is 0 for a skipped one; got {self.level_costs}"
             )
-        smallest = int(costs[:, levels].min())
+        smallest = int(costs[:, self.first_levels].min())
         if self.budget is not None and self.budget < smallest:
             raise DiffesError(
                 f"no plan costs {self.budget} or less: the smallest possible is {smallest} (one call at the cheapest "
@@ -75,6 +82,7 @@ class PlanSpace(SearchSpace):
         allowed: Sequence[int] | None = None,
         starts: Sequence[Sequence[int]] = (),
         n_timesteps: int = 1000,
+        reusing: Sequence[int] = (),
     ) -> PlanSpace:
         """A budget in dense calls, of whatever currency the costs are: MACs or milliseconds.
 
@@ -87,6 +95,7 @@ class PlanSpace(SearchSpace):
             allowed: levels that a call may have; all when left out.
             starts: feasible plans (N,) from which a search starts; H + 1 is a skipped node.
             n_timesteps: T, training timesteps that the nodes divide equally.
+            reusing: levels that reuse what an earlier call computed.
 
         Raises:
             DiffesError: costs are not positive numbers, or the budget is below the cheapest call.
@@ -98,7 +107,11 @@ class PlanSpace(SearchSpace):
         levels = tuple(range(skip)) if allowed is None else tuple(allowed)
         scaled = table / table[:, 0].mean() * COST_RESOLUTION
         whole = np.maximum(np.ceil(scaled - 1e-6), 1).astype(int)  # a dense call is not one unit more than it is
-        smallest = whole[:, [level for level in levels if 0 <= level < skip]].min(initial=2**62) / COST_RESOLUTION
+        known = [level for level in levels if 0 <= level < skip]
+        first = [
+            level for level in known if level not in reusing
+        ] or known  # none: refused below
+        smallest = whole[:, first].min(initial=2**62) / COST_RESOLUTION
         if calls is not None and not (smallest <= calls < math.inf):
             raise DiffesError(
                 f"calls must be at least {math.ceil(smallest * 1e4) / 1e4:.4f} dense calls, what one call at the "
@@ -107,7 +120,8 @@ class PlanSpace(SearchSpace):
         rows = tuple((*(int(cost) for cost in row), 0) for row in whole)
         budget = None if calls is None else math.floor(calls * COST_RESOLUTION * (1 + 1e-12))
         plans = tuple(tuple(int(level) for level in plan) for plan in starts)
-        return cls(Stages.equal(n, n_timesteps), skip, (1,) * n, rows, budget, levels, plans)
+        reused = tuple(level for level in levels if level in reusing)
+        return cls(Stages.equal(n, n_timesteps), skip, (1,) * n, rows, budget, levels, plans, reused)
 
     @property
     def skip(self) -> int:
@@ -124,6 +138,11 @@ class PlanSpace(SearchSpace):
         """The highest allowed level."""
         return self.allowed[-1]
 
+    @property
+    def first_levels(self) -> list[int]:
+        """Allowed levels of the noisiest call, which has nothing to reuse."""
+        return [level for level in self.allowed if level not in self.reusing]
+
     def called(self, levels: Sequence[int]) -> list[int]:
         """Nodes that a plan (N,) calls, the cleanest first."""
         return [node for node, level in enumerate(levels) if level != self.skip]
@@ -131,7 +150,7 @@ class PlanSpace(SearchSpace):
     def fits(self, levels: Sequence[int]) -> bool:
         """Whether a plan (N,) is within the budget, has a call, and only allowed ones; the same as feasible."""
         genes = len(levels) == self.n_stages and set(levels) <= set(self.genes) and min(levels) < self.skip
-        return genes and self.affords(levels)
+        return genes and levels[self.called(levels)[-1]] not in self.reusing and self.affords(levels)
 
     def affords(self, levels: Sequence[int]) -> bool:
         """Whether a plan (N,) costs no more than the budget."""
@@ -154,20 +173,31 @@ class PlanSpace(SearchSpace):
         """Allowed levels that are denser than `level`, the thinnest of them first."""
         return [k for k in reversed(self.allowed) if k < level]
 
+    def grounded(self, levels: Sequence[int]) -> list[int]:
+        """The plan (N,) with its noisiest call at the densest level that reuses nothing, where it would reuse."""
+        plan, called = list(levels), self.called(levels)
+        if called and plan[called[-1]] in self.reusing:
+            plan[called[-1]] = self.first_levels[0]
+        return plan
+
     def pay(self, levels: Sequence[int], rng: np.random.Generator, spare: Collection[int] = ()) -> list[int]:
-        """A plan (N,) within the budget: as long as it costs too much, a random call is dropped or made cheaper.
+        """A plan (N,) within the budget, grounded: as long as it costs too much, a random call is dropped or made
+        cheaper.
 
         Args:
             levels: (N,) allowed levels and skipped nodes.
             rng: draws the calls, and whether they are dropped; each is as likely.
-            spare: nodes that are left alone; no more of them than can be paid for.
+            spare: nodes that are left alone, as long as there are others.
         """
-        plan = list(levels)
+        plan = self.grounded(levels)
         while not self.affords(plan):
-            calls = [node for node in self.called(plan) if node not in spare]
+            calls = [node for node in self.called(plan) if node not in spare] or self.called(plan)
             node = int(rng.choice(calls))
             cheaper = self.cheaper(node, plan[node])
+            if node == self.called(plan)[-1]:
+                cheaper = [level for level in cheaper if level not in self.reusing]
             plan[node] = cheaper[0] if cheaper and rng.random() < 0.5 else self.skip
+            plan = self.grounded(plan)
         return plan
 
     def spend(self, levels: Sequence[int], rng: np.random.Generator) -> list[int]:
@@ -175,14 +205,18 @@ class PlanSpace(SearchSpace):
 
         Without a budget nothing is left to spend, and the plan stays as it is.
         """
-        plan = list(levels)
+        plan = self.grounded(levels)
         while self.budget is not None:
             left = self.budget - self.cost(plan)
-            options = [
-                (node, self.denser(plan[node])[0])
+            first = self.called(plan)[-1:]
+            denser = {
+                node: [level for level in self.denser(plan[node]) if node not in first or level not in self.reusing]
                 for node in self.called(plan)
-                if plan[node] > self.allowed[0]
-                and self.level_costs[node][self.denser(plan[node])[0]] - self.level_costs[node][plan[node]] <= left
+            }
+            options = [
+                (node, levels[0])
+                for node, levels in denser.items()
+                if levels and self.level_costs[node][levels[0]] - self.level_costs[node][plan[node]] <= left
             ]
             if not options:
                 break
@@ -231,16 +265,17 @@ class PlanSpace(SearchSpace):
 
         Where not even one can be paid there, it is at the densest level at which one can.
         """
-        for level in self.allowed:
+        for level in self.first_levels:
             if (plan := self.even(level)) is not None:
                 return plan
         node, level = self._single(np.random.default_rng(0))
         return [level if each == node else self.skip for each in range(self.n_stages)]
 
     def even(self, level: int) -> list[int] | None:
-        """As many calls as can be paid at one level, evenly spread from the noisiest node on; None if none can."""
+        """As many calls as can be paid at one level, evenly spread from the noisiest node on, grounded; None if none
+        can."""
         for count in range(self.n_stages, 0, -1):
-            if self.affords(plan := self._trailing(count, level)):
+            if self.affords(plan := self.grounded(self._trailing(count, level))):
                 return plan
         return None
 
@@ -260,7 +295,7 @@ class PlanSpace(SearchSpace):
             raise DiffesError(
                 f"plan {list(schedule.levels)} is not feasible: it costs {self.cost(schedule.levels)} of at most "
                 f"{self.budget}, must call at least one node, and each at one of the levels {list(self.allowed)} "
-                f"({self.skip} is a skipped node)"
+                f"({self.skip} is a skipped node), the noisiest at one of {self.first_levels}"
             )
         return schedule
 
@@ -273,7 +308,8 @@ class PlanSpace(SearchSpace):
 
     def _single(self, rng: np.random.Generator) -> tuple[int, int]:
         """A random node and allowed level that can be paid on their own."""
-        pairs = [(node, level) for node in range(self.n_stages) for level in self.allowed if self.pays(node, level)]
+        levels = self.first_levels
+        pairs = [(node, level) for node in range(self.n_stages) for level in levels if self.pays(node, level)]
         return pairs[int(rng.integers(len(pairs)))]
 
 

@@ -96,14 +96,15 @@ class SearchSpace:
         Args:
             stages: their ranges of timesteps.
             steps: (S,) denoiser calls per stage.
-            costs: (S, H + 1) cost of one call in each stage at each level, in any unit. A level that was measured as
-                more costly than a denser one counts as much as that one.
+            costs: (S, H + 1) cost of one call in each stage at each level, in any unit. A level counts
+                as much as the dearest thinner one, at most as the dense one, so that no budget is exceeded.
             budget: largest cost of a schedule over that of the dense model, above 0 and at most 1.
 
         Raises:
             DiffesError: the budget is out of its range, or below what the highest level everywhere costs.
         """
-        falling = np.minimum.accumulate(np.asarray(costs, dtype=float), axis=1)
+        table = np.asarray(costs, dtype=float)
+        falling = np.minimum(np.maximum.accumulate(table[:, ::-1], axis=1)[:, ::-1], table[:, :1])
         dense = float(np.asarray(steps) @ falling[:, 0])
         smallest = float(np.asarray(steps) @ falling[:, -1]) / dense
         if not (isinstance(budget, int | float) and smallest <= budget <= 1):
@@ -237,3 +238,19 @@ class SearchSpace:
     def _gain(self, stage: int, level: int) -> int:
         """Added cost when a stage goes from `level` to the next denser one."""
         return self.steps[stage] * (self.level_costs[stage][level - 1] - self.level_costs[stage][level])
+
+
+def first_computes(costs: Sequence[Sequence[float]], steps: Sequence[int], reusing: Sequence[int]) -> list[list[float]]:
+    """(S, H + 1) costs of one call, with a dense one among those of the noisiest visited stage where a level reuses
+    something: the first call of a run computes everything.
+
+    Args:
+        costs: (S, H + 1).
+        steps: (S,) denoiser calls in each stage.
+        reusing: levels that reuse what an earlier call computed.
+    """
+    table = [list(row) for row in costs]
+    noisiest = max(stage for stage, n in enumerate(steps) if n)
+    for level in reusing:
+        table[noisiest][level] += (table[noisiest][0] - table[noisiest][level]) / steps[noisiest]
+    return table

@@ -24,7 +24,7 @@ from diffes.search.ledger import SearchResult
 from diffes.search.loop import run_search
 from diffes.search.plan import PlanSpace, trailing
 from diffes.search.schedule import Plan, Schedule, Stages
-from diffes.search.space import SearchSpace
+from diffes.search.space import SearchSpace, first_computes
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation
 from diffes.study.heldout import HELDOUT_SEED
@@ -98,8 +98,9 @@ class Plans:
         """
         allowed = (0,) if genes == "steps" else None
         return PlanSpace.dense_calls(
-            self.costs, calls, allowed=allowed, starts=starts, n_timesteps=self.bench.adapter.n_timesteps
-        )
+            self.costs, calls, allowed=allowed, starts=starts, n_timesteps=self.bench.adapter.n_timesteps,
+            reusing=self.bench.router.bank.reusing,
+        )  # fmt: skip
 
     def evaluator(self, n_probes: int, seed: int, split: Split = "search") -> PlanEvaluator:
         """What measures plans, on probes of its own, against the dense model at many steps of the solver."""
@@ -127,10 +128,17 @@ class Plans:
 
     def starts(self, table: MeasuredTable, calls: float, genes: Genes = "joint") -> list[tuple[int, ...]]:
         """The table's plans for a budget, in turn of each way to foretell an error: with latents carried along, which
-        is the most promising, then by adding errors up as squares and as roots."""
+        is the most promising, then by adding errors up as squares and as roots.
+
+        Where some levels reuse and others are thin, plans that do without the one or the other are among them: with
+        more to choose from, the programme that carries latents need not find what it finds with less.
+        """
         space = self.space(calls, genes)
-        ways = [carried.variants(table.run, calls, VARIANTS, allowed=space.allowed)]
-        ways += [variants(table.table, calls, VARIANTS, power=p, allowed=space.allowed) for p in POWERS]
+        alphabets = [space.allowed, tuple(space.first_levels), (space.allowed[0], *space.reusing)]
+        if not space.reusing or len(space.first_levels) == 1:
+            alphabets = alphabets[:1]
+        ways = [carried.variants(table.run, calls, VARIANTS, allowed=allowed) for allowed in alphabets]
+        ways += [variants(table.table, calls, VARIANTS, power=p, allowed=space.first_levels) for p in POWERS]
         turns = itertools.chain.from_iterable(itertools.zip_longest(*ways))
         found = dict.fromkeys(forecast.levels for forecast in turns if forecast is not None)
         return [levels for levels in found if space.is_feasible(levels)]
@@ -177,8 +185,9 @@ class Plans:
         Raises:
             DiffesError: the highest level in all stages costs more.
         """
-        stages, costs = self.bench.space.stages, self.call_costs
+        stages = self.bench.space.stages
         steps = stages.count_steps(self.fixed.timesteps or ())
+        costs = first_computes(self.call_costs, steps, self.bench.router.bank.reusing)
         least, dense = (sum(n * row[k] for n, row in zip(steps, costs, strict=True)) for k in (-1, 0))
         if calls * self._unit < least:
             raise DiffesError(

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from diffes.adapters import BlockSet, GroupSet
+from diffes.adapters import AnySet
 from diffes.search.schedule import Schedule, Stages
 
 COLOURS = ("#0b6e99", "#d1603d", "#6a994e", "#7d5ba6", "#c99700", "#444444", "#c2578b", "#3fa7a0", "#8c5a3c", "#9aa5b1")
@@ -146,7 +146,7 @@ def damage(table: Sequence[Sequence[float]], stages: Stages, metric: str) -> Fig
         return figure
 
 
-def split(prunable: Sequence[GroupSet | BlockSet], kept: Sequence[Sequence[int]], schedule: Schedule) -> Figure:
+def split(prunable: Sequence[AnySet], kept: Sequence[Sequence[int]], schedule: Schedule) -> Figure:
     """Heat map of how the levels of a schedule are shared out: what each layer loses in each stage, noise on the left.
 
     Args:

@@ -11,17 +11,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from deap import base
 
 from diffes.adapters import ModelAdapter, Split, adapter_for, load_pipeline, model_folder, shipped_models
-from diffes.errors import unknown_name
-from diffes.measure.currencies import CURRENCIES, LATENCY_REPEATS, Currency, Table, interleaved_ms, macs_fraction
+from diffes.errors import DiffesError, unknown_name
+from diffes.measure.currencies import (
+    CURRENCIES,
+    LATENCY_REPEATS,
+    Currency,
+    Table,
+    interleaved_ms,
+    macs_by_level,
+    macs_fraction,
+)
 from diffes.measure.evaluator import ScheduleEvaluator
 from diffes.measure.metrics import Metric, make_metric
 from diffes.measure.profile import damage_table, stage_profile
 from diffes.progress import Progress, RichProgress
-from diffes.pruning import METHODS
+from diffes.pruning import make_method
 from diffes.pruning.allocation import allocation_of
 from diffes.pruning.build import build_bank
 from diffes.pruning.calibration import CalibrationSet, load_calibration, sample_calibration
@@ -32,7 +41,7 @@ from diffes.search.ledger import SearchResult
 from diffes.search.loop import run_search
 from diffes.search.plan import PlanSpace
 from diffes.search.schedule import Plan, Schedule, Stages
-from diffes.search.space import SearchSpace
+from diffes.search.space import SearchSpace, first_computes
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation, Evaluator, StageProfile
 from diffes.study.config import RunConfig
@@ -246,22 +255,26 @@ def prepare(
         DiffesError: a name is unknown, the budget infeasible, the model or its calibration data unusable.
     """
     check_settings(config, example)
-    method = METHODS.make(config.method)
+    method = make_method(config.method)
     pipe = load_pipeline(config.model, device=pick_device(config.device), dtype=getattr(torch, config.dtype))
     pipe.set_progress_bar_config(disable=True)
     adapter = adapter_for(pipe)
     if config.prompts is not None:
         adapter.use_prompts(Path(config.prompts))
+    if "reuse" in method.kind and config.cost == "level":
+        raise DiffesError(
+            f"levels of {config.method} that reuse remove nothing: set cost to macs or latency, not level"
+        )
     stages = Stages.equal(config.stages, adapter.n_timesteps)
     steps = stages.count_steps(adapter.timesteps(config.steps))
-    space = SearchSpace.mean_sparsity(stages, adapter.max_level(method.kind), config.budget, steps)
+    space = SearchSpace.mean_sparsity(stages, method.max_level(adapter), config.budget, steps)
     if isinstance(example, PlanSpace):
         check_visited(space, config)
     metric = make_metric(config.metric, adapter.device)
     try_metric(metric, adapter)
     splits = allocation_of(method.kind, config.allocation) == "damage"
-    data = calibration_of(config, adapter) if splits or method.needs != "nothing" else None
-    with progress.task(f"calibrating {config.method}", len(space.visited)) as advance:
+    data = calibration_of(config, adapter) if splits or method.needs_data else None
+    with progress.task(f"calibrating {config.method}", len(space.visited) * len(method.parts)) as advance:
         bank = build_bank(
             adapter,
             method,
@@ -273,7 +286,11 @@ def prepare(
             only=space.visited,
             progress=lambda stage: advance(f"stage {stage}"),
         )
-    return _priced(Workbench(config, adapter, space, Router(adapter, bank), metric, costs or []), progress)
+    router = Router(adapter, bank)
+    if len(method.parts) > 1:  # one alphabet: the cheaper a call, the higher its level
+        macs = np.array(macs_by_level(router, stages, space.visited, space.max_level))[space.visited].mean(0)
+        router = Router(adapter, bank.in_order(sorted(range(1, space.max_level + 1), key=lambda k: -macs[k])))
+    return _priced(Workbench(config, adapter, space, router, metric, costs or []), progress)
 
 
 def vary(bench: Workbench, config: RunConfig, progress: Progress, costs: Table | None = None) -> Workbench:
@@ -308,7 +325,8 @@ def _priced(bench: Workbench, progress: Progress) -> Workbench:
         probes = bench.adapter.make_probes(config.probes, HELDOUT_SEED, "heldout")
         with progress.task(f"{config.cost} by level", 1) if currency.counted else nullcontext():
             costs = currency.table(bench.router, space.stages, space.visited, space.max_level, probes)
-    return replace(bench, costs=costs, space=currency.space(space.stages, space.steps, costs, config.budget))
+    counted = first_computes(costs, space.steps, bench.router.bank.reusing)
+    return replace(bench, costs=costs, space=currency.space(space.stages, space.steps, counted, config.budget))
 
 
 def calibration_of(config: RunConfig, adapter: ModelAdapter) -> CalibrationSet:

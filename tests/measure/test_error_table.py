@@ -20,20 +20,22 @@ from diffes.search.schedule import Plan, Stages
 N_NODES = 16
 
 
-def bench(adapter: ModelAdapter, solver: str = "dpmsolver++", **options: object) -> tuple[PlanEvaluator, PlanSpace]:
+def bench(
+    adapter: ModelAdapter, solver: str = "dpmsolver++", method: str = "obs", **options: object
+) -> tuple[PlanEvaluator, PlanSpace]:
     stages = Stages.equal(N_STAGES)
-    router = Router(adapter, small_bank(adapter, "obs", stages))
+    router = Router(adapter, small_bank(adapter, method, stages))
     metric = make_metric("latent_mse", adapter.device)
     evaluator = PlanEvaluator(
         router, stages, solver, adapter.make_probes(2, 0), guidance=2.0, metric=metric, reference_steps=4
     )
-    top = adapter.max_level("width")
+    top = router.max_level
     costs = [[1 - 0.9 * k / top for k in range(top + 1)]] * N_NODES
-    return evaluator, PlanSpace.dense_calls(costs, 8.0, **options)  # type: ignore[arg-type]
+    return evaluator, PlanSpace.dense_calls(costs, 8.0, reusing=router.bank.reusing, **options)  # type: ignore[arg-type]
 
 
 def measured(adapter: ModelAdapter, solver: str = "dpmsolver++", **options: object) -> MeasuredTable:
-    return measure_table(*bench(adapter, solver, **options))
+    return measure_table(*bench(adapter, solver, **options))  # type: ignore[arg-type]
 
 
 def test_a_dense_jump_to_the_next_node_is_the_dense_run_itself(untrained: ModelAdapter) -> None:
@@ -173,3 +175,25 @@ def test_plans_of_the_table_are_better_than_even_ones(tiny: ModelAdapter) -> Non
         ]
         ahead += errors[0] <= errors[1]
     assert len(plans) >= 6 and ahead >= len(plans) - 2
+
+
+@pytest.mark.parametrize("method", ["block_reuse", "obs+deep_reuse"])
+def test_levels_that_reuse_are_measured_after_calls_some_nodes_before(untrained: ModelAdapter, method: str) -> None:
+    """What the table says of a plan of two calls, the second reusing of the first, against that plan's own run."""
+    if "deep" in method and untrained.up_layers() is None:
+        return
+    evaluator, space = bench(untrained, "ddim", method)
+    found = measure_table(evaluator, space)
+    run, levels = found.run, np.array(space.reusing)
+    assert (run.reusing == levels).all() and np.isnan(run.data[:, levels]).all()
+    assert run.reused.shape[:3] == (N_NODES, len(levels), len(run.gaps)) and np.isfinite(run.reused).all()
+    assert np.isnan(found.table.errors[:, :, levels]).all()
+    rows = 2 * 2 * N_NODES
+    assert found.calls > rows * len(space.first_levels) + rows * len(levels) * len(run.gaps) * 0.9
+    final = evaluator.latents(space.any_schedule([0] * N_NODES))
+    for gap in run.gaps.tolist():
+        for level in levels.tolist():
+            genome = [space.skip] * N_NODES
+            genome[N_NODES - 1], genome[N_NODES - 1 - gap] = 0, level
+            true = float((evaluator.latents(space.schedule(genome)) - final).square().mean())
+            assert run.predict(genome).error == pytest.approx(true, rel=0.35)

@@ -18,9 +18,11 @@ from diffes.search.schedule import Plan, Schedule, Stages
 N_NODES = 10
 
 
-def evaluator_of(adapter: ModelAdapter, solver: str = "dpmsolver++", **changes: int) -> PlanEvaluator:
+def evaluator_of(
+    adapter: ModelAdapter, solver: str = "dpmsolver++", method: str = "obs", **changes: int
+) -> PlanEvaluator:
     stages = Stages.equal(N_STAGES)
-    router = Router(adapter, small_bank(adapter, "obs", stages))
+    router = Router(adapter, small_bank(adapter, method, stages))
     metric = make_metric("latent_mse", adapter.device)
     settings = {"reference_steps": 12, **changes}
     return PlanEvaluator(router, stages, solver, adapter.make_probes(2, 0), guidance=2.0, metric=metric, **settings)  # type: ignore[arg-type]
@@ -55,6 +57,30 @@ def test_prefixes_of_plans_are_shared_and_change_no_bit(untrained: ModelAdapter,
         assert expected.denoiser_calls == 2 * 2 * len(space.called(schedule.levels))
         whole += expected.denoiser_calls
     assert sum(e.denoiser_calls for e in found.values()) == shared.denoiser_calls < whole
+
+
+@pytest.mark.parametrize("method", ["obs+block_reuse", "deep_reuse"])
+def test_prefixes_are_shared_with_what_later_calls_reuse(untrained: ModelAdapter, method: str) -> None:
+    """Plans that agree up to a call, of which the one reuses there and the other one does not, and a small cache."""
+    shared = evaluator_of(untrained, method=method)
+    bank, rng = shared.router.bank, np.random.default_rng(0)
+    costs = [[1 - 0.9 * k / bank.max_level for k in range(bank.max_level + 1)]] * N_NODES
+    space = PlanSpace.dense_calls(costs, 5.0, reusing=bank.reusing)
+    plans = [space.sample(rng) for _ in range(3)]
+    for plan in list(plans):
+        for node in space.called(plan)[:-1][:2]:
+            plans += [
+                [level if each == node else old for each, old in enumerate(plan)] for level in (0, bank.reusing[0])
+            ]
+    schedules = list(dict.fromkeys(space.any_schedule(plan) for plan in plans))
+    assert any(level in bank.reusing for schedule in schedules for level in schedule.levels)
+    alone = [next(evaluator_of(untrained, method=method)([schedule])) for schedule in schedules]
+    found = {e.schedule: e for e in shared(schedules)}
+    assert [found[e.schedule].fitness for e in alone] == [e.fitness for e in alone]
+    assert shared.denoiser_calls < sum(e.denoiser_calls for e in alone)
+    again = {e.schedule: e.fitness for e in shared(schedules[::-1])}
+    assert all(again[e.schedule] == e.fitness for e in alone)
+    assert shared.router.memory is None
 
 
 def test_a_dense_plan_at_the_solvers_own_timesteps_is_that_run(untrained: ModelAdapter) -> None:

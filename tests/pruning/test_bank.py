@@ -28,7 +28,7 @@ def test_save_and_load_keep_every_bit(tiny: ModelAdapter, stages: Stages, tmp_pa
     bank = small_bank(tiny, "obs", stages).for_schedule(Schedule(stages, (0, 1, 2, 4), 4))
     bank.save(tmp_path / "bank.safetensors", {"method": "obs"})
     loaded, header = WeightBank.open(tmp_path / "bank.safetensors")
-    assert header == {"format_version": 2, "kind": "width", "method": "obs"}
+    assert header == {"format_version": 3, "kind": "width", "method": "obs"}
     bank.save(tmp_path / "again.safetensors", {"method": "obs"})
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "bank.safetensors").read_bytes()
     assert sorted(loaded) == sorted(bank) == [(1, 1), (2, 2), (3, 4)]
@@ -84,13 +84,13 @@ def test_unreadable_banks_are_refused(tiny: ModelAdapter, stages: Stages, tmp_pa
     path = tmp_path / "bank.safetensors"
     small_bank(tiny, "obs", stages, [0]).save(path, {})
     content = path.read_bytes()
-    messages = {"missing": "missing", "foreign": "no diffes bank", "newer": "version 3.*newer diffes"}
+    messages = {"missing": "missing", "foreign": "no diffes bank", "newer": "version 4.*newer diffes"}
     if damage == "missing":
         path.unlink()
     elif damage == "foreign":
         save_file({"x": torch.zeros(2)}, path)
     elif damage == "newer":
-        save_file({"x": torch.zeros(2)}, path, metadata={FORMAT: json.dumps({"format_version": 3, "kind": "width"})})
+        save_file({"x": torch.zeros(2)}, path, metadata={FORMAT: json.dumps({"format_version": 4, "kind": "width"})})
     else:
         path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"hello"}[damage])
     with pytest.raises(DiffesError, match=messages.get(damage, "is damaged")):

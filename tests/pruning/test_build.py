@@ -30,7 +30,7 @@ def width_methods() -> list[str]:
 def test_costs_of_levels_are_the_macs_that_are_counted(adapter: ModelAdapter, stages: Stages, method: str) -> None:
     """The table, which is arithmetic for width, against a counter on the routed model; equal splits cost no less."""
     bank = small_bank(adapter, method, stages, STAGES)
-    max_level = adapter.max_level(bank.kind)
+    max_level = bank.max_level
     router = Router(adapter, bank)
     table = macs_by_level(router, stages, STAGES, max_level)
     equal = macs_by_level(
@@ -38,7 +38,8 @@ def test_costs_of_levels_are_the_macs_that_are_counted(adapter: ModelAdapter, st
     )
     for level in range(max_level + 1):
         with router.routed(Schedule(stages, (0, level, level, 0), max_level)):
-            for stage in STAGES:
+            macs_per_call(adapter, 999)  # the first call of a run computes everything
+            for stage in reversed(STAGES):
                 counted = macs_per_call(adapter, stages.ranges[stage][0])
                 assert table[stage][level] == pytest.approx(counted, rel=1e-9), (stage, level)
                 assert table[stage][level] <= equal[stage][level] * (1 + 1e-9)

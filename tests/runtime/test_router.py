@@ -9,7 +9,7 @@ import torch
 from conftest import small_bank
 from torch import nn
 
-from diffes.adapters import GroupSet, Kind, ModelAdapter
+from diffes.adapters import BlockSet, GroupSet, Kind, ModelAdapter
 from diffes.adapters.dit import DiTAdapter
 from diffes.errors import DiffesError
 from diffes.pruning import METHODS, GroupWeights
@@ -18,8 +18,9 @@ from diffes.runtime.router import Router
 from diffes.search.schedule import Schedule, Stages
 
 METHOD_NAMES = METHODS.names()
+PRUNING = [name for name in METHOD_NAMES if METHODS.get(name).kind != "reuse"]
 STAGES = [1, 2]  # of the four: banks of two stages are enough, and are built once for all tests
-OF_KIND: dict[Kind, str] = {"width": "obs", "depth": "layer_drop"}
+OF_KIND: dict[Kind, str] = {"width": "obs", "depth": "layer_drop", "reuse": "block_reuse"}
 
 
 def everywhere(stages: Stages, level: int, max_level: int) -> Schedule:
@@ -53,7 +54,7 @@ def test_level_0_is_the_dense_model_bit_for_bit(adapter: ModelAdapter, stages: S
     probes = adapter.make_probes(2, 0)
     dense = adapter.sample(probes, 4, 2.0)
     bank = small_bank(adapter, method, stages, STAGES)
-    router, max_level = Router(adapter, bank), adapter.max_level(bank.kind)
+    router, max_level = Router(adapter, bank), bank.max_level
     with router.routed(everywhere(stages, 0, max_level)):
         assert torch.equal(adapter.sample(probes, 4, 2.0), dense)
     with router.routed(Schedule(stages, (0, 1, 1, 0), max_level)):
@@ -73,21 +74,21 @@ def masked(adapter: ModelAdapter, bank: WeightBank, level: int, stack: ExitStack
             full[:, columns] = thin.consumer if thin.consumer is not None else dense[:, columns]
             layer.weight.data = full
             stack.callback(setattr, layer.weight, "data", dense)
-        else:
+        elif isinstance(prunable, BlockSet):
             for i, path in enumerate(prunable.blocks):
                 if i not in thin.kept:
                     block = adapter.denoiser.get_submodule(path)
                     stack.callback(block.register_forward_hook(lambda _m, args, _o: args[0]).remove)
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", PRUNING)
 def test_sliced_equals_masked(adapter: ModelAdapter, stages: Stages, method: str) -> None:
     """Thin layers against full ones with zero columns, skipped blocks against blocks whose output is not used."""
     bank = small_bank(adapter, method, stages, STAGES)
     router = Router(adapter, bank)
     probes = adapter.make_probes(2, 0)
     latents, timesteps = probes.noise, torch.tensor([300, 300])
-    max_level = adapter.max_level(bank.kind)
+    max_level = bank.max_level
     before = state(adapter)
     for level in range(1, max_level + 1):
         with torch.no_grad(), router.routed(Schedule(stages, (0, level, 0, 0), max_level)):
@@ -99,12 +100,12 @@ def test_sliced_equals_masked(adapter: ModelAdapter, stages: Stages, method: str
     assert_dense(adapter, before)
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", PRUNING)
 def test_level_k_removes_k_of_h_everywhere_and_levels_are_nested(
     adapter: ModelAdapter, stages: Stages, method: str
 ) -> None:
     bank = small_bank(adapter, method, stages, STAGES, allocation="equal")
-    max_level = adapter.max_level(bank.kind)
+    max_level = bank.max_level
     for prunable in adapter.prunable(bank.kind):
         kept = set(range(prunable.n_groups))
         for level in range(1, max_level + 1):
@@ -123,7 +124,7 @@ def test_dense_is_restored_however_the_context_is_left(
 ) -> None:
     before = state(adapter)
     bank = small_bank(adapter, method, stages, STAGES)
-    router, max_level = Router(adapter, bank), adapter.max_level(bank.kind)
+    router, max_level = Router(adapter, bank), bank.max_level
     probes = adapter.make_probes(1, 0)
     calls = 0
 
@@ -133,7 +134,7 @@ def test_dense_is_restored_however_the_context_is_left(
         if error is not None and calls == 5:
             raise error("in the middle of a run")
 
-    handle = adapter.denoiser.get_submodule(adapter.blocks()[1]).register_forward_hook(interrupt)
+    handle = list(adapter.denoiser.children())[-1].register_forward_hook(interrupt)
     try:
         with router.routed(Schedule(stages, (0, max_level, 2, 0), max_level)):
             adapter.sample(probes, 8, 2.0)
@@ -150,8 +151,9 @@ def test_dense_is_restored_when_a_swap_is_interrupted(
     untrained: ModelAdapter, stages: Stages, monkeypatch: pytest.MonkeyPatch, kind: Kind
 ) -> None:
     before = state(untrained)
-    router = Router(untrained, small_bank(untrained, OF_KIND[kind], stages))
-    last = router._parts[untrained.prunable(kind)[-1].name]
+    bank = small_bank(untrained, OF_KIND[kind], stages)
+    router = Router(untrained, bank)
+    last = router._parts[list(bank[1, 2])[-1]]
     load_thin = last.load_thin
 
     def interrupted(thin: GroupWeights) -> None:
@@ -159,7 +161,7 @@ def test_dense_is_restored_when_a_swap_is_interrupted(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(last, "load_thin", interrupted)
-    with pytest.raises(KeyboardInterrupt), router.routed(everywhere(stages, 2, untrained.max_level(kind))):
+    with pytest.raises(KeyboardInterrupt), router.routed(Schedule(stages, (0, 2, 2, 0), bank.max_level)):
         untrained.sample(untrained.make_probes(1, 0), 4, 2.0)
     assert_dense(untrained, before)
 

@@ -224,3 +224,27 @@ def test_who_wants_another_kind_of_space_says_so() -> None:
     schedules_only(SPACES["paper"], "me")
     with pytest.raises(DiffesError, match=r"'me' works on levels of stages.*plans of 16 nodes"):
         schedules_only(PLANS["plans"], "me")
+
+
+def test_the_first_call_cannot_reuse() -> None:
+    space = PlanSpace.dense_calls([[1.0, 0.8, 0.3]] * 6, 3, reusing=(2,))
+    assert space.first_levels == [0, 1] and space.reusing == (2,)
+    assert space.is_feasible([3, 2, 2, 1, 3, 3]) and not space.is_feasible([3, 1, 1, 2, 3, 3])
+    assert space.grounded([3, 2, 2, 3, 3, 3]) == [3, 2, 0, 3, 3, 3] and space.grounded([3] * 6) == [3] * 6
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        plan = space.repair(rng.integers(0, 4, 6).tolist(), rng)
+        assert space.is_feasible(plan) and plan[space.called(plan)[-1]] != 2
+    assert space.even(2) == [2, 2, 2, 2, 2, 0] and space.uniform() == [3, 0, 3, 0, 3, 0]
+    with pytest.raises(DiffesError, match="the noisiest at one of"):
+        space.schedule([3, 2, 2, 3, 3, 3])
+
+
+def test_a_space_needs_a_level_that_reuses_nothing() -> None:
+    for reusing in ((0, 1), (0,)):
+        with pytest.raises(DiffesError, match="the first call of a run has nothing to reuse"):
+            PlanSpace.dense_calls([[1.0, 0.3]] * 4, 2, reusing=reusing)
+    with pytest.raises(DiffesError, match=r"calls must be at least 1\.0000 dense calls"):
+        PlanSpace.dense_calls([[1.0, 0.3]] * 4, 0.5, reusing=(1,))
+    dense = PlanSpace.dense_calls([[1.0, 0.3]] * 4, 2, allowed=(0,), reusing=(1,))
+    assert dense.reusing == ()

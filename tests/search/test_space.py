@@ -10,7 +10,7 @@ import pytest
 
 from diffes.errors import DiffesError
 from diffes.search.schedule import Stages
-from diffes.search.space import SearchSpace
+from diffes.search.space import SearchSpace, first_computes
 
 BUDGETS = [0, 0.3, 0.33, 0.5, 1]
 STEPS = {
@@ -197,3 +197,19 @@ def test_the_whole_dense_cost_allows_the_dense_model() -> None:
         costs = np.sort(rng.random((3, 5)) * rng.choice([1e-3, 1.0, 1e6]), axis=1)[:, ::-1]
         space = SearchSpace.dense_fraction(Stages.equal(3), rng.integers(1, 9, 3).tolist(), costs.tolist(), 1)
         assert space.fits([0, 0, 0])
+
+
+def test_the_first_call_of_a_run_is_counted_dense() -> None:
+    costs = [[10.0, 8.0, 3.0], [12.0, 8.0, 4.0], [9.0, 9.0, 9.0]]
+    found = first_computes(costs, [3, 2, 0], (2,))
+    assert found == [[10, 8, 3], [12, 8, 4 + (12 - 4) / 2], [9, 9, 9]] and costs[1][2] == 4
+    assert first_computes(costs, [3, 2, 0], ()) == costs
+
+
+def test_no_schedule_costs_more_than_measured_where_costs_cross() -> None:
+    costs = [[10.0, 5.0, 6.0, 7.0, 2.0], [10.0, 11.0, 12.0, 3.0, 3.5]]
+    space = SearchSpace.dense_fraction(Stages.equal(2), [1, 1], costs, 0.6)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        levels = space.sample(rng)
+        assert sum(row[level] for row, level in zip(costs, levels, strict=True)) <= 0.6 * 20 + 1e-4

@@ -1,0 +1,43 @@
+"""The layers of diffusers' conditional U-Nets, down and up, in the order in which they are skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from diffes.adapters.groups import UpLayerSet
+
+
+def unet_layers(unet: Any) -> UpLayerSet:
+    """The way up of a `UNet2DConditionModel`: every layer of it reads one output of the way down, the last the first.
+
+    Source: `UNet2DConditionModel.forward` and its blocks (diffusers 0.42).
+    """
+    down: list[tuple[str, ...]] = [("conv_in",)]
+    for i, block in enumerate(unet.down_blocks):
+        down += _layers(block, f"down_blocks.{i}")
+        down += [(f"down_blocks.{i}.downsamplers.{j}",) for j in range(len(block.downsamplers or ()))]
+    middle = [name for names in _middle(unet.mid_block) for name in names]
+    up: list[tuple[str, ...]] = []
+    for i, block in enumerate(unet.up_blocks):
+        layers = list(_layers(block, f"up_blocks.{i}"))
+        samplers = tuple(f"up_blocks.{i}.upsamplers.{j}" for j in range(len(block.upsamplers or ())))
+        up += [*layers[:-1], (*layers[-1], *samplers)]
+    sources = [(middle or down[-1])[-1], *(names[-1] for names in up[:-1])]
+    return UpLayerSet(tuple(sources), tuple(up), tuple(reversed(down)), tuple(middle))
+
+
+def _layers(block: Any, path: str) -> Iterator[tuple[str, ...]]:
+    """A residual block, and the attention after it where there is one, of each layer."""
+    attentions = len(getattr(block, "attentions", ()))
+    for i in range(len(block.resnets)):
+        yield (f"{path}.resnets.{i}", *((f"{path}.attentions.{i}",) if i < attentions else ()))
+
+
+def _middle(block: Any) -> Iterator[tuple[str, ...]]:
+    """The first residual block, and an attention and another residual block as often as there are."""
+    if block is None:
+        return
+    yield ("mid_block.resnets.0",)
+    for i, attention in enumerate(getattr(block, "attentions", ())):
+        yield (*((f"mid_block.attentions.{i}",) if attention is not None else ()), f"mid_block.resnets.{i + 1}")

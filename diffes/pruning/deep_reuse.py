@@ -1,0 +1,35 @@
+"""Deep reuse: only the outermost layers of a U-Net are computed, what enters them comes from an earlier call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffes.adapters import ModelAdapter, UpLayerSet
+from diffes.errors import DiffesError
+from diffes.pruning.base import ReuseMethod
+
+
+class DeepReuse(ReuseMethod):
+    """Level r leaves out the r innermost layers of the way up, what lies between the ways, and their layers of the way
+    down; the highest level computes one layer of each. Nothing is calibrated.
+
+    Source: DeepCache, with its branch chosen call by call.
+    """
+
+    needs = "nothing"
+
+    def groups(self, adapter: ModelAdapter) -> UpLayerSet:
+        groups = adapter.up_layers()
+        if groups is None:
+            raise DiffesError(
+                f"deep_reuse is for U-Nets, and {type(adapter.denoiser).__name__} is none: take block_reuse"
+            )
+        return groups
+
+    def max_level(self, adapter: ModelAdapter) -> int:
+        return self.groups(adapter).n_groups - 1
+
+    def kept(self, adapter: ModelAdapter, damage: Tensor | None) -> list[Tensor]:
+        n = self.groups(adapter).n_groups
+        return [torch.arange(level, n, dtype=torch.int32) for level in range(1, n)]

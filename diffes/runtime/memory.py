@@ -1,0 +1,136 @@
+"""What a denoiser call may reuse: outputs of layers that earlier calls of the same run computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from diffes.adapters import BranchSet, ModelAdapter, UpLayerSet
+from diffes.pruning.base import GroupWeights
+from diffes.search.schedule import Plan, Schedule
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is kept of one run, for one batch.
+
+    A call goes on with it where it is the run's next one: on the same conditions, in a batch of the same shape, and at
+    a lower timestep than the one before; under a plan at the plan's next timestep. Any other call begins a run. A
+    sampler may call twice at a timestep (Heun), but not at its first.
+
+    Args:
+        begun: timestep of the run's first call.
+        last: of its latest call.
+        shape: of the latents.
+        conditions: all other tensors that a call was given, beside its timestep.
+        outputs: by module path, the last one that was computed.
+    """
+
+    begun: float
+    last: float
+    shape: torch.Size
+    conditions: tuple[Tensor, ...]
+    outputs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_call(
+        cls, before: Memory | None, schedule: Schedule | Plan, timestep: float, args: Sequence[Any], kwargs: Any
+    ) -> Memory:
+        """The memory with which a denoiser call is made: that of its run so far, or an empty one where a run begins.
+
+        Args:
+            before: of the call before it.
+            schedule: what is routed.
+            timestep: of the call.
+            args: of the call.
+            kwargs: of the call.
+        """
+        named = {name: value for name, value in kwargs.items() if name != "timestep"}
+        sample = args[0] if args else named.pop("sample" if "sample" in named else "hidden_states")
+        conditions = tuple(each for each in tree_leaves([*args[2:], named]) if isinstance(each, Tensor))
+        made = cls(timestep, timestep, sample.shape, conditions)
+        if before is None or not before._continued_by(made, schedule):
+            return made
+        return replace(made, begun=before.begun, outputs=dict(before.outputs))
+
+    def _continued_by(self, call: Memory, schedule: Schedule | Plan) -> bool:
+        again = call.last == self.last
+        if isinstance(schedule, Plan) and not again:
+            noisier = [known for known in schedule.timesteps if known > call.last]
+            if not noisier or noisier[-1] != self.last:
+                return False
+        if call.last > self.last or (again and call.last == self.begun) or call.shape != self.shape:
+            return False
+        pairs = zip(call.conditions, self.conditions, strict=False)
+        return len(call.conditions) == len(self.conditions) and all(
+            new is old or (new.shape == old.shape and torch.equal(new, old)) for new, old in pairs
+        )
+
+
+class ReusePart:
+    """The layers of one set whose outputs are remembered while a schedule is routed, and given again by thin levels.
+
+    Only the forwards of modules are replaced, on the instances; what was there before is put back.
+
+    Args:
+        adapter: the model.
+        groups: the set.
+        memory: of the call that is made.
+
+    Attributes:
+        watching: whether outputs are remembered from the next `load_dense` or `load_thin` on.
+    """
+
+    def __init__(self, adapter: ModelAdapter, groups: BranchSet | UpLayerSet, memory: Callable[[], Memory]) -> None:
+        self.groups = groups
+        self._memory = memory
+        everything = {*groups.sources, *(groups.idle([groups.n_groups - 1]))}
+        self._modules: dict[str, nn.Module] = {path: adapter.denoiser.get_submodule(path) for path in everything}
+        self._own = {path: module.__dict__.get("forward") for path, module in self._modules.items()}
+        self.watching = False
+
+    def needs(self, thin: GroupWeights) -> list[str]:
+        """Outputs without which a level cannot be loaded."""
+        return self.groups.recalled(thin.kept.tolist())
+
+    def check_unchanged(self) -> None:
+        """Moving, casting and adapters do not touch which outputs are reused."""
+
+    def load_dense(self) -> None:
+        self._load([], [])
+
+    def load_thin(self, thin: GroupWeights) -> None:
+        kept = thin.kept.tolist()
+        self._load(self.groups.recalled(kept), self.groups.idle(kept))
+
+    def _load(self, recalled: Sequence[str], idle: Sequence[str]) -> None:
+        for path, module in self._modules.items():
+            own = self._own[path]
+            module.__dict__.pop("forward", None)
+            if own is not None:
+                module.forward = own
+            if path in recalled:
+                module.forward = partial(self._recall, path)
+            elif path in idle:
+                module.forward = placeholder
+            elif self.watching and path in self.groups.sources:
+                module.forward = partial(self._remember, path, module.forward)
+
+    def _remember(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = self._memory().outputs[path] = forward(*args, **kwargs)
+        return output
+
+    def _recall(self, path: str, *_args: Any, **_kwargs: Any) -> Any:
+        return self._memory().outputs[path]
+
+
+def placeholder(hidden_states: Tensor, *_args: Any, **kwargs: Any) -> Any:
+    """What stands for the output of a layer that is not computed, and that nothing reads: one channel of its input."""
+    first = hidden_states[:, :1]
+    return (first,) if kwargs.get("return_dict") is False else first
