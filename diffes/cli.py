@@ -259,6 +259,8 @@ def main(args: list[str] | None = None) -> None:
     except DiffesError as error:
         _fail(str(error))
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _fail(f"a path is too long ({error}); name a shorter one")
         if error.errno is not None and error.errno not in WRITE_ERRORS:
             raise
         _fail(

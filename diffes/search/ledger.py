@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import statistics
 import time
@@ -21,6 +22,8 @@ from diffes.search.strategy import Evaluation, Evaluator, Key, Proposal, key_of
 if TYPE_CHECKING:
     from diffes.search.store import EvaluationStore
 
+log = logging.getLogger(__name__)
+OnEvaluation = Callable[[Evaluation], None]
 LOGGED = ("generation", "evaluations", "denoiser_calls", "best", "mean", "spread", "diversity")
 
 
@@ -81,7 +84,7 @@ class Ledger:
         space: SearchSpace,
         evaluate: Evaluator,
         store: EvaluationStore | None = None,
-        on_evaluation: Callable[[Evaluation], None] | None = None,
+        on_evaluation: OnEvaluation | None = None,
     ) -> None:
         self.space = space
         self._evaluate = evaluate
@@ -173,6 +176,11 @@ class Ledger:
         for evaluation in _evaluated(missing, fidelity, self._evaluate) if missing else ():
             if self._store is not None:
                 self._store.add(evaluation, origins[evaluation.schedule])
+            log.info(
+                "fitness %.6g on %g of the probes, %d denoiser calls, %.2f s, levels %s",
+                evaluation.fitness, fidelity, evaluation.denoiser_calls, evaluation.seconds,
+                " ".join(map(str, evaluation.schedule.levels)),
+            )  # fmt: skip
             yield evaluation
 
 

@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from diffes.errors import DiffesError
+from diffes.search.database import OWNER, check_owner, claimed_study, open_database, quiet_optuna
 from diffes.search.genome import Origin
 from diffes.search.schedule import Schedule
 from diffes.search.space import SearchSpace
@@ -26,17 +27,6 @@ STUDY_NAME = "diffes"
 GENERATION = "generation_"
 LOCK_GRACE_SECONDS = 3  # a write takes milliseconds; a lock older than this was left by a process that was killed
 LINE_START = b'{"op_code":'
-
-
-@contextlib.contextmanager
-def quiet_optuna() -> Iterator[None]:
-    """Keeps Optuna's log to warnings for as long as the block runs."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)
 
 
 class EvaluationStore:
@@ -70,12 +60,15 @@ class EvaluationStore:
         self._distributions: dict[str, BaseDistribution] = {
             f"level_{s:02d}": IntDistribution(0, self.max_level) for s in range(len(self.stages))
         }
-        storage = _open_database(self.path) if isinstance(self.path, str) else _open_journal(self.path)
+        storage = open_database(self.path) if isinstance(self.path, str) else _open_journal(self.path)
         try:
             with quiet_optuna():
-                self._study = optuna.create_study(
-                    storage=storage, study_name=study, direction="maximize", load_if_exists=True
-                )
+                if isinstance(storage, RDBStorage) and owner is not None:
+                    self._study = claimed_study(storage, study, owner)
+                else:
+                    self._study = optuna.create_study(
+                        storage=storage, study_name=study, direction="maximize", load_if_exists=True
+                    )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DiffesError(f"{self.path} is no journal of evaluations: {type(error).__name__} {error}") from error
         self._check_kind(owner)
@@ -99,12 +92,9 @@ class EvaluationStore:
         Raises:
             DiffesError: the database cannot be opened, or the study belongs to another owner.
         """
-        storage = _open_database(url)
+        check_owner(url, study, owner, fresh=False)
         with contextlib.suppress(KeyError), quiet_optuna():
-            theirs = optuna.load_study(study_name=study, storage=storage).user_attrs.get("run")
-            if theirs != owner:
-                raise DiffesError(f"{url} has a study {study!r} of {theirs}, not of {owner}; name another --out folder")
-            optuna.delete_study(study_name=study, storage=storage)
+            optuna.delete_study(study_name=study, storage=open_database(url))
 
     def get(self, schedule: Schedule, fidelity: float = 1.0) -> Evaluation | None:
         """What was measured for a schedule, None when it never was."""
@@ -156,7 +146,7 @@ class EvaluationStore:
     def _check_kind(self, owner: str | None) -> None:
         """Marks a new study with its stages and max_level; compares those of an old one."""
         ours = {"stages": [list(stage) for stage in self.stages.ranges], "max_level": self.max_level}
-        ours |= {"run": owner} if owner is not None else {}
+        ours |= {OWNER: owner} if owner is not None else {}
         theirs = {key: self._study.user_attrs.get(key) for key in ours}
         for key, value in ours.items():
             if theirs[key] is None and not self._study.get_trials(deepcopy=False):
@@ -217,18 +207,6 @@ def _open_journal(path: Path) -> JournalStorage:
             return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DiffesError(f"{path} is no journal of evaluations: {type(error).__name__} {error}") from error
-
-
-def _open_database(url: str) -> RDBStorage:
-    try:
-        with quiet_optuna():
-            return RDBStorage(url)
-    except Exception as error:  # drivers fail in their own ways
-        reason = " ".join(str(error).split())[:300]
-        raise DiffesError(
-            f"the database {url!r} cannot be opened ({type(error).__name__}: {reason}); give a URL as SQLAlchemy has "
-            "them, for instance sqlite:///study.db, and install its driver"
-        ) from error
 
 
 def _mend(path: Path, lock: JournalFileOpenLock) -> None:
