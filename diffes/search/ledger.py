@@ -91,6 +91,7 @@ class Ledger:
         self._store = store
         self._on_evaluation = on_evaluation
         self._known: dict[Key, Evaluation] = {}
+        self._calls, self._best = 0, -math.inf
         self._logbook = tools.Logbook()
         self._logbook.header = list(LOGGED)
 
@@ -105,6 +106,9 @@ class Ledger:
         for fidelity, part in itertools.groupby(proposals, key=lambda proposal: proposal.fidelity):
             for evaluation in self._measure(list(part), fidelity):
                 self._known[key_of(evaluation)] = evaluation
+                self._calls += evaluation.denoiser_calls
+                if self.space.counts(evaluation.schedule, evaluation.fidelity):
+                    self._best = max(self._best, evaluation.fitness)
                 if self._on_evaluation is not None:
                     self._on_evaluation(evaluation)
                 yield evaluation
@@ -118,14 +122,11 @@ class Ledger:
         """Notes the statistics of a generation, in the logbook and in the store."""
         told = [self[proposal] for proposal in batch if proposal in self]
         finite = [evaluation.fitness for evaluation in told if evaluation.fitness > -math.inf]
-        known = list(self._known.values())
-        eligible = [e.fitness for e in known if self.space.counts(e.schedule, e.fidelity)]
-        best = max(eligible, default=-math.inf)
         record = {
             "generation": len(self._logbook),
-            "evaluations": len(known),
-            "denoiser_calls": sum(evaluation.denoiser_calls for evaluation in known),
-            "best": best if best > -math.inf else None,
+            "evaluations": len(self._known),
+            "denoiser_calls": self._calls,
+            "best": self._best if self._best > -math.inf else None,
             "mean": statistics.fmean(finite) if finite else None,
             "spread": statistics.pstdev(finite) if finite else None,
             "diversity": diversity([evaluation.schedule.levels for evaluation in told], self.space),

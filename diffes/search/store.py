@@ -74,6 +74,7 @@ class EvaluationStore:
         self._check_kind(owner)
         self._memo: dict[tuple[Schedule, float], Evaluation] = {}
         self._numbers: dict[tuple[int, ...], int] = {}
+        self._logged = {k: v for k, v in self._study.user_attrs.items() if k.startswith(GENERATION)}
         for trial in self._study.get_trials(deepcopy=False):
             if "denoiser_calls" in trial.user_attrs:
                 try:
@@ -131,13 +132,13 @@ class EvaluationStore:
     def log(self, record: Mapping[str, Any]) -> None:
         """Keeps the statistics of a generation, as a user attribute of the study; nothing is written twice."""
         name = f"{GENERATION}{record['generation']:05d}"
-        if self._study.user_attrs.get(name) != record:  # a generation that a limit cut is whole when the search goes on
+        if self._logged.get(name) != record:  # a generation that a limit cut is whole when the search goes on
             self._study.set_user_attr(name, dict(record))
+            self._logged[name] = dict(record)
 
     def logbook(self) -> list[dict[str, Any]]:
         """The statistics of all generations, in their order."""
-        attributes = self._study.user_attrs
-        return [attributes[name] for name in sorted(attributes) if name.startswith(GENERATION)]
+        return [self._logged[name] for name in sorted(self._logged)]
 
     def _remember(self, evaluation: Evaluation, number: int) -> None:
         self._memo.setdefault((evaluation.schedule, evaluation.fidelity), evaluation)
