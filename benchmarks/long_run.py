@@ -106,7 +106,7 @@ def figure_of(found: dict[str, list[dict[str, float]]]) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluations", type=int, default=5000, help="of each search")
-    parser.add_argument("--strategies", nargs="+", default=["evolution", "random", "surrogate"], help="their names")
+    parser.add_argument("--strategies", nargs="+", default=["evolution", "surrogate"], help="their names")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--smoke", action="store_true", help="40 evaluations, into runs/smoke")
     args = parser.parse_args()
@@ -123,7 +123,7 @@ def main() -> None:
         data = {"windows": found, "evaluations": args.evaluations, "versions": config_record(RunConfig())["versions"]}
         (args.out / "long_run.json").write_text(json.dumps(data, indent=1) + "\n")
         (args.out / "long_run.md").write_text(table_of(found))
-    save(figure_of(found), args.out / "long_run.png")
+        save(figure_of(found), args.out / "long_run.png")
     print(table_of(found))
 
 

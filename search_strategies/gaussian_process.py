@@ -179,7 +179,8 @@ class Model:
     def __init__(self, kernel: Kernel, levels: Floats, scores: Floats) -> None:
         covariance = kernel(levels, levels)
         np.fill_diagonal(covariance, kernel.variance + kernel.noise)
-        self._condition(kernel, levels, scores, np.linalg.cholesky(covariance))
+        factor: Floats = np.linalg.cholesky(covariance)
+        self._condition(kernel, levels, scores, factor)
 
     def _condition(self, kernel: Kernel, levels: Floats, scores: Floats, factor: Floats) -> None:
         self.kernel, self.levels, self.scores, self._factor = kernel, levels, scores, factor

@@ -112,9 +112,9 @@ class Surrogate(Strategy):
     def _thrifty(self, genomes: Sequence[tuple[int, ...]], worth: Floats) -> int:
         """Which genome is worth most once its price is taken off; those too far behind are not priced."""
         top = int(np.argmax(worth))
-        near = np.flatnonzero(worth >= worth[top] - THRIFT * self._price(genomes[top]))
+        near = np.flatnonzero(worth >= worth[top] - THRIFT * self._price(genomes[top])).tolist()
         left = [worth[i] - THRIFT * self._price(genomes[i]) for i in near]
-        return int(near[np.argmax(left)])
+        return int(near[int(np.argmax(left))])
 
     def _climb(
         self, model: Model, ranked: Sequence[tuple[int, ...]], curiosity: float

@@ -12,6 +12,7 @@ import pytest
 
 from diffes import terminal
 from diffes.errors import DiffesError
+from diffes.progress import RichProgress
 
 ROOT = Path(__file__).parents[1]
 NOISY = """
@@ -35,7 +36,7 @@ def test_what_other_libraries_say_is_not_shown() -> None:
 def test_a_log_file_takes_parts_warnings_and_errors_and_is_added_to(tmp_path: Path) -> None:
     path = tmp_path / "run.log"
     for part in ("first", "second"):
-        with terminal.session(path), terminal.RichProgress().task(part, 1) as advance:
+        with terminal.session(path), RichProgress().task(part, 1) as advance:
             logging.getLogger("library").warning("no kernel")
             with warnings.catch_warnings():
                 warnings.simplefilter("always")

@@ -72,7 +72,9 @@ class EvaluationStore:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DiffesError(f"{self.path} is no journal of evaluations: {type(error).__name__} {error}") from error
         self._check_kind(owner)
+        self._storage, self._study_id = storage, storage.get_study_id_from_name(study)
         self._memo: dict[tuple[Schedule, float], Evaluation] = {}
+        self._places: dict[tuple[Schedule, float], int] = {}  # in the order in which they were added
         self._numbers: dict[tuple[int, ...], int] = {}
         self._logged = {k: v for k, v in self._study.user_attrs.items() if k.startswith(GENERATION)}
         for trial in self._study.get_trials(deepcopy=False):
@@ -103,8 +105,8 @@ class EvaluationStore:
 
     def known(self, schedules: Iterable[Schedule], fidelity: float = 1.0) -> list[Evaluation]:
         """What was measured for any of these schedules, in the order in which it was added."""
-        wanted = {(schedule, fidelity) for schedule in schedules}
-        return [evaluation for key, evaluation in self._memo.items() if key in wanted]
+        keys = {(schedule, fidelity) for schedule in schedules} & self._memo.keys()
+        return [self._memo[key] for key in sorted(keys, key=self._places.__getitem__)]
 
     def evaluations(self) -> list[Evaluation]:
         """All evaluations in the order in which they were added."""
@@ -126,8 +128,8 @@ class EvaluationStore:
             raise DiffesError(f"fitness must not be NaN, got NaN for levels {list(schedule.levels)}")
         if (schedule, evaluation.fidelity) in self._memo:
             return
-        self._study.add_trial(self._to_trial(evaluation, origin))
-        self._remember(evaluation, len(self._study.get_trials(deepcopy=False)) - 1)
+        trial = self._storage.create_new_trial(self._study_id, template_trial=self._to_trial(evaluation, origin))
+        self._remember(evaluation, self._storage.get_trial_number_from_id(trial))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Keeps the statistics of a generation, as a user attribute of the study; nothing is written twice."""
@@ -141,7 +143,9 @@ class EvaluationStore:
         return [self._logged[name] for name in sorted(self._logged)]
 
     def _remember(self, evaluation: Evaluation, number: int) -> None:
-        self._memo.setdefault((evaluation.schedule, evaluation.fidelity), evaluation)
+        key = evaluation.schedule, evaluation.fidelity
+        self._memo.setdefault(key, evaluation)
+        self._places.setdefault(key, len(self._places))
         self._numbers.setdefault(evaluation.schedule.levels, number)
 
     def _check_kind(self, owner: str | None) -> None:

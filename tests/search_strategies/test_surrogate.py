@@ -151,7 +151,12 @@ def test_ranks_are_those_of_scipy() -> None:
 
 def test_the_model_is_fitted_again_once_there_is_news(monkeypatch: pytest.MonkeyPatch) -> None:
     fits: list[int] = []
-    monkeypatch.setattr(gaussian_process.Kernel, "fitted", lambda self, levels, _: fits.append(len(levels)) or self)
+
+    def fitted(kernel: gaussian_process.Kernel, levels: Floats, _: Floats) -> gaussian_process.Kernel:
+        fits.append(len(levels))
+        return kernel
+
+    monkeypatch.setattr(gaussian_process.Kernel, "fitted", fitted)
     monkeypatch.setattr(surrogate, "NEWS", 0.5)
     run_search(Surrogate(PAPER, seed=0), evaluate, max_evals=40)
     assert fits == [8, 12, 20, 32]
