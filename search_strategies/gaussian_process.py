@@ -179,7 +179,7 @@ class Model:
     def __init__(self, kernel: Kernel, levels: Floats, scores: Floats) -> None:
         covariance = kernel(levels, levels)
         np.fill_diagonal(covariance, kernel.variance + kernel.noise)
-        factor: Floats = np.linalg.cholesky(covariance)
+        factor = np.asarray(np.linalg.cholesky(covariance), dtype=float)
         self._condition(kernel, levels, scores, factor)
 
     def _condition(self, kernel: Kernel, levels: Floats, scores: Floats, factor: Floats) -> None:
