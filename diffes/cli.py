@@ -1,25 +1,19 @@
-"""The command line: `diffes search`, `front`, `sample`, `export`, `compare` and `ablate`."""
+"""The command line: `diffes search`, `front`, `sample`, `export`, `compare` and `ablate`, and what they take."""
 
 from __future__ import annotations
 
 import errno
-import os
 import re
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
-from diffes import files
 from diffes.errors import DiffesError
-from diffes.progress import RichProgress, console
-from diffes.study import report as reports
 from diffes.study.config import RunConfig
-from diffes.study.record import Report
 
 app = tyro.extras.SubcommandApp()
 _DEFAULT = RunConfig()
@@ -47,6 +41,7 @@ def search(
     nodes: int = 64,
     out: Path | None = None,
     overwrite: bool = False,
+    log_file: Path | None = None,
 ) -> None:
     """Find how to sample faster, compare it on held-out probes with what else the same cost buys, write a run folder.
 
@@ -63,6 +58,7 @@ def search(
         nodes: of plans: candidate timesteps.
         out: run folder. Left out: runs/ and a name of the model, method, what is searched and the seed.
         overwrite: replace a run that is already there.
+        log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
     if config.metric == "auto":
         config = replace(config, metric="ssim" if genes == "levels" else "latent_mse")
@@ -76,20 +72,14 @@ def search(
             config = replace(config, cost="macs")
         budget = 6.0 if calls is None else calls
         out = out or _named(f"{config.method}-{genes}-{budget:g}-{config.cost}", config)
-        _front(config, [budget], out, overwrite, genes=genes, solver=solver, nodes=nodes)
+        with _terminal(log_file) as terminal:
+            terminal.front(config, [budget], out, overwrite, genes=genes, solver=solver, nodes=nodes)
         return
     if calls is not None:
         raise DiffesError(f"--calls {calls:g} is of plans; schedules of --genes levels have --budget, got no plan")
     out = out or _named(f"{config.method}-{config.strategy}-{config.budget:g}", config)
-    report = _engine().complete_run(config, out, RichProgress(), overwrite=overwrite)
-    found = report.run
-    console.print(_table(report))
-    console.print(f"levels by stage, cleanest first: {' '.join(map(str, found.schedule.levels))}")
-    spent = f"{found.denoiser_calls:,} denoiser calls and {found.calibration_calls:,} of calibration"
-    console.print(f"{found.evaluations} evaluations, {spent}; written to {out}:")
-    for path in sorted(out.iterdir()):
-        console.print(f"  {path}  ({path.stat().st_size:,} bytes)", highlight=False)
-    console.print(f"next: diffes sample {out} --out grid.png", highlight=False)
+    with _terminal(log_file) as terminal:
+        terminal.search(config, out, overwrite)
 
 
 @app.command
@@ -100,6 +90,7 @@ def front(
     nodes: int = 64,
     out: Path | None = None,
     overwrite: bool = False,
+    log_file: Path | None = None,
 ) -> None:
     """Find plans, which timesteps to call and how thin, at several budgets beside well-chosen dense steps.
 
@@ -115,37 +106,11 @@ def front(
         nodes: candidate timesteps.
         out: folder. Left out: runs/MODEL-METHOD-front-COST-SEED.
         overwrite: replace a front that is already there.
+        log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
     out = out or _named(f"{config.method}-front-{config.cost}", config)
-    _front(config, budgets, out, overwrite, genes="joint", solver=solver, nodes=nodes)
-
-
-def _front(config: RunConfig, budgets: list[float], out: Path, overwrite: bool, **options: Any) -> None:
-    """Plans at some budgets, and what is shown of them."""
-    _engine()
-    from diffes.study import front as fronts
-
-    data = fronts.complete_front(config, budgets, out, RichProgress(), overwrite=overwrite, **options)
-    table = Table(
-        title=f"{config.model}, {config.method}: {config.metric} and latent MSE over {config.heldout} held-out probes, "
-        f"against {data['reference']['steps']} dense steps"
-    )
-    for name in fronts.COLUMNS:
-        table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
-    for row in fronts.rows_of(data):
-        table.add_row(*row)
-    console.print(table)
-    for line in fronts.verdicts(data):
-        console.print(line, highlight=False)
-    _list(out, "*")
-    console.print(f"next: diffes sample {out} --calls {max(budgets):g} --out grid.png", highlight=False)
-
-
-def _list(out: Path, pattern: str) -> None:
-    """What was written to a folder: its files, in the order of their names."""
-    console.print(f"written to {out}:", highlight=False)
-    for path in sorted(path for path in out.glob(pattern) if path.is_file()):
-        console.print(f"  {path}  ({path.stat().st_size:,} bytes)", highlight=False)
+    with _terminal(log_file) as terminal:
+        terminal.front(config, budgets, out, overwrite, genes="joint", solver=solver, nodes=nodes)
 
 
 def _named(name: str, config: RunConfig, seed: bool = True) -> Path:
@@ -191,13 +156,8 @@ def sample(
     conditions = classes if prompts is None else prompts
     if conditions == [] or not 0 <= seed < 2**32:
         raise DiffesError(f"sample needs at least one condition and a seed in [0, 2^32), got {conditions} and {seed}")
-    engine = _engine()
-    images, names = engine.sample_images(
-        run, conditions, seed=seed, steps=steps, guidance=guidance, device=device, calls=calls
-    )
-    figure = engine.plots.image_grid({"": images}, names)
-    files.write_safely(out, lambda partial: engine.plots.save(figure, partial))
-    console.print(f"written to {out}", highlight=False)
+    with _terminal() as terminal:
+        terminal.sample(run, conditions, out, seed=seed, steps=steps, guidance=guidance, device=device, calls=calls)
 
 
 @app.command
@@ -221,12 +181,8 @@ def export(
         dtype: of the compensated weights in the bank. Left out: as in the run.
         overwrite: replace an earlier export.
     """
-    _engine()
-    from diffes.study.export import export as write_export
-
-    write_export(run, out, calls=calls, dtype=dtype, overwrite=overwrite)
-    _list(out, "**/*")
-    console.print(f"next: python -c 'import diffes; pipe = diffes.load(\"{out}\")'", highlight=False, markup=False)
+    with _terminal() as terminal:
+        terminal.export(run, out, calls=calls, dtype=dtype, overwrite=overwrite)
 
 
 @app.command
@@ -235,6 +191,7 @@ def compare(
     seeds: int = 5,
     config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _DEFAULT,
     out: Path | None = None,
+    log_file: Path | None = None,
 ) -> None:
     """Compare strategies at an equal number of denoiser calls, over several seeds, on held-out probes.
 
@@ -247,9 +204,11 @@ def compare(
         config: settings of all runs; --strategy is not used. All spend --max-calls denoiser calls, or if that is left
             out what --max-evals whole evaluations cost.
         out: folder of the results. Left out: runs/MODEL-METHOD-compare-BUDGET.
+        log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
     out = out or _named(f"{config.method}-compare-{config.budget:g}", config, seed=False)
-    _experiment(config, {"strategy": strategies}, seeds, out)
+    with _terminal(log_file) as terminal:
+        terminal.experiment(config, {"strategy": strategies}, seeds, out)
 
 
 @app.command
@@ -258,6 +217,7 @@ def ablate(
     seeds: int = 3,
     config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _EQUAL_MACS,
     out: Path | None = None,
+    log_file: Path | None = None,
 ) -> None:
     """Vary any settings and measure every combination over several seeds, on held-out probes.
 
@@ -272,48 +232,19 @@ def ablate(
         config: all other settings. All searches spend --max-calls denoiser calls, or if that is left out what
             --max-evals whole evaluations cost.
         out: folder of the results. Left out: runs/MODEL-ablate-OPTIONS.
+        log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
-    from diffes.study.grid import parse_variations
-
-    varied = parse_variations(vary)
-    out = out or _named(f"ablate-{'-'.join(varied)}", config, seed=False)
-    _experiment(config, varied, seeds, out)
-
-
-def _experiment(config: RunConfig, varied: dict[str, list[Any]], seeds: int, out: Path) -> None:
-    _engine()
-    from diffes.study import grid
-
-    head, body = grid.run_experiment(config, varied, seeds, out, RichProgress()).table(brief=True)
-    table = Table(title=f"held-out {config.metric}" if "metric" not in varied else "held-out fitness")
-    for title in head:
-        table.add_column(title, justify="left" if title in varied else "right", no_wrap=title in varied)
-    for line in body:
-        table.add_row(*line)
-    console.print(table)
-    _list(out, "*")
+    with _terminal(log_file) as terminal:
+        varied = terminal.parse_variations(vary)
+        out = out or _named(f"ablate-{'-'.join(varied)}", config, seed=False)
+        terminal.experiment(config, varied, seeds, out)
 
 
-def _engine() -> Any:
-    """`diffes.study.run`, imported late (torch takes seconds, `--help` needs none of it), the libraries kept quiet."""
-    import warnings
+def _terminal(log_file: Path | None = None) -> AbstractContextManager[Any]:
+    """What runs and shows commands, imported late: torch takes seconds, and `--help` needs none of it."""
+    from diffes import terminal
 
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    warnings.filterwarnings("ignore")
-    with console.status("loading torch and diffusers"):
-        from diffes.study import run
-    return run
-
-
-def _table(report: Report) -> Table:
-    """What was measured, on held-out probes."""
-    title = "{model}, {method}, held-out {metric} over {heldout} probes"
-    table = Table(title=title.format(**report.run.settings))
-    for name in reports.COLUMNS:
-        table.add_column(name, justify="left" if not name else "right")
-    for row in reports.rows(report):
-        table.add_row(*row)
-    return table
+    return terminal.session(log_file)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -328,18 +259,20 @@ def main(args: list[str] | None = None) -> None:
     except DiffesError as error:
         _fail(str(error))
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _fail(f"a path is too long ({error}); name a shorter one")
         if error.errno is not None and error.errno not in WRITE_ERRORS:
             raise
         _fail(
             f"cannot write ({error}); what is finished is kept: run the same command again once there is room or access"
         )
     except KeyboardInterrupt:
-        Console(stderr=True).print("\ninterrupted; the same command goes on from here")
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
 
 
 def _fail(message: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"diffes: {message}", style=None, markup=False, highlight=False)
+    print(f"diffes: {message}", file=sys.stderr)
     sys.exit(2)
 
 

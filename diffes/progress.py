@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -11,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 console = Console()
+log = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
@@ -23,7 +26,8 @@ class Progress(Protocol):
 class RichProgress:
     """`Progress` as bars in the terminal or the notebook; one line a finished task where there is neither.
 
-    A task inside another one has its bar below it, which goes away when it is done.
+    A task inside another one has its bar below it, which goes away when it is done. Every task is logged as it begins
+    and when it is done.
     """
 
     def __init__(self) -> None:
@@ -31,6 +35,14 @@ class RichProgress:
 
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[Callable[..., None]]:
+        start = time.monotonic()
+        log.info("%s: begins", title)
+        with self._bar(title, total) as advance:
+            yield advance
+        log.info("%s: done, %.1f s", title, time.monotonic() - start)
+
+    @contextmanager
+    def _bar(self, title: str, total: int) -> Iterator[Callable[..., None]]:
         if self._bars is not None:
             outer = self._bars
             task = outer.add_task(f"  {title:<30}", total=total, note="")

@@ -23,6 +23,8 @@ class PlanView:
         space: the feasible plans.
     """
 
+    grid: Floats | None = None  # features are any numbers
+
     def __init__(self, space: PlanSpace) -> None:
         self.space = space
         nodes = (np.arange(space.n_stages) + 0.5) / space.n_stages

@@ -5,13 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_solve, solve_triangular
-from scipy.optimize import minimize
-from scipy.stats import norm, rankdata
+from scipy.special import ndtri
 
 from diffes.errors import at_least
 from diffes.search.genome import Origin
@@ -19,15 +16,18 @@ from diffes.search.initial import hybrid, sample_unseen
 from diffes.search.plan import PlanSpace
 from diffes.search.space import SearchSpace
 from diffes.search.strategy import Evaluation, Proposal, Strategy
+from search_strategies.gaussian_process import Floats, Kernel, Model
 from search_strategies.plan_view import PlanView
 
-Floats = NDArray[np.float64]
 DP_UNITS = 2000  # costs are counted in at most so many units of the budget when it is solved
 PARENTS = 5  # fittest schedules from which a climb starts
 STRANGERS = 2  # random schedules from which a climb starts
 CLIMB = 10  # moves of a climb
 CURIOSITY = (0.0, 0.5, 1.0, 2.0)  # standard deviations added to what is believed, for each schedule of a batch
 THRIFT = 0.1  # worth of a whole run's denoiser calls, in standard deviations of the ranks
+NEWS = (
+    0.02  # share of new evaluations from which on the model is fitted again; until there are 200, every batch is news
+)
 MEMORY = 300  # fittest schedules that the model is fitted to
 
 
@@ -60,7 +60,8 @@ class Surrogate(Strategy):
         self._known: dict[tuple[int, ...], float] = {}
         self._prefixes: set[tuple[int, ...]] = set()
         self._view = PlanView(space) if isinstance(space, PlanSpace) else StageView(space)
-        self._kernel = _Kernel.prior(self._view.n_features)
+        self._fitted_to = 0
+        self._kernel = Kernel.prior(self._view.n_features, self._view.grid)
 
     def _ask(self) -> list[Proposal]:
         if not self._known:
@@ -68,10 +69,11 @@ class Surrogate(Strategy):
         if len(set(self._known.values()) - {-math.inf}) < 2:
             return self._random(self.batch, [])
         ranked = sorted(self._known, key=lambda levels: self._known[levels], reverse=True)
-        ranks = rankdata([self._known[genome] for genome in ranked])
-        levels, scores = self._view.features(ranked), norm.ppf((ranks - 0.5) / len(ranked))
-        self._kernel = self._kernel.fitted(levels[:MEMORY], scores[:MEMORY])
-        return self._promising(_Model(self._kernel, levels[:MEMORY], scores[:MEMORY]), ranked)
+        scores = ndtri((ranks_of([self._known[genome] for genome in ranked]) - 0.5) / len(ranked))[:MEMORY]
+        levels = self._view.features(ranked[:MEMORY])
+        if len(ranked) >= (1 + NEWS) * self._fitted_to:
+            self._kernel, self._fitted_to = self._kernel.fitted(levels, scores), len(ranked)
+        return self._promising(Model(self._kernel, levels, scores), ranked)
 
     def _tell(self, evaluations: Sequence[Evaluation]) -> None:
         for evaluation in evaluations:
@@ -92,7 +94,7 @@ class Surrogate(Strategy):
         """Fraction of a whole run's denoiser calls that measuring a schedule takes, given what was measured before."""
         return sum(price for state, price in self._view.states(levels) if state not in self._prefixes)
 
-    def _promising(self, model: _Model, ranked: Sequence[tuple[int, ...]]) -> list[Proposal]:
+    def _promising(self, model: Model, ranked: Sequence[tuple[int, ...]]) -> list[Proposal]:
         """The batch of unseen schedules, from the one that is believed best to the one that tells most."""
         batch: dict[tuple[int, ...], Proposal] = {}
         for _, curiosity in zip(range(self.batch), itertools.cycle(CURIOSITY), strict=False):
@@ -101,15 +103,21 @@ class Surrogate(Strategy):
             if not unseen:
                 continue
             mean, deviation = model.predict(self._view.features(unseen))
-            prices = np.array([self._price(levels) for levels in unseen])
-            chosen = int(np.argmax(mean + curiosity * deviation - THRIFT * prices))
+            chosen = self._thrifty(unseen, mean + curiosity * deviation)
             best = unseen[chosen]
             batch[best] = self.propose(best, origin=passed[best])
             model = model.believing(self._view.features([best]), float(mean[chosen]))
         return [*batch.values(), *self._random(self.batch - len(batch), list(batch))]
 
+    def _thrifty(self, genomes: Sequence[tuple[int, ...]], worth: Floats) -> int:
+        """Which genome is worth most once its price is taken off; those too far behind are not priced."""
+        top = int(np.argmax(worth))
+        near = np.flatnonzero(worth >= worth[top] - THRIFT * self._price(genomes[top])).tolist()
+        left = [worth[i] - THRIFT * self._price(genomes[i]) for i in near]
+        return int(near[int(np.argmax(left))])
+
     def _climb(
-        self, model: _Model, ranked: Sequence[tuple[int, ...]], curiosity: float
+        self, model: Model, ranked: Sequence[tuple[int, ...]], curiosity: float
     ) -> dict[tuple[int, ...], Origin]:
         """Feasible genomes that were passed on the way up, and from where."""
         passed: dict[tuple[int, ...], Origin] = {}
@@ -137,6 +145,12 @@ class Surrogate(Strategy):
         return passed
 
 
+def ranks_of(fitness: Sequence[float]) -> Floats:
+    """Ranks (n,) of fitness (n,), 1 the lowest; equals have their mean."""
+    _, places, counts = np.unique(fitness, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[places]
+
+
 class StageView:
     """What the model is told of a schedule of stages, which schedules are near, and which denoiser calls they share.
 
@@ -147,6 +161,12 @@ class StageView:
     def __init__(self, space: SearchSpace) -> None:
         self.space = space
 
+        self.grid = np.arange(space.max_level + 1) / max(space.max_level, 1)
+        moves = list(itertools.permutations(space.visited, 2))
+        self._moves = [np.array(stages, dtype=int) for stages in zip(*moves, strict=True)] or [np.array([], int)] * 2
+        self._costs = np.array(space.level_costs) * np.array(space.steps)[:, None]  # (S, H + 1)
+        self._gains = -np.diff(self._costs, axis=1, prepend=self._costs[:, :1])  # (S, H + 1) of the next denser level
+
     @property
     def n_features(self) -> int:
         """One a visited stage."""
@@ -154,22 +174,31 @@ class StageView:
 
     def features(self, genomes: Sequence[Sequence[int]]) -> Floats:
         """Sparsity (n, V) of the visited stages."""
-        return np.array(genomes, dtype=float)[:, self.space.visited] / max(self.space.max_level, 1)
+        return self.grid[np.array(genomes)[:, self.space.visited]]
 
     def neighbours(self, levels: tuple[int, ...], rng: np.random.Generator) -> list[tuple[int, ...]]:
         """Distinct feasible genomes that one level moved from one stage to another leads to."""
         found: dict[tuple[int, ...], None] = {}
-        for i, j in itertools.permutations(self.space.visited, 2):
-            if levels[i] == 0 or levels[j] == self.space.max_level:
-                continue
-            moved = list(levels)
-            moved[i] -= 1
-            moved[j] += 1
-            if not self.space.is_feasible(moved):
-                moved = self.space.repair(moved, rng)
-            found.setdefault(tuple(moved))
+        thinner, denser = self._moves
+        here = np.array(levels)
+        possible = (here[thinner] > 0) & (here[denser] < self.space.max_level)
+        moved = np.tile(here, (int(possible.sum()), 1))
+        rows = np.arange(len(moved))
+        moved[rows, thinner[possible]] -= 1
+        moved[rows, denser[possible]] += 1
+        for genome, feasible in zip(moved.tolist(), self._feasible(moved), strict=True):
+            found.setdefault(tuple(genome if feasible else self.space.repair(genome, rng)))
         found.pop(levels, None)
         return list(found)
+
+    def _feasible(self, genomes: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(n,) `is_feasible` of genomes (n, S) with levels in [0, H] that leave out the stages that are not visited."""
+        if self.space.budget is None:
+            return np.ones(len(genomes), dtype=bool)
+        stages = np.arange(self.space.n_stages)
+        cost = self._costs[stages, genomes].sum(1)
+        thinnest = cost[:, None] + self._gains[stages, genomes] > self.space.budget
+        return (cost <= self.space.budget) & ((genomes == 0) | thinnest).all(1)
 
     def states(self, levels: Sequence[int]) -> list[tuple[tuple[int, ...], float]]:
         """What decides the state after each visited stage, in the order of sampling, and its share of a run's calls."""
@@ -177,7 +206,7 @@ class StageView:
         path = [levels[s] for s in sampled]
         return [(tuple(path[: i + 1]), self.space.steps[s] / sum(self.space.steps)) for i, s in enumerate(sampled)]
 
-    def table(self, model: _Model) -> Floats:
+    def table(self, model: Model) -> Floats:
         """(S, H + 1) what the model believes each level of each stage to be worth on its own."""
         top = self.space.max_level
         table = np.zeros((self.space.n_stages, top + 1))
@@ -217,102 +246,3 @@ def solve(space: SearchSpace, table: Floats) -> list[int]:
         genome[s] = int(choices[s][left])
         left -= costs[s, genome[s]]
     return genome
-
-
-@dataclass(frozen=True)
-class _Kernel:
-    """Covariance of schedules: a function of each visited stage, of each pair of them, and noise.
-
-    Args:
-        parameters: (2 V + 2,) natural logarithms: how far each stage's function reaches, as sparsity; how much each
-            stage counts; how much pairs count; variance of what neither explains.
-    """
-
-    parameters: Floats
-
-    @classmethod
-    def prior(cls, n: int) -> _Kernel:
-        """What is assumed of n stages before anything was measured."""
-        return cls(np.log([0.5] * n + [0.1] * n + [0.4, 0.01]))
-
-    def alone(self, a: Floats, b: Floats) -> Floats:
-        """(n, m, V) covariances of each stage's own function; sparsities (n, V) and (m, V)."""
-        n = a.shape[1]
-        reach, weight = np.exp(self.parameters[:n]), np.exp(self.parameters[n : 2 * n])
-        return weight * np.exp(-(((a[:, None] - b[None]) / reach) ** 2) / 2)
-
-    def __call__(self, a: Floats, b: Floats) -> Floats:
-        return self._summed(self.alone(a, b))
-
-    @property
-    def pairs(self) -> float:
-        return float(np.exp(self.parameters[-2]))
-
-    @property
-    def noise(self) -> float:
-        return float(np.exp(self.parameters[-1])) + 1e-6
-
-    @property
-    def variance(self) -> float:
-        """Of the fitness of any schedule, noise left out."""
-        n = len(self.parameters) // 2 - 1
-        return float(self._summed(np.exp(self.parameters[n : 2 * n])))
-
-    def _summed(self, alone: Floats) -> Floats:
-        total = alone.sum(-1)
-        return total + self.pairs * (total**2 - (alone**2).sum(-1)) / 2
-
-    def fitted(self, levels: Floats, scores: Floats) -> _Kernel:
-        """The kernel under which scores (n,) at sparsities (n, V) are likeliest, given the prior; from here on."""
-        n = levels.shape[1]
-        prior = self.prior(n).parameters
-        squares = (levels[:, None] - levels[None]) ** 2
-
-        def loss(parameters: Floats) -> tuple[float, Floats]:
-            kernel = _Kernel(parameters)
-            alone = kernel.alone(levels, levels)
-            factor = np.linalg.cholesky(kernel._summed(alone) + kernel.noise * np.eye(len(levels)))
-            inverse = cho_solve((factor, True), np.eye(len(levels)))
-            weights = inverse @ scores
-            total = alone.sum(-1)
-            outer = (inverse - np.outer(weights, weights)) / 2  # of the loss by the covariance
-            by_stage = outer[:, :, None] * (1 + kernel.pairs * (total[:, :, None] - alone)) * alone
-            gradient = np.array([
-                *(by_stage * squares).sum((0, 1)) / np.exp(2 * parameters[:n]),
-                *by_stage.sum((0, 1)),
-                kernel.pairs * (outer * (total**2 - (alone**2).sum(-1)) / 2).sum(),
-                math.exp(parameters[-1]) * np.trace(outer),
-            ])  # fmt: skip
-            likelihood = -scores @ weights / 2 - np.log(np.diag(factor)).sum()
-            far = parameters - prior
-            return float(far @ far / 2 - likelihood), gradient + far
-
-        bounds = [(value - 4, value + 4) for value in prior]
-        found = minimize(loss, self.parameters, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 20})
-        return _Kernel(np.asarray(found.x))
-
-
-class _Model:
-    """A Gaussian process conditioned on measured schedules.
-
-    Args:
-        kernel: the covariance.
-        levels: sparsities (n, V).
-        scores: (n,), around 0 with a variance of 1.
-    """
-
-    def __init__(self, kernel: _Kernel, levels: Floats, scores: Floats) -> None:
-        self.kernel, self.levels, self.scores = kernel, levels, scores
-        self._factor = np.linalg.cholesky(kernel(levels, levels) + kernel.noise * np.eye(len(levels)))
-        self.weights = cho_solve((self._factor, True), scores)
-
-    def predict(self, levels: Floats) -> tuple[Floats, Floats]:
-        """Mean and standard deviation (m,) of the scores at sparsities (m, V), noise left out."""
-        across = self.kernel(self.levels, levels)
-        known = solve_triangular(self._factor, across, lower=True)
-        variance = np.maximum(self.kernel.variance - (known**2).sum(0), 1e-10)
-        return across.T @ self.weights, np.sqrt(variance)
-
-    def believing(self, levels: Floats, score: float) -> _Model:
-        """The model as if a score had been measured at sparsities (1, V)."""
-        return _Model(self.kernel, np.vstack([self.levels, levels]), np.append(self.scores, score))

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from PIL import Image
 
 from diffes import files
@@ -248,7 +250,8 @@ def test_finished_and_foreign_folders_are_not_overwritten(
     arguments = ["search", "--genes", "levels", *SMALL, *model, "--out", str(run)]
     assert "--overwrite" in fails(capsys, *arguments)
     (run / folder.REPORT).rename(tmp_path / "report")
-    assert "max_evals was 8 and is 9" in fails(capsys, *arguments, "--max-evals", "9")
+    assert "heldout was 4 and is 5" in fails(capsys, *arguments, "--heldout", "5")
+    assert "max_evals was 8 and is 7" in fails(capsys, *arguments, "--max-evals", "7")
     (tmp_path / "report").rename(run / folder.REPORT)
     assert "unknown metric" in fails(capsys, *arguments, "--overwrite", "--metric", "ssmi")
     assert before == {path: path.read_bytes() for path in run.iterdir()}
@@ -282,6 +285,14 @@ def test_finished_and_foreign_folders_are_not_overwritten(
         (["--metric", "ms_ssim"], "cannot score images"),
         (["--calibration-data", "none.npz"], "none.npz"),
         (["--device", "abacus"], "abacus"),
+        (["--device", "meta"], "holds no numbers"),
+        (["--storage", "study.db"], "is no URL of a database"),
+        (["--storage", "sqlite://"], "in memory only"),
+        (["--storage", "sqlite:///:memory:"], "in memory only"),
+        (["--strategy", "exhaustive"], "more than 100,000 feasible schedules"),
+        (["--time-limit", "0"], "time_limit must be above 0 seconds, got 0"),
+        (["--out", "x" * 300], "File name too long"),
+        (["--model", "x" * 300], "too long"),
         (["--no-such-option"], "--no-such-option"),
     ],
 )
@@ -322,6 +333,35 @@ def test_an_output_that_cannot_be_written_is_one_paragraph(capsys: pytest.Captur
     assert "cannot write" in fails(capsys, "search", "--out", str(blocked / "run"))
     assert "cannot write" in fails(capsys, "search", "--out", "/proc/run")
     assert blocked.read_text() == "in the way"
+
+
+def test_a_comparison_of_nothing_or_under_a_limit_in_time_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert "strategy has no values" in fails(capsys, "compare", *out, "--strategies")
+    assert "--time-limit 5 would cut" in fails(capsys, "compare", *out, "--time-limit", "5")
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_evaluations_of_a_finished_run_end_where_one_search_ends(tiny_folder: Path, tmp_path: Path) -> None:
+    model = ["--model", str(tiny_folder), "--method", "magnitude", "--allocation", "equal"]
+    search(tmp_path / "whole", *model, "--max-evals", "30")
+    for evals in ("13", "30"):
+        search(tmp_path / "parts", *model, "--max-evals", evals)
+    whole, parts = (json.loads((tmp_path / name / folder.REPORT).read_text()) for name in ("whole", "parts"))
+    for name in ("levels", "fitness", "evaluations", "denoiser_calls"):
+        assert whole[name] == parts[name]
+    assert json.loads((tmp_path / "parts" / files.CONFIG).read_text())["settings"]["max_evals"] == 30
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "parts" / folder.JOURNAL)))
+    assert len(optuna.load_study(study_name="diffes", storage=storage).trials) == 30  # none was paid twice
+
+
+def test_a_log_file_has_a_line_for_each_evaluation(tiny_folder: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    model = ["--model", str(tiny_folder), "--method", "magnitude", "--allocation", "equal"]
+    search(tmp_path / "run", *model, "--log-file", str(log))
+    assert log.read_text().count("levels") == 8
 
 
 def test_operators_of_deap_are_named_like_any_other(tiny_folder: Path, tmp_path: Path) -> None:

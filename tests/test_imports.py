@@ -101,6 +101,24 @@ def test_strategies_are_imported_without_torch() -> None:
     assert run.stdout.strip() == "[]"
 
 
+def loaded(code: str, modules: set[str]) -> list[str]:
+    """Which of these modules are there once a new process has run some code; what it prints itself is left out."""
+    code += f"\nimport sys; print(); print(*sorted({modules!r} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return run.stdout.splitlines()[-1].split()
+
+
+def test_help_and_the_package_itself_load_no_library_of_numbers_or_models() -> None:
+    slow = HEAVY | {"numpy", "scipy", "deap", "optuna", "matplotlib", "safetensors", "rich"}
+    show = (
+        "from diffes.cli import main\ntry:\n    main([{}])\nexcept SystemExit as stopped:\n    assert not stopped.code"
+    )
+    assert loaded("import diffes", slow) == []
+    assert loaded(show.format("'--help'"), slow) == []
+    assert loaded(show.format("'search', '--help'"), slow) == []
+    assert loaded("import numpy", slow) == ["numpy"]
+
+
 def test_no_public_name_is_also_a_module() -> None:
     modules = {module.name for module in pkgutil.iter_modules(diffes.__path__)}
     assert not modules & set(diffes.__all__)  # importing the module would put it in the function's place

@@ -123,7 +123,13 @@ def load(run: str | Path, *, device: str = "auto", dtype: torch.dtype | None = N
 
 
 def pick_device(name: str) -> str:
-    """Resolves "auto"."""
+    """Resolves "auto".
+
+    Raises:
+        DiffesError: the device holds no numbers.
+    """
+    if name.split(":")[0] == "meta":
+        raise DiffesError(f"device {name!r} holds no numbers, so nothing can run there; choose cpu or cuda")
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import statistics
 import time
@@ -21,6 +22,8 @@ from diffes.search.strategy import Evaluation, Evaluator, Key, Proposal, key_of
 if TYPE_CHECKING:
     from diffes.search.store import EvaluationStore
 
+log = logging.getLogger(__name__)
+OnEvaluation = Callable[[Evaluation], None]
 LOGGED = ("generation", "evaluations", "denoiser_calls", "best", "mean", "spread", "diversity")
 
 
@@ -81,13 +84,14 @@ class Ledger:
         space: SearchSpace,
         evaluate: Evaluator,
         store: EvaluationStore | None = None,
-        on_evaluation: Callable[[Evaluation], None] | None = None,
+        on_evaluation: OnEvaluation | None = None,
     ) -> None:
         self.space = space
         self._evaluate = evaluate
         self._store = store
         self._on_evaluation = on_evaluation
         self._known: dict[Key, Evaluation] = {}
+        self._calls, self._best = 0, -math.inf
         self._logbook = tools.Logbook()
         self._logbook.header = list(LOGGED)
 
@@ -102,6 +106,9 @@ class Ledger:
         for fidelity, part in itertools.groupby(proposals, key=lambda proposal: proposal.fidelity):
             for evaluation in self._measure(list(part), fidelity):
                 self._known[key_of(evaluation)] = evaluation
+                self._calls += evaluation.denoiser_calls
+                if self.space.counts(evaluation.schedule, evaluation.fidelity):
+                    self._best = max(self._best, evaluation.fitness)
                 if self._on_evaluation is not None:
                     self._on_evaluation(evaluation)
                 yield evaluation
@@ -115,14 +122,11 @@ class Ledger:
         """Notes the statistics of a generation, in the logbook and in the store."""
         told = [self[proposal] for proposal in batch if proposal in self]
         finite = [evaluation.fitness for evaluation in told if evaluation.fitness > -math.inf]
-        known = list(self._known.values())
-        eligible = [e.fitness for e in known if self.space.counts(e.schedule, e.fidelity)]
-        best = max(eligible, default=-math.inf)
         record = {
             "generation": len(self._logbook),
-            "evaluations": len(known),
-            "denoiser_calls": sum(evaluation.denoiser_calls for evaluation in known),
-            "best": best if best > -math.inf else None,
+            "evaluations": len(self._known),
+            "denoiser_calls": self._calls,
+            "best": self._best if self._best > -math.inf else None,
             "mean": statistics.fmean(finite) if finite else None,
             "spread": statistics.pstdev(finite) if finite else None,
             "diversity": diversity([evaluation.schedule.levels for evaluation in told], self.space),
@@ -173,6 +177,11 @@ class Ledger:
         for evaluation in _evaluated(missing, fidelity, self._evaluate) if missing else ():
             if self._store is not None:
                 self._store.add(evaluation, origins[evaluation.schedule])
+            log.info(
+                "fitness %.6g on %g of the probes, %d denoiser calls, %.2f s, levels %s",
+                evaluation.fitness, fidelity, evaluation.denoiser_calls, evaluation.seconds,
+                " ".join(map(str, evaluation.schedule.levels)),
+            )  # fmt: skip
             yield evaluation
 
 

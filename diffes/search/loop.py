@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffes.errors import DiffesError
-from diffes.search.ledger import Ledger, SearchResult
+from diffes.search.ledger import Ledger, OnEvaluation, SearchResult
 from diffes.search.strategy import Evaluation, Evaluator, Proposal, Strategy
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def run_search(
     max_denoiser_calls: int | None = None,
     max_seconds: float | None = None,
     store: EvaluationStore | None = None,
-    on_evaluation: Callable[[Evaluation], None] | None = None,
+    on_evaluation: OnEvaluation | None = None,
 ) -> SearchResult:
     """Runs a strategy until a limit is reached or it has nothing new to ask.
 

@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from diffes.errors import DiffesError
+from diffes.search.database import OWNER, check_owner, claimed_study, open_database, quiet_optuna
 from diffes.search.genome import Origin
 from diffes.search.schedule import Schedule
 from diffes.search.space import SearchSpace
@@ -26,17 +27,6 @@ STUDY_NAME = "diffes"
 GENERATION = "generation_"
 LOCK_GRACE_SECONDS = 3  # a write takes milliseconds; a lock older than this was left by a process that was killed
 LINE_START = b'{"op_code":'
-
-
-@contextlib.contextmanager
-def quiet_optuna() -> Iterator[None]:
-    """Keeps Optuna's log to warnings for as long as the block runs."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)
 
 
 class EvaluationStore:
@@ -70,17 +60,23 @@ class EvaluationStore:
         self._distributions: dict[str, BaseDistribution] = {
             f"level_{s:02d}": IntDistribution(0, self.max_level) for s in range(len(self.stages))
         }
-        storage = _open_database(self.path) if isinstance(self.path, str) else _open_journal(self.path)
+        storage = open_database(self.path) if isinstance(self.path, str) else _open_journal(self.path)
         try:
             with quiet_optuna():
-                self._study = optuna.create_study(
-                    storage=storage, study_name=study, direction="maximize", load_if_exists=True
-                )
+                if isinstance(storage, RDBStorage) and owner is not None:
+                    self._study = claimed_study(storage, study, owner)
+                else:
+                    self._study = optuna.create_study(
+                        storage=storage, study_name=study, direction="maximize", load_if_exists=True
+                    )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DiffesError(f"{self.path} is no journal of evaluations: {type(error).__name__} {error}") from error
         self._check_kind(owner)
+        self._storage, self._study_id = storage, storage.get_study_id_from_name(study)
         self._memo: dict[tuple[Schedule, float], Evaluation] = {}
+        self._places: dict[tuple[Schedule, float], int] = {}  # in the order in which they were added
         self._numbers: dict[tuple[int, ...], int] = {}
+        self._logged = {k: v for k, v in self._study.user_attrs.items() if k.startswith(GENERATION)}
         for trial in self._study.get_trials(deepcopy=False):
             if "denoiser_calls" in trial.user_attrs:
                 try:
@@ -99,12 +95,9 @@ class EvaluationStore:
         Raises:
             DiffesError: the database cannot be opened, or the study belongs to another owner.
         """
-        storage = _open_database(url)
+        check_owner(url, study, owner, fresh=False)
         with contextlib.suppress(KeyError), quiet_optuna():
-            theirs = optuna.load_study(study_name=study, storage=storage).user_attrs.get("run")
-            if theirs != owner:
-                raise DiffesError(f"{url} has a study {study!r} of {theirs}, not of {owner}; name another --out folder")
-            optuna.delete_study(study_name=study, storage=storage)
+            optuna.delete_study(study_name=study, storage=open_database(url))
 
     def get(self, schedule: Schedule, fidelity: float = 1.0) -> Evaluation | None:
         """What was measured for a schedule, None when it never was."""
@@ -112,8 +105,8 @@ class EvaluationStore:
 
     def known(self, schedules: Iterable[Schedule], fidelity: float = 1.0) -> list[Evaluation]:
         """What was measured for any of these schedules, in the order in which it was added."""
-        wanted = {(schedule, fidelity) for schedule in schedules}
-        return [evaluation for key, evaluation in self._memo.items() if key in wanted]
+        keys = {(schedule, fidelity) for schedule in schedules} & self._memo.keys()
+        return [self._memo[key] for key in sorted(keys, key=self._places.__getitem__)]
 
     def evaluations(self) -> list[Evaluation]:
         """All evaluations in the order in which they were added."""
@@ -135,28 +128,30 @@ class EvaluationStore:
             raise DiffesError(f"fitness must not be NaN, got NaN for levels {list(schedule.levels)}")
         if (schedule, evaluation.fidelity) in self._memo:
             return
-        self._study.add_trial(self._to_trial(evaluation, origin))
-        self._remember(evaluation, len(self._study.get_trials(deepcopy=False)) - 1)
+        trial = self._storage.create_new_trial(self._study_id, template_trial=self._to_trial(evaluation, origin))
+        self._remember(evaluation, self._storage.get_trial_number_from_id(trial))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Keeps the statistics of a generation, as a user attribute of the study; nothing is written twice."""
         name = f"{GENERATION}{record['generation']:05d}"
-        if self._study.user_attrs.get(name) != record:  # a generation that a limit cut is whole when the search goes on
+        if self._logged.get(name) != record:  # a generation that a limit cut is whole when the search goes on
             self._study.set_user_attr(name, dict(record))
+            self._logged[name] = dict(record)
 
     def logbook(self) -> list[dict[str, Any]]:
         """The statistics of all generations, in their order."""
-        attributes = self._study.user_attrs
-        return [attributes[name] for name in sorted(attributes) if name.startswith(GENERATION)]
+        return [self._logged[name] for name in sorted(self._logged)]
 
     def _remember(self, evaluation: Evaluation, number: int) -> None:
-        self._memo.setdefault((evaluation.schedule, evaluation.fidelity), evaluation)
+        key = evaluation.schedule, evaluation.fidelity
+        self._memo.setdefault(key, evaluation)
+        self._places.setdefault(key, len(self._places))
         self._numbers.setdefault(evaluation.schedule.levels, number)
 
     def _check_kind(self, owner: str | None) -> None:
         """Marks a new study with its stages and max_level; compares those of an old one."""
         ours = {"stages": [list(stage) for stage in self.stages.ranges], "max_level": self.max_level}
-        ours |= {"run": owner} if owner is not None else {}
+        ours |= {OWNER: owner} if owner is not None else {}
         theirs = {key: self._study.user_attrs.get(key) for key in ours}
         for key, value in ours.items():
             if theirs[key] is None and not self._study.get_trials(deepcopy=False):
@@ -217,18 +212,6 @@ def _open_journal(path: Path) -> JournalStorage:
             return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DiffesError(f"{path} is no journal of evaluations: {type(error).__name__} {error}") from error
-
-
-def _open_database(url: str) -> RDBStorage:
-    try:
-        with quiet_optuna():
-            return RDBStorage(url)
-    except Exception as error:  # drivers fail in their own ways
-        reason = " ".join(str(error).split())[:300]
-        raise DiffesError(
-            f"the database {url!r} cannot be opened ({type(error).__name__}: {reason}); give a URL as SQLAlchemy has "
-            "them, for instance sqlite:///study.db, and install its driver"
-        ) from error
 
 
 def _mend(path: Path, lock: JournalFileOpenLock) -> None:

@@ -53,6 +53,9 @@ class RunConfig:
     """Schedules to evaluate; one on a fraction of the probes counts as that fraction."""
     max_calls: int | None = None
     """Denoiser calls to spend, in rows. Left out: only max_evals ends the search."""
+    time_limit: float | None = None
+    """Seconds of evaluation to spend on a search, those of earlier commands on the same folder included. Left out: no
+    limit. Any of the three limits may be raised on a finished or interrupted run, which then goes on."""
     probes: int = 16
     """Images per evaluation, from fixed noise and classes or prompts."""
     heldout: int = 64
@@ -85,6 +88,8 @@ class RunConfig:
                 raise DiffesError(f"{name} must be at least {smallest}, got {value}")
         if self.max_calls is not None and self.max_calls < 1:
             raise DiffesError(f"max_calls must be at least 1, got {self.max_calls}")
+        if self.time_limit is not None and not self.time_limit > 0:
+            raise DiffesError(f"time_limit must be above 0 seconds, got {self.time_limit}")
         if self.seed >= 10**9:
             raise DiffesError(f"seed must be below 10^9, got {self.seed}: held-out probes are drawn from one above")
         if not math.isfinite(self.guidance) or self.guidance < 0:

@@ -20,12 +20,15 @@ from diffes.runtime.artifact import BANK, SCHEDULE
 from diffes.runtime.artifact import FRONT as PLANS
 from diffes.search.ledger import LOGGED
 from diffes.study.config import RunConfig
+from diffes.study.lock import clear_leftovers, is_unused
 
 JOURNAL, REPORT, COSTS, LOGBOOK = "study.journal", "report.json", "costs.json", "logbook.csv"
 FIGURES = ("schedule.png", "split.png", "convergence.png", "images.png")
 FRONT = "front.png"  # of strategies that search one, and of `diffes front`
 TABLE, JOURNALS = "table.npz", "journals"  # of `diffes front`
 FRONT_FILES = (FRONT, PLANS, TABLE, "plans.png")
+LONGEST = 40  # characters of the longest name within a run folder, and more
+LIMITS = ("max_evals", "max_calls", "time_limit")  # of a search: raised, it goes on from what is there
 FILES = (CONFIG, JOURNAL, COSTS, LOGBOOK, SCHEDULE, BANK, *FIGURES, REPORT)
 
 
@@ -54,16 +57,19 @@ def open_run(
         finished: the file that only a finished run has.
 
     Returns:
-        True when an unfinished run of the same settings is there to go on with.
+        True when a run of the same settings is there to go on with: an unfinished one, or any whose limits are raised.
 
     Raises:
         DiffesError: the folder cannot be written to, or holds something else, a finished run, or an unfinished one of
             other settings.
     """
-    if folder.exists() and not folder.is_dir():
-        raise DiffesError(f"--out {folder} is a file; name a folder")
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise DiffesError(f"--out {folder} is a file; name a folder")
+    except OSError as error:  # its name is too long
+        raise DiffesError(f"cannot write to --out {folder} ({error}); name another folder") from error
     resumes = False
-    if folder.is_dir() and any(folder.iterdir()):
+    if not is_unused(folder):
         if not _is_run(folder):
             raise DiffesError(f"--out {folder} is not empty and holds no run of diffes; name another folder")
         try:
@@ -74,7 +80,7 @@ def open_run(
     existed = folder.is_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test") as test:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test", suffix="-" * LONGEST) as test:
             test.write(b"\0" * 4096)
             test.flush()
         if not existed:
@@ -97,33 +103,55 @@ def _is_run(folder: Path) -> bool:
 
 
 def _check_same_run(folder: Path, now: Mapping[str, Any], finished: str) -> bool:
-    if (folder / finished).exists():
-        raise DiffesError(
-            f"--out {folder} holds a finished run; pass --overwrite to replace it, or name another folder"
-        )
     before = read_json(folder / CONFIG)
-    changed = [
-        f"{name} was {before[part].get(name)!r} and is {value!r}"
+    changes = {
+        name: (before[part].get(name), value)
         for part in ("settings", "versions")
         for name, value in now[part].items()
         if before[part].get(name) != value
-    ]
+    }
+    raised = [name for name, (was, is_now) in changes.items() if name in LIMITS and _above(is_now, was)]
+    changed = [f"{name} was {was!r} and is {now!r}" for name, (was, now) in changes.items() if name not in raised]
+    if (folder / finished).exists() and (changed or not raised):
+        why = f" ({'; '.join(changed)})" if changed else ""
+        raise DiffesError(
+            f"--out {folder} holds a finished run{why}; raise --max-evals to go on with it, pass --overwrite to "
+            "replace it, or name another folder"
+        )
     if changed:
         raise DiffesError(
-            f"--out {folder} holds an unfinished run that this one cannot go on with ({'; '.join(changed)}); name "
-            "another folder, or pass --overwrite to replace it"
+            f"--out {folder} holds an unfinished run that this one cannot go on with ({'; '.join(changed)}; only "
+            f"{', '.join(LIMITS)} may change, and be raised); name another folder, or pass --overwrite to replace it"
         )
     return True
 
 
-def begin_run(folder: Path, config: RunConfig, *, resumes: bool, extra: Mapping[str, Any] | None = None) -> None:
-    """Clears the files of an earlier run, unless it is gone on with, and writes `config.json`."""
+def _above(limit: float | None, other: float | None) -> bool:
+    """Whether a limit allows more than another; None is no limit."""
+    return other is not None and (limit is None or limit > other)
+
+
+def begin_run(
+    folder: Path,
+    config: RunConfig,
+    *,
+    resumes: bool,
+    extra: Mapping[str, Any] | None = None,
+    finished: str = REPORT,
+) -> None:
+    """Clears the files of an earlier run, unless it is gone on with, and writes `config.json`.
+
+    What says that a run is finished goes first, `config.json` last: a folder is a run at any moment.
+    """
     folder.mkdir(exist_ok=True)
+    clear_leftovers(folder)
+    (folder / finished).unlink(missing_ok=True)
     if not resumes:
         for name in (*FILES, *FRONT_FILES, f"{JOURNAL}.lock"):
-            (folder / name).unlink(missing_ok=True)
+            if name != CONFIG:
+                (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / JOURNALS, ignore_errors=True)
-        write_json(folder / CONFIG, config_record(config, extra))
+    write_json(folder / CONFIG, config_record(config, extra))
 
 
 def write_logbook(folder: Path, logbook: tools.Logbook) -> None:

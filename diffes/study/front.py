@@ -23,12 +23,14 @@ from diffes.runtime.artifact import BANK, FRONT, read_front, write_front
 from diffes.runtime.solver import solver_named
 from diffes.search.carried import Trajectory
 from diffes.search.frontier import ErrorTable
+from diffes.search.ledger import OnEvaluation
 from diffes.search.schedule import Schedule
 from diffes.search.space import SearchSpace
 from diffes.search.store import EvaluationStore
 from diffes.study import folder, plots
 from diffes.study.config import RunConfig
 from diffes.study.heldout import finite
+from diffes.study.lock import held
 from diffes.study.plans import Genes, Plans
 from diffes.study.settings import PLANNED
 from diffes.study.workbench import prepare
@@ -69,8 +71,11 @@ def complete_front(
     solver: str = "dpmsolver++",
     nodes: int = 64,
     overwrite: bool = False,
+    on_evaluation: OnEvaluation | None = None,
 ) -> dict[str, Any]:
-    """Calibrates, measures the table, searches every budget, and writes the folder; an unfinished one is gone on with.
+    """Calibrates, measures the table, searches every budget, and writes the folder.
+
+    An unfinished one is gone on with, and a finished one whose limits are raised.
 
     Args:
         config: the settings; its budget is not used, its cost is the currency.
@@ -81,6 +86,7 @@ def complete_front(
         solver: of the plans.
         nodes: candidate timesteps.
         overwrite: replace what is there.
+        on_evaluation: called with each evaluation of each search, those of earlier commands included.
 
     Returns:
         What `front.json` holds: what was calibrated and how, the solver, the reference, and `points`, a row for each
@@ -104,17 +110,32 @@ def complete_front(
             "--genes levels: leave it out"
         )
     extra = {"budgets": sorted(budgets), "genes": genes, "solver": solver, "nodes": nodes}
+    with held(out):
+        return _front_in(config, out, progress, extra, overwrite, on_evaluation)
+
+
+def _front_in(
+    config: RunConfig,
+    out: Path,
+    progress: Progress,
+    extra: Mapping[str, Any],
+    overwrite: bool,
+    on_evaluation: OnEvaluation | None,
+) -> dict[str, Any]:
+    """The front, in a folder that this process holds; `extra` are its settings beside those of every run."""
+    genes: Genes = extra["genes"]
     resumes = folder.open_run(out, config, overwrite=overwrite, extra=extra, finished=FRONT)
     known = files.read_json(out / folder.COSTS) if resumes and (out / folder.COSTS).exists() else {}
     costs = known.get("costs")
     settings = replace(config, budget=0.0 if config.cost == "level" else 1.0)  # of schedules, which are not searched
-    plans = Plans(prepare(settings, progress, costs, PLANNED), solver, nodes, known_costs=costs)
-    folder.begin_run(out, config, resumes=resumes, extra=extra)
+    bench = prepare(settings, progress, costs, PLANNED)
+    plans = Plans(bench, extra["solver"], extra["nodes"], known_costs=costs)
+    folder.begin_run(out, config, resumes=resumes, extra=extra, finished=FRONT)
     files.write_json(out / folder.COSTS, {"cost": config.cost, "costs": plans.call_costs})
     table = _table(plans, out / folder.TABLE, progress)
     points: list[Point] = []
-    for budget in sorted(budgets):
-        points += searched(plans, table, budget, genes, progress, out / folder.JOURNALS)
+    for budget in extra["budgets"]:
+        points += searched(plans, table, budget, genes, progress, out / folder.JOURNALS, on_evaluation)
     with progress.task("held-out probes, speed, figure", 2) as advance:
         split = _write_bank(plans, [point.genome for point in points], out)
         rows, pictures = _measured(plans, points)
@@ -153,6 +174,7 @@ def searched(
     genes: Genes = "joint",
     progress: Progress | None = None,
     journals: Path | None = None,
+    on_evaluation: OnEvaluation | None = None,
 ) -> list[Point]:
     """A point of each kind at one budget; none is worse, on the search's probes, than those it could do without.
 
@@ -166,7 +188,9 @@ def searched(
         genes: "joint" for all kinds, "steps" for dense ones only.
         progress: told of every evaluation; bars when left out.
         journals: folder that keeps evaluations; those that it has are not paid for again.
+        on_evaluation: called with each evaluation of each search.
     """
+    shown: dict[str, Any] = {"progress": progress, "on_evaluation": on_evaluation}
 
     def store(kind: str, space: SearchSpace) -> EvaluationStore | None:
         return EvaluationStore(journals / f"{kind}-{budget:g}.journal", space) if journals else None
@@ -181,14 +205,14 @@ def searched(
                 space = plans.level_space(budget)
             except DiffesError:
                 continue  # too few dense calls for so many steps
-            found = plans.search(budget, "levels", strategy=PAPERS, store=store(kind, space), progress=progress)
+            found = plans.search(budget, "levels", strategy=PAPERS, store=store(kind, space), **shown)
             genome, spent = plans.genome(plans.fixed.plan(found.best.schedule)), found.denoiser_calls
         else:
             of: Genes = "steps" if kind == "dense-planned" else "joint"
             starts = [plans.nearest(best), *plans.starts(table, budget, of)]
             starts = [each for each in dict.fromkeys(starts) if plans.space(budget, of).is_feasible(each)]
             stored = store(kind, plans.space(budget, of))
-            found = plans.search(budget, of, starts=starts, max_calls=allowed, store=stored, progress=progress)
+            found = plans.search(budget, of, starts=starts, max_calls=allowed, store=stored, **shown)
             allowed = found.denoiser_calls
             genome, spent = found.best.schedule, table.calls + found.denoiser_calls
         if found.best.fitness > worth:

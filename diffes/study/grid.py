@@ -19,6 +19,7 @@ from diffes.search.store import EvaluationStore
 from diffes.study.comparison import Comparison
 from diffes.study.config import RunConfig
 from diffes.study.heldout import HeldOut, record_of
+from diffes.study.lock import clear_leftovers, held, is_unused
 from diffes.study.record import RunRecord
 from diffes.study.settings import check_settings
 from diffes.study.workbench import Workbench, prepare, search_on, vary
@@ -33,6 +34,10 @@ SHARED = {  # settings that differ between cells of one calibrated model
 _UNPRICED: dict[str, Any] = {  # settings that costs do not depend on
     name: getattr(RunConfig(), name) for name in SHARED - {"cost", "probes"}
 }
+
+_ONLY_CALIBRATED: dict[str, Any] = {
+    "strategy": "uniform", "mutation": None, "crossover": None, "cost": "level", "budget": 0.5,
+}  # fmt: skip
 
 
 def parse_variations(texts: Sequence[str]) -> dict[str, list[Any]]:
@@ -81,10 +86,12 @@ def grid(base: RunConfig, varied: Mapping[str, Sequence[Any]], seeds: int) -> li
     """Every combination of the values varied, times seeds from `base.seed` on; those of one calibrated model together.
 
     Raises:
-        DiffesError: a value is out of its range, or there are no seeds.
+        DiffesError: a value is out of its range, or there are no seeds or values.
     """
     if seeds < 1:
         raise DiffesError(f"seeds must be at least 1, got {seeds}")
+    if empty := [name for name, values in varied.items() if not values]:
+        raise DiffesError(f"there is nothing to run: {empty[0]} has no values; give at least one")
     combinations = [
         replace(base, **dict(zip(varied, values, strict=True))) for values in itertools.product(*varied.values())
     ]
@@ -107,9 +114,10 @@ def run_experiment(
     base: RunConfig, varied: Mapping[str, Sequence[Any]], seeds: int, out: Path, progress: Progress
 ) -> Comparison:
     """Runs the cells of a grid and writes what they found into `out`; errors as `grid` and `run_cells`."""
-    rows = run_cells(grid(base, varied, seeds), out, progress)
-    comparison = Comparison(tuple(varied), tuple(rows))
-    comparison.write(out)
+    cells = grid(base, varied, seeds)
+    with held(out):
+        comparison = Comparison(tuple(varied), tuple(_cells_in(out, cells, progress)))
+        comparison.write(out)
     return comparison
 
 
@@ -131,11 +139,24 @@ def run_cells(
         A record for each cell, in their order.
 
     Raises:
-        DiffesError: a setting is unusable, or `out` cannot be written or holds something else.
+        DiffesError: a setting is unusable, or `out` cannot be written, is in use, or holds something else.
         OSError: likewise.
     """
+    with held(out):
+        return _cells_in(out, cells, progress, equal_calls=equal_calls)
+
+
+def _cells_in(
+    out: Path, cells: Sequence[RunConfig], progress: Progress, *, equal_calls: bool = True
+) -> list[RunRecord]:
+    """The cells, in a folder that this process holds."""
     for cell in cells:
         check_settings(cell)
+        if equal_calls and cell.time_limit is not None:
+            raise DiffesError(
+                f"all searches here spend equally many denoiser calls, which --time-limit {cell.time_limit:g} would "
+                "cut; leave it out, and set --max-calls or --max-evals"
+            )
     _open(out)
     done = {_key(record.settings): record for record in _read(out / CELLS)}
     costs: dict[str, Any] = read_json(out / COSTS) if (out / COSTS).exists() else {}
@@ -146,7 +167,7 @@ def run_cells(
             if _key(cell.to_json()) not in done:
                 if bench is None or _differ(bench.config, cell):
                     # calibrated with the first seed, whichever cells are left to do
-                    bench = prepare(replace(cell, seed=cells[0].seed, cost="level", budget=0.5), progress)
+                    bench = prepare(replace(cell, **_ONLY_CALIBRATED, seed=cells[0].seed), progress)
                 priced = _key(replace(cell, **_UNPRICED).to_json())
                 bench = vary(bench, cell, progress, costs.get(priced))
                 if priced not in costs:
@@ -176,6 +197,8 @@ def run_cell(
 def _key(settings: Mapping[str, Any]) -> str:
     # settings that came later had their defaults, and levels were equal in all layers
     known = dataclasses.asdict(RunConfig()) | {"allocation": "equal"} | dict(settings)
+    if known["time_limit"] is None:  # so that keys of before are found
+        del known["time_limit"]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -184,10 +207,9 @@ def _differ(one: RunConfig, other: RunConfig) -> bool:
 
 
 def _open(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise DiffesError(f"--out {out} is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / CELLS).exists() and not (out / JOURNALS).exists():
+    if not is_unused(out) and not (out / CELLS).exists() and not (out / JOURNALS).exists():
         raise DiffesError(f"--out {out} is not empty and holds no comparison of diffes; name another folder")
+    clear_leftovers(out)
     (out / JOURNALS).mkdir(parents=True, exist_ok=True)
 
 

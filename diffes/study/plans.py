@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,16 +19,16 @@ from diffes.progress import Progress, RichProgress
 from diffes.runtime.solver import SPACINGS, solver_named, spaced
 from diffes.search import carried
 from diffes.search.frontier import variants
-from diffes.search.ledger import SearchResult
+from diffes.search.ledger import OnEvaluation, SearchResult
 from diffes.search.loop import run_search
 from diffes.search.plan import PlanSpace, trailing
 from diffes.search.schedule import Plan, Schedule, Stages
 from diffes.search.space import SearchSpace, first_computes
 from diffes.search.store import EvaluationStore
-from diffes.search.strategy import STRATEGIES, Evaluation
+from diffes.search.strategy import STRATEGIES
 from diffes.study.heldout import HELDOUT_SEED
 from diffes.study.settings import check_visited, operators_of
-from diffes.study.workbench import Workbench
+from diffes.study.workbench import Workbench, shown
 
 Genes = Literal["levels", "steps", "joint"]
 POWERS = (1.0, 0.5)  # errors of a plan add up as squares or as roots: which is nearer to the truth differs
@@ -208,6 +207,7 @@ class Plans:
         max_calls: int | None = None,
         store: EvaluationStore | None = None,
         progress: Progress | None = None,
+        on_evaluation: OnEvaluation | None = None,
     ) -> SearchResult:
         """A search for the best plan within a budget.
 
@@ -220,6 +220,7 @@ class Plans:
             max_calls: denoiser calls to spend, in rows; likewise.
             store: keeps the evaluations; what it has is not paid for again.
             progress: told of every evaluation; bars when left out.
+            on_evaluation: called with each evaluation.
 
         Raises:
             DiffesError: the budget is below the cheapest call, or the strategy does not work on plans.
@@ -229,18 +230,11 @@ class Plans:
         space = self.level_space(calls) if genes == "levels" else self.space(calls, genes, starts)
         spec, evals = strategy or config.strategy, max_evals or config.max_evals
         made = STRATEGIES.make(spec, space, seed=config.seed, **({} if strategy else operators_of(config)))
-        best = -math.inf
         with (progress or RichProgress()).task(f"searching {genes}, {calls:g} calls", evals) as advance:
-
-            def on_evaluation(evaluation: Evaluation) -> None:
-                nonlocal best
-                if space.counts(evaluation.schedule, evaluation.fidelity):
-                    best = max(best, evaluation.fitness)
-                advance(f"best {config.metric} {best:.5g}", evaluation.fidelity)
-
             return run_search(
-                made, evaluator, max_evals=evals, max_denoiser_calls=max_calls or config.max_calls, store=store,
-                on_evaluation=on_evaluation,
+                made, evaluator, max_evals=evals, max_denoiser_calls=max_calls or config.max_calls,
+                max_seconds=config.time_limit, store=store,
+                on_evaluation=shown(space, config.metric, advance, on_evaluation),
             )  # fmt: skip
 
     @property

@@ -12,20 +12,22 @@ import torch
 
 from diffes import files
 from diffes.adapters import Condition, adapter_for
-from diffes.errors import DiffesError
 from diffes.measure.currencies import prunable_fraction
 from diffes.progress import Progress
 from diffes.pruning.bank import fingerprint, split_of
 from diffes.runtime.apply import load
 from diffes.runtime.artifact import BANK, chosen, write_schedule
-from diffes.search.ledger import SearchResult
+from diffes.search.database import check_owner
+from diffes.search.ledger import OnEvaluation, SearchResult
 from diffes.search.schedule import Plan, Schedule
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation
 from diffes.study import folder, plots
 from diffes.study.config import RunConfig
 from diffes.study.heldout import HELDOUT_SEED, HeldOut, finite, record_of
+from diffes.study.lock import held
 from diffes.study.record import Candidate, Report, Timing
+from diffes.study.settings import check_settings
 from diffes.study.workbench import Workbench, prepare, search_on
 
 Advance = Callable[..., None]
@@ -33,24 +35,53 @@ IMAGES = 10  # of the picture that shows all candidates
 FRONT_POINTS = 10  # of a front, measured on held-out probes
 
 
-def complete_run(config: RunConfig, out: Path, progress: Progress, *, overwrite: bool = False) -> Report:
-    """A whole run, from settings to a run folder. An unfinished one of the same settings in `out` is gone on with.
+def complete_run(
+    config: RunConfig,
+    out: Path,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    on_evaluation: OnEvaluation | None = None,
+) -> Report:
+    """A whole run, from settings to a run folder.
+
+    An unfinished one of the same settings in `out` is gone on with, and a finished one whose limits are raised.
+
+    Args:
+        config: the settings.
+        out: the folder, which this process holds until the run is done.
+        progress: told of the long parts.
+        overwrite: replace what is there.
+        on_evaluation: called with each evaluation of the search, stored already; those of earlier commands included.
 
     Raises:
         DiffesError: bad settings, or `out` cannot be used; what is there is then untouched.
         OSError: `out` cannot be written to.
     """
+    with held(out):
+        return _run_in(out, config, progress, overwrite, on_evaluation)
+
+
+def _run_in(
+    out: Path, config: RunConfig, progress: Progress, overwrite: bool, on_evaluation: OnEvaluation | None
+) -> Report:
+    """The run, in a folder that this process holds."""
     resumes = folder.open_run(out, config, overwrite=overwrite)
     known = files.read_json(out / folder.COSTS) if resumes and (out / folder.COSTS).exists() else {}
-    bench = prepare(config, progress, known.get("costs"))
     if config.storage is not None:
-        store = _database_store(config.storage, bench, out, resumes=resumes, overwrite=overwrite)
-        folder.begin_run(out, config, resumes=resumes)
-    else:
-        folder.begin_run(out, config, resumes=resumes)
-        store = EvaluationStore(out / folder.JOURNAL, bench.space)
+        check_settings(config)
+        check_owner(config.storage, *_study_of(out), fresh=not resumes and not overwrite)
+    bench = prepare(config, progress, known.get("costs"))
+    if config.storage is not None and overwrite and not resumes:
+        EvaluationStore.forget(config.storage, *_study_of(out))
+    folder.begin_run(out, config, resumes=resumes)
+    store = (
+        EvaluationStore(out / folder.JOURNAL, bench.space)
+        if config.storage is None
+        else EvaluationStore(config.storage, bench.space, *_study_of(out))
+    )
     files.write_json(out / folder.COSTS, {"cost": config.cost, "costs": bench.costs})
-    result = search_on(bench, progress, store)
+    result = search_on(bench, progress, store, on_evaluation)
     folder.write_logbook(out, result.logbook)
     _write_result(bench, result.best.schedule, out)
     with progress.task("held-out probes, speed, figures", 3) as advance:
@@ -61,18 +92,9 @@ def complete_run(config: RunConfig, out: Path, progress: Progress, *, overwrite:
     return report
 
 
-def _database_store(url: str, bench: Workbench, out: Path, *, resumes: bool, overwrite: bool) -> EvaluationStore:
-    """The study of this run in a database; it has the name of the run folder and remembers which folder that was."""
-    study, owner = out.resolve().name, str(out.resolve())
-    if overwrite and not resumes:
-        EvaluationStore.forget(url, study, owner)
-    store = EvaluationStore(url, bench.space, study, owner)
-    if not resumes and len(store):
-        raise DiffesError(
-            f"{url} has evaluations of a study {study!r} already; pass --overwrite to replace them, or name another "
-            "--out folder"
-        )
-    return store
+def _study_of(out: Path) -> tuple[str, str]:
+    """Name and owner of the study of a run in a database: those of the run folder."""
+    return out.resolve().name, str(out.resolve())
 
 
 def _write_result(bench: Workbench, schedule: Schedule, out: Path) -> None:

@@ -37,7 +37,7 @@ from diffes.pruning.calibration import CalibrationSet, load_calibration, sample_
 from diffes.runtime.apply import pick_device
 from diffes.runtime.router import Router
 from diffes.runtime.solver import scheduler_for
-from diffes.search.ledger import SearchResult
+from diffes.search.ledger import OnEvaluation, SearchResult
 from diffes.search.loop import run_search
 from diffes.search.plan import PlanSpace
 from diffes.search.schedule import Plan, Schedule, Stages
@@ -79,19 +79,28 @@ class Workbench:
             self.adapter, calibration_of(self.config, self.adapter), self.space.stages, self.config.seed
         )
 
-    def search(self, strategy: str = "evolution", *, progress: Progress | None = None, **changes: Any) -> SearchResult:
+    def search(
+        self,
+        strategy: str = "evolution",
+        *,
+        progress: Progress | None = None,
+        on_evaluation: OnEvaluation | None = None,
+        **changes: Any,
+    ) -> SearchResult:
         """A search on this model, in memory.
 
         Args:
             strategy: name of a strategy, with options after a colon.
             progress: told of every evaluation; bars when left out.
+            on_evaluation: called with each evaluation.
             changes: other settings than the workbench's own: seed, budget, metric, mutation, max_evals and so on.
 
         Raises:
             DiffesError: a setting is unusable.
         """
         progress = progress or RichProgress()
-        return search_on(vary(self, replace(self.config, strategy=strategy, **changes), progress), progress)
+        bench = vary(self, replace(self.config, strategy=strategy, **changes), progress)
+        return search_on(bench, progress, on_evaluation=on_evaluation)
 
     def toolbox(
         self,
@@ -270,6 +279,8 @@ def prepare(
     space = SearchSpace.mean_sparsity(stages, method.max_level(adapter), config.budget, steps)
     if isinstance(example, PlanSpace):
         check_visited(space, config)
+    elif config.cost == "level" and not STRATEGIES.parse(config.strategy)[0].needs:
+        check_settings(config, space)  # one that is too large for the strategy; other costs are not known yet
     metric = make_metric(config.metric, adapter.device)
     try_metric(metric, adapter)
     splits = allocation_of(method.kind, config.allocation) == "damage"
@@ -343,25 +354,47 @@ def calibration_of(config: RunConfig, adapter: ModelAdapter) -> CalibrationSet:
     )
 
 
-def search_on(bench: Workbench, progress: Progress, store: EvaluationStore | None = None) -> SearchResult:
+def search_on(
+    bench: Workbench,
+    progress: Progress,
+    store: EvaluationStore | None = None,
+    on_evaluation: OnEvaluation | None = None,
+) -> SearchResult:
     """One search on a workbench; everything in it is drawn from its seed."""
     config, space = bench.config, bench.space
     facts = {name: FACTS[name](bench) for name in STRATEGIES.parse(config.strategy)[0].needs}
     strategy = STRATEGIES.make(config.strategy, space, seed=config.seed, **operators_of(config), **facts)
-    best = -math.inf
     with progress.task(f"searching with {config.strategy}", config.max_evals) as advance:
-
-        def on_evaluation(evaluation: Evaluation) -> None:
-            nonlocal best
-            if space.counts(evaluation.schedule, evaluation.fidelity):
-                best = max(best, evaluation.fitness)
-            advance(f"best {config.metric} {best:.5g}", evaluation.fidelity)
-
         return run_search(
             strategy,
             bench.search_evaluator(),
             max_evals=config.max_evals,
             max_denoiser_calls=config.max_calls,
+            max_seconds=config.time_limit,
             store=store,
-            on_evaluation=on_evaluation,
+            on_evaluation=shown(space, config.metric, advance, on_evaluation),
         )
+
+
+def shown(
+    space: SearchSpace, metric: str, advance: Callable[..., None], also: OnEvaluation | None = None
+) -> OnEvaluation:
+    """What shows the best fitness so far as a search goes on.
+
+    Args:
+        space: says which evaluations count.
+        metric: name of the fitness.
+        advance: moves the bar on.
+        also: called with each evaluation, too.
+    """
+    best = -math.inf
+
+    def on_evaluation(evaluation: Evaluation) -> None:
+        nonlocal best
+        if space.counts(evaluation.schedule, evaluation.fidelity):
+            best = max(best, evaluation.fitness)
+        advance(f"best {metric} {best:.5g}", evaluation.fidelity)
+        if also is not None:
+            also(evaluation)
+
+    return on_evaluation

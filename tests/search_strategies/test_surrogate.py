@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy.optimize import check_grad, minimize
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
 from diffes.errors import DiffesError
 from diffes.search.genome import Origin
@@ -20,10 +21,11 @@ from diffes.search.space import SearchSpace
 from diffes.search.strategy import Evaluation, Proposal
 from diffes.testing import SPACES as CONFORMANCE_SPACES
 from diffes.testing import StrategyConformance, evaluate, separable
-from search_strategies import surrogate
+from search_strategies import gaussian_process, surrogate
 from search_strategies.exhaustive import feasible
+from search_strategies.gaussian_process import Floats
 from search_strategies.random_search import RandomSearch
-from search_strategies.surrogate import Floats, Surrogate
+from search_strategies.surrogate import Surrogate
 
 FOUR = Stages.equal(4)
 SPACES = {
@@ -57,11 +59,11 @@ def test_the_model_learns_what_pairs_of_stages_do() -> None:
     levels = rng.integers(0, 9, (200, 5)) / 8
     scores = -(levels[:, 0] ** 2) - 3 * levels[:, 1] * levels[:, 3]
     scores = (scores - scores.mean()) / scores.std()
-    kernel = surrogate._Kernel.prior(5).fitted(levels[:80], scores[:80])
-    mean, deviation = surrogate._Model(kernel, levels[:80], scores[:80]).predict(levels[80:])
+    kernel = gaussian_process.Kernel.prior(5).fitted(levels[:80], scores[:80])
+    mean, deviation = gaussian_process.Model(kernel, levels[:80], scores[:80]).predict(levels[80:])
     assert spearmanr(mean, scores[80:]).statistic > 0.95
     assert (np.abs(mean - scores[80:]) < 4 * deviation + 0.1).mean() > 0.9
-    again, _ = surrogate._Model(kernel, levels[:80], scores[:80]).predict(levels[:80])
+    again, _ = gaussian_process.Model(kernel, levels[:80], scores[:80]).predict(levels[:80])
     assert np.abs(again - scores[:80]).max() < 0.2
 
 
@@ -73,9 +75,9 @@ def test_the_gradient_of_the_fit_is_that_of_its_loss(monkeypatch: pytest.MonkeyP
         losses.append(loss)
         return minimize(loss, start, **rest)
 
-    monkeypatch.setattr(surrogate, "minimize", noting)
-    surrogate._Kernel.prior(3).fitted(rng.random((20, 3)), rng.standard_normal(20))
-    at = surrogate._Kernel.prior(3).parameters + rng.normal(0, 0.3, 8)
+    monkeypatch.setattr(gaussian_process, "minimize", noting)
+    gaussian_process.Kernel.prior(3).fitted(rng.random((20, 3)), rng.standard_normal(20))
+    at = gaussian_process.Kernel.prior(3).parameters + rng.normal(0, 0.3, 8)
     (loss,) = losses
 
     def value(parameters: Floats) -> float:
@@ -87,17 +89,90 @@ def test_the_gradient_of_the_fit_is_that_of_its_loss(monkeypatch: pytest.MonkeyP
     assert check_grad(value, gradient, at) < 1e-3 * np.linalg.norm(gradient(at))
 
 
+def on_a_grid(n: int) -> tuple[gaussian_process.Kernel, Floats]:
+    """A kernel over 4 features of 9 values, and n schedules."""
+    rng = np.random.default_rng(n)
+    kernel = gaussian_process.Kernel.prior(4, np.arange(9) / 8)
+    return replace(kernel, parameters=kernel.parameters + rng.normal(0, 0.3, 10)), rng.integers(0, 9, (n, 4)) / 8
+
+
+def test_covariances_that_are_looked_up_are_those_that_are_computed() -> None:
+    kernel, levels = on_a_grid(30)
+    anywhere = replace(kernel, grid=None)
+    alone = kernel.alone(levels[:20], levels[20:])
+    pairs = sum(alone[..., i] * alone[..., j] for i, j in itertools.combinations(range(4), 2))
+    expected = alone.sum(-1) + kernel.pairs * pairs
+    for each in (kernel, anywhere):
+        np.testing.assert_allclose(each(levels[:20], levels[20:]), expected, rtol=1e-12)
+    assert np.diag(kernel(levels, levels)) == pytest.approx(kernel.variance)
+
+
+def test_the_fit_is_the_same_on_a_grid_and_off_it() -> None:
+    kernel, levels = on_a_grid(30)
+    scores = np.random.default_rng(0).standard_normal(30)
+    values, gradients = zip(
+        *(gaussian_process._Likelihood(levels, scores, grid)(kernel) for grid in (kernel.grid, None)), strict=True
+    )
+    assert values[0] == pytest.approx(values[1])
+    np.testing.assert_allclose(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
+
+
+def test_a_believed_score_needs_no_new_factor() -> None:
+    kernel, levels = on_a_grid(30)
+    scores = np.random.default_rng(0).standard_normal(21)
+    believed = gaussian_process.Model(kernel, levels[:20], scores[:20]).believing(levels[20:21], float(scores[20]))
+    whole = gaussian_process.Model(kernel, levels[:21], scores)
+    for ours, expected in zip(believed.predict(levels[21:]), whole.predict(levels[21:]), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_neighbours_are_one_level_moved_and_repaired_where_that_is_not_feasible(name: str) -> None:
+    space = SPACES[name]
+    view, rng = surrogate.StageView(space), np.random.default_rng(0)
+    genomes = np.array([list(levels) for levels in itertools.product(range(space.max_level + 1), repeat=4)])
+    genomes = genomes[(genomes[:, [s for s in range(4) if s not in space.visited]] == 0).all(1)]
+    assert view._feasible(genomes).tolist() == [space.is_feasible(genome) for genome in genomes.tolist()]
+    here = tuple(space.sample(rng))
+    near = view.neighbours(here, rng)
+    assert near and here not in near and len(set(near)) == len(near) and all(map(space.is_feasible, near))
+    moved = [
+        tuple(level - (s == i) + (s == j) for s, level in enumerate(here))
+        for i, j in itertools.permutations(space.visited, 2)
+        if here[i] > 0 and here[j] < space.max_level
+    ]
+    assert {each for each in moved if space.is_feasible(each)} - {here} <= set(near)
+
+
+def test_ranks_are_those_of_scipy() -> None:
+    fitness = [0.5, -math.inf, 0.25, 0.5, -math.inf, 3.0]
+    assert surrogate.ranks_of(fitness).tolist() == rankdata(fitness).tolist()
+
+
+def test_the_model_is_fitted_again_once_there_is_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits: list[int] = []
+
+    def fitted(kernel: gaussian_process.Kernel, levels: Floats, _: Floats) -> gaussian_process.Kernel:
+        fits.append(len(levels))
+        return kernel
+
+    monkeypatch.setattr(gaussian_process.Kernel, "fitted", fitted)
+    monkeypatch.setattr(surrogate, "NEWS", 0.5)
+    run_search(Surrogate(PAPER, seed=0), evaluate, max_evals=40)
+    assert fits == [8, 12, 20, 32]
+
+
 def test_believing_is_as_good_as_measuring() -> None:
     rng = np.random.default_rng(0)
     levels, scores = rng.random((12, 3)), rng.standard_normal(12)
     levels[11], scores[11] = 1.5, 1.5  # far from the others
-    kernel = surrogate._Kernel.prior(3)
-    model = surrogate._Model(kernel, levels[:11], scores[:11])
+    kernel = gaussian_process.Kernel.prior(3)
+    model = gaussian_process.Model(kernel, levels[:11], scores[:11])
     before, doubt = model.predict(levels[11:])
     after, left = model.believing(levels[11:], float(scores[11])).predict(levels[11:])
     assert left[0] < doubt[0] / 2
     assert abs(after[0] - 1.5) < 0.1 < abs(before[0] - 1.5)
-    whole, _ = surrogate._Model(kernel, levels, scores).predict(levels)
+    whole, _ = gaussian_process.Model(kernel, levels, scores).predict(levels)
     assert whole[11] == pytest.approx(after[0])
 
 
@@ -110,18 +185,18 @@ def test_wrong_parameters_are_refused(options: dict[str, Any], message: str) -> 
         Surrogate(PAPER, seed=0, **options)
 
 
-class Belief(surrogate._Model):
+class Belief(gaussian_process.Model):
     """A model that believes what it is told, whatever was measured: functions of sparsities (m, V)."""
 
     def __init__(self, n: int, mean: Callable[[Floats], Floats], deviation: Callable[[Floats], Floats]) -> None:
-        super().__init__(surrogate._Kernel.prior(n), np.zeros((1, n)), np.zeros(1))
+        super().__init__(gaussian_process.Kernel.prior(n), np.zeros((1, n)), np.zeros(1))
         self.mean, self.deviation = mean, deviation
         self.believed: list[tuple[list[float], float]] = []
 
     def predict(self, levels: Floats) -> tuple[Floats, Floats]:
         return self.mean(levels), self.deviation(levels)
 
-    def believing(self, levels: Floats, score: float) -> surrogate._Model:
+    def believing(self, levels: Floats, score: float) -> gaussian_process.Model:
         self.believed += [(row.tolist(), score) for row in levels]
         return self
 

@@ -124,7 +124,7 @@ def test_a_killed_front_goes_on_and_ends_the_same(front: Path, tiny_folder: Path
     assert (out / folder.TABLE).read_bytes() == before
     for one, other in zip(again["points"], whole["points"], strict=True):
         assert {k: v for k, v in one.items() if k != "ms"} == {k: v for k, v in other.items() if k != "ms"}
-    with pytest.raises(DiffesError, match="finished run; pass --overwrite"):
+    with pytest.raises(DiffesError, match="finished run; raise --max-evals"):
         make(tiny_folder, out)
 
 

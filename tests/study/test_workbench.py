@@ -57,6 +57,14 @@ def test_a_factory_makes_what_measures_searches_and_toolboxes(bench: Workbench) 
     assert other.search("uniform", progress=Counting()).best.fitness >= 1000
 
 
+def test_a_search_tells_of_every_evaluation_and_stops_at_its_limit_in_time(bench: Workbench) -> None:
+    mine = replace(bench, make_evaluator=lambda _: falling)
+    seen: list[Evaluation] = []
+    result = mine.search("random", progress=Counting(), max_evals=50, time_limit=0.55, on_evaluation=seen.append)
+    assert seen == list(result.evaluations)
+    assert len(seen) == 6  # of 0.1 s each
+
+
 def test_without_one_the_searchs_own_probes_measure(bench: Workbench) -> None:
     evaluator = bench.search_evaluator()
     assert isinstance(evaluator, ScheduleEvaluator)

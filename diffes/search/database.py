@@ -1,0 +1,121 @@
+"""Databases that keep evaluations: which URLs will do, one that several processes make at once, whose a study is."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+
+import optuna
+from optuna.storages import RDBStorage
+
+from diffes.errors import DiffesError
+
+OWNER = "run"  # user attribute of a study: the run folder that it belongs to
+WAITS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds; making the tables takes less than their sum
+BEING_MADE = ("already exists", "UNIQUE constraint", "uplicate", "database is locked")  # what drivers say meanwhile
+
+
+@contextlib.contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Keeps Optuna's log to warnings for as long as the block runs."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def check_url(url: str) -> None:
+    """Refuses what is no database that outlives the process.
+
+    Raises:
+        DiffesError: the text is no URL as SQLAlchemy has them, or of a database in memory.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError) as error:
+        raise DiffesError(
+            f"--storage {url!r} is no URL of a database; write one as SQLAlchemy has them, for instance "
+            "sqlite:///study.db, or leave it out to keep a journal in the run folder"
+        ) from error
+    name = parsed.database or ""
+    if parsed.get_backend_name() == "sqlite" and (name in ("", ":memory:") or "memory" in parsed.query.get("mode", "")):
+        raise DiffesError(
+            f"--storage {url!r} is in memory only, and is lost when the command ends; name a file: sqlite:///study.db"
+        )
+
+
+def open_database(url: str, waits: Sequence[float] = WAITS) -> RDBStorage:
+    """The database, its tables made where there are none, also where others make them at this moment.
+
+    Args:
+        url: as SQLAlchemy has them.
+        waits: seconds before each further attempt while others make the tables.
+
+    Raises:
+        DiffesError: the URL is no such database, its driver is missing, or it cannot be reached.
+    """
+    check_url(url)
+    try:
+        with quiet_optuna():
+            return RDBStorage(url)
+    except Exception as error:  # drivers fail in their own ways
+        if waits and any(sign in str(error) for sign in BEING_MADE):
+            time.sleep(waits[0])
+            return open_database(url, waits[1:])
+        reason = " ".join(str(error).split())[:300]
+        raise DiffesError(
+            f"the database {url!r} cannot be opened ({type(error).__name__}: {reason}); give a URL as SQLAlchemy has "
+            "them, for instance sqlite:///study.db, and install its driver"
+        ) from error
+
+
+def claimed_study(storage: RDBStorage, study: str, owner: str) -> optuna.Study:
+    """The study of that name, made for its owner where there is none; of several that make it at once one is first.
+
+    Whether it belongs to this owner is for the caller to see.
+    """
+    try:
+        made = optuna.create_study(storage=storage, study_name=study, direction="maximize")
+        made.set_user_attr(OWNER, owner)
+        return made
+    except optuna.exceptions.DuplicatedStudyError:
+        theirs = optuna.load_study(study_name=study, storage=storage)
+        for wait in WAITS:  # between the two calls above
+            if OWNER in theirs.user_attrs or theirs.get_trials(deepcopy=False):
+                break
+            time.sleep(wait)
+        return theirs
+
+
+def check_owner(url: str, study: str, owner: str, *, fresh: bool) -> None:
+    """Refuses a study that this run may not write to, before there is anything to write.
+
+    Args:
+        url: the database.
+        study: its name.
+        owner: who wants to write.
+        fresh: whether it must have no evaluations yet.
+
+    Raises:
+        DiffesError: the database cannot be opened, or its study belongs to another owner or has evaluations.
+    """
+    storage = open_database(url)
+    try:
+        with quiet_optuna():
+            found = optuna.load_study(study_name=study, storage=storage)
+    except KeyError:
+        return
+    theirs = found.user_attrs.get(OWNER)
+    if theirs not in (None, owner):
+        raise DiffesError(f"{url} has a study {study!r} of {theirs}, not of {owner}; name another --out folder")
+    if fresh and found.get_trials(deepcopy=False):
+        raise DiffesError(
+            f"{url} has evaluations of a study {study!r} already; pass --overwrite to replace them, or name another "
+            "--out folder"
+        )

@@ -1,0 +1,154 @@
+"""What the commands do and show in the terminal; `diffes.cli` imports it when a command runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.table import Table
+
+from diffes import files
+from diffes.errors import DiffesError
+from diffes.progress import RichProgress, console
+from diffes.study.config import RunConfig
+
+log = logging.getLogger(__name__)
+QUIET = {"TQDM_DISABLE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+@contextmanager
+def session(log_file: Path | None = None) -> Iterator[ModuleType]:
+    """This module, with torch and diffusers loaded and what other libraries say kept off the terminal.
+
+    Args:
+        log_file: takes what diffes logs, and warnings of all libraries; it is added to. None keeps neither.
+
+    Raises:
+        DiffesError: the log file cannot be written to.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    root, ours = logging.getLogger(), logging.getLogger("diffes")
+    handler, level = _handler(log_file), ours.level
+    root.addHandler(handler)  # where the root has none, Python prints the warnings of libraries
+    ours.setLevel(logging.INFO if log_file else level)
+    logging.captureWarnings(True)
+    try:
+        with console.status("loading torch and diffusers"):
+            import diffes.study.run  # noqa: F401
+        yield sys.modules[__name__]
+    except BaseException as error:
+        log.error("%s: %s", type(error).__name__, error, exc_info=not isinstance(error, DiffesError))
+        raise
+    finally:
+        logging.captureWarnings(False)
+        ours.setLevel(level)
+        root.removeHandler(handler)
+        handler.close()
+
+
+def _handler(log_file: Path | None) -> logging.Handler:
+    if log_file is None:
+        return logging.NullHandler()
+    try:
+        handler = logging.FileHandler(log_file, encoding="utf-8")
+    except OSError as error:
+        raise DiffesError(f"--log-file {log_file} cannot be written ({error}); name a file in a folder") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    return handler
+
+
+def search(config: RunConfig, out: Path, overwrite: bool) -> None:
+    """A search of levels, and what it found."""
+    from diffes.study import report as reports
+    from diffes.study.run import complete_run
+
+    report = complete_run(config, out, RichProgress(), overwrite=overwrite)
+    found = report.run
+    table = Table(
+        title="{model}, {method}, held-out {metric} over {heldout} probes".format(**found.settings),
+    )
+    for name in reports.COLUMNS:
+        table.add_column(name, justify="left" if not name else "right")
+    for row in reports.rows(report):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"levels by stage, cleanest first: {' '.join(map(str, found.schedule.levels))}")
+    spent = f"{found.denoiser_calls:,} denoiser calls and {found.calibration_calls:,} of calibration"
+    console.print(f"{found.evaluations} evaluations, {spent}")
+    _list(out, "*")
+    console.print(f"next: diffes sample {out} --out grid.png", highlight=False)
+
+
+def front(config: RunConfig, budgets: Sequence[float], out: Path, overwrite: bool, **options: Any) -> None:
+    """Plans at some budgets, and what they gain."""
+    from diffes.study import front as fronts
+
+    data = fronts.complete_front(config, budgets, out, RichProgress(), overwrite=overwrite, **options)
+    table = Table(
+        title=f"{config.model}, {config.method}: {config.metric} and latent MSE over {config.heldout} held-out probes, "
+        f"against {data['reference']['steps']} dense steps"
+    )
+    for name in fronts.COLUMNS:
+        table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
+    for row in fronts.rows_of(data):
+        table.add_row(*row)
+    console.print(table)
+    for line in fronts.verdicts(data):
+        console.print(line, highlight=False)
+    _list(out, "*")
+    console.print(f"next: diffes sample {out} --calls {max(budgets):g} --out grid.png", highlight=False)
+
+
+def sample(run: Path, conditions: Sequence[int] | Sequence[str] | None, out: Path, **options: Any) -> None:
+    """Images of a run, in a PNG."""
+    from diffes.study import plots
+    from diffes.study.run import sample_images
+
+    images, names = sample_images(run, conditions, **options)
+    figure = plots.image_grid({"": images}, names)
+    files.write_safely(out, lambda partial: plots.save(figure, partial))
+    console.print(f"written to {out}", highlight=False)
+
+
+def export(run: Path, out: Path, **options: Any) -> None:
+    """A folder that stands alone."""
+    from diffes.study.export import export as write_export
+
+    write_export(run, out, **options)
+    _list(out, "**/*")
+    console.print(f"next: python -c 'import diffes; pipe = diffes.load(\"{out}\")'", highlight=False, markup=False)
+
+
+def parse_variations(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """As `diffes.study.grid.parse_variations`."""
+    from diffes.study import grid
+
+    return grid.parse_variations(texts)
+
+
+def experiment(config: RunConfig, varied: Mapping[str, Sequence[Any]], seeds: int, out: Path) -> None:
+    """A grid of searches, and its table."""
+    from diffes.study import grid
+
+    head, body = grid.run_experiment(config, varied, seeds, out, RichProgress()).table(brief=True)
+    table = Table(title=f"held-out {config.metric}" if "metric" not in varied else "held-out fitness")
+    for title in head:
+        table.add_column(title, justify="left" if title in varied else "right", no_wrap=title in varied)
+    for line in body:
+        table.add_row(*line)
+    console.print(table)
+    _list(out, "*")
+
+
+def _list(out: Path, pattern: str) -> None:
+    """What was written to a folder: its files, in the order of their names."""
+    console.print(f"written to {out}:", highlight=False)
+    for path in sorted(path for path in out.glob(pattern) if path.is_file()):
+        console.print(f"  {path}  ({path.stat().st_size:,} bytes)", highlight=False)
