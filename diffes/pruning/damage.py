@@ -14,6 +14,7 @@ from diffes.errors import DiffesError
 from diffes.pruning.allocation import Floats, Rungs
 from diffes.pruning.base import GroupWeights
 from diffes.pruning.calibration import CalibrationSet
+from diffes.pruning.factors import FactoredWeights
 
 SAMPLES = 32  # noised latents a stage
 DIRECTIONS = 4  # random ones, of each prediction
@@ -75,11 +76,9 @@ class StageDamage:
         at_once = max(1, ELEMENTS // (DIRECTIONS * max(w.numel() for w in weights)))
         for rows in torch.arange(len(chosen)).split(at_once):
             signs = torch.randint(0, 2, (DIRECTIONS, *noise[rows].shape), generator=generator) * 2.0 - 1
-            found = self._gradients(groups_of, chosen[rows], timesteps[rows], noise[rows], signs)
-            for i, (groups, weight, gradients) in enumerate(zip(groups_of, weights, found, strict=True)):
-                for rung, left in enumerate(thin[groups.name]):
-                    change = _change(groups, weight.float(), left)
-                    damage[i][rung] += (gradients @ change.flatten()).double().square().sum().cpu()
+            found = self._seen(groups_of, chosen[rows], timesteps[rows], noise[rows], signs)
+            for i, (groups, weight, (inputs, backward)) in enumerate(zip(groups_of, weights, found, strict=True)):
+                damage[i] += _squares(groups, weight, thin[groups.name], inputs, backward).cpu()
         if not all(bool(torch.isfinite(each).all()) for each in damage):
             raise DiffesError(
                 f"the damage of thin layers at timesteps [{lo}, {hi}) is not finite: the gradients overflowed; try "
@@ -88,11 +87,11 @@ class StageDamage:
         elements = noise[0].numel() * len(chosen) * DIRECTIONS
         return [np.asarray(each) / elements for each in damage]
 
-    def _gradients(
+    def _seen(
         self, groups_of: Sequence[GroupSet], chosen: Tensor, timesteps: Tensor, noise: Tensor, signs: Tensor
-    ) -> list[Tensor]:
-        """For each set, (directions * n, d_out * d_in) gradients of `v^T f` by the weights of its consumer, sample by
-        sample."""
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For each set, inputs (n, tokens, d_in) of its consumer and the gradients (directions, n, tokens, d_out) of
+        `v^T f` by its outputs; the tokens of both branches are those of one sample."""
         adapter, denoiser, n = self.adapter, self.adapter.denoiser, len(chosen)
         clean = self.data.latents[chosen].to(adapter.device, adapter.dtype)
         noisy = adapter.add_noise(clean, noise, timesteps)
@@ -124,13 +123,28 @@ class StageDamage:
                 handle.remove()
         found = []
         for i, groups in enumerate(groups_of):
-            inputs = seen[groups.name][0].float()
-            parts = [
-                torch.einsum("nto,nti->noi", backward[i].float(), inputs).unflatten(0, (branches, n)).sum(0).flatten(1)
-                for backward in by_direction
-            ]
-            found.append(torch.cat(parts))
+            inputs = _side_by_side(seen[groups.name][0].float(), branches)
+            found.append((inputs, torch.stack([_side_by_side(g[i].float(), branches) for g in by_direction])))
         return found
+
+
+def _side_by_side(rows: Tensor, branches: int) -> Tensor:
+    """(n, branches * tokens, d) of (branches * n, tokens, d)."""
+    return torch.cat(rows.chunk(branches), 1)
+
+
+def _squares(
+    groups: GroupSet, weight: Tensor, thin: Sequence[GroupWeights], inputs: Tensor, backward: Tensor
+) -> Tensor:
+    """(rungs,) fp64 sums over directions and samples of the squared change of `v^T f` when the set is thin."""
+    last = thin[-1]
+    if isinstance(last, FactoredWeights):
+        effects = last.factor.effects(weight.float(), inputs, backward)
+        dropped = torch.tensor([groups.n_groups - len(left.kept) for left in thin], device=effects.device)
+        return effects[..., dropped].square().sum((0, 1))
+    gradients = torch.einsum("vnto,nti->vnoi", backward, inputs).flatten(2).flatten(0, 1)
+    changes = (_change(groups, weight.float(), left).flatten() for left in thin)
+    return torch.stack([(gradients @ change).double().square().sum() for change in changes])
 
 
 def _change(groups: GroupSet, dense: Tensor, left: GroupWeights) -> Tensor:

@@ -272,6 +272,7 @@ def prepare(
             allocation=config.allocation,
             only=space.visited,
             progress=lambda stage: advance(f"stage {stage}"),
+            memory=int(config.bank_memory * 1e9),
         )
     return _priced(Workbench(config, adapter, space, Router(adapter, bank), metric, costs or []), progress)
 
