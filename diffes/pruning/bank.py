@@ -98,7 +98,7 @@ class WeightBank(Mapping[Key, StageWeights]):
 
         Args:
             path: the file.
-            header: facts for its metadata, beside format version and kind.
+            header: facts for its metadata; format version, kind and `same` are this bank's own.
             dtype: of the compensated weights; as they are when left out.
         """
         tensors: dict[str, Tensor] = {}
@@ -115,7 +115,12 @@ class WeightBank(Mapping[Key, StageWeights]):
                 consumer = weights.consumer  # once: it may be made now
                 if consumer is not None:
                     tensors[f"{prefix}:consumer"] = consumer.to(dtype=dtype).contiguous()
-        facts = {"format_version": FORMAT_VERSION, "kind": self.kind, **header, "same": same}
+        facts = {
+            **header,
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "same": same,
+        }  # header may be an old one
         # One metadata key: safetensors writes several in random order, and equal banks should be equal files.
         save_file(tensors, path, metadata={FORMAT: json.dumps(facts)})
 

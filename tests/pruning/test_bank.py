@@ -69,7 +69,9 @@ def test_files_of_the_version_before_are_read(tiny: ModelAdapter, stages: Stages
             tensors[f"stage{stage}.level{level}.{name}:kept"] = weights.kept.clone()
             tensors[f"stage{stage}.level{level}.{name}:consumer"] = consumer(bank, (stage, level), name).clone()
     save_file(tensors, tmp_path / "old", metadata={FORMAT: json.dumps({"format_version": 2, "kind": "width"})})
-    loaded, _ = WeightBank.open(tmp_path / "old")
+    loaded, header = WeightBank.open(tmp_path / "old")
+    loaded.save(tmp_path / "new", header)
+    assert WeightBank.open(tmp_path / "new")[1]["format_version"] == 3
     assert sorted(loaded) == sorted(bank)
     for key, entry in bank.items():
         assert loaded[key].keys() == entry.keys()
