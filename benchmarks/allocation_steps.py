@@ -39,6 +39,7 @@ from diffes.pruning.bank import StageWeights, WeightBank
 from diffes.pruning.base import GroupWeights
 from diffes.pruning.build import at_split, stage_seed, thin_weights
 from diffes.pruning.calibration import CalibrationSet, StagePass
+from diffes.pruning.factors import Workshop
 from diffes.runtime.apply import pick_device
 from diffes.runtime.router import Router
 from diffes.search.loop import run_search
@@ -282,7 +283,7 @@ class Bench:
         method, timesteps, guidance = METHODS.make(self.config.method), self.stages.ranges[stage], self.config.guidance
         seed = stage_seed(self.config.seed, stage)
         run = StagePass(self.adapter, timesteps, self.data, guidance > 1, seed, method.timestep_weights)
-        thin = thin_weights(self.adapter, method, None if method.needs == "nothing" else run, sets)
+        thin = thin_weights(self.adapter, method, None if method.needs == "nothing" else run, sets, Workshop())
         return Stage(
             self.adapter, timesteps, self.data, guidance, seed, sets, thin, self.levels, self.samples, self.evaluations
         )

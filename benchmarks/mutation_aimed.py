@@ -55,17 +55,17 @@ AIMED = (
     ),
     # the weights are scored and no longer compensated
     Aimed(
-        "diffes/pruning/obs.py",
-        "        weight.addmm_(weight[:, span].clone(), factor, alpha=-1)\n",
-        "",
+        "diffes/pruning/factors.py",
+        "_columns(left, block, start, stop), block[:, stop - start :], alpha=-1",
+        "_columns(left, block, start, stop), block[:, stop - start :], alpha=0",
         ("tests/pruning",),
     ),
-    # a level of an fp64 model is overwritten by the next one
+    # a level that is ready is handed out for every other one
     Aimed(
-        "diffes/pruning/obs.py",
-        "weight.to(weights.consumer.dtype, copy=True)",
-        "weight.to(weights.consumer.dtype)",
-        ("tests/pruning/test_methods.py",),
+        "diffes/pruning/factors.py",
+        "key = (factor, n_kept)",
+        "key = (factor, 0)",
+        ("tests/pruning/test_factors.py",),
     ),
     # of groups of equal importance not the first ones stay
     Aimed(

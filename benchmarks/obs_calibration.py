@@ -1,6 +1,6 @@
 """How long does OBS take to calibrate the published models, and how much of that did eliminating in blocks save?
 
-One layer of every shape that DiT-XL/2-256 and SDXL base 1.0 have, random weights, correlated inputs. `OBS.prune` is
+One layer of every shape that DiT-XL/2-256 and SDXL base 1.0 have, random weights, correlated inputs. `OBS.factor` is
 timed as a whole. The elimination it replaced is below as `one_by_one`: all its columns of one level cost the same, so
 a few are timed at every level's width and the rest is arithmetic. The two take turns; medians, of the
 time of one thread on its core, which other processes do not add to. Hours are these seconds
@@ -108,7 +108,7 @@ def measure(shape: Shape, columns: int, repeats: int) -> dict[str, Any]:
         parts["eliminate_before"] = one_by_one_seconds(weights.consumer, inverse, size, widths, columns)
         del inverse
         parts["inverse"] = seconds(invert, hessian)
-        parts["prune"] = seconds(OBS().prune, groups, weights, moment, widths[1:])
+        parts["prune"] = seconds(OBS().factor, groups, weights, moment)
         parts["moment_of_1024_tokens"] = seconds(torch.mm, tokens.T, tokens)
         for name, value in parts.items():
             found.setdefault(name, []).append(value)

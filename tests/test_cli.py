@@ -273,6 +273,7 @@ def test_finished_and_foreign_folders_are_not_overwritten(
         (["--budget", "nan"], "[0, 1]"),
         (["--method", "obss"], "'obs'"),
         (["--method", "obs:damping=2"], "damping of obs must be in (0, 1], got 2"),
+        (["--bank-memory", "0"], "bank_memory must be a finite number of GB above 0, got 0.0"),
         (["--metric", "sim"], "'ssim'"),
         (["--strategy", "evolve"], "'evolution'"),
         (["--model", "fashion_dit"], "'fashion-dit'"),

@@ -17,6 +17,7 @@ from diffes.adapters import AnySet, Kind
 from diffes.adapters.groups import REUSE_SETS
 from diffes.errors import DiffesError
 from diffes.pruning.base import GroupWeights
+from diffes.pruning.factors import Workshop
 from diffes.search.schedule import Plan, Schedule
 
 FORMAT = "diffes-bank"
@@ -34,13 +35,15 @@ class WeightBank(Mapping[Key, StageWeights]):
         file: where entries that are not in memory yet are read from, each once.
         calls: denoiser calls, in rows, that it took to make.
         max_level: H; 0 where it is that of the model and kind.
+        workshop: what makes those weights that are made when they are asked for.
 
     On disk a bank is one safetensors file. Its tensors are `stage{s}.level{k}.{name}:kept` (n,) int32, the groups that
     stay, and, where the method compensates, `stage{s}.level{k}.{name}:consumer` (d_out, n * size). Its metadata has one
     key, `diffes-bank`, a JSON object:
 
-    - `format_version`: of this layout, now 3; version 2 had no kind `reuse` and no sums; version 1 no `split`, and
-      every set in every entry
+    - `format_version`: of this layout, now 3; version 2 had no kind `reuse`, no sums and no `same`; version 1 no
+      `split`, and every set in every entry
+    - `same`: of `stage{s}.level{k}.{name}` without tensors of their own, those whose tensors are theirs too
     - `kind`: "width", "depth", "reuse" (a set keeps what is computed; the rest is given as in the last call that
       computed it), or some of them joined by "+"; `method`: spec of the pruning method; `model`: what it was made for
     - `stages`: [[lo, hi], ...] timesteps; `levels`: (S,) those held; `max_level`: H
@@ -55,10 +58,12 @@ class WeightBank(Mapping[Key, StageWeights]):
         file: BankFile | None = None,
         calls: int = 0,
         max_level: int = 0,
+        workshop: Workshop | None = None,
     ) -> None:
         self.kind = kind
         self.calls = calls
         self.max_level = max_level
+        self.workshop = workshop
         self._entries = dict(entries)
         self._file = file
 
@@ -81,27 +86,26 @@ class WeightBank(Mapping[Key, StageWeights]):
     def nbytes(self) -> int:
         """Bytes of the tensors in memory, those of a file as far as it was read; shared weights count once."""
         tensors = {id(w): w.nbytes for entry in self._entries.values() for w in entry.values()}
-        return sum(tensors.values())
+        return sum(tensors.values()) + (self.workshop.nbytes if self.workshop else 0)
 
     @property
     def reusing(self) -> tuple[int, ...]:
         """Levels that reuse what an earlier call computed."""
         named = {key: set(entry) for key, entry in self._entries.items()}
         if self._file is not None:
-            stored = self._file.names.items()
-            named |= {key: {name.split(".", 2)[2].rsplit(":", 1)[0] for name in names} for key, names in stored}
+            named |= {key: set(names) for key, names in self._file.names.items()}
         return tuple(sorted({level for (_, level), names in named.items() if names & set(REUSE_SETS)}))
 
     def for_schedule(self, *schedules: Schedule | Plan) -> WeightBank:
         """The part that these schedules or plans need, in memory."""
         keys = sorted({key for schedule in schedules for key in schedule.thin()})
-        return WeightBank({key: self[key] for key in keys}, self.kind, max_level=self.max_level)
+        return WeightBank({key: self[key] for key in keys}, self.kind, max_level=self.max_level, workshop=self.workshop)
 
     def in_order(self, levels: Sequence[int]) -> WeightBank:
         """The same bank with its levels renumbered: `levels[0]` becomes level 1."""
         new = {level: i for i, level in enumerate(levels, 1)}
         entries = {(stage, new[level]): entry for (stage, level), entry in self.items()}
-        return WeightBank(entries, self.kind, calls=self.calls, max_level=self.max_level)
+        return WeightBank(entries, self.kind, calls=self.calls, max_level=self.max_level, workshop=self.workshop)
 
     def kept(self, key: Key, prunable: Sequence[AnySet]) -> list[int]:
         """How many groups of each set stay at a stage and level; level 0 keeps all."""
@@ -109,22 +113,33 @@ class WeightBank(Mapping[Key, StageWeights]):
         return [len(entry[p.name].kept) if p.name in entry else p.n_groups for p in prunable]
 
     def save(self, path: Path, header: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
-        """Writes all entries as one safetensors file.
+        """Writes all entries as one safetensors file; what they share is written once.
 
         Args:
             path: the file.
-            header: facts for its metadata, beside format version and kind.
+            header: facts for its metadata; format version, kind and `same` are this bank's own.
             dtype: of the compensated weights; as they are when left out.
         """
         tensors: dict[str, Tensor] = {}
+        written: dict[int, str] = {}
+        same: dict[str, str] = {}
         for (stage, level), entry in self.items():
             for name, weights in entry.items():
                 prefix = f"stage{stage}.level{level}.{name}"
+                if id(weights) in written:
+                    same[prefix] = written[id(weights)]
+                    continue
+                written[id(weights)] = prefix
                 tensors[f"{prefix}:kept"] = weights.kept.clone()
-                if weights.consumer is not None:
-                    # a copy: stages may share a tensor, which safetensors refuses
-                    tensors[f"{prefix}:consumer"] = weights.consumer.to(dtype=dtype, copy=True).contiguous()
-        facts = {"format_version": FORMAT_VERSION, "kind": self.kind, **header}
+                consumer = weights.consumer  # once: it may be made now
+                if consumer is not None:
+                    tensors[f"{prefix}:consumer"] = consumer.to(dtype=dtype).contiguous()
+        facts = {
+            **header,
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "same": same,
+        }  # header may be an old one
         # One metadata key: safetensors writes several in random order, and equal banks should be equal files.
         save_file(tensors, path, metadata={FORMAT: json.dumps(facts)})
 
@@ -148,13 +163,14 @@ class BankFile:
 
     Attributes:
         header: what its metadata says.
-        names: of the tensors of each (stage, level).
+        names: of the sets of each (stage, level), each with the place of its tensors, `stage{s}.level{k}.{name}`.
     """
 
     def __init__(self, path: Path, dtype: torch.dtype | None) -> None:
         self.path = path
         self._dtype = dtype
-        self.names: dict[Key, list[str]] = {}
+        self.names: dict[Key, dict[str, str]] = {}
+        self._read: dict[str, GroupWeights] = {}
         try:
             file: Any = safe_open(path, framework="pt")
             metadata = file.metadata() or {}
@@ -166,9 +182,10 @@ class BankFile:
                     f"{path} has bank format version {self.header['format_version']}, this diffes reads up to "
                     f"{FORMAT_VERSION}: install a newer diffes"
                 )
-            for name in file.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
-                stage, level, _ = name.split(".", 2)
-                self.names.setdefault((int(stage[5:]), int(level[5:])), []).append(name)
+            own = {full.rsplit(":", 1)[0] for full in file.keys()}  # noqa: SIM118 (a safe_open handle is no mapping)
+            for place, source in ({place: place for place in own} | self.header.get("same", {})).items():
+                stage, level, name = place.split(".", 2)
+                self.names.setdefault((int(stage[5:]), int(level[5:])), {})[name] = source
             if not set(self.header["kind"].split("+")) <= set(get_args(Kind)):
                 raise ValueError(f"kind {self.header['kind']!r}")
             self._file = file
@@ -185,19 +202,22 @@ class BankFile:
         Raises:
             DiffesError: what is there is damaged.
         """
-        parts: dict[str, dict[str, Tensor]] = {}
         try:
-            for full in self.names[key]:
-                place, part = full.rsplit(":", 1)
-                tensor = self._file.get_tensor(full)
-                entry = parts.setdefault(place.split(".", 2)[2], {})
-                entry[part] = tensor.to(dtype=self._dtype) if part == "consumer" else tensor
-            weights = {name: GroupWeights(**tensors) for name, tensors in parts.items()}
+            weights = {name: self._tensors(source) for name, source in sorted(self.names[key].items())}
             if (split := self.header.get("split")) is not None:
                 self._check_split(f"stage{key[0]}.level{key[1]}", weights, split)
             return weights
         except Exception as error:
             raise self._damaged(error) from error
+
+    def _tensors(self, place: str) -> GroupWeights:
+        """What is stored at a place, read once."""
+        if place not in self._read:
+            consumer, kept = f"{place}:consumer", self._file.get_tensor(f"{place}:kept")
+            there = consumer in self._file.keys()  # noqa: SIM118
+            tensor = self._file.get_tensor(consumer).to(dtype=self._dtype) if there else None
+            self._read[place] = GroupWeights(kept, tensor)
+        return self._read[place]
 
     def _check_split(self, place: str, weights: StageWeights, split: Mapping[str, Any]) -> None:
         for name, n_groups, n_kept in zip(split["sets"], split["groups"], split["kept"][place], strict=True):

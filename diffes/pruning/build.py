@@ -24,6 +24,7 @@ from diffes.pruning.base import (
 )
 from diffes.pruning.calibration import CalibrationSet, StagePass, block_changes, input_moments
 from diffes.pruning.damage import BACKWARD, DIRECTIONS, StageDamage
+from diffes.pruning.factors import MEMORY, FactoredMethod, FactoredWeights, Workshop
 from diffes.search.schedule import Allocation, Stages
 
 FINER = 2  # rungs of a set for each level, where it has groups enough
@@ -40,6 +41,7 @@ def build_bank(
     allocation: Allocation = "equal",
     only: Iterable[int] | None = None,
     progress: Callable[[int], None] | None = None,
+    memory: int = MEMORY,
 ) -> WeightBank:
     """Calibrates and prunes stage by stage; only one stage's statistics are in memory at a time.
 
@@ -54,6 +56,8 @@ def build_bank(
             at least as many multiply-accumulates where that does least to the prediction. Depth has one set only.
         only: numbers of the stages to prune; all when left out.
         progress: told the stage after each.
+        memory: bytes of host memory for what levels are made from and for those that are ready, and of the statistics
+            of a stage: where they are more, they are taken in passes over some of the layers at a time.
 
     Raises:
         DiffesError: calibration data are needed and there are none, or a layer's statistics are not finite.
@@ -63,7 +67,7 @@ def build_bank(
         banks = [
             build_bank(
                 adapter, part, stages, data, guidance=guidance, seed=seed, allocation=allocation, only=chosen,
-                progress=progress,
+                progress=progress, memory=memory,
             )
             for part in method.parts
         ]  # fmt: skip
@@ -75,6 +79,7 @@ def build_bank(
         raise DiffesError(f"{type(method).__name__} with allocation {allocation} needs calibration data, got none")
     thin: dict[str, list[GroupWeights]] | None = None
     entries: dict[Key, StageWeights] = {}
+    workshop = Workshop(memory)
     calls = 0
     for stage in chosen:
         drawn = stage_seed(seed, stage)
@@ -84,8 +89,8 @@ def build_bank(
                 assert data is not None
                 weigh = method.timestep_weights
                 run = StagePass(adapter, stages.ranges[stage], data, guidance > 1, drawn, weigh)
-                calls += len(data)
-            thin = thin_weights(adapter, method, run, ladders.sets)
+                calls += len(data) * len(passes(method, ladders.sets, memory))
+            thin = thin_weights(adapter, method, run, ladders.sets, workshop)
         split = ladders.equal
         if ladders.splits:
             assert data is not None
@@ -96,7 +101,7 @@ def build_bank(
             entries[stage, level] = at_split(thin, split[level])
         if progress:
             progress(stage)
-    return WeightBank(entries, method.kind, calls=calls, max_level=ladders.max_level)
+    return WeightBank(entries, method.kind, calls=calls, max_level=ladders.max_level, workshop=workshop)
 
 
 def joined(banks: Sequence[WeightBank]) -> WeightBank:
@@ -109,7 +114,8 @@ def joined(banks: Sequence[WeightBank]) -> WeightBank:
         entries |= {(stage, below + level): entry for (stage, level), entry in bank.items()}
         below += bank.max_level
     kind = "+".join(dict.fromkeys(bank.kind for bank in banks))
-    return WeightBank(entries, kind, calls=sum(bank.calls for bank in banks), max_level=below)
+    workshop = next((bank.workshop for bank in banks if bank.workshop is not None), None)
+    return WeightBank(entries, kind, calls=sum(bank.calls for bank in banks), max_level=below, workshop=workshop)
 
 
 def _reusing(
@@ -177,9 +183,9 @@ class _Ladders:
 
 
 def thin_weights(
-    adapter: ModelAdapter, method: PruningMethod, run: StagePass | None, sets: Sequence[Rungs]
+    adapter: ModelAdapter, method: PruningMethod, run: StagePass | None, sets: Sequence[Rungs], workshop: Workshop
 ) -> dict[str, list[GroupWeights]]:
-    """What is left of every set at every rung, in host memory; the first one is dense."""
+    """What is left of every set at every rung, in host memory or made by the workshop; the first one is dense."""
     if isinstance(method, DepthMethod):
         (rungs,) = sets
         assert run is not None and isinstance(rungs.groups, BlockSet)
@@ -187,20 +193,49 @@ def thin_weights(
         _check_finite(rungs.groups.name, run, importance)
         return {rungs.groups.name: nested(importance, rungs.kept)}
     assert isinstance(method, WidthMethod)
-    groups_of = [rungs.groups for rungs in sets if isinstance(rungs.groups, GroupSet)]
-    moments = {} if run is None else input_moments(run, groups_of, full=method.needs == "second_moment")
     thin = {}
-    for groups, rungs in zip(groups_of, sets, strict=True):
-        moment = moments.pop(groups.name, None)
-        if moment is not None:
-            _check_finite(groups.name, run, moment)
-        levels = method.prune(groups, LayerWeights.of(adapter.denoiser, groups), moment, rungs.kept[1:])
-        everything = GroupWeights(torch.arange(groups.n_groups, dtype=torch.int32))
-        thin[groups.name] = [
-            everything,
-            *(GroupWeights(w.kept.cpu(), None if w.consumer is None else w.consumer.cpu()) for w in levels),
-        ]
+    for part in passes(method, sets, workshop.limit):
+        groups_of = [rungs.groups for rungs in part if isinstance(rungs.groups, GroupSet)]
+        moments = {} if run is None else input_moments(run, groups_of, full=method.needs == "second_moment")
+        for groups, rungs in zip(groups_of, part, strict=True):
+            moment = moments.pop(groups.name, None)
+            if moment is not None:
+                _check_finite(groups.name, run, moment)
+            everything = GroupWeights(torch.arange(groups.n_groups, dtype=torch.int32))
+            weights = LayerWeights.of(adapter.denoiser, groups)
+            thin[groups.name] = [everything, *_rungs(method, groups, weights, moment, rungs.kept[1:], workshop)]
     return thin
+
+
+def _rungs(
+    method: WidthMethod,
+    groups: GroupSet,
+    weights: LayerWeights,
+    moment: Tensor | None,
+    n_kept: Sequence[int],
+    workshop: Workshop,
+) -> list[GroupWeights]:
+    """What is left of one set at its rungs but the dense one."""
+    if isinstance(method, FactoredMethod):
+        factor = workshop.keep(method.factor(groups, weights, moment))
+        return [FactoredWeights(factor, weights.consumer, n, workshop) for n in n_kept]
+    found = method.prune(groups, weights, moment, n_kept)
+    return [GroupWeights(w.kept.cpu(), None if w.consumer is None else w.consumer.cpu()) for w in found]
+
+
+def passes(method: PruningMethod, sets: Sequence[Rungs], memory: int) -> list[list[Rungs]]:
+    """The sets whose statistics are taken at the same time: all of them, or as many as fit into so many bytes."""
+    parts: list[list[Rungs]] = [[]]
+    held = 0
+    for rungs in sets:
+        width = rungs.groups.n_groups * rungs.groups.size if isinstance(rungs.groups, GroupSet) else 0
+        nbytes = 4 * width**2 if method.needs == "second_moment" else 0
+        if parts[-1] and held + nbytes > memory:
+            parts.append([])
+            held = 0
+        parts[-1].append(rungs)
+        held += nbytes
+    return parts
 
 
 def _check_finite(name: str, run: StagePass | None, values: Tensor) -> None:

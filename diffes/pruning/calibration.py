@@ -141,7 +141,7 @@ def input_moments(run: StagePass, sets: Sequence[GroupSet], *, full: bool) -> di
             hooks.callback(layer.register_forward_pre_hook(observe(groups.name)).remove)
         for weights in run.run():  # noqa: B007 (the hooks read it)
             pass
-    return {name: found / total[name] for name, found in sums.items()}
+    return {name: found.div_(total[name]) for name, found in sums.items()}  # in place: they are what fills the memory
 
 
 def block_changes(run: StagePass, blocks: BlockSet) -> BlockChanges:

@@ -14,6 +14,7 @@ from diffes.errors import DiffesError
 from diffes.pruning.allocation import Floats, Rungs
 from diffes.pruning.base import GroupWeights
 from diffes.pruning.calibration import CalibrationSet
+from diffes.pruning.factors import FactoredWeights
 
 SAMPLES = 32  # noised latents a stage
 DIRECTIONS = 4  # random ones, of each prediction
@@ -68,11 +69,9 @@ class StageDamage:
         weights = [self.adapter.denoiser.get_submodule(groups.consumer).weight.detach() for groups in groups_of]
         damage = [torch.zeros(len(rungs.kept), dtype=torch.float64) for rungs in sets]
         for drawn in self._drawn(max(w.numel() for w in weights)):
-            found = self._gradients(groups_of, drawn)
-            for i, (groups, weight, gradients) in enumerate(zip(groups_of, weights, found, strict=True)):
-                for rung, left in enumerate(thin[groups.name]):
-                    change = _change(groups, weight.float(), left)
-                    damage[i][rung] += (gradients @ change.flatten()).double().square().sum().cpu()
+            found = self._seen(groups_of, drawn)
+            for i, (groups, weight, (inputs, backward)) in enumerate(zip(groups_of, weights, found, strict=True)):
+                damage[i] += _squares(groups, weight, thin[groups.name], inputs, backward).cpu()
         if not all(bool(torch.isfinite(each).all()) for each in damage):
             raise DiffesError(
                 f"the damage of thin layers at timesteps [{self.stage[0]}, {self.stage[1]}) is not finite: the "
@@ -165,21 +164,15 @@ class StageDamage:
                 handle.remove()
         return seen, by_direction
 
-    def _gradients(self, groups_of: Sequence[GroupSet], drawn: _Drawn) -> list[Tensor]:
-        """For each set, (directions * n, d_out * d_in) gradients of `v^T f` by the weights of its consumer, sample by
-        sample."""
+    def _seen(self, groups_of: Sequence[GroupSet], drawn: _Drawn) -> list[tuple[Tensor, Tensor]]:
+        """For each set, inputs (n, tokens, d_in) of its consumer and the gradients (directions, n, tokens, d_out) of
+        `v^T f` by its outputs; the tokens of both branches are those of one sample."""
         seen, by_direction = self._observed([groups.consumer for groups in groups_of], drawn, backward=True)
         found = []
         for i, groups in enumerate(groups_of):
-            inputs = seen[groups.consumer][0].float()
-            parts = [
-                torch.einsum("nto,nti->noi", gradients[i].float(), inputs)
-                .unflatten(0, (self._branches, -1))
-                .sum(0)
-                .flatten(1)
-                for gradients in by_direction
-            ]
-            found.append(torch.cat(parts))
+            inputs = _side_by_side(seen[groups.consumer][0].float(), self._branches)
+            backward = [_side_by_side(gradients[i].float(), self._branches) for gradients in by_direction]
+            found.append((inputs, torch.stack(backward)))
         return found
 
 
@@ -191,6 +184,25 @@ class _Drawn:
     timesteps: Tensor
     noise: Tensor
     signs: Tensor
+
+
+def _side_by_side(rows: Tensor, branches: int) -> Tensor:
+    """(n, branches * tokens, d) of (branches * n, tokens, d)."""
+    return torch.cat(rows.chunk(branches), 1)
+
+
+def _squares(
+    groups: GroupSet, weight: Tensor, thin: Sequence[GroupWeights], inputs: Tensor, backward: Tensor
+) -> Tensor:
+    """(rungs,) fp64 sums over directions and samples of the squared change of `v^T f` when the set is thin."""
+    last = thin[-1]
+    if isinstance(last, FactoredWeights):
+        effects = last.factor.effects(weight.float(), inputs, backward)
+        dropped = torch.tensor([groups.n_groups - len(left.kept) for left in thin], device=effects.device)
+        return effects[..., dropped].square().sum((0, 1))
+    gradients = torch.einsum("vnto,nti->vnoi", backward, inputs).flatten(2).flatten(0, 1)
+    changes = (_change(groups, weight.float(), left).flatten() for left in thin)
+    return torch.stack([(gradients @ change).double().square().sum() for change in changes])
 
 
 def _change(groups: GroupSet, dense: Tensor, left: GroupWeights) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from diffes.adapters import GroupSet
 from diffes.errors import DiffesError
-from diffes.pruning.base import GroupWeights, LayerWeights, WidthMethod
+from diffes.pruning.base import LayerWeights
+from diffes.pruning.factors import Factor, FactoredMethod, pack
 
 BLOCK = 128  # single inputs dropped between two full updates
 
@@ -23,7 +23,7 @@ def damped(second_moment: Tensor, damping: float) -> Tensor:
     return hessian
 
 
-class OBS(WidthMethod):
+class OBS(FactoredMethod):
     """Drops groups one at a time with exact compensation.
 
     With `H = E[x x^T]`, the group g of least loss `tr(W_g (H^-1_gg)^-1 W_g^T)` goes, the rest is updated by
@@ -54,71 +54,72 @@ class OBS(WidthMethod):
             return torch.ones_like(progress)
         return 1 - 0.5 * torch.log1p((math.e - 1) * progress)
 
-    def prune(
-        self, groups: GroupSet, weights: LayerWeights, inputs: Tensor | None, n_kept: Sequence[int]
-    ) -> list[GroupWeights]:
+    def factor(self, groups: GroupSet, weights: LayerWeights, inputs: Tensor | None) -> Factor:
         if inputs is None:
-            raise TypeError("OBS.prune needs the second moment of the consumer's inputs, got None")
+            raise TypeError("OBS.factor needs the second moment of the consumer's inputs, got None")
         triangle, failed = torch.linalg.cholesky_ex(damped(inputs, self.damping))
         if failed:
             raise DiffesError(
                 f"the second moment of {groups.name} is not positive definite with damping {self.damping}: try more"
             )
         inverse = torch.cholesky_inverse(triangle)
-        weight = weights.consumer.to(torch.float64, copy=True)
-        groups_left = torch.arange(groups.n_groups, device=weight.device)
-        thin = []
-        for n in n_kept:
-            groups_left, weight, inverse = eliminate(groups, groups_left, weight, inverse, n)
-            kept, places = groups_left.sort()
-            consumer = weight[:, groups.features(places)].to(weights.consumer.dtype)  # indexing copies
-            thin.append(GroupWeights(kept.to(torch.int32), consumer))
-        return thin
+        del triangle
+        dtype = weights.consumer.dtype
+        order, rows = eliminate(
+            groups, weights.consumer.to(torch.float64, copy=True), inverse, torch.promote_types(dtype, torch.float32)
+        )
+        return Factor(groups, order.to("cpu", torch.int32), pack(rows[:, groups.features(order)], dtype))
 
 
-def eliminate(
-    groups: GroupSet, groups_left: Tensor, weight: Tensor, inverse: Tensor, n_kept: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Drops groups, cheapest first, until `n_kept` are left.
+def eliminate(groups: GroupSet, weight: Tensor, inverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Drops all groups, cheapest first.
 
     Groups of one input go in blocks: their order is found first, then one matrix product each updates `W` and `H^-1`.
 
     Args:
-        groups: the set; only its `size` matters here.
-        groups_left: (n,) indices of the groups still there, in any order; overwritten.
-        weight: (d_out, n * size) fp64 consumer weight in that order, overwritten.
-        inverse: (n * size, n * size) fp64 `H^-1` in that order, overwritten.
-        n_kept: when to stop.
+        groups: the set.
+        weight: (d_out, d) fp64 consumer weight, overwritten.
+        inverse: (d, d) fp64 `H^-1`, overwritten.
+        dtype: of the rows.
 
     Returns:
-        Views of the three tensors without what was dropped; the groups are in another order.
+        (n_groups,) indices of the groups, the first one dropped first; and rows (d, d), in that order, of `H^-1` at the
+        time over its diagonal: what dropping an input takes from the others in units of its own weights. Columns are in
+        the order of the layer, those of inputs that went before are not to be looked at.
     """
-    while excess := len(groups_left) - n_kept:
+    left = torch.arange(groups.n_groups, device=weight.device)
+    rows = torch.zeros(inverse.shape, dtype=dtype, device=weight.device)
+    order = torch.empty_like(left)
+    done = 0
+    while len(left):
         if groups.size == 1:
-            blocks = math.ceil(excess / BLOCK)
-            dropped = cheapest_inputs(weight, inverse, math.ceil(excess / blocks))
+            dropped, taken = cheapest_inputs(weight, inverse, min(BLOCK, len(left)))
         else:
             dropped = elimination_loss(weight, inverse, groups.size).argmin(0, keepdim=True)
         gone = groups.features(dropped)
-        rows, weight_columns, inverse_columns = inverse[gone], weight[:, gone], inverse[:, gone]
-        factor = torch.linalg.solve(rows[:, gone], rows)  # (H^-1_DD)^-1 H^-1_D,: of both updates
+        ours, weight_columns, inverse_columns = inverse[gone], weight[:, gone], inverse[:, gone]
+        factor = torch.linalg.solve(ours[:, gone], ours)  # (H^-1_DD)^-1 H^-1_D,: of both updates
+        order[done : done + len(dropped)] = left[dropped]
+        found = taken if groups.size == 1 else factor
+        rows[done * groups.size :][: len(gone), groups.features(left)] = found.to(dtype)
+        done += len(dropped)
         # The last ones left move to the places of the dropped ones, so that nothing else has to be copied.
-        n_left = len(groups_left) - len(dropped)
-        alive = torch.ones_like(groups_left, dtype=torch.bool)
+        n_left = len(left) - len(dropped)
+        alive = torch.ones_like(left, dtype=torch.bool)
         alive[dropped] = False
         to = (~alive[:n_left]).nonzero()[:, 0]
         origin = alive[n_left:].nonzero()[:, 0] + n_left
-        groups_left = _moved(groups_left, 0, origin, to, n_left)
+        left = _moved(left, 0, origin, to, n_left)
         to, origin, n_left = groups.features(to), groups.features(origin), n_left * groups.size
         factor = _moved(factor, 1, origin, to, n_left)
         weight = _moved(weight, 1, origin, to, n_left)
         inverse = _moved(_moved(inverse, 0, origin, to, n_left), 1, origin, to, n_left)
         weight.addmm_(weight_columns, factor, alpha=-1)
         inverse.addmm_(_moved(inverse_columns, 0, origin, to, n_left), factor, alpha=-1)
-    return groups_left, weight, inverse
+    return order, rows
 
 
-def cheapest_inputs(weight: Tensor, inverse: Tensor, count: int) -> Tensor:
+def cheapest_inputs(weight: Tensor, inverse: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The next inputs to go, without touching `W` and `H^-1`.
 
     The loss of input i is `S_ii / H^-1_ii` with `S = W^T W`. Dropping g takes `H^-1_gg f f^T` from `H^-1` and
@@ -131,7 +132,7 @@ def cheapest_inputs(weight: Tensor, inverse: Tensor, count: int) -> Tensor:
         count: how many, at most d.
 
     Returns:
-        (count,) indices, in the order of greedy elimination.
+        (count,) indices, in the order of greedy elimination, and the f (count, d) of each.
     """
     diagonal, squares = inverse.diagonal().clone(), weight.square().sum(0)
     alive = torch.ones_like(diagonal, dtype=torch.bool)
@@ -152,7 +153,7 @@ def cheapest_inputs(weight: Tensor, inverse: Tensor, count: int) -> Tensor:
         squares -= 2 * f[k] * u[k]
         alive[g] = False
         order.append(g)
-    return torch.tensor(order, device=weight.device)
+    return torch.tensor(order, device=weight.device), f
 
 
 def elimination_loss(weight: Tensor, inverse: Tensor, size: int) -> Tensor:

@@ -67,7 +67,7 @@ def apply(pipe: P, run: str | Path, *, calls: float | None = None) -> P:
         check_fingerprint(adapter.denoiser, header["fingerprint"], folder / BANK)
         own = previous.scheduler if previous and previous.scheduler is not None else pipe.scheduler
         planned = scheduler_for(own, schedule.solver, schedule.timesteps) if isinstance(schedule, Plan) else None
-        router = Router(adapter, bank)
+        router = Router(adapter, bank.for_schedule(schedule))  # so that no more is kept for reuse than it needs
         router.install(schedule)
     except BaseException:
         if previous and routed_before:

@@ -27,8 +27,8 @@ def of_run(name: str, schedule: Schedule, facts: Mapping[str, Any], measured: Re
     """
     settings, timing = measured.run.settings, measured.timing
     return f"""{_head(name, facts)}
-A stage-wise pruning schedule for {_base(facts)}, found by [diffes](https://pypi.org/project/diffes/): it removes
-{_removed(facts)} to a different degree in each of {len(schedule.stages)} stages of the sampling trajectory.
+A stage-wise pruning schedule for {_base(facts)}, found by [diffes](https://pypi.org/project/diffes/):
+{_done(facts)}, to a different degree in each of {len(schedule.stages)} stages of the sampling trajectory.
 
 ```python
 import diffes
@@ -66,7 +66,7 @@ def of_plan(name: str, plan: Plan, facts: Mapping[str, Any], rivals: Sequence[Ma
     solver, settings = solver_named(plan.solver)
     chosen = ", ".join(f"{key}={value}" for key, value in settings.items())
     dense = not any(plan.levels)
-    thin = "all of them dense" if dense else f"and how thin at each: {_removed(facts)} are removed"
+    thin = "all of them dense" if dense else f"and how thin at each: {_done(facts)}"
     alone = _without_diffes(name, plan, facts, pipeline) if dense else ""
     timed = " of {batch} images on {device} ({threads} threads)".format(**facts["timing"]) if "timing" in facts else ""
     return f"""{_head(name, facts)}
@@ -168,9 +168,15 @@ def _base(facts: Mapping[str, Any]) -> str:
     return f"the pipeline in `{BASE}/`" if _bundled(facts) else f"`{facts['model']}`"
 
 
-def _removed(facts: Mapping[str, Any]) -> str:
-    removed = "heads and channels" if facts["kind"] == "width" else "transformer blocks"
-    return f"{removed} (method `{facts['method']}`, allocation `{facts.get('allocation', 'equal')}`)"
+def _done(facts: Mapping[str, Any]) -> str:
+    """What levels do."""
+    of_kind = {
+        "width": "heads and channels are removed",
+        "depth": "transformer blocks are removed",
+        "reuse": "outputs of an earlier call are taken again",
+    }
+    done = " or ".join(of_kind[kind] for kind in facts["kind"].split("+"))
+    return f"{done} (method `{facts['method']}`, allocation `{facts.get('allocation', 'equal')}`)"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -19,7 +19,9 @@ class RunConfig:
     """A shipped pipeline by name, a local folder in diffusers' format, or a hub id OWNER/NAME."""
     method: str = "obs"
     """Pruning method. Of heads and channels: magnitude, activation, wanda, obs (makes up for what it removes). Of whole
-    blocks: layer_drop. Options follow a colon: obs:damping=0.01,weighting=log or layer_drop:importance=mse."""
+    blocks: layer_drop. Of an earlier call, whose outputs are taken in place of computing them: deep_reuse (U-Nets),
+    block_reuse. Several give the levels of all: obs+deep_reuse. Options follow a colon: obs:damping=0.01,weighting=log
+    or layer_drop:importance=mse."""
     allocation: Allocation = "damage"
     """How a level is shared out over the layers. damage: least harm to the prediction in each stage, at no more
     multiply-accumulates than the same fraction of every layer would leave; equal: that same fraction, as in the paper.
@@ -65,6 +67,9 @@ class RunConfig:
     calibration_data: str | None = None
     """An .npz of images (n, channels, h, w) uint8 and labels (n,) or prompts (n,). Left out: calibration.npz in the
     model's folder if it has one, else samples of the dense model."""
+    bank_memory: float = 4.0
+    """GB of host memory for the weights that OBS makes as a search asks for them, and for its statistics; larger banks
+    use a temporary file as well (in the folder that TMPDIR names). Results do not depend on it."""
     prompts: str | None = None
     """Text-to-image models: a JSON file with lists of prompts `search`, `heldout` and `calibration`, none in two of
     them. Left out: prompts.json in the model's folder if it has one, else 64 of each that come with diffes."""
@@ -92,6 +97,8 @@ class RunConfig:
             raise DiffesError(f"time_limit must be above 0 seconds, got {self.time_limit}")
         if self.seed >= 10**9:
             raise DiffesError(f"seed must be below 10^9, got {self.seed}: held-out probes are drawn from one above")
+        if not math.isfinite(self.bank_memory) or self.bank_memory <= 0:
+            raise DiffesError(f"bank_memory must be a finite number of GB above 0, got {self.bank_memory}")
         if not math.isfinite(self.guidance) or self.guidance < 0:
             raise DiffesError(f"guidance must be a finite number of at least 0, got {self.guidance}")
 

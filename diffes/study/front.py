@@ -299,7 +299,7 @@ def _shown(plans: Plans, points: Sequence[Point], pictures: Sequence[Tensor]) ->
 
 def verdicts(data: Mapping[str, Any]) -> list[str]:
     """What each budget shows, in a sentence: how far a plan is ahead of dense calls on held-out probes, if it is."""
-    lines = []
+    lines, thin = [], "thin or reusing calls" if "reuse" in data["kind"] else "thin calls"
     for budget in sorted({point["budget"] for point in data["points"]}):
         at = {p["kind"]: p for p in data["points"] if p["budget"] == budget and p["latent_mse"] is not None}
         if not {"dense", "dense-planned"} <= set(at):
@@ -310,9 +310,9 @@ def verdicts(data: Mapping[str, Any]) -> list[str]:
         if best is at["dense-planned"]:
             lines.append(start + f"well-chosen timesteps have {even:.2f} times less error than evenly spaced ones")
         elif not any(best["levels"]):
-            lines.append(start + "thin calls add nothing, the best plan found is dense")
+            lines.append(start + f"{thin} add nothing, the best plan found is dense")
         elif chosen <= 1:
-            lines.append(start + f"thin calls add nothing ({1 / chosen:.2f} times the error of well-chosen dense ones)")
+            lines.append(start + f"{thin} add nothing ({1 / chosen:.2f} times the error of well-chosen dense ones)")
         else:
             lines.append(
                 start + f"the plan has {chosen:.2f} times less error than as many well-chosen dense calls, {even:.2f} "

@@ -296,6 +296,7 @@ def prepare(
             allocation=config.allocation,
             only=space.visited,
             progress=lambda stage: advance(f"stage {stage}"),
+            memory=int(config.bank_memory * 1e9),
         )
     router = Router(adapter, bank)
     if len(method.parts) > 1:  # one alphabet: the cheaper a call, the higher its level

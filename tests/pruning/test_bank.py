@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import small_bank
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from diffes.adapters import ModelAdapter, adapter_for, load_pipeline
@@ -28,18 +29,55 @@ def test_save_and_load_keep_every_bit(tiny: ModelAdapter, stages: Stages, tmp_pa
     bank = small_bank(tiny, "obs", stages).for_schedule(Schedule(stages, (0, 1, 2, 4), 4))
     bank.save(tmp_path / "bank.safetensors", {"method": "obs"})
     loaded, header = WeightBank.open(tmp_path / "bank.safetensors")
+    assert header.pop("same") == {}
     assert header == {"format_version": 3, "kind": "width", "method": "obs"}
     bank.save(tmp_path / "again.safetensors", {"method": "obs"})
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "bank.safetensors").read_bytes()
     assert sorted(loaded) == sorted(bank) == [(1, 1), (2, 2), (3, 4)]
     assert loaded.nbytes == 0  # nothing is read before it is asked for
     assert loaded[2, 2] is loaded[2, 2]  # and nothing twice
-    assert loaded.nbytes == sum(weights.nbytes for weights in bank[2, 2].values())
+    assert loaded.nbytes == sum(weights.nbytes for weights in loaded[2, 2].values())
     for key in bank:
         for name, weights in bank[key].items():
             assert torch.equal(loaded[key][name].kept, weights.kept)
             assert torch.equal(consumer(loaded, key, name), consumer(bank, key, name))
+
+
+def test_what_entries_share_is_written_once(tiny: ModelAdapter, stages: Stages, tmp_path: Path) -> None:
+    """Magnitude has the same order in all stages; sets stay at a rung over some levels."""
+    bank = small_bank(tiny, "magnitude", stages)
+    bank.save(tmp_path / "bank", {})
+    loaded, header = WeightBank.open(tmp_path / "bank")
+    distinct = {id(weights) for entry in bank.values() for weights in entry.values()}
+    places = {f"stage{s}.level{k}.{name}" for (s, k), entry in bank.items() for name in entry}
+    with safe_open(tmp_path / "bank", framework="pt") as file:
+        assert len(file.keys()) == len(distinct) == len(places) - len(header["same"]) < len(places)
+    assert {key: set(entry) for key, entry in loaded.items()} == {key: set(entry) for key, entry in bank.items()}
+    for key, entry in bank.items():
+        assert all(torch.equal(loaded[key][name].kept, weights.kept) for name, weights in entry.items())
     assert loaded.nbytes == bank.nbytes
+    loaded.save(tmp_path / "again", {"same": None})  # what was shared is shared again
+    assert len(WeightBank.open(tmp_path / "again")[1]["same"]) == len(header["same"])
+
+
+def test_files_of_the_version_before_are_read(tiny: ModelAdapter, stages: Stages, tmp_path: Path) -> None:
+    """Version 2: every entry with tensors of its own, and no `same`."""
+    bank = small_bank(tiny, "obs", stages)
+    tensors = {}
+    for (stage, level), entry in bank.items():
+        for name, weights in entry.items():
+            tensors[f"stage{stage}.level{level}.{name}:kept"] = weights.kept.clone()
+            tensors[f"stage{stage}.level{level}.{name}:consumer"] = consumer(bank, (stage, level), name).clone()
+    save_file(tensors, tmp_path / "old", metadata={FORMAT: json.dumps({"format_version": 2, "kind": "width"})})
+    loaded, header = WeightBank.open(tmp_path / "old")
+    loaded.save(tmp_path / "new", header)
+    assert WeightBank.open(tmp_path / "new")[1]["format_version"] == 3
+    assert sorted(loaded) == sorted(bank)
+    for key, entry in bank.items():
+        assert loaded[key].keys() == entry.keys()
+        for name, weights in entry.items():
+            assert torch.equal(loaded[key][name].kept, weights.kept)
+            assert torch.equal(consumer(loaded, key, name), consumer(bank, key, name))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

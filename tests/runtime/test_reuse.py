@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import N_STAGES, images, small_bank
+from conftest import N_STAGES, Counting, images, small_bank, small_config
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
 from test_router import assert_dense, state
 from torch import Tensor
 
 import diffes
-from diffes.adapters import BranchSet, ModelAdapter, Probes, UpLayerSet
+from diffes.adapters import BranchSet, ModelAdapter, Probes, UpLayerSet, load_pipeline
 from diffes.adapters.macs import macs_per_call
 from diffes.errors import DiffesError
 from diffes.measure.currencies import macs_by_level, ms_by_level
@@ -26,6 +26,9 @@ from diffes.pruning.build import build_bank
 from diffes.runtime.router import Router
 from diffes.runtime.solver import scheduler_for
 from diffes.search.schedule import Plan, Schedule, Stages
+from diffes.study.export import export
+from diffes.study.front import complete_front, verdicts
+from diffes.study.workbench import prepare
 
 METHODS = ["block_reuse", "deep_reuse", "obs+block_reuse", "obs+deep_reuse"]
 TIMESTEPS = (999, 860, 700, 510, 340, 120)
@@ -269,6 +272,49 @@ def test_a_bank_of_a_sum_is_saved_and_opened(adapter: ModelAdapter, bank: Weight
     for key in loaded:
         for name, weights in bank[key].items():
             assert torch.equal(loaded[key][name].kept, weights.kept)
+
+
+@pytest.mark.parametrize("folder", ["tiny_folder", "tiny_sdxl_folder"])
+def test_plans_of_a_sum_are_found_applied_and_exported(
+    folder: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """From a front to pipelines: the applied plan equals the library's loop, an exported one equals the applied."""
+    model = request.getfixturevalue(folder)
+    config = small_config(model, method="magnitude+block_reuse", cost="macs", probes=2, heldout=2, max_evals=8)
+    data = complete_front(config, [3.0], tmp_path / "front", Counting(), nodes=8)
+    assert data["kind"] == "width+reuse" and verdicts(data)
+    assert [p["kind"] for p in data["points"]][-1] == "joint"
+    assert all(point["cost"] <= 3 + 1e-6 for point in data["points"])
+    pipe: Any = load_pipeline(model)
+    dense = images(pipe, steps=3)
+    diffes.apply(pipe, tmp_path / "front", calls=3)
+    n = len(pipe.scheduler.plan)
+    found = images(pipe, steps=n)
+    assert (images(pipe, steps=n) == found).all()
+    diffes.remove(pipe)
+    assert (images(pipe, steps=3) == dense).all()
+    export(tmp_path / "front", tmp_path / "out", calls=3)
+    assert (images(diffes.load(tmp_path / "out"), steps=n) == found).all()
+
+
+def test_levels_that_reuse_need_a_cost(tiny_folder: Path) -> None:
+    with pytest.raises(DiffesError, match="reuse remove nothing: set cost to macs or latency"):
+        prepare(small_config(tiny_folder, method="block_reuse"), Counting())
+
+
+def test_a_search_of_levels_that_reuse_keeps_its_budget(tiny_sdxl_folder: Path) -> None:
+    """The paper's search over a sum: MACs counted over the run of what it finds, the first call dense, are within."""
+    config = small_config(tiny_sdxl_folder, method="magnitude+deep_reuse", cost="macs", budget=0.7, max_evals=8)
+    bench = prepare(config, Counting())
+    found = bench.search(progress=Counting())
+    adapter = bench.adapter
+    timesteps = [int(t) for t in adapter.timesteps(config.steps)]
+    for evaluation in found.evaluations:
+        with bench.router.routed(evaluation.schedule):
+            counted = sum(macs_per_call(adapter, timestep) for timestep in timesteps)
+        dense = macs_per_call(adapter)
+        assert counted <= 0.7 * dense * len(timesteps) * (1 + 1e-6)
+        assert bench.macs_fraction(evaluation.schedule) == pytest.approx(counted / (dense * len(timesteps)), rel=1e-9)
 
 
 def test_bad_methods_are_refused(tiny: ModelAdapter, stages: Stages) -> None:

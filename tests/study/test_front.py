@@ -104,9 +104,11 @@ def test_verdicts_say_when_thin_calls_add_nothing() -> None:
         (point("joint", 0.4, [3, 0]), r"thin calls add nothing \(2.00 times the error"),
         (point("joint", 0.2, [0, 0]), "thin calls add nothing, the best plan found is dense"),
     ):
-        (line,) = verdicts({"points": [*dense, joint]})
+        (line,) = verdicts({"kind": "width", "points": [*dense, joint]})
         assert line.startswith("4 dense calls: ") and re.search(said, line)
-    assert "2.00 times less error than evenly spaced" in verdicts({"points": dense})[0]
+        (line,) = verdicts({"kind": "width+reuse", "points": [*dense, joint]})
+        assert re.search(said.replace("thin calls", "thin or reusing calls"), line)
+    assert "2.00 times less error than evenly spaced" in verdicts({"kind": "width", "points": dense})[0]
 
 
 def test_a_killed_front_goes_on_and_ends_the_same(front: Path, tiny_folder: Path, tmp_path: Path) -> None:
