@@ -224,7 +224,8 @@ def make_run(tmp_path_factory: pytest.TempPathFactory, model: Path, method: str)
     key = (str(model), method)
     if key not in _RUNS:
         out = tmp_path_factory.mktemp("runs") / f"{model.name}-{method}"
-        complete_run(small_config(model, method=method), out, Counting())
+        in_macs = {"cost": "macs", "budget": 0.7} if "reuse" in method else {}
+        complete_run(small_config(model, method=method, **in_macs), out, Counting())
         _RUNS[key] = out
     return _RUNS[key]
 
@@ -242,7 +243,7 @@ def tiny_model(request: pytest.FixtureRequest) -> Path:
     return folder
 
 
-@pytest.fixture(params=["obs", "layer_drop"])
+@pytest.fixture(params=["obs", "layer_drop", "magnitude+block_reuse"])
 def any_run(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of each kind on the untrained pipeline of each family."""
     return make_run(tmp_path_factory, tiny_model, request.param)

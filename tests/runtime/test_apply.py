@@ -77,7 +77,7 @@ def check_routing(pipe: DiffusionPipeline, run: Path, steps: int, guidance: floa
         level = schedule.levels[schedule.stages.stage_of(timestep)]
         if facts["kind"] == "depth":
             assert blocks == schedule.max_level - level
-        else:
+        elif facts["kind"] == "width":
             assert width == groups.n_kept(level, schedule.max_level) * groups.size
     return pruned
 
@@ -201,7 +201,7 @@ def test_a_pipeline_moved_while_applied_is_whole_again_after_remove(any_run: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "in_place"), [("obs", True), ("layer_drop", False)])
+@pytest.mark.parametrize(("method", "in_place"), [("obs", True), ("layer_drop", False), ("magnitude+block_reuse", False)])
 def test_compile_after_apply(
     tiny_model: Path, method: str, in_place: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
