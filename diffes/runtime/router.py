@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,7 @@ class Router:
         self.max_level = bank.max_level or adapter.max_level(bank.kind)
         check_not_offloaded(adapter.denoiser)
         self._parts = {p.name: self._part(p) for p in adapter.prunable(bank.kind)}
+        self._tree = list(_tree(adapter.denoiser, [p for p in adapter.prunable("width") if isinstance(p, GroupSet)]))
         self._reuse = [part for part in self._parts.values() if isinstance(part, ReusePart)]
         self._keeps = False  # outputs that this schedule does not reuse
         self._reused_until = math.inf  # the lowest timestep at which outputs are reused
@@ -116,6 +117,8 @@ class Router:
     def _before_call(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self.schedule is not None
         check_not_offloaded(self.adapter.denoiser)
+        if not all(children.get(name) is module for children, name, module in self._tree):
+            raise _replaced()
         for part in self._parts.values():
             part.check_unchanged()
         timestep = self.adapter.timestep(args, kwargs)
@@ -155,6 +158,26 @@ class Router:
         self._swapping = False
 
 
+def _tree(denoiser: nn.Module, sets: Sequence[GroupSet]) -> Iterator[tuple[dict[str, Any], str, nn.Module]]:
+    """Children of a module, the name of one of them, and that one: each step on the way to the layers of the sets."""
+    known = set()
+    for path in (path for groups in sets for path in (*groups.producers, groups.consumer)):
+        module = denoiser
+        for name in path.split("."):
+            child = module.get_submodule(name)
+            if (id(module), name) not in known:
+                known.add((id(module), name))
+                yield module._modules, name, child
+            module = child
+
+
+def _replaced() -> DiffesError:
+    return DiffesError(
+        "layers of the model were replaced (a LoRA loaded, fused or unloaded?) while a schedule was routed through it: "
+        "call diffes.remove(pipe), load it, call diffes.apply again"
+    )
+
+
 def _lowest(schedule: Schedule | Plan, key: tuple[int, int]) -> float:
     """The lowest timestep at which a schedule is in a stage and at a level."""
     if isinstance(schedule, Plan):
@@ -184,11 +207,11 @@ class _WidthPart:
     def __init__(self, adapter: ModelAdapter, groups: GroupSet) -> None:
         self.groups = groups
         self._adapter = adapter
-        self._denoiser = denoiser = adapter.denoiser
+        denoiser = adapter.denoiser
         producers = [denoiser.get_submodule(path) for path in groups.producers]
         consumer = denoiser.get_submodule(groups.consumer)
-        self._layers = dict(zip((*groups.producers, groups.consumer), (*producers, consumer), strict=True))
-        self._adapters = [_adapters(layer) for layer in self._layers.values()]
+        layers = [layer for layer in (*producers, consumer) if hasattr(layer, "base_layer")]  # others have no adapters
+        self._adapters = [(layer, _adapters(layer)) for layer in layers]
         self.consumer = consumer.weight
         self.dense_consumer = self.consumer.data
         rows = [p for layer in producers for p in (layer.weight, layer.bias, *_lora(layer, "lora_B")) if p is not None]
@@ -209,12 +232,8 @@ class _WidthPart:
                 f"the model was moved or cast, from {then.dtype} on {then.device} to {now.dtype} on {now.device}, "
                 "while a schedule was routed through it: call diffes.remove(pipe), move it, call diffes.apply again"
             )
-        same = all(self._denoiser.get_submodule(path) is layer for path, layer in self._layers.items())
-        if not same or [_adapters(layer) for layer in self._layers.values()] != self._adapters:
-            raise DiffesError(
-                "layers of the model were replaced (a LoRA loaded, fused or unloaded?) while a schedule was routed "
-                "through it: call diffes.remove(pipe), load it, call diffes.apply again"
-            )
+        if any(_adapters(layer) != known for layer, known in self._adapters):
+            raise _replaced()
 
     def load_dense(self) -> None:
         for parameter, dense in (*self.by_row, *self.by_column, (self.consumer, self.dense_consumer)):
