@@ -108,9 +108,7 @@ class PlanSpace(SearchSpace):
         scaled = table / table[:, 0].mean() * COST_RESOLUTION
         whole = np.maximum(np.ceil(scaled - 1e-6), 1).astype(int)  # a dense call is not one unit more than it is
         known = [level for level in levels if 0 <= level < skip]
-        first = [
-            level for level in known if level not in reusing
-        ] or known  # none: refused below
+        first = [level for level in known if level not in reusing] or known  # none: refused below
         smallest = whole[:, first].min(initial=2**62) / COST_RESOLUTION
         if calls is not None and not (smallest <= calls < math.inf):
             raise DiffesError(
