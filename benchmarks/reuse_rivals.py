@@ -348,8 +348,8 @@ def joint(model: str, guidance: float, budget: float) -> dict[str, float]:
     lines = FRONTS.read_text().splitlines() if FRONTS.exists() else []
     by_method: dict[str, list[float]] = {}
     for row in map(json.loads, lines):
-        where = (row["model"], row["guidance"], row["budget"], row["kind"], row.get("currency", "macs"))
-        if where == (model, guidance, budget, "joint", "macs"):
+        where = tuple(row[name] for name in ("model", "guidance", "budget", "kind", "currency", "solver"))
+        if where == (model, guidance, budget, "joint", "macs", "dpmsolver++"):
             by_method.setdefault(row["method"], []).append(row["latent_mse"])
     found: dict[str, float] = {}
     for method, errors in by_method.items():
