@@ -14,7 +14,7 @@ def _attention_flops(query: Size, key: Size, value: Size, *_args: object, **_kwa
 
 
 # torch counts the attention kernels of GPUs by itself, and of the CPU's only those that are made of matrix products
-_ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def macs_by_module(adapter: ModelAdapter, timestep: int = 0) -> dict[str, int]:
     """
     probe = adapter.make_probes(1, 0)
     latents = probe.noise.to(adapter.device, adapter.dtype)
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
         adapter.denoise_once(latents, torch.tensor([timestep]), probe.conditions)
     root = type(adapter.denoiser).__name__  # text encoders may have run as well
     counts = {name: sum(by_operator.values()) // 2 for name, by_operator in counter.get_flop_counts().items()}
