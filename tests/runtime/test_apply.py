@@ -201,7 +201,9 @@ def test_a_pipeline_moved_while_applied_is_whole_again_after_remove(any_run: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "in_place"), [("obs", True), ("layer_drop", False), ("magnitude+block_reuse", False)])
+@pytest.mark.parametrize(
+    ("method", "in_place"), [("obs", True), ("layer_drop", False), ("magnitude+block_reuse", False)]
+)
 def test_compile_after_apply(
     tiny_model: Path, method: str, in_place: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
