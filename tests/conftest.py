@@ -178,6 +178,12 @@ def small_bank(
     return _BANKS[key]
 
 
+def skip_twice(adapter: ModelAdapter, method: str) -> None:
+    """Leaves out methods that reuse on trained models, which `tests/runtime/test_reuse.py` covers."""
+    if "reuse" in method and Path(adapter.pipe.config._name_or_path).name in shipped_models():
+        pytest.skip("see tests/runtime/test_reuse.py")
+
+
 class Counting:
     """Progress that notes the titles of its tasks."""
 

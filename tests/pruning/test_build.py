@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_bank
+from conftest import skip_twice, small_bank
 
 from diffes.adapters import GroupSet, ModelAdapter
 from diffes.adapters.macs import macs_per_call
@@ -29,6 +29,7 @@ def width_methods() -> list[str]:
 @pytest.mark.parametrize("method", METHODS.names())
 def test_costs_of_levels_are_the_macs_that_are_counted(adapter: ModelAdapter, stages: Stages, method: str) -> None:
     """The table, which is arithmetic for width, against a counter on the routed model; equal splits cost no less."""
+    skip_twice(adapter, method)
     bank = small_bank(adapter, method, stages, STAGES)
     max_level = bank.max_level
     router = Router(adapter, bank)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_bank
+from conftest import skip_twice, small_bank
 from torch import nn
 
 from diffes.adapters import BlockSet, GroupSet, Kind, ModelAdapter
@@ -51,6 +51,7 @@ def assert_dense(adapter: ModelAdapter, before: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_level_0_is_the_dense_model_bit_for_bit(adapter: ModelAdapter, stages: Stages, method: str) -> None:
+    skip_twice(adapter, method)
     probes = adapter.make_probes(2, 0)
     dense = adapter.sample(probes, 4, 2.0)
     bank = small_bank(adapter, method, stages, STAGES)
@@ -122,6 +123,7 @@ def test_level_k_removes_k_of_h_everywhere_and_levels_are_nested(
 def test_dense_is_restored_however_the_context_is_left(
     adapter: ModelAdapter, stages: Stages, error: type[BaseException] | None, method: str
 ) -> None:
+    skip_twice(adapter, method)
     before = state(adapter)
     bank = small_bank(adapter, method, stages, STAGES)
     router, max_level = Router(adapter, bank), bank.max_level
