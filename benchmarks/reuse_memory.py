@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffes.adapters import BranchSet, ModelAdapter, UpLayerSet
+from diffes.adapters import ModelAdapter, ReuseSet
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = {"DiT-XL/2-256, 256 px": (dit, 32), "SDXL base 1.0, 1024 px": (unet, 128)}
@@ -80,7 +80,7 @@ def call(denoiser: nn.Module, side: int) -> None:
 ADDED = {"text_embeds": 1280, "time_ids": 6}
 
 
-def kept(adapter: ModelAdapter, groups: BranchSet | UpLayerSet, side: int) -> list[int]:
+def kept(adapter: ModelAdapter, groups: ReuseSet, side: int) -> list[int]:
     """Bytes of each output that may be reused."""
     found: dict[str, int] = {}
 
@@ -105,7 +105,7 @@ def measure(name: str, adapter: ModelAdapter, side: int) -> dict[str, Any]:
         call(adapter.denoiser, side)
     row: dict[str, Any] = {"model": name, "activations_peak": alive.peak}
     for groups in adapter.prunable("reuse"):
-        assert isinstance(groups, BranchSet | UpLayerSet)
+        assert isinstance(groups, ReuseSet)
         sizes = kept(adapter, groups, side)
         row[groups.name] = {"outputs": len(sizes), "all": sum(sizes), "largest": max(sizes)}
     return row

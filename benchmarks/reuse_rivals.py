@@ -197,7 +197,7 @@ class Rivals:
     @functools.cached_property
     def branches(self) -> tuple[str, ...]:
         """Module paths of attentions and FFNs."""
-        return self.adapter.branches().branches
+        return self.adapter.branches().sources
 
     @torch.no_grad()
     def changes(self, timesteps: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float64]]:

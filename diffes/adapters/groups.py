@@ -70,30 +70,22 @@ class BlockSet(Prunable):
 
 
 @dataclass(frozen=True)
-class BranchSet(Prunable):
-    """Attentions and FFNs of all transformer blocks (reuse): one that is left out gives what it gave in the last call
-    that computed it. Gates, norms and residual connections around it are computed in every call.
+class ReuseSet(Prunable):
+    """Layers that are computed, or left out because an output of the last call that computed it is given again (reuse).
 
     Args:
-        branches: module paths, in the order of the forward pass.
-        name: the name in a bank.
+        sources: (n,) module paths of which outputs may be given again.
     """
 
-    branches: tuple[str, ...]
-    name: str = "branches"
+    sources: tuple[str, ...]
 
     @property
     def n_groups(self) -> int:  # type: ignore[override]
-        return len(self.branches)
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Module paths of which outputs are reused: output i where group i is left out."""
-        return self.branches
+        return len(self.sources)
 
     def recalled(self, kept: Sequence[int]) -> list[str]:
         """Module paths that give an earlier output where only these groups are computed."""
-        return [path for i, path in enumerate(self.branches) if i not in set(kept)]
+        raise NotImplementedError
 
     def idle(self, kept: Sequence[int]) -> list[str]:
         """Module paths that need not be computed beside them."""
@@ -101,14 +93,30 @@ class BranchSet(Prunable):
 
 
 @dataclass(frozen=True)
-class UpLayerSet(Prunable):
-    """Layers of a U-Net's way up (reuse), each with the layer of the way down whose output it reads beside its input.
-
-    The outermost layers are computed, on the way down and up; what enters the first of them on the way up comes from
-    the last call that computed it, and nothing further inside is computed. Groups kept are always the last ones.
+class BranchSet(ReuseSet):
+    """Attentions and FFNs of all transformer blocks, in the order of the forward pass, each its own source. Gates,
+    norms and residual connections around them are computed in every call.
 
     Args:
-        sources: (n,) module path whose output enters layer i on the way up.
+        name: the name in a bank.
+    """
+
+    name: str = "branches"
+
+    def recalled(self, kept: Sequence[int]) -> list[str]:
+        computed = set(kept)
+        return [path for i, path in enumerate(self.sources) if i not in computed]
+
+
+@dataclass(frozen=True)
+class UpLayerSet(ReuseSet):
+    """Layers of a U-Net's way up, each with the layer of the way down whose output it reads beside its input.
+
+    The outermost layers are computed, on the way down and up; what enters the first of them on the way up comes from
+    the last call that computed it, and nothing further inside is computed. Groups kept are always the last ones. Source
+    i is the module whose output enters layer i on the way up.
+
+    Args:
         up: (n,) the modules of layer i on the way up.
         down: (n,) the modules of the way down whose output layer i reads, without those of the layers after i.
         middle: the modules between the ways down and up.
@@ -117,29 +125,24 @@ class UpLayerSet(Prunable):
     Source: DeepCache.
     """
 
-    sources: tuple[str, ...]
     up: tuple[tuple[str, ...], ...]
     down: tuple[tuple[str, ...], ...]
     middle: tuple[str, ...]
     name: str = "up_layers"
 
-    @property
-    def n_groups(self) -> int:  # type: ignore[override]
-        return len(self.sources)
-
     def recalled(self, kept: Sequence[int]) -> list[str]:
-        """As `BranchSet.recalled`."""
         return [self.sources[min(kept)]] if min(kept) else []
 
     def idle(self, kept: Sequence[int]) -> list[str]:
-        """As `BranchSet.idle`."""
         first = min(kept)
+        if not first:
+            return []
         inside = [path for paths in (*self.down[:first], *self.up[:first]) for path in paths]
-        return [path for path in (*inside, *self.middle) if path not in self.recalled(kept)] if first else []
+        return [path for path in (*inside, *self.middle) if path != self.sources[first]]
 
 
-AnySet = GroupSet | BlockSet | BranchSet | UpLayerSet
-REUSE_SETS = ("branches", "up_layers")
+AnySet = GroupSet | BlockSet | ReuseSet
+REUSE_SETS = frozenset({BranchSet.name, UpLayerSet.name})
 
 
 def heads_of(path: str, attention: Any) -> GroupSet:

@@ -128,10 +128,12 @@ def macs_by_level(router: Router, stages: Stages, visited: Sequence[int], max_le
 
 @torch.no_grad()
 def macs_at(router: Router, stages: Stages, stage: int, level: int) -> int:
-    """Multiply-accumulates of one denoiser call on a batch of one, in a stage at a level, after a dense call."""
+    """Multiply-accumulates of one denoiser call on a batch of one, in a stage at a level; after a dense call, where it
+    reuses something of that."""
     plan = _after_dense(router, stages, stage, level)
+    called = plan.timesteps if level in router.bank.reusing else plan.timesteps[-1:]
     with router.routed(plan):
-        return [macs_per_call(router.adapter, timestep) for timestep in plan.timesteps][-1]
+        return [macs_per_call(router.adapter, timestep) for timestep in called][-1]
 
 
 def _after_dense(router: Router, stages: Stages, stage: int, level: int) -> Plan:

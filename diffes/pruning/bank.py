@@ -94,7 +94,7 @@ class WeightBank(Mapping[Key, StageWeights]):
         named = {key: set(entry) for key, entry in self._entries.items()}
         if self._file is not None:
             named |= {key: set(names) for key, names in self._file.names.items()}
-        return tuple(sorted({level for (_, level), names in named.items() if names & set(REUSE_SETS)}))
+        return tuple(sorted({level for (_, level), names in named.items() if names & REUSE_SETS}))
 
     def for_schedule(self, *schedules: Schedule | Plan) -> WeightBank:
         """The part that these schedules or plans need, in memory."""

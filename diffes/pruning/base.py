@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffes.adapters import AnySet, GroupSet, Kind, ModelAdapter
+from diffes.adapters import GroupSet, Kind, ModelAdapter, ReuseSet
 from diffes.registry import Registry
 
 
@@ -127,7 +127,7 @@ class ReuseMethod(PruningMethod):
     kind = "reuse"
 
     @abc.abstractmethod
-    def groups(self, adapter: ModelAdapter) -> AnySet:
+    def groups(self, adapter: ModelAdapter) -> ReuseSet:
         """What may be reused.
 
         Raises:
@@ -135,14 +135,15 @@ class ReuseMethod(PruningMethod):
         """
 
     @abc.abstractmethod
-    def kept(self, adapter: ModelAdapter, damage: Tensor | None) -> list[Tensor]:
+    def kept(self, groups: ReuseSet, max_level: int, harm: Tensor | None) -> list[Tensor]:
         """Indices (n_kept,) of the groups that are computed at levels 1 to H, nested: those of a level are computed at
         every lower one.
 
         Args:
-            adapter: the model.
-            damage: (n_groups,) mean squared change of a prediction in one stage when only that group's output is the
-                one of an earlier call, where `needs` is "changes"; else None.
+            groups: what may be reused.
+            max_level: H.
+            harm: (n_groups,) where `needs` is "changes", else None: mean squared change of a prediction in one stage
+                when only that group's output is the one of an earlier call, for each multiply-accumulate of the group.
         """
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffes.adapters import BranchSet, ModelAdapter
-from diffes.adapters.macs import macs_by_module
+from diffes.adapters import BranchSet, ModelAdapter, ReuseSet
 from diffes.pruning.base import ReuseMethod
 
 
@@ -22,13 +21,10 @@ class BlockReuse(ReuseMethod):
         return adapter.branches()
 
     def max_level(self, adapter: ModelAdapter) -> int:
-        return min(adapter.max_level("width"), adapter.branches().n_groups)
+        return min(adapter.max_level("width"), self.groups(adapter).n_groups)
 
-    def kept(self, adapter: ModelAdapter, damage: Tensor | None) -> list[Tensor]:
-        if damage is None:
-            raise TypeError("BlockReuse.kept needs the damage of each group, got None")
-        groups, top = self.groups(adapter), self.max_level(adapter)
-        counts = macs_by_module(adapter)
-        price = torch.tensor([float(max(counts[path], 1)) for path in groups.branches], dtype=torch.float64)
-        order = (damage.double() / price).argsort(descending=True, stable=True)
-        return [order[: groups.n_kept(level, top)].sort().values.to(torch.int32) for level in range(1, top + 1)]
+    def kept(self, groups: ReuseSet, max_level: int, harm: Tensor | None) -> list[Tensor]:
+        if harm is None:
+            raise TypeError("BlockReuse.kept needs the harm of each group, got None")
+        order, levels = harm.argsort(descending=True, stable=True), range(1, max_level + 1)
+        return [order[: groups.n_kept(level, max_level)].sort().values.to(torch.int32) for level in levels]

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from diffes.adapters import BlockSet, BranchSet, GroupSet, ModelAdapter
-from diffes.adapters.macs import macs_per_group
+from diffes.adapters import BlockSet, GroupSet, ModelAdapter
+from diffes.adapters.macs import macs_by_module, macs_per_group
 from diffes.errors import DiffesError
 from diffes.pruning.allocation import Rungs, allocate, allocation_of
 from diffes.pruning.bank import Key, StageWeights, WeightBank
@@ -23,7 +23,7 @@ from diffes.pruning.base import (
     nested,
 )
 from diffes.pruning.calibration import CalibrationSet, StagePass, block_changes, input_moments
-from diffes.pruning.damage import BACKWARD, DIRECTIONS, StageDamage
+from diffes.pruning.damage import StageDamage
 from diffes.pruning.factors import MEMORY, FactoredMethod, FactoredWeights, Workshop
 from diffes.search.schedule import Allocation, Stages
 
@@ -130,18 +130,21 @@ def _reusing(
 ) -> WeightBank:
     """The bank of a method that reuses: of each level, what is computed."""
     groups, top = method.groups(adapter), method.max_level(adapter)
+    measures = method.needs == "changes"
+    if measures and data is None:
+        raise DiffesError(f"{type(method).__name__} needs calibration data, got none")
+    macs = macs_by_module(adapter) if measures else {}
+    prices = torch.tensor([float(max(macs.get(path, 0), 1)) for path in groups.sources], dtype=torch.float64)
     entries: dict[Key, StageWeights] = {}
     calls = 0
     for stage in only:
-        found = None
-        if method.needs == "changes":
-            if data is None:
-                raise DiffesError(f"{type(method).__name__} needs calibration data, got none")
-            assert isinstance(groups, BranchSet)
+        harm = None
+        if measures:
+            assert data is not None
             damage = StageDamage(adapter, stages.ranges[stage], data, guidance, stage_seed(seed, stage))
-            found = damage.of_earlier_outputs(groups.branches)
-            calls += damage.calls + damage.calls // (1 + BACKWARD * DIRECTIONS)
-        for level, kept in enumerate(method.kept(adapter, found), 1):
+            harm = damage.of_earlier_outputs(groups.sources) / prices
+            calls += damage.calls + damage.rows
+        for level, kept in enumerate(method.kept(groups, top, harm), 1):
             entries[stage, level] = {groups.name: GroupWeights(kept)} if len(kept) < groups.n_groups else {}
         if progress:
             progress(stage)
@@ -172,7 +175,7 @@ class _Ladders:
     """
 
     def __init__(self, adapter: ModelAdapter, method: PruningMethod, allocation: Allocation) -> None:
-        self.max_level = adapter.max_level(method.kind)
+        self.max_level = method.max_level(adapter)
         self.splits = allocation_of(method.kind, allocation) == "damage"
         macs = macs_per_group(adapter) if self.splits else {}
         self.sets = [

@@ -50,10 +50,14 @@ class StageDamage:
     seed: int
 
     @property
+    def rows(self) -> int:
+        """Of one prediction of all noised latents."""
+        return min(SAMPLES, len(self.data)) * self._branches
+
+    @property
     def calls(self) -> int:
         """What measuring takes, in rows of denoiser calls; a backward pass counts as two."""
-        rows = min(SAMPLES, len(self.data)) * (2 if self.guidance > 1 else 1)
-        return rows * (1 + BACKWARD * DIRECTIONS)
+        return self.rows * (1 + BACKWARD * DIRECTIONS)
 
     def measure(self, sets: Sequence[Rungs], thin: Mapping[str, Sequence[GroupWeights]]) -> list[Floats]:
         """For each set, (rungs,) mean squared change of an element of the prediction when only that set is thin.

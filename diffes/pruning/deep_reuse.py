@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffes.adapters import ModelAdapter, UpLayerSet
+from diffes.adapters import ModelAdapter, ReuseSet, UpLayerSet
 from diffes.errors import DiffesError
 from diffes.pruning.base import ReuseMethod
 
@@ -30,6 +30,5 @@ class DeepReuse(ReuseMethod):
     def max_level(self, adapter: ModelAdapter) -> int:
         return self.groups(adapter).n_groups - 1
 
-    def kept(self, adapter: ModelAdapter, damage: Tensor | None) -> list[Tensor]:
-        n = self.groups(adapter).n_groups
-        return [torch.arange(level, n, dtype=torch.int32) for level in range(1, n)]
+    def kept(self, groups: ReuseSet, max_level: int, harm: Tensor | None) -> list[Tensor]:
+        return [torch.arange(level, groups.n_groups, dtype=torch.int32) for level in range(1, max_level + 1)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from diffes.adapters import BranchSet, ModelAdapter, UpLayerSet
+from diffes.adapters import ModelAdapter, ReuseSet
 from diffes.pruning.base import GroupWeights
 from diffes.search.schedule import Plan, Schedule
 
@@ -84,32 +84,28 @@ class ReusePart:
         memory: of the call that is made.
 
     Attributes:
-        watching: whether outputs are remembered from the next `load_dense` or `load_thin` on.
+        watched: of which modules outputs are remembered from the next `load_dense` or `load_thin` on.
     """
 
-    def __init__(self, adapter: ModelAdapter, groups: BranchSet | UpLayerSet, memory: Callable[[], Memory]) -> None:
+    def __init__(self, adapter: ModelAdapter, groups: ReuseSet, memory: Callable[[], Memory]) -> None:
         self.groups = groups
         self._memory = memory
         everything = {*groups.sources, *(groups.idle([groups.n_groups - 1]))}
         self._modules: dict[str, nn.Module] = {path: adapter.denoiser.get_submodule(path) for path in everything}
         self._own = {path: module.__dict__.get("forward") for path, module in self._modules.items()}
-        self.watching = False
-
-    def needs(self, thin: GroupWeights) -> list[str]:
-        """Outputs without which a level cannot be loaded."""
-        return self.groups.recalled(thin.kept.tolist())
+        self.watched: frozenset[str] = frozenset()
 
     def check_unchanged(self) -> None:
         """Moving, casting and adapters do not touch which outputs are reused."""
 
     def load_dense(self) -> None:
-        self._load([], [])
+        self._load(set(), set())
 
     def load_thin(self, thin: GroupWeights) -> None:
         kept = thin.kept.tolist()
-        self._load(self.groups.recalled(kept), self.groups.idle(kept))
+        self._load(set(self.groups.recalled(kept)), set(self.groups.idle(kept)))
 
-    def _load(self, recalled: Sequence[str], idle: Sequence[str]) -> None:
+    def _load(self, recalled: set[str], idle: set[str]) -> None:
         for path, module in self._modules.items():
             own = self._own[path]
             module.__dict__.pop("forward", None)
@@ -119,7 +115,7 @@ class ReusePart:
                 module.forward = partial(self._recall, path)
             elif path in idle:
                 module.forward = placeholder
-            elif self.watching and path in self.groups.sources:
+            elif path in self.watched:
                 module.forward = partial(self._remember, path, module.forward)
 
     def _remember(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,7 @@ class Router:
         self._tree = list(_tree(adapter.denoiser, [p for p in adapter.prunable("width") if isinstance(p, GroupSet)]))
         self._reuse = [part for part in self._parts.values() if isinstance(part, ReusePart)]
         self._keeps = False  # outputs that this schedule does not reuse
+        self._wanted: frozenset[str] = frozenset()  # modules whose outputs are kept
         self._reused_until = math.inf  # the lowest timestep at which outputs are reused
         self._current: StageWeights | None = None
         self._watching = False
@@ -86,8 +88,9 @@ class Router:
                 f"the schedule has max_level {schedule.max_level}, this model {self.max_level} for {self.bank.kind} "
                 "pruning: it was made for another model"
             )
-        reused = [key for key in schedule.thin() if any(name in REUSE_SETS for name in self.bank[key])]
+        reused = [key for key in schedule.thin() if not REUSE_SETS.isdisjoint(self.bank[key])]
         self.schedule, self.memory, self._keeps = schedule, None, keep
+        self._wanted = frozenset(itertools.chain(*map(self._recalled, self.bank if keep and self._reuse else reused)))
         self._reused_until = min((_lowest(schedule, key) for key in reused), default=math.inf)
         if not self._hooks:
             denoiser = self.adapter.denoiser
@@ -127,7 +130,7 @@ class Router:
         watching = bool(self._reuse) and (self._keeps or timestep > self._reused_until)
         if watching or timestep == self._reused_until:
             self.memory = Memory.of_call(self.memory, self.schedule, timestep, args, kwargs)
-            if weights is not None and not self._remembers(weights):
+            if weights is not None and not self.memory.outputs.keys() >= set(self._recalled((stage, level))):
                 weights = None
         self._load(weights, watching)
 
@@ -136,11 +139,11 @@ class Router:
         if not self._watching:
             self.memory = None
 
-    def _remembers(self, weights: StageWeights) -> bool:
-        """Whether all that these weights reuse was computed in this run."""
-        assert self.memory is not None
-        needed = (part.needs(weights[part.groups.name]) for part in self._reuse if part.groups.name in weights)
-        return all(path in self.memory.outputs for paths in needed for path in paths)
+    def _recalled(self, key: tuple[int, int]) -> list[str]:
+        """Modules that give an earlier output in a stage at a level."""
+        entry = self.bank[key]
+        parts = [part for part in self._reuse if part.groups.name in entry]
+        return [path for part in parts for path in part.groups.recalled(entry[part.groups.name].kept.tolist())]
 
     def _load(self, weights: StageWeights | None, watching: bool = False) -> None:
         if weights is self._current and watching == self._watching and not self._swapping:
@@ -149,7 +152,7 @@ class Router:
         for name, part in self._parts.items():
             thin = None if weights is None else weights.get(name)  # a set that is not named is dense
             if isinstance(part, ReusePart):
-                part.watching = watching
+                part.watched = self._wanted if watching else frozenset()
             if thin is None:
                 part.load_dense()
             else:

@@ -16,7 +16,7 @@ from test_router import assert_dense, state
 from torch import Tensor
 
 import diffes
-from diffes.adapters import BranchSet, ModelAdapter, Probes, UpLayerSet, load_pipeline, shipped_models
+from diffes.adapters import ModelAdapter, Probes, ReuseSet, load_pipeline, shipped_models
 from diffes.adapters.macs import macs_per_call
 from diffes.errors import DiffesError
 from diffes.measure.currencies import macs_by_level, ms_by_level
@@ -63,7 +63,7 @@ def by_hand(adapter: ModelAdapter, bank: WeightBank, called: Plan, probes: Probe
         entry = bank[key] if key[1] else {}
         with ExitStack() as stack:
             for prunable in adapter.prunable("reuse"):
-                assert isinstance(prunable, BranchSet | UpLayerSet)
+                assert isinstance(prunable, ReuseSet)
                 recalled = prunable.recalled(entry[prunable.name].kept.tolist()) if prunable.name in entry else []
                 inside = prunable.idle(entry[prunable.name].kept.tolist()) if prunable.name in entry else []
                 for path in prunable.sources:
@@ -173,6 +173,19 @@ def test_the_first_call_computes_everything(adapter: ModelAdapter, bank: WeightB
     assert torch.equal(found, run(adapter, probes))
 
 
+def test_no_more_is_kept_than_is_reused(tiny_sdxl: ModelAdapter, stages: Stages) -> None:
+    """Of a plan what its own levels take again, of an evaluation what any level of the bank does."""
+    bank, probes = small_bank(tiny_sdxl, "deep_reuse", stages), tiny_sdxl.make_probes(1, 0)
+    router, layers = Router(tiny_sdxl, bank), tiny_sdxl.up_layers()
+    assert layers is not None
+    sources = layers.sources
+    called = plan(bank, 0, 0, 2, 0, 0, 0)
+    for keep, expected in ((False, {sources[2]}), (True, set(sources[1:]))):
+        with torch.no_grad(), router.routed(called, keep=keep):
+            tiny_sdxl.denoise_once(probes.noise, torch.tensor([TIMESTEPS[0]]), probes.conditions)
+            assert router.memory is not None and set(router.memory.outputs) == expected
+
+
 class Broken(Exception):
     pass
 
@@ -248,7 +261,7 @@ def test_latency_is_measured_after_a_call_to_reuse_of(untrained: ModelAdapter, s
     bank = small_bank(untrained, "block_reuse", stages)
     top = bank.max_level
     calls: list[int] = []
-    path = untrained.branches().branches[0]
+    path = untrained.branches().sources[0]
     layer = untrained.denoiser.get_submodule(path).to_out[0]
     handle = layer.register_forward_hook(lambda *_: calls.append(1))
     for changing in (False, True):
