@@ -79,7 +79,8 @@ def add_call(genome: Genome, *, space: SearchSpace, rng: np.random.Generator) ->
         rng: draws the node, its level, and who pays.
     """
     plans = plans_only(space, "add_call")
-    skipped = [node for node, level in enumerate(genome) if level == plans.skip and _payable(plans, node)]
+    skip = plans.skip
+    skipped = [node for node, level in enumerate(genome) if level == skip and _payable(plans, node)]
     if skipped:
         _add(genome, plans, _one(skipped, rng), rng)
     return (mended(genome, plans, rng),)

@@ -106,10 +106,10 @@ class Trajectory:
         extends = self.second & (np.asarray(before) >= 0) & (np.asarray(j) < n)
         return np.where(extends, 0.5 * (logs[j] - logs[i]) / np.where(extends, logs[i] - logs[before], 1.0), 0.0)
 
-    def step(self, i: int | Ints, j: int, at: Floats, clean: Floats, reach: Floats, before: Floats) -> Floats:
+    def step(self, i: int | Ints, j: int | Ints, at: Floats, clean: Floats, reach: Floats, before: Floats) -> Floats:
         """The latents (..., R) at node j, from those at node i, what is predicted there, and what was before."""
         ratio = np.asarray(self.noises[j] / self.noises[i])[..., None]
-        gain = self.signals[j] - np.asarray(self.signals[i])[..., None] * ratio
+        gain = np.asarray(self.signals[j])[..., None] - np.asarray(self.signals[i])[..., None] * ratio
         return ratio * at + gain * (clean + np.asarray(reach)[..., None] * (clean - before))
 
 

@@ -209,8 +209,7 @@ def searched(
             genome, spent = plans.genome(plans.fixed.plan(found.best.schedule)), found.denoiser_calls
         else:
             of: Genes = "steps" if kind == "dense-planned" else "joint"
-            starts = [plans.nearest(best), *plans.starts(table, budget, of)]
-            starts = [each for each in dict.fromkeys(starts) if plans.space(budget, of).is_feasible(each)]
+            starts = plans.starts(table, budget, of, [plans.nearest(best)])
             stored = store(kind, plans.space(budget, of))
             found = plans.search(budget, of, starts=starts, max_calls=allowed, store=stored, **shown)
             allowed = found.denoiser_calls

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -17,7 +17,7 @@ from diffes.measure.error_table import MeasuredTable, measure_table
 from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.progress import Progress, RichProgress
 from diffes.runtime.solver import SPACINGS, solver_named, spaced
-from diffes.search import carried
+from diffes.search import carried, foretold
 from diffes.search.frontier import variants
 from diffes.search.ledger import OnEvaluation, SearchResult
 from diffes.search.loop import run_search
@@ -125,9 +125,12 @@ class Plans:
         with (progress or RichProgress()).task("errors of jumps", self.nodes) as advance:
             return measure_table(self.searched, self.space(None), advance)
 
-    def starts(self, table: MeasuredTable, calls: float, genes: Genes = "joint") -> list[tuple[int, ...]]:
-        """The table's plans for a budget, in turn of each way to foretell an error: with latents carried along, which
-        is the most promising, then by adding errors up as squares and as roots.
+    def starts(
+        self, table: MeasuredTable, calls: float, genes: Genes = "joint", known: Sequence[Sequence[int]] = ()
+    ) -> list[tuple[int, ...]]:
+        """Plans for a budget, distinct: the feasible ones of those that are known, those that evolutions on the table's
+        forecasts find, then those of the programmes, in turn of each way to foretell an error: with latents carried
+        along, by adding errors up as squares and as roots.
 
         Where some levels reuse and others are thin, plans that do without the one or the other are among them: with
         more to choose from, the programme that carries latents need not find what it finds with less.
@@ -139,8 +142,11 @@ class Plans:
         ways = [carried.variants(table.run, calls, VARIANTS, allowed=allowed) for allowed in alphabets]
         ways += [variants(table.table, calls, VARIANTS, power=p, allowed=space.first_levels) for p in POWERS]
         turns = itertools.chain.from_iterable(itertools.zip_longest(*ways))
-        found = dict.fromkeys(forecast.levels for forecast in turns if forecast is not None)
-        return [levels for levels in found if space.is_feasible(levels)]
+        distinct = dict.fromkeys(forecast.levels for forecast in turns if forecast is not None)
+        first = [tuple(levels) for levels in known if space.is_feasible(levels)]
+        solved = [levels for levels in distinct if space.is_feasible(levels)]
+        found = foretold.evolved(table.run, replace(space, starts=(*first, *solved)))
+        return list(dict.fromkeys([*first, *found, *solved]))
 
     def dense(self, calls: float) -> tuple[Schedule, float]:
         """As many dense calls as a budget pays, evenly spaced: of diffusers' spacings the best on the search's probes.
