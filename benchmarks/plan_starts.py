@@ -35,7 +35,7 @@ STARTS = ("table alone", "table, searched", "even and random, searched")
 def rows_of(plans: Plans, table: MeasuredTable, budget: float) -> list[dict[str, Any]]:
     """A row for each way to begin, at one budget."""
     starts = plans.starts(table, budget)
-    begun = plans.search(budget, starts=starts)
+    begun = plans.search(budget, starts=starts, table=table)
     spent = table.calls + begun.denoiser_calls
     config = replace(plans.bench.config, max_calls=spent, max_evals=10 * plans.bench.config.max_evals)
     plain = replace(plans, bench=replace(plans.bench, config=config)).search(budget)

@@ -6,14 +6,14 @@ import itertools
 import math
 import operator
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 
 from diffes.errors import DiffesError
 from diffes.search.schedule import Schedule, Stages
-from diffes.search.space import COST_RESOLUTION, SearchSpace
+from diffes.search.space import COST_RESOLUTION, Forecasts, SearchSpace
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class PlanSpace(SearchSpace):
         allowed: levels that a call may have, rising: `(0,)` where only the timesteps are searched.
         starts: feasible plans (N,) from which a search starts.
         reusing: levels that reuse what an earlier call computed, which the noisiest call of a plan cannot be at.
+        forecasts: what foretells the errors (n,) of plans (n, N): of the children of a search, only the most promising
+            are measured.
     """
 
     mutation: ClassVar[str] = "plan_move"
@@ -43,6 +45,7 @@ class PlanSpace(SearchSpace):
     allowed: tuple[int, ...]
     starts: tuple[tuple[int, ...], ...] = ()
     reusing: tuple[int, ...] = ()
+    forecasts: Forecasts | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         n = len(self.stages)

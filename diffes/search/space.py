@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffes.errors import DiffesError
 from diffes.search.schedule import Schedule, Stages
 
+Forecasts = Callable[[Sequence[Sequence[int]]], NDArray[np.float64]]
 COST_RESOLUTION = 10**6  # measured costs are counted in millionths of the largest
 
 
@@ -131,6 +133,11 @@ class SearchSpace:
     def visited(self) -> list[int]:
         """Stages with at least one denoiser call: the only ones whose level matters."""
         return [s for s, n in enumerate(self.steps) if n]
+
+    @property
+    def forecasts(self) -> Forecasts | None:
+        """Errors (n,) that genomes (n, S) are believed to make, lower is better, where they are foretold."""
+        return None
 
     @property
     def genes(self) -> tuple[int, ...]:

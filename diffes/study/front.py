@@ -211,7 +211,7 @@ def searched(
             of: Genes = "steps" if kind == "dense-planned" else "joint"
             starts = plans.starts(table, budget, of, [plans.nearest(best)])
             stored = store(kind, plans.space(budget, of))
-            found = plans.search(budget, of, starts=starts, max_calls=allowed, store=stored, **shown)
+            found = plans.search(budget, of, starts=starts, max_calls=allowed, table=table, store=stored, **shown)
             allowed = found.denoiser_calls
             genome, spent = found.best.schedule, table.calls + found.denoiser_calls
         if found.best.fitness > worth:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -211,6 +212,7 @@ class Plans:
         strategy: str | None = None,
         max_evals: int | None = None,
         max_calls: int | None = None,
+        table: MeasuredTable | None = None,
         store: EvaluationStore | None = None,
         progress: Progress | None = None,
         on_evaluation: OnEvaluation | None = None,
@@ -224,6 +226,7 @@ class Plans:
             strategy: spec of a strategy; the workbench's own, with its operators, when left out.
             max_evals: plans to evaluate; as the workbench's settings say when left out.
             max_calls: denoiser calls to spend, in rows; likewise.
+            table: its forecasts choose which children of measured plans are measured. Not of "levels".
             store: keeps the evaluations; what it has is not paid for again.
             progress: told of every evaluation; bars when left out.
             on_evaluation: called with each evaluation.
@@ -234,6 +237,8 @@ class Plans:
         config = self.bench.config
         evaluator = self.fixed if genes == "levels" else self.searched
         space = self.level_space(calls) if genes == "levels" else self.space(calls, genes, starts)
+        if table is not None and isinstance(space, PlanSpace):
+            space = replace(space, forecasts=functools.partial(foretold.errors, table.run, caution=foretold.CAUTION[0]))
         spec, evals = strategy or config.strategy, max_evals or config.max_evals
         made = STRATEGIES.make(spec, space, seed=config.seed, **({} if strategy else operators_of(config)))
         with (progress or RichProgress()).task(f"searching {genes}, {calls:g} calls", evals) as advance:

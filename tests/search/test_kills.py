@@ -1,4 +1,4 @@
-"""`kill -9` at random moments, twenty times over one search: the same end, and nothing paid for twice."""
+"""`kill -9` at random moments of one search, many times over: the same end, and nothing paid for twice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-KILLS = 20
 SEARCH = """
 import json, sys, time
 from diffes.search.loop import run_search
@@ -38,8 +37,8 @@ print(json.dumps([result.best.schedule.levels, result.best.fitness, len(result.e
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["evolution:mu=4,lam=16", "evopress"])
-def test_twenty_kills_change_nothing(strategy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("strategy", "kills"), [("evolution:mu=4,lam=16", 20), ("evopress", 5)])
+def test_kills_change_nothing(strategy: str, kills: int, tmp_path: Path) -> None:
     def start(name: str) -> subprocess.Popen[str]:
         arguments = [str(tmp_path / f"{name}.journal"), str(tmp_path / f"{name}.started"), strategy]
         return subprocess.Popen([sys.executable, "-c", SEARCH, *arguments], stdout=subprocess.PIPE, text=True)
@@ -51,7 +50,7 @@ def test_twenty_kills_change_nothing(strategy: str, tmp_path: Path) -> None:
     undisturbed, _ = start("whole").communicate()
     rng = np.random.default_rng(0)
     in_flight = []
-    for _ in range(KILLS):
+    for _ in range(kills):
         before = len(started())
         process = start("killed")
         while len(started()) == before:  # the search has begun
@@ -65,4 +64,4 @@ def test_twenty_kills_change_nothing(strategy: str, tmp_path: Path) -> None:
     assert json.loads(resumed) == json.loads(undisturbed)
     paid_twice = [line for line in set(started()) if started().count(line) > 1]
     assert set(paid_twice) <= set(in_flight)
-    assert len(started()) <= len((tmp_path / "whole.started").read_text().splitlines()) + KILLS
+    assert len(started()) <= len((tmp_path / "whole.started").read_text().splitlines()) + kills
