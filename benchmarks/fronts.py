@@ -140,13 +140,14 @@ def main() -> None:
     parser.add_argument("--cost", choices=("macs", "latency"), default="macs")
     parser.add_argument("--batch", type=int, default=16, help="at which calls are timed")
     parser.add_argument("--nodes", type=int, default=64)
-    parser.add_argument("--max-evals", type=int, default=160, help="of each search")
+    parser.add_argument("--probes", type=int, default=32, help="of the table and the searches")
+    parser.add_argument("--max-evals", type=int, default=80, help="of each search")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
     config = RunConfig(
         cost=args.cost, budget=1.0, metric="latent_mse", guidance=args.guidance, max_evals=args.max_evals,
-        method=args.method,
+        method=args.method, probes=args.probes,
     )  # fmt: skip
     if args.smoke:
         config = replace(config, stages=2, steps=4, probes=2, heldout=4, calibration_samples=8, max_evals=8)
