@@ -34,8 +34,9 @@ def test_joint_search_from_the_table_is_never_behind_dense_steps(plans: Plans) -
     """Its starts hold the best of dense steps; both meet the budget, and are better than evenly spaced calls."""
     table = plans.table(Counting())
     steps = plans.search(3.0, "steps", starts=plans.starts(table, 3.0, "steps"), progress=Counting())
-    starts = [*plans.starts(table, 3.0), steps.best.schedule.levels]
-    joint = plans.search(3.0, starts=starts, progress=Counting())
+    starts = plans.starts(table, 3.0, known=[steps.best.schedule.levels, [0] * plans.nodes])
+    assert starts[0] == steps.best.schedule.levels  # the second costs too much
+    joint = plans.search(3.0, starts=starts, table=table, progress=Counting())
     for result in (steps, joint):
         assert len(result.evaluations) == 24
         assert plans.cost(result.best.schedule) <= 3.0 + 1e-6
