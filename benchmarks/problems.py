@@ -27,7 +27,8 @@ from diffes.search.loop import run_search
 from diffes.search.schedule import Schedule, Stages
 from diffes.search.space import SearchSpace
 from diffes.search.strategy import STRATEGIES, Evaluation
-from diffes.study.plots import convergence_over_calls, save
+from diffes.study.charts import convergence_over_calls
+from diffes.study.plots import save
 from search_strategies.exhaustive import feasible
 
 RESULTS = Path(__file__).parent / "results"

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from scipy.stats import wilcoxon
 
 from diffes import files
-from diffes.study import plots
+from diffes.study import charts, plots
 from diffes.study.record import RunRecord
 
 MEASURE = ("model", "metric", "steps", "guidance", "heldout", "dtype")  # settings that held-out fitness depends on
@@ -102,8 +102,8 @@ class Comparison:
                 for label, group in groups.items()
             }
             known = {label: values for label, values in heldout.items() if values}
-            figures[f"convergence{ending}"] = plots.convergence_over_calls(curves, metric)
-            figures[f"heldout{ending}"] = plots.spread_by_label(known, f"held-out {metric}")
+            figures[f"convergence{ending}"] = charts.convergence_over_calls(curves, metric)
+            figures[f"heldout{ending}"] = charts.spread_by_label(known, f"held-out {metric}")
             for label, group in groups.items():
                 best[label] = max(group, key=_fitness).schedule
         return figures | {"schedules": plots.schedules(best)}

@@ -141,7 +141,8 @@ class Workbench:
         )
 
     def damage(self) -> list[list[float]]:
-        """(S, H + 1) how much fitness each level of each stage costs on its own, on the search's probes."""
+        """(S, H + 1) how much fitness each level of each stage costs on its own, on the search's probes; NaN in stages
+        that no step falls into."""
         return damage_table(self.evaluator(self.config.probes, self.config.seed), self.space)
 
     def macs_fraction(self, schedule: Schedule) -> float:
