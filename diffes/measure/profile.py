@@ -41,7 +41,7 @@ def stage_profile(adapter: ModelAdapter, data: CalibrationSet, stages: Stages, s
             errors.append((predicted - wanted).square().flatten(1).mean(1))
         losses.append(float(torch.cat(errors).mean()))
         ratios.append(adapter.log_snr((lo + hi) // 2))
-    return StageProfile(tuple(losses), tuple(ratios))
+    return StageProfile(tuple(losses), tuple(ratios), len(data) * len(stages))
 
 
 def damage_table(evaluator: ScheduleEvaluator, space: SearchSpace) -> list[list[float]]:

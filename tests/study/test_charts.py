@@ -59,8 +59,8 @@ def test_the_best_so_far_holds_between_its_rises_and_never_falls() -> None:
 
 
 def test_the_median_of_the_seeds_is_drawn_and_held_where_a_search_had_ended() -> None:
-    curves: dict[str, list[list[tuple[float, float]]]] = {"b": [[(5, 1.0)]], "c": [[]]}
-    curves = {"a": [[(10, level), (30, level + 1)] for level in (0.0, 2.0, 10.0)]} | curves
+    curves: dict[str, list[list[tuple[float, float]]]] = {"b": [[(5.0, 1.0)]], "c": [[]]}
+    curves = {"a": [[(10.0, level), (30.0, level + 1)] for level in (0.0, 2.0, 10.0)]} | curves
     figure = charts.convergence_over_calls(curves, "ssim", allowed=25)
     assert [y for _, y in marks(figure, "a (3 seeds)")] == [2, 3]
     assert marks(figure, "b (1 seeds)") == [(5, 1)]

@@ -39,7 +39,7 @@ def test_up_to_three_schedules_are_lines_where_they_are_and_all_to_be_seen() -> 
 def test_more_schedules_are_rows_of_a_map_with_the_spread_over_seeds_beside_it() -> None:
     named = {name: [schedule(4, 0), schedule(0, 0)] for name in "abcd"} | {"coarse": [schedule(2), schedule(2)]}
     mean, spread, *_ = plots.schedules(named).axes
-    rows, deviations = ([mesh.get_array() for mesh in axes.collections] for axes in (mean, spread))
+    rows, deviations = ([np.asarray(mesh.get_array()) for mesh in axes.collections] for axes in (mean, spread))
     assert np.ravel(rows[0]).tolist() == [0.5, 0] and np.ravel(rows[4]).tolist() == [0.5]
     assert np.ravel(deviations[0]).tolist() == pytest.approx([0.5**0.5, 0]) and np.ravel(deviations[4]).tolist() == [0]
     assert [label.get_text() for label in mean.get_yticklabels()] == ["a (2)", "b (2)", "c (2)", "d (2)", "coarse (2)"]
