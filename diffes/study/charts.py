@@ -56,7 +56,10 @@ def convergence(searches: Mapping[str, SearchResult], metric: str) -> Figure:
 
 
 def convergence_over_calls(
-    curves: Mapping[str, Sequence[Sequence[Sequence[float]]]], metric: str, allowed: int | None = None
+    curves: Mapping[str, Sequence[Sequence[Sequence[float]]]],
+    metric: str,
+    allowed: int | None = None,
+    what: str = "best fitness so far",
 ) -> Figure:
     """Best so far over denoiser calls: the median over seeds as a line, the quartiles as a band; dotted where the
     search had ended.
@@ -65,6 +68,7 @@ def convergence_over_calls(
         curves: by label, for each seed the points (denoiser calls, best fitness) at which the best rises.
         metric: names the axis.
         allowed: denoiser calls that each search could spend.
+        what: names the axis where the points are something else; the best so far never falls.
     """
     runs_of = {label: [run for run in runs if run] for label, runs in curves.items()}
     runs_of = {label: runs for label, runs in runs_of.items() if runs}
@@ -79,7 +83,7 @@ def convergence_over_calls(
             runs = runs_of[label]
             first, last = max(run[0][0] for run in runs), max(run[-1][0] for run in runs)
             calls = np.unique([first, *(point[0] for run in runs for point in run if point[0] >= first), last])
-            values = np.array([_best_at(run, calls) for run in runs])
+            values = np.array([_value_at(run, calls) for run in runs])
             low, middle, high = np.percentile(values, [25, 50, 75], axis=0)
             axes.fill_between(calls, low, high, step="post", color=colour, alpha=0.2, linewidth=0)
             axes.step(
@@ -92,16 +96,16 @@ def convergence_over_calls(
         plain(axes, "y")
         if allowed is not None:
             axes.axvline(allowed, color="#888888", linestyle="--", linewidth=1, label="what each may spend")
-        axes.set(xlabel="denoiser calls", ylabel=f"best fitness so far ({metric})")
+        axes.set(xlabel="denoiser calls", ylabel=f"{what} ({metric})")
         axes.grid(alpha=0.3)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8)
         return figure
 
 
-def _best_at(points: Sequence[Sequence[float]], calls: np.ndarray) -> np.ndarray:
-    """The best so far of one run after each number of calls."""
+def _value_at(points: Sequence[Sequence[float]], calls: np.ndarray) -> np.ndarray:
+    """The value of one run after each number of calls."""
     at = np.searchsorted([point[0] for point in points], calls, side="right") - 1
-    return np.maximum.accumulate([point[1] for point in points])[np.maximum(at, 0)]
+    return np.array([point[1] for point in points])[np.maximum(at, 0)]
 
 
 def spread_by_label(values: Mapping[str, Sequence[float]], name: str) -> Figure:

@@ -52,10 +52,9 @@ def test_what_is_over_budget_is_shown_as_such_and_is_not_the_best() -> None:
     assert math.isnan(drawn[0]) and drawn[1:] == [1, 1, 2, 2, 2, 2]
 
 
-def test_the_best_so_far_holds_between_its_rises_and_never_falls() -> None:
+def test_the_best_so_far_holds_between_its_rises() -> None:
     points = [(10, 1.0), (20, 2.0), (40, 3.0)]
-    assert charts._best_at(points, np.array([10, 15, 20, 39, 40, 99])).tolist() == [1, 1, 2, 2, 3, 3]
-    assert charts._best_at([(10, 1.0), (20, 0.5)], np.array([10, 25])).tolist() == [1, 1]
+    assert charts._value_at(points, np.array([10, 15, 20, 39, 40, 99])).tolist() == [1, 1, 2, 2, 3, 3]
 
 
 def test_the_median_of_the_seeds_is_drawn_and_held_where_a_search_had_ended() -> None:
