@@ -165,7 +165,7 @@ class Rivals:
     def planned(self, table: Callable[[], MeasuredTable]) -> Candidate:
         """Dense calls at timesteps of the table and a search."""
         point = front.searched(self.plans, table(), self.budget, "steps")[1]
-        self.spent = len(point.fitness)
+        self.spent = len(point.found.evaluations) if point.found else 0
         return self.routed("", self.plans.searched.plan(point.genome))
 
     def routed(self, knob: str, plan: Plan) -> Candidate:

@@ -223,14 +223,17 @@ def ablate(
 
     For instance: diffes ablate stages=2,5,10,20 metric=ssim,latent_mse --budget 0.6
 
-    The budget counts MACs here unless --cost says otherwise, so that all combinations cost the same.
+    The budget counts MACs here unless --cost says otherwise. Where combinations find schedules that differ by more than
+    0.5 % in what they cost, because levels cannot express the budget in all of them, each is searched at a second,
+    higher budget, too, and compared at the budget itself by interpolation, which the table says. A cell that fails does
+    not stop the others.
 
     Args:
         vary: option=value,value,... for any option of `diffes search`. A value with a colon is taken whole; repeat the
             option for more.
         seeds: searches of each combination, from --seed on; each draws its own probes.
-        config: all other settings. All searches spend --max-calls denoiser calls, or if that is left out what
-            --max-evals whole evaluations cost.
+        config: all other settings. Each search spends --max-calls denoiser calls, or if that is left out what
+            --max-evals whole evaluations cost with these settings.
         out: folder of the results. Left out: runs/MODEL-ablate-OPTIONS.
         log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """

@@ -134,17 +134,27 @@ def parse_variations(texts: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def experiment(config: RunConfig, varied: Mapping[str, Sequence[Any]], seeds: int, out: Path) -> None:
-    """A grid of searches, and its table."""
+    """A grid of searches, and its table.
+
+    Raises:
+        DiffesError: a setting is unusable; or, once the others are done and shown, a cell failed.
+    """
     from diffes.study import grid
 
-    head, body = grid.run_experiment(config, varied, seeds, out, RichProgress()).table(brief=True)
-    table = Table(title=f"held-out {config.metric}" if "metric" not in varied else "held-out fitness")
+    found = grid.run_experiment(config, varied, seeds, out, RichProgress())
+    head, body = found.table(brief=True)
+    names = found.varied
+    table = Table(title=f"held-out {config.metric}" if "metric" not in names else "held-out fitness")
     for title in head:
-        table.add_column(title, justify="left" if title in varied else "right", no_wrap=title in varied)
+        table.add_column(title, justify="left" if title in names else "right", no_wrap=title in names)
     for line in body:
         table.add_row(*line)
     console.print(table)
+    for note in found.notes():
+        console.print(note, highlight=False, markup=False)
     _list(out, "*")
+    if found.failed:
+        raise DiffesError(f"cells that failed: {len(found.failed)}, named above; the same command tries them again")
 
 
 def _list(out: Path, pattern: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from diffes.adapters import ModelAdapter
@@ -39,11 +41,12 @@ def stage_profile(adapter: ModelAdapter, data: CalibrationSet, stages: Stages, s
             errors.append((predicted - wanted).square().flatten(1).mean(1))
         losses.append(float(torch.cat(errors).mean()))
         ratios.append(adapter.log_snr((lo + hi) // 2))
-    return StageProfile(tuple(losses), tuple(ratios))
+    return StageProfile(tuple(losses), tuple(ratios), len(data) * len(stages))
 
 
 def damage_table(evaluator: ScheduleEvaluator, space: SearchSpace) -> list[list[float]]:
-    """(S, H + 1) how much fitness each level of each stage costs on its own, on the evaluator's probes.
+    """(S, H + 1) how much fitness each level of each stage costs on its own, on the evaluator's probes; NaN in stages
+    that no step falls into.
 
     Stages that agree with the dense model share its trajectory, so the whole table costs about half of as many
     evaluations as it has cells.
@@ -56,6 +59,6 @@ def damage_table(evaluator: ScheduleEvaluator, space: SearchSpace) -> list[list[
     fitness = {e.schedule: e.fitness for e in evaluator(list(dict.fromkeys(single.values())))}
     dense = fitness[space.any_schedule([0] * space.n_stages)]
     return [
-        [dense - fitness[single[s, k]] if (s, k) in single else 0.0 for k in range(space.max_level + 1)]
+        [dense - fitness[single[s, k]] if (s, k) in single else math.nan for k in range(space.max_level + 1)]
         for s in range(space.n_stages)
     ]

@@ -35,12 +35,13 @@ class SearchResult:
         best: of the evaluations on all probes within the budget the one of highest fitness; of equals the first.
         evaluations: all distinct evaluations in the order in which the strategy asked for them.
         eligible: for each, whether it is on all probes and within the budget.
-        denoiser_calls: sum over the evaluations, those replayed from a store included.
+        denoiser_calls: sum over the evaluations, those replayed from a store included, and `calls_before`.
         seconds: sum over the evaluations, likewise.
         logbook: DEAP's, a line a generation (a batch of the strategy's): its number, evaluations and denoiser calls so
             far, the best so far, mean and standard deviation of the generation's fitness (failures left out, None where
             all failed), and its diversity, the share of visited stages in which two of its schedules differ, on
             average.
+        calls_before: denoiser calls that were spent for the search before it began.
     """
 
     best: Evaluation
@@ -49,6 +50,7 @@ class SearchResult:
     denoiser_calls: int
     seconds: float
     logbook: tools.Logbook = field(default_factory=tools.Logbook)
+    calls_before: int = 0
 
     def curve(self) -> list[float]:
         """Best eligible fitness so far after each evaluation, (len(evaluations),); -inf before the first."""
@@ -66,7 +68,8 @@ class SearchResult:
 
     def calls(self) -> list[int]:
         """Denoiser calls spent after each evaluation, (len(evaluations),)."""
-        return list(itertools.accumulate(evaluation.denoiser_calls for evaluation in self.evaluations))
+        calls = (evaluation.denoiser_calls for evaluation in self.evaluations)
+        return list(itertools.accumulate(calls, initial=self.calls_before))[1:]
 
 
 class Ledger:
@@ -77,6 +80,7 @@ class Ledger:
         evaluate: measures what is new.
         store: evaluations of earlier runs; takes those of this one as soon as they are measured.
         on_evaluation: called with each distinct evaluation, stored already, for instance to show progress.
+        calls_before: denoiser calls that were spent for the search before it began.
     """
 
     def __init__(
@@ -85,13 +89,14 @@ class Ledger:
         evaluate: Evaluator,
         store: EvaluationStore | None = None,
         on_evaluation: OnEvaluation | None = None,
+        calls_before: int = 0,
     ) -> None:
         self.space = space
-        self._evaluate = evaluate
+        self._evaluate, self._before = evaluate, calls_before
         self._store = store
         self._on_evaluation = on_evaluation
         self._known: dict[Key, Evaluation] = {}
-        self._calls, self._best = 0, -math.inf
+        self._calls, self._best = calls_before, -math.inf
         self._logbook = tools.Logbook()
         self._logbook.header = list(LOGGED)
 
@@ -158,9 +163,10 @@ class Ledger:
             best=best,
             evaluations=evaluations,
             eligible=eligible,
-            denoiser_calls=sum(evaluation.denoiser_calls for evaluation in evaluations),
+            denoiser_calls=self._calls,
             seconds=sum(evaluation.seconds for evaluation in evaluations),
             logbook=self._logbook,
+            calls_before=self._before,
         )
 
     def _measure(self, proposals: list[Proposal], fidelity: float) -> Iterator[Evaluation]:

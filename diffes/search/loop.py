@@ -25,6 +25,7 @@ def run_search(
     max_evals: int | None = None,
     max_denoiser_calls: int | None = None,
     max_seconds: float | None = None,
+    calls_before: int = 0,
     store: EvaluationStore | None = None,
     on_evaluation: OnEvaluation | None = None,
 ) -> SearchResult:
@@ -44,6 +45,8 @@ def run_search(
             exceed it is cut.
         max_denoiser_calls: the evaluation that reaches it is the last one.
         max_seconds: seconds of evaluation, likewise.
+        calls_before: denoiser calls that were spent for this search before it began; counted in what it cost, not in
+            its limit.
         store: evaluations of earlier runs; takes those of this one as soon as they are measured.
         on_evaluation: called with each distinct evaluation, stored already, for instance to show progress.
 
@@ -52,7 +55,7 @@ def run_search(
             evaluated.
     """
     limits = _Limits({"max_evals": max_evals, "max_denoiser_calls": max_denoiser_calls, "max_seconds": max_seconds})
-    ledger = Ledger(strategy.space, evaluate, store, on_evaluation)
+    ledger = Ledger(strategy.space, evaluate, store, on_evaluation, calls_before)
     idle = 0
     while idle < MAX_IDLE_BATCHES and not limits.reached:
         batch = strategy.ask()

@@ -60,10 +60,12 @@ class StageProfile:
     Args:
         loss: (S,) mean squared error of the denoiser's prediction.
         log_snr: (S,) natural logarithm of the signal-to-noise ratio in the middle of the stage.
+        calls: denoiser calls, in rows, that measuring it took; they are part of what the search costs.
     """
 
     loss: tuple[float, ...]
     log_snr: tuple[float, ...]
+    calls: int = 0
 
 
 class Evaluator(Protocol):

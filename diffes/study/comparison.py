@@ -8,19 +8,31 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from scipy.stats import wilcoxon
+from scipy.stats import ttest_1samp, wilcoxon
 
 from diffes import files
-from diffes.study import plots
+from diffes.search.schedule import Schedule
+from diffes.study import charts, plots
+from diffes.study.equal_cost import at_budget, calls_of, config_of, cost_of, is_off, same
 from diffes.study.record import RunRecord
 
 MEASURE = ("model", "metric", "steps", "guidance", "heldout", "dtype")  # settings that held-out fitness depends on
+ALIKE = (*MEASURE, "cost", "budget")  # and what it may cost
+TIE = 1e-6  # relative: held-out values that differ by less are tied
 TABLE, CSV, JSON = "table.md", "results.csv", "results.json"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell that failed: its settings, and what went wrong in one line."""
+
+    settings: Mapping[str, Any]
+    error: str
 
 
 @dataclass(frozen=True)
@@ -30,28 +42,64 @@ class Comparison:
     Args:
         varied: names of the settings in which they differ, besides the seed.
         records: one for each cell, as `diffes.study.grid.run_cell` makes them.
+        failed: cells that have none.
     """
 
     varied: tuple[str, ...]
     records: tuple[RunRecord, ...]
+    failed: tuple[Failure, ...] = ()
+
+    def _label(self, settings: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(settings[name] for name in self.varied)
+
+    def _alike(self) -> list[dict[tuple[Any, ...], list[RunRecord]]]:
+        """Records by combination, those that can be compared together."""
+        found: dict[tuple[Any, ...], dict[tuple[Any, ...], list[RunRecord]]] = {}
+        for record in self.records:
+            alike = found.setdefault(tuple(record.settings.get(name) for name in ALIKE), {})
+            alike.setdefault(self._label(record.settings), []).append(record)
+        return list(found.values())
+
+    def to_interpolate(self) -> list[RunRecord]:
+        """Those that cost something else than what they are compared with, and were not searched at a budget above."""
+        uneven = [alike for alike in self._alike() if not _even(alike)]
+        records = [record for alike in uneven for records in alike.values() for record in records]
+        return [record for record in records if is_off(record) and record.above is None]
+
+    def measured(self) -> dict[tuple[Any, ...], list[RunRecord]]:
+        """Records by combination, at the same cost where it can be had: values between two budgets are interpolated to
+        the budget where combinations that are compared cost differently."""
+        found: dict[tuple[Any, ...], list[RunRecord]] = {}
+        for alike in self._alike():
+            even = _even(alike)
+            for label, records in alike.items():
+                found[label] = records if even else [at_budget(record) for record in records]
+        order = dict.fromkeys(self._label(record.settings) for record in self.records)
+        return {label: found[label] for label in order}
 
     def summary(self) -> list[dict[str, Any]]:
         """One line for each combination of what was varied, over its seeds.
 
-        Each is tested against the first one that was measured in the same way. `p` is that of a two-sided Wilcoxon
-        signed-rank test of held-out fitness, paired by seed. Seeds whose held-out fitness is None, because a probe
-        failed, are left out of the statistics; where all are, they are None.
+        Each is compared with the first one that was measured in the same way and has the same budget, unless their
+        costs differ by more than 0.5 %: `difference` is the mean over seeds of held-out fitness less that of the first
+        one, with its 95 % t interval, `p` that of a two-sided Wilcoxon signed-rank test, both paired by seed, and
+        `p_holm` the same corrected for the number of combinations compared with the first (Holm). Seeds whose held-out
+        fitness is None, because a probe failed, are left out of the statistics; where all are, they are None.
         """
-        groups: dict[tuple[Any, ...], dict[int, RunRecord]] = {}
-        for record in self.records:
-            key = tuple(record.settings[name] for name in self.varied)
-            groups.setdefault(key, {})[record.settings["seed"]] = record
-        references: dict[tuple[Any, ...], dict[int, RunRecord]] = {}
+        references: dict[tuple[Any, ...], list[RunRecord]] = {}
+        families: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         lines = []
-        for key, by_seed in groups.items():
-            settings = next(iter(by_seed.values())).settings
-            reference = references.setdefault(tuple(settings.get(name) for name in MEASURE), by_seed)
-            lines.append(dict(zip(self.varied, key, strict=True)) | _line(by_seed, reference))
+        for label, records in self.measured().items():
+            alike = tuple(records[0].settings.get(name) for name in ALIKE)
+            line = dict(zip(self.varied, label, strict=True)) | _line(records, references.setdefault(alike, records))
+            own = [record for record in self.records if self._label(record.settings) == label]
+            line["between"] = _between([r for r, shown in zip(own, records, strict=True) if shown is not r])
+            families.setdefault(alike, []).append(line)
+            lines.append(line)
+        for family in families.values():
+            tested = [line for line in family if line["p"] is not None]
+            for line, p in zip(tested, holm([line["p"] for line in tested]), strict=True):
+                line["p_holm"] = p
         return lines
 
     def table(self, *, brief: bool = False) -> tuple[list[str], list[list[str]]]:
@@ -60,72 +108,135 @@ class Comparison:
         columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
             "held-out": lambda line: f"{_number(line['heldout_mean'])} ± {_number(line['heldout_std'])}",
             "uniform": lambda line: _number(line["uniform_heldout"]),
-            "dense, fewer steps": lambda line: _number(line["fewer_steps_heldout"]),
-            "MACs": lambda line: f"{line['macs']:.1%}",
+            "dense, fewer steps": lambda line: (
+                f"{_number(line['fewer_steps_heldout'])} ({line['fewer_steps_macs']:.1%})"
+            ),
+            "MACs": _macs,
             "ahead of first": _ahead,
-            "p": lambda line: "" if line["p"] is None else f"{line['p']:.3f}",
+            "difference [95 %]": _difference,
+            "p (Holm)": lambda line: "" if line["p_holm"] is None else f"{line['p_holm']:.3f}",
         }
         if not brief:
             columns |= {
                 "median held-out": lambda line: _number(line["heldout_median"]),
                 "on its own probes": lambda line: _number(line["search_mean"]),
-                "denoiser calls": lambda line: f"{line['denoiser_calls']:,.0f}",
+                "denoiser calls a search": lambda line: f"{line['denoiser_calls']:,.0f}" + "*" * line["exhausted"],
                 "evaluations": lambda line: f"{line['evaluations']:.0f}",
             }
         body = [[*(str(line[name]) for name in self.varied), *(f(line) for f in columns.values())] for line in lines]
+        found = {self._label(record.settings) for record in self.records}
+        for label in dict.fromkeys(self._label(each.settings) for each in self.failed):
+            if label not in found:
+                body.append([*map(str, label), "failed", *[""] * (len(columns) - 1)])
         return [*self.varied, *columns], body
 
+    def notes(self) -> list[str]:
+        """What has to be known to read the table, in sentences."""
+        lines, notes = self.summary(), []
+        if any(line["between"] for line in lines):
+            notes.append(
+                "Where MACs have two more numbers in brackets, all values are interpolated to the budget, linearly in "
+                "cost, between two searches that found schedules of these MACs, each with as many denoiser calls as "
+                "the others: the levels cannot express the budget itself."
+            )
+        if any(line["same_cost"] is False for line in lines):
+            notes.append("Combinations that cost something else than the first one are not compared with it.")
+        if any(line["difference"] is not None for line in lines):
+            notes.append(
+                "Difference: mean over seeds of held-out fitness less that of the first one, with its 95 % t interval; "
+                "p: Wilcoxon's signed-rank test, corrected by Holm for the number of comparisons; both paired by seed."
+            )
+        if any(line["exhausted"] for line in lines):
+            notes.append("*: the strategy had nothing left to ask before its denoiser calls were spent.")
+        for each in self.failed:
+            cell = ", ".join(f"{name} {each.settings[name]}" for name in (*self.varied, "seed"))
+            notes.append(f"Failed: {cell}: {each.error}")
+        return notes
+
     def markdown(self) -> str:
-        """The table in Markdown."""
+        """The table in Markdown, and the notes below it."""
         head, body = self.table()
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *body]) + "\n"
+        rows = [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *body]]
+        return "\n".join([*rows, *(f"\n{note}" for note in self.notes())]) + "\n"
 
     _repr_markdown_ = markdown
 
     def figures(self) -> dict[str, Figure]:
         """Figures by name.
 
-        `convergence`: best so far over denoiser calls; `heldout`: held-out fitness of every seed; `schedules`: of each
-        combination the schedule that did best on its own probes. Where metrics differ, the first two are drawn for
-        each, their names ending with it.
+        `convergence`: best so far over denoiser calls; `heldout`: held-out fitness of every seed; both at equal cost as
+        in the table. `schedules`: those found, over the seeds of each combination. Where metrics differ, the first two
+        are drawn for each, their names ending with it.
         """
         by_metric: dict[str, dict[str, list[RunRecord]]] = {}
-        for record in self.records:
-            label = ", ".join(str(record.settings[name]) for name in self.varied)
-            by_metric.setdefault(record.settings["metric"], {}).setdefault(label, []).append(record)
-        figures, best = {}, {}
+        for label, records in self.measured().items():
+            by_metric.setdefault(records[0].settings["metric"], {})[", ".join(map(str, label))] = records
+        figures: dict[str, Figure] = {}
+        schedules: dict[str, list[Schedule]] = {}
         for metric, groups in by_metric.items():
             ending = f"-{metric}" if len(by_metric) > 1 else ""
             curves = {label: [record.curve for record in group] for label, group in groups.items()}
-            heldout = {
-                label: [mean for record in group if (mean := record.searched.heldout_mean) is not None]
+            known = {
+                label: values
                 for label, group in groups.items()
+                if (values := _known(record.searched.heldout_mean for record in group))
             }
-            known = {label: values for label, values in heldout.items() if values}
-            figures[f"convergence{ending}"] = plots.convergence_over_calls(curves, metric)
-            figures[f"heldout{ending}"] = plots.spread_by_label(known, f"held-out {metric}")
-            for label, group in groups.items():
-                best[label] = max(group, key=_fitness).schedule
-        return figures | {"schedules": plots.schedules(best)}
+            allowed = {calls_of(config_of(record.settings)) for group in groups.values() for record in group}
+            spend = allowed.pop() if len(allowed) == 1 else None
+            figures[f"convergence{ending}"] = charts.convergence_over_calls(curves, metric, spend)
+            figures[f"heldout{ending}"] = charts.spread_by_label(known, f"held-out {metric}")
+            schedules |= {label: [record.schedule for record in group] for label, group in groups.items()}
+        return figures | {"schedules": plots.schedules(schedules)}
 
     def write(self, out: Path) -> None:
         """CSV, JSON, the table in Markdown and the figures."""
         files.write_safely(out / CSV, lambda path: _write_csv(self.records, path))
-        cells = [record.to_json() for record in self.records]
-        files.write_json(out / JSON, {"varied": list(self.varied), "summary": self.summary(), "cells": cells})
+        data = {
+            "varied": list(self.varied),
+            "summary": self.summary(),
+            "cells": [record.to_json() for record in self.records],
+            "failed": [asdict(each) for each in self.failed],
+        }
+        files.write_json(out / JSON, data)
         files.write_safely(out / TABLE, lambda path: path.write_text(self.markdown(), encoding="utf-8"))
         for name, figure in self.figures().items():
             files.write_safely(out / f"{name}.png", functools.partial(plots.save, figure))
 
 
-def _line(by_seed: Mapping[int, RunRecord], reference: Mapping[int, RunRecord]) -> dict[str, Any]:
+def holm(p: Sequence[float]) -> list[float]:
+    """p values corrected for their number.
+
+    Source: Holm (1979), step-down: the k-th smallest of n times n - k + 1, never below a smaller one, at most 1.
+    """
+    corrected, highest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
+        corrected[i] = highest
+    return corrected
+
+
+def _even(alike: Mapping[tuple[Any, ...], Sequence[RunRecord]]) -> bool:
+    """Whether combinations cost the same, on average over seeds."""
+    return same([_cost(records) for records in alike.values()])
+
+
+def _cost(records: Sequence[RunRecord]) -> float:
+    return statistics.mean(cost_of(record.settings, record.searched) for record in records)
+
+
+def _between(own: Sequence[RunRecord]) -> list[float] | None:
+    """MACs of what was found at the budget and at the one above, means over those that were interpolated."""
+    if not own:
+        return None
+    above = [record.above.searched.macs_fraction for record in own if record.above is not None]
+    return [statistics.mean(record.searched.macs_fraction for record in own), statistics.mean(above)]
+
+
+def _line(records: Sequence[RunRecord], reference: Sequence[RunRecord]) -> dict[str, Any]:
     """Statistics of one combination over its seeds."""
-    records = list(by_seed.values())
     heldout = _known(record.searched.heldout_mean for record in records)
-    theirs = {seed: record.searched.heldout_mean for seed, record in reference.items()}
-    pairs = [(record.searched.heldout_mean, theirs.get(seed)) for seed, record in by_seed.items()]
-    differences = [mine - other for mine, other in pairs if mine is not None and other is not None]
-    compared = by_seed is not reference
+    compared = records is not reference
+    same_cost = same([_cost(records), _cost(reference)]) if compared else None
     return {
         "seeds": len(records),
         "failed": len(records) - len(heldout),
@@ -135,17 +246,44 @@ def _line(by_seed: Mapping[int, RunRecord], reference: Mapping[int, RunRecord]) 
         "search_mean": _mean(_known(record.searched.search for record in records)),
         "uniform_heldout": _mean(_known(record.uniform.heldout_mean for record in records)),
         "fewer_steps_heldout": _mean(_known(record.fewer_steps.heldout_mean for record in records)),
+        "fewer_steps_macs": _mean([record.fewer_steps.macs_fraction for record in records]),
         "macs": _mean([record.searched.macs_fraction for record in records]),
+        "cost": _cost(records),
+        "same_cost": same_cost,
         "denoiser_calls": _mean([record.denoiser_calls for record in records]),
         "evaluations": _mean([record.evaluations for record in records]),
-        "ahead": sum(d > 0 for d in differences) if compared else None,
-        "tied": sum(d == 0 for d in differences) if compared else None,
+        "exhausted": all(record.denoiser_calls < calls_of(config_of(record.settings)) for record in records),
+    } | _compared(records, reference if same_cost else None)
+
+
+def _compared(records: Sequence[RunRecord], reference: Sequence[RunRecord] | None) -> dict[str, Any]:
+    """The comparison with another combination, paired by seed; None where there is none."""
+    theirs = {record.settings["seed"]: record.searched.heldout_mean for record in reference or ()}
+    pairs = [(record.searched.heldout_mean, theirs.get(record.settings["seed"])) for record in records]
+    differences = [
+        0.0 if math.isclose(mine, other, rel_tol=TIE) else mine - other
+        for mine, other in pairs
+        if mine is not None and other is not None
+    ]
+    low, high = _interval(differences) if len(differences) > 1 else (None, None)
+    return {
+        "pairs": len(differences),
+        "ahead": None if reference is None else sum(d > 0 for d in differences),
+        "tied": None if reference is None else sum(d == 0 for d in differences),
+        "difference": _mean(differences),
+        "difference_low": low,
+        "difference_high": high,
         "p": float(wilcoxon(differences).pvalue) if len(differences) > 1 and any(differences) else None,
+        "p_holm": None,
     }
 
 
-def _fitness(record: RunRecord) -> float:
-    return -math.inf if record.searched.search is None else record.searched.search
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % t interval of a mean."""
+    if len(set(values)) == 1:
+        return values[0], values[0]
+    interval = ttest_1samp(values, 0.0).confidence_interval(0.95)
+    return float(interval.low), float(interval.high)
 
 
 def _known(values: Iterable[float | None]) -> list[float]:
@@ -160,20 +298,39 @@ def _number(value: float | None) -> str:
     return "failed" if value is None else f"{value:.4f}"
 
 
+def _macs(line: Mapping[str, Any]) -> str:
+    between = f" ({line['between'][0]:.1%}, {line['between'][1]:.1%})" if line["between"] else ""
+    return f"{line['macs']:.1%}{between}"
+
+
+def _difference(line: Mapping[str, Any]) -> str:
+    if line["difference"] is None:
+        return "other cost" if line["same_cost"] is False else ""
+    if line["difference_low"] is None:
+        return f"{line['difference']:+.4f}"
+    return f"{line['difference']:+.4f} [{line['difference_low']:+.4f}, {line['difference_high']:+.4f}]"
+
+
 def _ahead(line: Mapping[str, Any]) -> str:
     """How often ahead of the first combination, ties said to be ties."""
     if line["ahead"] is None:
         return ""
     ties = f", {line['tied']} tied" if line["tied"] else ""
-    return f"{line['ahead']} of {line['seeds']}{ties}"
+    return f"{line['ahead']} of {line['pairs']}{ties}"
 
 
 def _write_csv(records: Sequence[RunRecord], path: Path) -> None:
-    rows = [record.to_json() for record in records]
-    flat = [
-        row["settings"] | {k: v for k, v in row.items() if k not in ("settings", "versions", "curve")} for row in rows
-    ]
+    """A line for each cell as it was measured, and what it is worth at the budget where it was searched above, too."""
+    lines = []
+    for record in records:
+        row = record.to_json()
+        line = row["settings"] | {k: v for k, v in row.items() if k not in ("settings", "versions", "curve", "above")}
+        above = record.above
+        line["above_heldout"] = above.searched.heldout_mean if above else None
+        line["above_macs"] = above.searched.macs_fraction if above else None
+        line["heldout_at_budget"] = at_budget(record).searched.heldout_mean if above else None
+        lines.append({key: json.dumps(v) if isinstance(v, list) else v for key, v in line.items()})
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(flat[0]))
+        writer = csv.DictWriter(file, list(lines[0]))
         writer.writeheader()
-        writer.writerows({key: json.dumps(v) if isinstance(v, list) else v for key, v in row.items()} for row in flat)
+        writer.writerows(lines)

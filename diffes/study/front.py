@@ -23,11 +23,11 @@ from diffes.runtime.artifact import BANK, FRONT, read_front, write_front
 from diffes.runtime.solver import solver_named
 from diffes.search.carried import Trajectory
 from diffes.search.frontier import ErrorTable
-from diffes.search.ledger import OnEvaluation
+from diffes.search.ledger import OnEvaluation, SearchResult
 from diffes.search.schedule import Schedule
 from diffes.search.space import SearchSpace
 from diffes.search.store import EvaluationStore
-from diffes.study import folder, plots
+from diffes.study import charts, folder, plots
 from diffes.study.config import RunConfig
 from diffes.study.heldout import finite
 from diffes.study.lock import held
@@ -36,7 +36,7 @@ from diffes.study.settings import PLANNED
 from diffes.study.workbench import prepare
 
 KINDS = ("dense", "dense-planned", "levels", "joint")
-IMAGES = 10  # of the picture that shows all kinds
+IMAGES = 6  # of the picture that shows all kinds
 PAPERS = "evolution"  # the strategy of "levels"
 
 
@@ -51,14 +51,14 @@ class Point:
         budget: in dense calls.
         genome: the plan.
         calls_spent: denoiser calls, in rows, of the table and the search that led to it.
-        fitness: on the search's probes, of every evaluation of its search.
+        found: what its search measured.
     """
 
     kind: str
     budget: float
     genome: Schedule
     calls_spent: int
-    fitness: tuple[float, ...] = ()
+    found: SearchResult | None = None
 
 
 def complete_front(
@@ -141,7 +141,7 @@ def _front_in(
         rows, pictures = _measured(plans, points)
         advance("measured")
         data = _facts(plans) | {"genes": genes, "split": split, "calls_spent": table.calls, "points": rows}
-        figures = {folder.FRONT: plots.fronts(rows, config.cost), "plans.png": plots.plans(rows, data["max_level"])}
+        figures = {folder.FRONT: charts.fronts(rows, config.cost), "plans.png": plots.plans(rows, data["max_level"])}
         figures |= _shown(plans, points, pictures)
         for name, figure in figures.items():
             files.write_safely(out / name, functools.partial(plots.save, figure))
@@ -216,8 +216,7 @@ def searched(
             genome, spent = found.best.schedule, table.calls + found.denoiser_calls
         if found.best.fitness > worth:
             best, worth = genome, found.best.fitness
-        fitness = tuple(evaluation.fitness for evaluation in found.evaluations)
-        points.append(Point(kind, budget, genome if kind == "levels" else best, spent, fitness))
+        points.append(Point(kind, budget, genome if kind == "levels" else best, spent, found))
     return points
 
 
@@ -289,10 +288,11 @@ def _shown(plans: Plans, points: Sequence[Point], pictures: Sequence[Tensor]) ->
     at = [(point, latents) for point, latents in zip(points, pictures, strict=True) if point.budget == shown]
     rows |= {f"{point.kind}, {shown:g} calls": latents for point, latents in at}
     captions = [adapter.label(condition) for condition in heldout.probes.conditions[:IMAGES]]
-    searches = {point.kind: point.fitness for point, _ in at if point.fitness}
+    searches = {point.kind: point.found for point, _ in at if point.found}
+    images = {name: adapter.decode(latents) for name, latents in rows.items()}
     return {
-        "images.png": plots.image_grid({name: adapter.decode(latents) for name, latents in rows.items()}, captions),
-        "convergence.png": plots.convergence(searches, plans.bench.config.metric),
+        "images.png": plots.image_grid(images, captions, differences=True),
+        "convergence.png": charts.convergence(searches, plans.bench.config.metric),
     }
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,20 +17,23 @@ from diffes.errors import DiffesError, unknown_name
 from diffes.files import read_json, write_json
 from diffes.progress import Progress
 from diffes.search.store import EvaluationStore
-from diffes.study.comparison import Comparison
+from diffes.study.comparison import Comparison, Failure
 from diffes.study.config import RunConfig
+from diffes.study.equal_cost import calls_of, config_of, denser
 from diffes.study.heldout import HeldOut, record_of
 from diffes.study.lock import clear_leftovers, held, is_unused
 from diffes.study.record import RunRecord
 from diffes.study.settings import check_settings
 from diffes.study.workbench import Workbench, prepare, search_on, vary
 
+log = logging.getLogger(__name__)
 CELLS, COSTS, JOURNALS = "cells.jsonl", "costs.json", "journals"
 SHARED = {  # settings that differ between cells of one calibrated model
     "strategy", "mutation", "crossover", "budget", "cost", "metric", "max_evals", "max_calls", "probes", "heldout",
     "seed", "storage",
 }  # fmt: skip
-
+CALLS_OF = {"probes", "steps", "guidance"}  # settings on which the calls of an evaluation depend
+UNSEEN = {"seed", "storage", "device", "bank_memory"}  # settings that no table needs to tell apart
 
 _UNPRICED: dict[str, Any] = {  # settings that costs do not depend on
     name: getattr(RunConfig(), name) for name in SHARED - {"cost", "probes"}
@@ -85,6 +89,8 @@ def _convert(name: str, text: str, hint: Any) -> Any:
 def grid(base: RunConfig, varied: Mapping[str, Sequence[Any]], seeds: int) -> list[RunConfig]:
     """Every combination of the values varied, times seeds from `base.seed` on; those of one calibrated model together.
 
+    Where combinations differ in what an evaluation costs, all may spend the denoiser calls of `base`.
+
     Raises:
         DiffesError: a value is out of its range, or there are no seeds or values.
     """
@@ -92,6 +98,8 @@ def grid(base: RunConfig, varied: Mapping[str, Sequence[Any]], seeds: int) -> li
         raise DiffesError(f"seeds must be at least 1, got {seeds}")
     if empty := [name for name, values in varied.items() if not values]:
         raise DiffesError(f"there is nothing to run: {empty[0]} has no values; give at least one")
+    if CALLS_OF & set(varied) and "max_evals" not in varied and "max_calls" not in varied:
+        base = replace(base, max_calls=calls_of(base))
     combinations = [
         replace(base, **dict(zip(varied, values, strict=True))) for values in itertools.product(*varied.values())
     ]
@@ -103,22 +111,49 @@ def _outer(varied: Mapping[str, Sequence[Any]]) -> list[str]:
     return [name for name in varied if name not in SHARED]
 
 
-def calls_of(config: RunConfig) -> int:
-    """Denoiser calls, in rows, that a cell may spend: `max_calls`, or what `max_evals` whole evaluations cost."""
-    if config.max_calls is not None:
-        return config.max_calls
-    return config.max_evals * config.probes * config.steps * (2 if config.guidance > 1 else 1)
-
-
 def run_experiment(
     base: RunConfig, varied: Mapping[str, Sequence[Any]], seeds: int, out: Path, progress: Progress
 ) -> Comparison:
-    """Runs the cells of a grid and writes what they found into `out`; errors as `grid` and `run_cells`."""
+    """Runs the cells of a grid and writes what is found into `out`, with what earlier commands found there.
+
+    A cell that fails is noted, and tried again by the next command; the others go on. Where costs of what is compared
+    differ by more than 0.5 %, the searches are made again at a budget above, so that values at the budget itself lie
+    between two measured ones; each search may spend the same denoiser calls.
+
+    Raises:
+        DiffesError: as `grid` and `run_cells`, or all cells failed.
+        OSError: as `run_cells`.
+    """
     cells = grid(base, varied, seeds)
     with held(out):
-        comparison = Comparison(tuple(varied), tuple(_cells_in(out, cells, progress)))
+        done, failed = _cells_in(out, cells, progress)
+        if not done:
+            raise DiffesError(f"all {len(failed)} cells failed, the first with: {failed[0].error}")
+        comparison = _comparison(varied, cells, done, failed)
+        ours = {_key(cell.to_json()) for cell in cells}
+        again = [
+            config for r in comparison.to_interpolate() if _key((config := config_of(r.settings)).to_json()) in ours
+        ]
+        if again:
+            done, more = _cells_in(out, again, progress, above=True, seed=base.seed)
+            comparison = _comparison(varied, cells, done, [*failed, *more])
         comparison.write(out)
     return comparison
+
+
+def _comparison(
+    varied: Mapping[str, Sequence[Any]],
+    cells: Sequence[RunConfig],
+    done: Mapping[str, RunRecord],
+    failed: Sequence[Failure],
+) -> Comparison:
+    """What was found, the cells of this command first, by all settings in which any two of them differ."""
+    keys = dict.fromkeys([*(_key(cell.to_json()) for cell in cells), *done])
+    records = [done[key] for key in keys if key in done]
+    settings = [*(record.settings for record in records), *(each.settings for each in failed)]
+    others = [field.name for field in dataclasses.fields(RunConfig) if field.name not in {*varied, *UNSEEN}]
+    names = [*varied, *(name for name in others if len({each[name] for each in settings}) > 1)]
+    return Comparison(tuple(names), tuple(records), tuple(failed))
 
 
 def run_cells(
@@ -126,7 +161,7 @@ def run_cells(
 ) -> list[RunRecord]:
     """Runs the cells that are not in `out` yet, one after the other; what is finished is safe.
 
-    A cell that was interrupted goes on from its own journal.
+    A cell that was interrupted goes on from its own journal. One that fails does not stop the others.
 
     Args:
         cells: settings; those of one calibrated model should follow each other.
@@ -139,17 +174,39 @@ def run_cells(
         A record for each cell, in their order.
 
     Raises:
-        DiffesError: a setting is unusable, or `out` cannot be written, is in use, or holds something else.
+        DiffesError: a setting is unusable, or `out` cannot be written, is in use, or holds something else; or, once
+            the others are done, a cell failed.
         OSError: likewise.
     """
     with held(out):
-        return _cells_in(out, cells, progress, equal_calls=equal_calls)
+        done, failed = _cells_in(out, cells, progress, equal_calls=equal_calls)
+    if failed:
+        raise DiffesError(f"{len(failed)} of {len(cells)} cells failed, the first with: {failed[0].error}")
+    return [done[_key(cell.to_json())] for cell in cells]
 
 
 def _cells_in(
-    out: Path, cells: Sequence[RunConfig], progress: Progress, *, equal_calls: bool = True
-) -> list[RunRecord]:
-    """The cells, in a folder that this process holds."""
+    out: Path,
+    cells: Sequence[RunConfig],
+    progress: Progress,
+    *,
+    equal_calls: bool = True,
+    above: bool = False,
+    seed: int | None = None,
+) -> tuple[dict[str, RunRecord], list[Failure]]:
+    """Runs cells in a folder that this process holds.
+
+    Args:
+        cells: as of `run_cells`.
+        out: likewise.
+        progress: likewise.
+        equal_calls: likewise.
+        above: the cells are done; run each again at the budget above.
+        seed: of the calibration; that of the first cell when left out, whichever cells are left to do.
+
+    Returns:
+        All records in the folder, by key, and the cells that failed.
+    """
     for cell in cells:
         check_settings(cell)
         if equal_calls and cell.time_limit is not None:
@@ -160,27 +217,40 @@ def _cells_in(
     _open(out)
     done = {_key(record.settings): record for record in _read(out / CELLS)}
     costs: dict[str, Any] = read_json(out / COSTS) if (out / COSTS).exists() else {}
+    failed: list[Failure] = []
     bench: Workbench | None = None
     heldout: HeldOut | None = None
-    with progress.task(f"{len(cells)} cells", len(cells)) as advance:
+    with progress.task(f"{len(cells)} cells" + " at the budget above" * above, len(cells)) as advance:
         for cell in cells:
-            if _key(cell.to_json()) not in done:
-                if bench is None or _differ(bench.config, cell):
-                    # calibrated with the first seed, whichever cells are left to do
-                    bench = prepare(replace(cell, **_ONLY_CALIBRATED, seed=cells[0].seed), progress)
-                priced = _key(replace(cell, **_UNPRICED).to_json())
-                bench = vary(bench, cell, progress, costs.get(priced))
-                if priced not in costs:
-                    costs[priced] = bench.costs
-                    write_json(out / COSTS, costs)
-                if heldout is None or not heldout.serves(bench):
-                    heldout = HeldOut(bench)
-                record = run_cell(bench, heldout, out / JOURNALS, progress, equal_calls=equal_calls)
-                with (out / CELLS).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(record.to_json()) + "\n")
-                done[_key(cell.to_json())] = RunRecord.from_json(record.to_json())
+            key = _key(cell.to_json())
+            if above or key not in done:
+                try:
+                    if bench is None or _differ(bench.config, cell):
+                        bench = None  # two calibrated models at a time may be too many
+                        calibration = cells[0].seed if seed is None else seed
+                        bench = prepare(replace(cell, **_ONLY_CALIBRATED, seed=calibration), progress)
+                    priced = _key(replace(cell, **_UNPRICED).to_json())
+                    bench = vary(bench, cell, progress, costs.get(priced))
+                    if priced not in costs:
+                        costs[priced] = bench.costs
+                        write_json(out / COSTS, costs)
+                    if above:
+                        bench = vary(bench, denser(cell, bench.space), progress, costs[priced])
+                    if heldout is None or not heldout.serves(bench):
+                        heldout = HeldOut(bench)
+                    record = run_cell(bench, heldout, out / JOURNALS, progress, equal_calls=equal_calls)
+                    record = replace(done[key], above=record) if above else record
+                    with (out / CELLS).open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(record.to_json()) + "\n")
+                    done[key] = RunRecord.from_json(record.to_json())
+                except Exception as error:
+                    if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
+                        raise  # no room or no access: the next cell would not fare better
+                    log.exception("a cell failed: %s", cell)
+                    failed.append(Failure(cell.to_json(), " ".join(f"{type(error).__name__}: {error}".split())))
+                    bench = bench if isinstance(error, DiffesError) else None  # whatever state it is in
             advance("")
-    return [done[_key(cell.to_json())] for cell in cells]
+    return done, failed
 
 
 def run_cell(
@@ -222,6 +292,7 @@ def _read(path: Path) -> list[RunRecord]:
     if whole != content:
         path.write_text(whole, encoding="utf-8")
     try:
-        return [RunRecord.from_json(json.loads(line)) for line in whole.splitlines()]
+        records = [RunRecord.from_json(json.loads(line)) for line in whole.splitlines()]
+        return [replace(record, settings=config_of(record.settings).to_json()) for record in records]
     except (KeyError, TypeError, ValueError) as error:
         raise DiffesError(f"{path} is damaged ({error}); restore it, or move it away to run its cells again") from error

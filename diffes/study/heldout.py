@@ -60,12 +60,12 @@ class HeldOut:
 
 def record_of(bench: Workbench, heldout: HeldOut, result: SearchResult) -> RunRecord:
     """What a search on a workbench found, measured on held-out probes beside its rivals at the same cost."""
-    best = result.best.schedule
+    best, uniform = result.best.schedule, bench.uniform()
     return RunRecord(
         **config_record(bench.config),
         schedule=best,
-        searched=heldout(best, result.best.fitness),
-        uniform=heldout(bench.uniform()),
+        searched=replace(heldout(best, result.best.fitness), cost=bench.cost_fraction(best)),
+        uniform=replace(heldout(uniform), cost=bench.cost_fraction(uniform)),
         fewer_steps=heldout(bench.fewer_steps(best)),
         evaluations=len(result.evaluations),
         denoiser_calls=result.denoiser_calls,

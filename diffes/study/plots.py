@@ -1,25 +1,40 @@
-"""Figures: schedules, convergence, image grids."""
+"""Figures in general, and those that are maps: schedules, damage, splits, plans, images. Curves are in `charts`."""
 
 from __future__ import annotations
 
 import itertools
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from diffes.adapters import AnySet
 from diffes.search.schedule import Schedule, Stages
 
-COLOURS = ("#0b6e99", "#d1603d", "#6a994e", "#7d5ba6", "#c99700", "#444444", "#c2578b", "#3fa7a0", "#8c5a3c", "#9aa5b1")
-_STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+LINES = 3  # as many schedules can be told apart as lines; more are rows of a heat map
+LATER = "timestep (sampling goes from left to right)"
+CALM = 1e-4  # relative differences below are none that an axis should show
+_LOOKS = {  # colour and marker of what is drawn in several figures
+    "evolution": ("#0b6e99", "o"), "surrogate": ("#d1603d", "s"), "evopress": ("#6a994e", "^"), "tpe": ("#7d5ba6", "D"),
+    "random": ("#c99700", "v"), "uniform": ("#444444", "X"), "nsga2": ("#c2578b", "P"), "cmaes": ("#3fa7a0", "<"),
+    "optuna:sampler=GPSampler": ("#8c5a3c", ">"), "mosaic": ("#9aa5b1", "*"), "exhaustive": ("#1b1b8f", "p"),
+    "searched": ("#0b6e99", "o"), "dense, fewer steps": ("#b23a48", "h"),
+    "dense": ("#444444", "X"), "dense-planned": ("#d1603d", "s"), "levels": ("#6a994e", "^"), "joint": ("#0b6e99", "o"),
+}  # fmt: skip
+_OTHERS = tuple(dict.fromkeys(_LOOKS.values()))
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -27,122 +42,136 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="png", dpi=150, bbox_inches="tight")
 
 
-def schedules(named: Mapping[str, Schedule]) -> Figure:
-    """Step plot of sparsity over timesteps, in the order of sampling: noise on the left.
-
-    Each line is a hair above the one before, so that those of the same level can be told apart.
-    """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(7, 3))
-        axes: Axes = figure.subplots()
-        for row, ((name, schedule), colour) in enumerate(zip(named.items(), itertools.cycle(COLOURS))):
-            edges = [lo for lo, _ in schedule.stages.ranges] + [schedule.stages.ranges[-1][1]]
-            sparsity = [level / schedule.max_level + 0.008 * row for level in schedule.levels]
-            axes.stairs(sparsity, edges, label=name, color=colour, linewidth=2, baseline=None)
-        axes.invert_xaxis()
-        top = 1.03 + 0.008 * len(named)
-        axes.set(xlabel="timestep (sampling goes from left to right)", ylabel="sparsity", ylim=(-0.03, top))
-        axes.grid(axis="y", alpha=0.3)
-        axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-        return figure
+def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker by name: strategies and kinds of plans have theirs in every figure, other names what is left,
+    in their order."""
+    names = list(dict.fromkeys(names))
+    known = {name: _LOOKS[name] for name in names if name in _LOOKS}
+    left = itertools.cycle([look for look in _OTHERS if look not in known.values()] or _OTHERS)
+    return {name: known[name] if name in known else next(left) for name in names}
 
 
-def convergence(fitness: Mapping[str, Sequence[float]], metric: str) -> Figure:
-    """Every evaluation as a dot and the best so far as a line, by strategy.
-
-    The axis leaves out the steep start of the lines; dots below it are counted in the label.
-    """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(7, 3.5))
-        axes: Axes = figure.subplots()
-        curves = {name: np.maximum.accumulate(values) for name, values in fitness.items()}
-        bottom, top = _axis_range(list(curves.values()))
-        for (name, values), colour in zip(fitness.items(), itertools.cycle(COLOURS)):
-            count = np.arange(1, len(values) + 1)
-            hidden = int((np.array(values) < bottom).sum())
-            label = f"{name}, best so far" + (f" ({hidden} evaluations below)" if hidden else "")
-            axes.plot(count, values, ".", color=colour, alpha=0.35, markersize=5)
-            axes.step(count, curves[name], where="post", color=colour, linewidth=2, label=label)
-        axes.set_ylim(bottom, top)
-        axes.set(xlabel="evaluations", ylabel=f"fitness ({metric})")
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
-        return figure
+def limits(values: ArrayLike, below: float = 0.1, above: float = 0.1) -> tuple[float, float]:
+    """Limits of an axis around finite values, with room in shares of their spread; where they hardly differ, 1 % of
+    them around, so that no axis counts in 1e-9."""
+    known = np.asarray(values, dtype=float).ravel()
+    known = known[np.isfinite(known)]
+    if not known.size:
+        return 0.0, 1.0
+    low, high = float(known.min()), float(known.max())
+    size = max(abs(low), abs(high))
+    if high - low <= CALM * size:
+        room = 0.01 * size or 1.0
+        return low - room, high + room
+    return low - below * (high - low), high + above * (high - low)
 
 
-def _axis_range(curves: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Limits of a fitness axis: what best-so-far curves do after their first tenth, and as much room below."""
-    settled = np.concatenate([curve[len(curve) // 10 :] for curve in curves])
-    settled = settled[np.isfinite(settled)]
-    room = max(float(np.ptp(settled)), 1e-9)
-    return float(settled.min()) - room, float(settled.max()) + 0.1 * room
+def plain(axes: Axes, which: Literal["x", "y"]) -> None:
+    """Labels of an axis are numbers as they are, without an offset."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_formatter(ScalarFormatter(useOffset=False))
 
 
-def convergence_over_calls(curves: Mapping[str, Sequence[Sequence[Sequence[float]]]], metric: str) -> Figure:
-    """Best so far over denoiser calls: the median over seeds as a line, the quartiles as a band.
+def schedules(named: Mapping[str, Schedule | Sequence[Schedule]]) -> Figure:
+    """Sparsity over timesteps in the order of sampling, noise on the left: lines for up to three names, else a heat map
+    with a row for each.
 
     Args:
-        curves: by label, for each seed the points (denoiser calls, best fitness) at which the best rises.
-        metric: names the axis.
+        named: a schedule by name, or those of several seeds, of the same stages: their mean is drawn, and their
+            standard deviation beside it, in the heat map in a panel of its own.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(7, 3.8))
-        axes: Axes = figure.subplots()
-        bounds = []
-        for (label, runs), colour in zip(curves.items(), itertools.cycle(COLOURS)):
-            first, last = max(run[0][0] for run in runs), max(run[-1][0] for run in runs)
-            calls = np.unique([first, *(point[0] for run in runs for point in run if point[0] >= first), last])
-            values = np.array([_best_at(run, calls) for run in runs])
-            low, middle, high = np.percentile(values, [25, 50, 75], axis=0)
-            axes.fill_between(calls, low, high, step="post", color=colour, alpha=0.2, linewidth=0)
-            axes.step(calls, middle, where="post", color=colour, linewidth=2, label=f"{label} ({len(runs)} seeds)")
-            bounds.append(middle[calls >= last / 6] if last > first else middle)  # leaves the steep start out
-        axes.set_ylim(*_axis_range(bounds))
-        axes.set(xlabel="denoiser calls", ylabel=f"best fitness so far ({metric})")
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right", fontsize=8)
-        return figure
+    runs = {name: [each] if isinstance(each, Schedule) else list(each) for name, each in named.items()}
+    with matplotlib.rc_context(STYLE):
+        return _lines(runs) if len(runs) <= LINES else _rows(runs)
 
 
-def _best_at(points: Sequence[Sequence[float]], calls: np.ndarray) -> np.ndarray:
-    """The best so far of one run after each number of calls."""
-    at = np.searchsorted([point[0] for point in points], calls, side="right") - 1
-    return np.array([point[1] for point in points])[at]
+def _lines(runs: Mapping[str, Sequence[Schedule]]) -> Figure:
+    figure = Figure(figsize=(7, 3))
+    axes: Axes = figure.subplots()
+    shapes = zip((4.5, 2.8, 1.5), ("-", "--", ":"), strict=True)  # so that lines on each other all show
+    for (name, (colour, _)), (width, line) in zip(looks(runs).items(), shapes, strict=False):
+        edges, mean, spread = _sparsity(runs[name])
+        many = f", mean of {len(runs[name])} seeds" if len(runs[name]) > 1 else ""
+        axes.stairs(mean, edges, label=name + many, color=colour, linewidth=width, linestyle=line, baseline=None)
+        if many:
+            low, high = np.clip(mean - spread, 0, 1), np.clip(mean + spread, 0, 1)
+            axes.stairs(high, edges, baseline=low, fill=True, color=colour, alpha=0.15)
+    axes.invert_xaxis()
+    axes.set(xlabel=LATER, ylabel="sparsity", ylim=(-0.03, 1.03))
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(runs))
+    return figure
 
 
-def spread_by_label(values: Mapping[str, Sequence[float]], name: str) -> Figure:
-    """One dot for each seed and a bar at the median, by label."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(7, 0.6 + 0.35 * len(values)))
-        axes: Axes = figure.subplots()
-        for row, ((_, seeds), colour) in enumerate(zip(values.items(), itertools.cycle(COLOURS))):
-            axes.plot(seeds, [row] * len(seeds), "o", color=colour, alpha=0.5, markersize=5)
-            axes.plot([float(np.median(seeds))] * 2, [row - 0.3, row + 0.3], color=colour, linewidth=2.5)
-        axes.set_yticks(range(len(values)), list(values))
-        axes.invert_yaxis()
-        axes.set_xlabel(name)
-        axes.grid(axis="x", alpha=0.3)
-        return figure
+def _rows(runs: Mapping[str, Sequence[Schedule]]) -> Figure:
+    several = max(len(each) for each in runs.values()) > 1
+    figure = Figure(figsize=(11 if several else 7, 1.2 + 0.34 * len(runs)), layout="constrained")
+    panels = figure.subplots(1, 1 + several, sharey=True, squeeze=False)[0]
+    panels_of = [("mean sparsity over seeds" if several else "sparsity", "magma_r", 1.0)]
+    panels_of += [("standard deviation over seeds", "Blues", 0.5)] if several else []
+    for column, (axes, (title, colours, top)) in enumerate(zip(panels, panels_of, strict=True)):
+        for row, each in enumerate(runs.values()):
+            edges, *values = _sparsity(each)
+            image = axes.pcolormesh(
+                edges, [row - 0.5, row + 0.5], values[column][None], cmap=colours, vmin=0, vmax=top,
+                edgecolors="white", linewidth=0.6,
+            )  # fmt: skip
+        axes.set_yticks(range(len(runs)), [f"{name} ({len(each)})" if several else name for name, each in runs.items()])
+        axes.set(xlabel=LATER, title=title, ylim=(len(runs) - 0.5, -0.5))
+        axes.invert_xaxis()
+        axes.spines[:].set_visible(False)
+        figure.colorbar(image, ax=axes)
+    return figure
+
+
+def _sparsity(runs: Sequence[Schedule]) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Edges (S + 1,) of the stages, and mean and standard deviation (S,) of the sparsity over the schedules."""
+    ranges = runs[0].stages.ranges
+    values = np.array([np.array(each.levels) / each.max_level for each in runs])
+    return [lo for lo, _ in ranges] + [ranges[-1][1]], values.mean(0), values.std(0, ddof=min(1, len(runs) - 1))
 
 
 def damage(table: Sequence[Sequence[float]], stages: Stages, metric: str) -> Figure:
-    """Heat map of what each level of each stage costs on its own, noise on the left.
+    """Heat map of what each level of each stage costs on its own, on a logarithmic scale, noise on the left.
 
     Args:
-        table: (S, H + 1) fitness of the dense model less that with one stage at one level.
+        table: (S, H + 1) fitness of the dense model less that with one stage at one level; NaN in stages that no step
+            of the sampler falls into. The first column, the dense model, is not drawn.
         stages: their ranges of timesteps.
         metric: names the colours.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(7, 3.2))
+    values = np.array(table, dtype=float)[::-1, 1:].T
+    missing = np.isnan(values)
+    losses = values[~missing & (values > 0)]
+    most = float(losses.max()) if losses.size else 1.0
+    least = max(float(losses.min()), most * 1e-5) if losses.size else 0.1
+    norm = LogNorm(min(least, most / 10), most)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 3.4))
         axes: Axes = figure.subplots()
-        values = np.array(table)[::-1].T
-        image = axes.imshow(values, origin="lower", aspect="auto", cmap="magma_r")
+        colours = matplotlib.colormaps["magma_r"].with_extremes(bad="none")
+        shown = np.ma.masked_where(missing | (values <= 0), np.maximum(values, least))
+        extent = (-0.5, values.shape[1] - 0.5, 0.5, values.shape[0] + 0.5)
+        image = axes.imshow(shown, origin="lower", aspect="auto", cmap=colours, norm=norm, extent=extent)
+        nothing = {"facecolor": "#dceefb", "edgecolor": "white"}
+        unvisited = {"facecolor": "#eeeeee", "edgecolor": "#bbbbbb", "hatch": "////"}
+        handles: list[Patch] = []
+        for cells, label, look in (
+            (~missing & ~(values > 0), "costs nothing here, or gains", nothing),
+            (missing, "no step of the sampler is in this stage", unvisited),
+        ):
+            style: dict[str, Any] = {**look, "linewidth": 0.5}
+            for level, column in zip(*np.nonzero(cells), strict=True):
+                axes.add_patch(Rectangle((column - 0.5, level + 0.5), 1, 1, **style))
+            handles += [Patch(label=label, **style)] if cells.any() else []
         axes.set_xticks(
             range(len(stages)), [f"{lo}-{hi}" for lo, hi in reversed(stages.ranges)], rotation=45, ha="right"
         )
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="timesteps (sampling goes from left to right)", ylabel="level")
         figure.colorbar(image, label=f"loss of {metric}")
+        if handles:
+            axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8)
         return figure
 
 
@@ -155,7 +184,7 @@ def split(prunable: Sequence[AnySet], kept: Sequence[Sequence[int]], schedule: S
         schedule: its stages and levels label the columns.
     """
     short = [re.sub(r"transformer_blocks\.|attentions\.|_blocks", "", each.name) for each in prunable]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 1.4 + 0.19 * len(prunable)))
         axes: Axes = figure.subplots()
         lost = 1 - np.array(kept, dtype=float)[::-1].T / np.array([each.n_groups for each in prunable])[:, None]
@@ -172,7 +201,7 @@ def split(prunable: Sequence[AnySet], kept: Sequence[Sequence[int]], schedule: S
 
 def table(rows: Mapping[str, Sequence[float]], columns: Sequence[str]) -> Figure:
     """Numbers by row and column, shaded within each column: the higher, the darker."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         values = np.array(list(rows.values()))
         figure = Figure(figsize=(1.6 + 1.1 * len(columns), 0.6 + 0.4 * len(rows)))
         axes: Axes = figure.subplots()
@@ -187,43 +216,6 @@ def table(rows: Mapping[str, Sequence[float]], columns: Sequence[str]) -> Figure
         return figure
 
 
-def front(named: Mapping[str, Sequence[tuple[float, float]]], currency: str, metric: str) -> Figure:
-    """Fitness against cost, by label: points (cost as a fraction of the dense model's, fitness)."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(6, 3.8))
-        axes: Axes = figure.subplots()
-        for (label, points), colour in zip(named.items(), itertools.cycle(COLOURS)):
-            ordered = np.array(sorted(points))
-            axes.plot(ordered[:, 0], ordered[:, 1], "o-", color=colour, markersize=4, linewidth=1.2, label=label)
-        axes.set(xlabel=f"{currency}, fraction of the dense model's", ylabel=metric)
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
-        return figure
-
-
-def fronts(points: Sequence[Mapping[str, Any]], currency: str) -> Figure:
-    """Error against cost, and against measured time, of the plans of a front, by kind.
-
-    Args:
-        points: with `kind`, `cost` in dense calls, `ms` and `latent_mse`.
-        currency: what the cost counts.
-    """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(10, 3.8))
-        left, right = figure.subplots(1, 2, sharey=True)
-        for kind, colour in zip(dict.fromkeys(point["kind"] for point in points), itertools.cycle(COLOURS)):
-            chosen = [p for p in points if p["kind"] == kind and p["latent_mse"] is not None]
-            for axes, name in ((left, "cost"), (right, "ms")):
-                ordered = sorted((point[name], point["latent_mse"]) for point in chosen)
-                axes.plot(*zip(*ordered, strict=True), "o-", color=colour, markersize=4, linewidth=1.2, label=kind)
-        left.set(xlabel=f"cost in dense calls, by {currency}", ylabel="held-out latent MSE", yscale="log")
-        right.set(xlabel="milliseconds a run, measured")
-        for axes in (left, right):
-            axes.grid(alpha=0.3, which="both")
-        left.legend()
-        return figure
-
-
 def plans(points: Sequence[Mapping[str, Any]], max_level: int) -> Figure:
     """Which timesteps each plan calls, and how thin: a row for each plan, noise on the left.
 
@@ -231,7 +223,7 @@ def plans(points: Sequence[Mapping[str, Any]], max_level: int) -> Figure:
         points: with `kind`, `budget`, `timesteps` and `levels`.
         max_level: H.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 0.9 + 0.28 * len(points)))
         axes: Axes = figure.subplots()
         for row, point in enumerate(points):
@@ -243,26 +235,52 @@ def plans(points: Sequence[Mapping[str, Any]], max_level: int) -> Figure:
         axes.set_yticks(range(len(points)), [f"{point['kind']}, {point['budget']:g}" for point in points])
         axes.invert_yaxis()
         axes.invert_xaxis()
-        axes.set(xlabel="timestep (sampling goes from left to right)")
+        axes.set(xlabel=LATER)
         axes.grid(axis="y", alpha=0.3)
         if points:
             figure.colorbar(dots, label="removed (0 is dense)")
         return figure
 
 
-def image_grid(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None) -> Figure:
-    """Rows of images (n, channels, h, w) in [0, 1], same noise in each column, a label for each row and column."""
+def image_grid(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None, differences: bool = False) -> Figure:
+    """Rows of images (n, channels, h, w) in [0, 1], same noise in each column, a label for each row and column.
+
+    Args:
+        rows: images by label.
+        columns: labels.
+        differences: beside them, how far each image of the other rows is from that of the first row, averaged over
+            channels, all on one scale.
+    """
     n = max(len(images) for images in rows.values())
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(1.5 + n, 1.08 * len(rows)))
-        grid = figure.subplots(len(rows), n, squeeze=False, gridspec_kw={"wspace": 0.05, "hspace": 0.05})
+    size, beside = (1.3, [0.3] + [1.0] * n) if differences else (1.08, [])  # a gap, then the differences
+    widths = [1.0] * n + beside
+    spaces = {"wspace": 0.05, "hspace": 0.05, "width_ratios": widths}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.5 + size * sum(widths), size * len(rows)))
+        grid = figure.subplots(len(rows), len(widths), squeeze=False, gridspec_kw=spaces)
+        for axes in grid.flat:
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
         for row, (name, images) in zip(grid, rows.items(), strict=True):
             for axes, image in zip(row, images.float().cpu().permute(0, 2, 3, 1).numpy(), strict=False):
                 axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)
-            for axes in row:
-                axes.set(xticks=[], yticks=[])
-                axes.spines[:].set_visible(False)
             row[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for axes, title in zip(grid[0], columns or (), strict=False):
             axes.set_title(textwrap.fill(title, 15), fontsize=7)
+        if differences:
+            _differences(figure, grid[:, n + 1 :], rows)
         return figure
+
+
+def _differences(figure: Figure, grid: np.ndarray, rows: Mapping[str, Tensor]) -> None:
+    """How far images are from those of the first row, below a bar that says how much; the first row is empty."""
+    (name, first), *others = ((name, images.float().cpu()) for name, images in rows.items())
+    distances = [(images - first[: len(images)]).abs().mean(1).numpy() for _, images in others]
+    most = max((float(values.max()) for values in distances), default=0.0) or 1.0
+    for row, values in zip(grid[1:], distances, strict=True):
+        for axes, value in zip(row, values, strict=False):
+            axes.imshow(value, cmap="inferno", vmin=0, vmax=most)
+    left, right = grid[0, 0].get_position(), grid[0, -1].get_position()
+    bar = figure.add_axes((left.x0, left.y0 + 0.55 * left.height, right.x1 - left.x0, 0.15 * left.height))
+    figure.colorbar(ScalarMappable(Normalize(0, most), "inferno"), cax=bar, orientation="horizontal")
+    bar.set_title(f"mean absolute difference to {name}", fontsize=9)

@@ -24,6 +24,7 @@ class Candidate:
         macs_fraction: MACs of the whole denoiser over the run, as a fraction of the dense model's at all steps.
         search: fitness on the search's own probes, where it was measured.
         ms: median milliseconds of a whole run, where it was timed.
+        cost: what the budget counts, as a fraction of the dense model's; None where it was not noted.
     """
 
     steps: int
@@ -34,6 +35,7 @@ class Candidate:
     macs_fraction: float
     search: float | None = None
     ms: float | None = None
+    cost: float | None = None
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,11 @@ class RunRecord:
         uniform: the uniform schedule of the same budget.
         fewer_steps: the dense model at the number of steps that costs as many MACs as the schedule found.
         evaluations: distinct ones.
-        denoiser_calls: of the search, in rows.
+        denoiser_calls: of the search, in rows, with those of facts about the model that its strategy asked for.
         seconds: of evaluation.
         curve: (denoiser calls, best fitness) wherever the best so far rose, and at the end.
         calibration_calls: denoiser calls, in rows, that calibrating took; 0 where it was not noted.
+        above: the same search at a higher budget, where this one found something cheaper than its own.
     """
 
     settings: Mapping[str, Any]
@@ -65,6 +68,7 @@ class RunRecord:
     seconds: float
     curve: tuple[tuple[int, float], ...] = ()
     calibration_calls: int = 0
+    above: RunRecord | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A flat object, a line of `cells.jsonl`."""
@@ -85,11 +89,14 @@ class RunRecord:
             "nominal_sparsity": self.searched.nominal_sparsity,
             "macs": self.searched.macs_fraction,
             "uniform_macs": self.uniform.macs_fraction,
+            "cost_fraction": self.searched.cost,
+            "uniform_cost_fraction": self.uniform.cost,
             "evaluations": self.evaluations,
             "denoiser_calls": self.denoiser_calls,
             "seconds": round(self.seconds, 2),
             "calibration_calls": self.calibration_calls,
             "curve": [[calls, float(f"{value:.7g}")] for calls, value in self.curve],
+            "above": self.above.to_json() if self.above else None,
         }
 
     @classmethod
@@ -108,12 +115,12 @@ class RunRecord:
             schedule=schedule,
             searched=Candidate(
                 steps, schedule.levels, row["heldout"], row["heldout_std"], row["nominal_sparsity"], row["macs"],
-                row["search"],
+                row["search"], cost=row.get("cost_fraction"),
             ),
             uniform=Candidate(
                 steps, tuple(row.get("uniform_levels") or ()) or None, row["uniform_heldout"],
                 row.get("uniform_heldout_std"), row.get("uniform_sparsity", row["nominal_sparsity"]),
-                row["uniform_macs"],
+                row["uniform_macs"], cost=row.get("uniform_cost_fraction"),
             ),
             fewer_steps=Candidate(
                 fewer, None, row["fewer_steps_heldout"], row.get("fewer_steps_heldout_std"), 0.0, fewer / steps
@@ -123,6 +130,7 @@ class RunRecord:
             seconds=row["seconds"],
             calibration_calls=row.get("calibration_calls", 0),
             curve=tuple((calls, best) for calls, best in row["curve"]),
+            above=cls.from_json(row["above"]) if row.get("above") else None,
         )  # fmt: skip
 
 

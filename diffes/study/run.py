@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from diffes import files
 from diffes.adapters import Condition, adapter_for
@@ -22,7 +23,7 @@ from diffes.search.ledger import OnEvaluation, SearchResult
 from diffes.search.schedule import Plan, Schedule
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation
-from diffes.study import folder, plots
+from diffes.study import charts, folder, plots
 from diffes.study.config import RunConfig
 from diffes.study.heldout import HELDOUT_SEED, HeldOut, finite, record_of
 from diffes.study.lock import held
@@ -31,7 +32,7 @@ from diffes.study.settings import check_settings
 from diffes.study.workbench import Workbench, prepare, search_on
 
 Advance = Callable[..., None]
-IMAGES = 10  # of the picture that shows all candidates
+IMAGES = 6  # of the picture that shows all candidates
 FRONT_POINTS = 10  # of a front, measured on held-out probes
 
 
@@ -161,23 +162,42 @@ def _draw(bench: Workbench, result: SearchResult, report: Report, out: Path) -> 
         f"dense, {fewer} steps": evaluator.dense_latents(fewer),
     }
     captions = [adapter.label(condition) for condition in evaluator.probes.conditions]
-    eligible = [e.fitness for e, counts in zip(result.evaluations, result.eligible, strict=True) if counts]
+    images = {name: adapter.decode(latents) for name, latents in rows.items()}
     prunable = adapter.prunable(bench.router.bank.kind)
     kept = [bench.router.bank.kept(key, prunable) for key in enumerate(best.levels)]
     figures = {
         "split.png": plots.split(prunable, kept, best),
         "schedule.png": plots.schedules({"searched": best, "uniform": uniform}),
-        "convergence.png": plots.convergence({config.strategy: eligible}, config.metric),
-        "images.png": plots.image_grid({name: adapter.decode(latents) for name, latents in rows.items()}, captions),
+        "convergence.png": charts.convergence({config.strategy: result}, config.metric),
+        "images.png": plots.image_grid(images, captions, differences=True),
     }
     if report.front:
-        points = {
-            label: [(c.macs_fraction, c.heldout_mean) for c in candidates if c.heldout_mean is not None]
-            for label, candidates in report.front.items()
-        }
-        figures[folder.FRONT] = plots.front(points, "MACs", f"held-out {config.metric}")
+        figures[folder.FRONT] = _front_figure(bench, report)
     for name, figure in figures.items():
         files.write_safely(out / name, functools.partial(plots.save, figure))
+
+
+def _front_figure(bench: Workbench, report: Report) -> Figure:
+    """The front that was searched beside the dense model at fewer steps, with the budget and what was chosen."""
+    config, run = bench.config, report.run
+
+    def over(candidate: Candidate) -> bool:
+        return candidate.levels is not None and not bench.space.fits(candidate.levels)
+
+    points = {
+        label: [(c.macs_fraction, c.heldout_mean, over(c)) for c in candidates if c.heldout_mean is not None]
+        for label, candidates in report.front.items()
+    }
+    marked = {
+        name: (candidate.macs_fraction, candidate.heldout_mean)
+        for name, candidate in (("chosen", run.searched), ("uniform", run.uniform))
+        if candidate.heldout_mean is not None
+    }
+    if config.cost == "macs":
+        budget = config.budget, "budget"
+    else:
+        budget = run.uniform.macs_fraction, f"budget in {config.cost}, {config.budget:g}: MACs of uniform"
+    return charts.front(points, f"held-out {config.metric}", budget, marked)
 
 
 def sample_images(

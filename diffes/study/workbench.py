@@ -141,12 +141,17 @@ class Workbench:
         )
 
     def damage(self) -> list[list[float]]:
-        """(S, H + 1) how much fitness each level of each stage costs on its own, on the search's probes."""
+        """(S, H + 1) how much fitness each level of each stage costs on its own, on the search's probes; NaN in stages
+        that no step falls into."""
         return damage_table(self.evaluator(self.config.probes, self.config.seed), self.space)
 
     def macs_fraction(self, schedule: Schedule) -> float:
         """MACs of a routed sampling run over those of the dense one, of the whole denoiser."""
         return macs_fraction(self.router, schedule, self.space.steps)
+
+    def cost_fraction(self, schedule: Schedule) -> float:
+        """What the budget counts of a schedule, over that of the dense model."""
+        return self.space.cost(schedule.levels) / self.space.cost([0] * self.space.n_stages)
 
     def fewer_steps(self, schedule: Schedule) -> int:
         """The number of steps at which the dense model costs as many MACs as a schedule: its cheapest rival."""
@@ -361,16 +366,20 @@ def search_on(
     store: EvaluationStore | None = None,
     on_evaluation: OnEvaluation | None = None,
 ) -> SearchResult:
-    """One search on a workbench; everything in it is drawn from its seed."""
+    """One search on a workbench; everything in it is drawn from its seed. What measuring facts for its strategy takes
+    is part of its denoiser calls."""
     config, space = bench.config, bench.space
     facts = {name: FACTS[name](bench) for name in STRATEGIES.parse(config.strategy)[0].needs}
+    spent = sum(fact.calls for fact in facts.values())
     strategy = STRATEGIES.make(config.strategy, space, seed=config.seed, **operators_of(config), **facts)
     with progress.task(f"searching with {config.strategy}", config.max_evals) as advance:
+        calls = config.max_calls
         return run_search(
             strategy,
             bench.search_evaluator(),
             max_evals=config.max_evals,
-            max_denoiser_calls=config.max_calls,
+            max_denoiser_calls=calls if calls is None else max(1, calls - spent),  # one evaluation at the least
+            calls_before=spent,
             max_seconds=config.time_limit,
             store=store,
             on_evaluation=shown(space, config.metric, advance, on_evaluation),

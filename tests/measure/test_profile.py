@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import small_bank
@@ -72,7 +73,7 @@ class Counted(ScheduleEvaluator):
 
 
 def test_damage_is_what_each_level_of_each_stage_costs_alone(tiny: ModelAdapter, stages: Stages) -> None:
-    """Two steps visit two of the four stages; the others cost nothing."""
+    """Two steps visit two of the four stages; of the others nothing is known."""
     router = Router(tiny, small_bank(tiny, "magnitude", stages))
     options: dict[str, Any] = {"n_steps": 2, "guidance": 2.0, "metric": make_metric("latent_cosine", tiny.device)}
     evaluator = Counted(router, stages, tiny.make_probes(3, 0), **options)
@@ -81,9 +82,10 @@ def test_damage_is_what_each_level_of_each_stage_costs_alone(tiny: ModelAdapter,
     assert space.visited == [0, 2]
     assert evaluator.seen.total() == len(evaluator.seen) == 1 + 2 * 4
     alone = ScheduleEvaluator(router, stages, tiny.make_probes(3, 0), cache_bytes=0, **options)
-    for stage in range(4):
+    assert np.isnan(table).all(1).tolist() == [False, True, False, True]
+    for stage in space.visited:
         for level in range(5):
-            levels = tuple(level if s == stage and s in space.visited else 0 for s in range(4))
+            levels = tuple(level if s == stage else 0 for s in range(4))
             expected = 1 - float(alone.scores(Schedule(stages, levels, 4)).mean())
             assert table[stage][level] == pytest.approx(expected, abs=1e-6)
-    assert table[0][4] > 0 and table[2][4] > 0 and table[1] == table[3] == [0] * 5
+    assert table[0][4] > 0 and table[2][4] > 0

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Counting
 
 from diffes.errors import DiffesError
+from diffes.measure.metrics import METRICS, latent_mse
 from diffes.study import grid
 from diffes.study.config import RunConfig
+from diffes.study.equal_cost import TOLERANCE, at_budget, calls_of, same
 
 
 @pytest.mark.parametrize(
@@ -71,7 +75,7 @@ def test_cells_run_once_and_spend_alike(base: RunConfig, tmp_path: Path) -> None
     assert grid.run_cells(grid.grid(base, varied, 2), tmp_path, again) == rows
     assert again.titles == ["6 cells"]
     limit = 6 * 4 * 4 * 2
-    assert {grid.calls_of(cell) for cell in grid.grid(base, varied, 2)} == {limit}
+    assert {calls_of(cell) for cell in grid.grid(base, varied, 2)} == {limit}
     for row in rows:
         searches = row.settings["strategy"] != "uniform"
         assert (row.denoiser_calls >= limit) == searches
@@ -90,7 +94,7 @@ def test_results_are_written_for_people_and_machines(base: RunConfig, tmp_path: 
     assert len(lines) == 8 and {line["strategy"] for line in lines} == {"evolution", "random"}
     data = json.loads((tmp_path / "results.json").read_text())
     assert [line["seeds"] for line in data["summary"]] == [2] * 4
-    assert (tmp_path / "table.md").read_text().count("\n") == 6
+    assert (tmp_path / "table.md").read_text().split("\n\n")[0].count("\n") == 5
 
 
 def test_a_cell_cut_off_by_a_kill_runs_again(base: RunConfig, tmp_path: Path) -> None:
@@ -119,3 +123,79 @@ def test_all_cells_are_checked_before_the_first_one_runs(base: RunConfig, tmp_pa
         with pytest.raises(DiffesError, match=message):
             grid.run_cells(grid.grid(base, {"strategy": ["random", bad]}, 1), tmp_path / "x", Counting())
         assert not (tmp_path / "x").exists()
+
+
+def test_combinations_are_compared_at_the_same_cost(base: RunConfig, tmp_path: Path) -> None:
+    """One stage can only express few costs: its values are interpolated to the budget, and so are those of others."""
+    costly = replace(base, cost="macs", budget=0.8)
+    first = Counting()
+    comparison = grid.run_experiment(costly, {"stages": [1, 2]}, 2, tmp_path, first)
+    one, two = comparison.summary()
+    assert same([record.searched.macs_fraction for record in comparison.records]) is False
+    assert one["cost"] == pytest.approx(0.8, rel=TOLERANCE) == two["cost"]
+    assert two["same_cost"] and two["ahead"] is not None and two["difference_low"] is not None
+    for record in comparison.records:
+        above = record.above
+        assert above is not None and above.settings["budget"] > 0.8 and above.schedule.stages == record.schedule.stages
+        assert record.searched.macs_fraction < 0.8 <= above.searched.macs_fraction
+        low, high = (each.searched.heldout_mean for each in (record, above))
+        assert low is not None and high is not None
+        assert min(low, high) <= (at_budget(record).searched.heldout_mean or 0) <= max(low, high)
+    assert "interpolated" in comparison.markdown()
+    again = Counting()
+    assert grid.run_experiment(costly, {"stages": [1, 2]}, 2, tmp_path, again).records == comparison.records
+    assert sum("searching" in title for title in first.titles) == 8 and again.titles == ["4 cells"]
+
+
+def test_what_costs_the_same_is_not_searched_twice(base: RunConfig, tmp_path: Path) -> None:
+    progress = Counting()
+    comparison = grid.run_experiment(base, {"strategy": ["evolution", "uniform"]}, 1, tmp_path, progress)
+    assert sum("searching" in title for title in progress.titles) == 2 and comparison.to_interpolate() == []
+
+
+def test_a_cell_that_fails_does_not_stop_the_others_and_is_tried_again(base: RunConfig, tmp_path: Path) -> None:
+    varied: dict[str, list[Any]] = {"metric": ["broken", "latent_mse"]}
+    healthy = [True]
+
+    @METRICS.register("broken")
+    def broken(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+        if len(images) > 2 and not healthy[0]:
+            raise RuntimeError("out\nof luck")
+        return latent_mse(images, references)
+
+    try:
+        healthy[0] = False
+        comparison = grid.run_experiment(base, varied, 1, tmp_path, Counting())
+        assert [record.settings["metric"] for record in comparison.records] == ["latent_mse"]
+        assert [each.settings["metric"] for each in comparison.failed] == ["broken"]
+        text = (tmp_path / "table.md").read_text()
+        assert "| broken | failed |" in text and "Failed: metric broken, seed 0: RuntimeError: out of luck" in text
+        with pytest.raises(DiffesError, match="1 of 2 cells failed, the first with: RuntimeError: out of luck"):
+            grid.run_cells(grid.grid(base, varied, 1), tmp_path, Counting())
+        healthy[0] = True
+        mended = Counting()
+        assert grid.run_experiment(base, varied, 1, tmp_path, mended).failed == ()
+        assert sum("searching" in title for title in mended.titles) == 1
+    finally:
+        METRICS.unregister("broken")
+
+
+def test_cells_of_earlier_commands_stay_in_the_table(base: RunConfig, tmp_path: Path) -> None:
+    grid.run_experiment(base, {"strategy": ["random", "uniform"]}, 1, tmp_path, Counting())
+    comparison = grid.run_experiment(base, {"budget": [0.25]}, 1, tmp_path, Counting())
+    assert comparison.varied == ("budget", "strategy")
+    lines = [(line["budget"], line["strategy"]) for line in comparison.summary()]
+    assert lines == [(0.25, "evolution"), (0.5, "random"), (0.5, "uniform")]
+    assert all(line["ahead"] is None for line in comparison.summary()[:2])
+
+
+def test_where_evaluations_cost_differently_all_may_spend_the_same(base: RunConfig) -> None:
+    assert {calls_of(cell) for cell in grid.grid(base, {"probes": [2, 4]}, 1)} == {calls_of(base)}
+    assert {calls_of(cell) for cell in grid.grid(base, {"max_evals": [2, 4]}, 1)} == {64, 128}
+
+
+def test_the_calls_of_a_profile_are_counted(base: RunConfig, tmp_path: Path) -> None:
+    (record,) = grid.run_cells([replace(base, strategy="mosaic")], tmp_path, Counting())
+    profile = 4 * 24  # each stage on all calibration images
+    assert record.denoiser_calls == profile + 4 * 4 * 2
+    assert record.curve[0][0] == record.denoiser_calls

@@ -93,3 +93,9 @@ def test_the_curve_has_the_points_where_the_best_rose_and_the_last_one() -> None
     assert rises(result) == ((20, 1.0), (40, 2.0), (50, 2.0))
     first = SearchResult(evaluations[1], evaluations[:2], (True,) * 2, 20, 1.0)
     assert rises(first) == ((20, 1.0),)
+
+
+def test_what_a_record_costs_and_the_search_above_come_back() -> None:
+    above = replace(RECORD, searched=replace(SEARCHED, cost=0.6))
+    record = replace(RECORD, searched=replace(SEARCHED, cost=0.5), uniform=replace(UNIFORM, cost=0.4), above=above)
+    assert RunRecord.from_json(json.loads(json.dumps(record.to_json()))) == record

@@ -28,9 +28,9 @@ def test_the_pictures_and_the_report_are_of_heldout_prompts(
     drawn: list[tuple[dict[str, torch.Tensor], Sequence[str]]] = []
     image_grid = plots.image_grid
 
-    def noted(shown: dict[str, torch.Tensor], columns: Sequence[str]) -> Figure:
+    def noted(shown: dict[str, torch.Tensor], columns: Sequence[str], differences: bool) -> Figure:
         drawn.append((shown, columns))
-        return image_grid(shown, columns)
+        return image_grid(shown, columns, differences)
 
     monkeypatch.setattr(plots, "image_grid", noted)
     report = runs.complete_run(small_config(tiny_sdxl_folder, heldout=6), tmp_path / "run", Counting())
