@@ -13,7 +13,8 @@ from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 from diffes.errors import DiffesError, unknown_name
-from diffes.files import read_json, write_json
+from diffes.files import parse_json, read_json, write_json
+from diffes.forms import Cell, CellCosts, checked
 from diffes.progress import Progress
 from diffes.search.store import EvaluationStore
 from diffes.study.comparison import Comparison
@@ -160,6 +161,7 @@ def _cells_in(
     _open(out)
     done = {_key(record.settings): record for record in _read(out / CELLS)}
     costs: dict[str, Any] = read_json(out / COSTS) if (out / COSTS).exists() else {}
+    checked(CellCosts, costs, out / COSTS)
     bench: Workbench | None = None
     heldout: HeldOut | None = None
     with progress.task(f"{len(cells)} cells", len(cells)) as advance:
@@ -222,6 +224,7 @@ def _read(path: Path) -> list[RunRecord]:
     if whole != content:
         path.write_text(whole, encoding="utf-8")
     try:
-        return [RunRecord.from_json(json.loads(line)) for line in whole.splitlines()]
-    except (KeyError, TypeError, ValueError) as error:
+        rows = [parse_json(line) for line in whole.splitlines()]
+        return [RunRecord.from_json(checked(Cell, row, f"line {i}", "")) for i, row in enumerate(rows, 1)]
+    except ValueError as error:
         raise DiffesError(f"{path} is damaged ({error}); restore it, or move it away to run its cells again") from error

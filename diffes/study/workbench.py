@@ -333,6 +333,8 @@ def _priced(bench: Workbench, progress: Progress) -> Workbench:
     config, space = bench.config, bench.space
     currency: Currency = CURRENCIES.make(config.cost)
     costs = bench.costs
+    if costs and [len(row) for row in costs] != [space.max_level + 1] * space.n_stages:
+        raise DiffesError(f"the known costs are no table of {space.n_stages} stages by {space.max_level + 1} levels")
     if not costs:
         probes = bench.adapter.make_probes(config.probes, HELDOUT_SEED, "heldout")
         with progress.task(f"{config.cost} by level", 1) if currency.counted else nullcontext():
