@@ -13,6 +13,8 @@ from torch import Tensor
 
 from diffes.adapters import GroupSet, Kind, ModelAdapter, ReuseSet, UpLayerSet
 from diffes.adapters.groups import Prunable
+from diffes.errors import at_least
+from diffes.plugins import guarded
 from diffes.registry import Registry
 
 
@@ -148,7 +150,7 @@ class ReuseMethod(PruningMethod):
         """
 
 
-METHODS: Registry[type[PruningMethod]] = Registry("pruning method", "diffes.pruning_methods")
+METHODS: Registry[type[PruningMethod]] = Registry("pruning method", "diffes.pruning_methods", PruningMethod)
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,13 @@ class Sum:
 
     def max_level(self, adapter: ModelAdapter) -> int:
         """H, the levels of all parts beside the dense one."""
-        return sum(part.max_level(adapter) for part in self.parts)
+        total = 0
+        for part in self.parts:
+            what = f"max_level of pruning method {type(part).__name__}"
+            with guarded(part, what, "return a whole number"):
+                found = part.max_level(adapter)
+            total += at_least(what, found, 1)
+        return total
 
 
 def make_method(spec: str) -> Sum:

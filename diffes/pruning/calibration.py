@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffes.adapters import BlockSet, Condition, GroupSet, ModelAdapter
 from diffes.errors import DiffesError
+from diffes.plugins import guarded, unexpected
 from diffes.pruning.base import BlockChanges
 
 FORM = "expected an .npz with `images` (n, channels, h, w) uint8 and `labels` (n,) or `prompts` (n,)"
@@ -76,8 +77,17 @@ class StagePass:
             if self.guided:
                 dropped = (torch.rand(len(latents), generator=generator) < 0.5).tolist()
                 conditions = tuple(None if drop else c for c, drop in zip(conditions, dropped, strict=True))
-            yield self.weigh((hi - timesteps) / (hi - lo)).to(adapter.device)
+            yield self._weights((hi - timesteps) / (hi - lo)).to(adapter.device)
             adapter.denoise_once(adapter.add_noise(latents, noise, timesteps), timesteps, conditions)
+
+    def _weights(self, progress: Tensor) -> Tensor:
+        what, wanted = "timestep_weights of the pruning method", f"return {len(progress)} positive numbers in a tensor"
+        with guarded(self.weigh, what, wanted):
+            found = self.weigh(progress)
+        positive = isinstance(found, Tensor) and found.shape == progress.shape and bool((found > 0).all())
+        if not positive or not torch.isfinite(found).all():
+            raise unexpected(what, wanted, found)
+        return found
 
 
 def load_calibration(adapter: ModelAdapter, path: Path, n: int, batch: int = 64) -> CalibrationSet:

@@ -46,7 +46,7 @@ from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation, Evaluator, StageProfile
 from diffes.study.config import RunConfig
 from diffes.study.heldout import HELDOUT_SEED, HeldOut
-from diffes.study.settings import EXAMPLE, check_settings, check_visited, operators_of, try_metric
+from diffes.study.settings import EXAMPLE, check_settings, check_visited, operators_of, try_adapter, try_metric
 from diffes.study.toolbox import measuring_toolbox
 
 
@@ -270,6 +270,7 @@ def prepare(
     adapter = adapter_for(pipe)
     if config.prompts is not None:
         adapter.use_prompts(Path(config.prompts))
+    try_adapter(adapter, config.steps, config.guidance)
     if "reuse" in method.kind and config.cost == "level":
         raise DiffesError(
             f"levels of {config.method} that reuse remove nothing: set cost to macs or latency, not level"
