@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from diffes.errors import DiffesError
+from diffes.errors import DiffesError, PluginError
 from diffes.study.config import RunConfig
 
 app = tyro.extras.SubcommandApp()
@@ -259,6 +259,8 @@ def main(args: list[str] | None = None) -> None:
             args=args,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
+    except PluginError as error:
+        _fail(f"{error}; what is finished is kept: mend it and run the same command again\n\n{error.trace}".rstrip())
     except DiffesError as error:
         _fail(str(error))
     except OSError as error:

@@ -10,6 +10,18 @@ class DiffesError(ValueError):
     """Bad input. The message is one paragraph; the command line prints it without a traceback and exits with 2."""
 
 
+class PluginError(DiffesError):
+    """What a plug-in of somebody else raised.
+
+    Attributes:
+        trace: its own traceback, without ours; the command line shows it below the message.
+    """
+
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message)
+        self.trace = trace
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> DiffesError:
     """Builds the error for a name that no registry knows, with the nearest known names first."""
     known = sorted(known)
@@ -18,8 +30,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> DiffesError:
     return DiffesError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known) or 'none'}.")
 
 
-def at_least(name: str, value: int, least: int) -> int:
-    """The value, if it is a whole number that is large enough.
+def at_least(name: str, value: int, least: int, most: int = 10**6) -> int:
+    """The value, if it is a whole number that is large enough, and not so large that a search would never end.
 
     Raises:
         DiffesError: it is not; the message names the parameter.
@@ -28,4 +40,6 @@ def at_least(name: str, value: int, least: int) -> int:
         raise DiffesError(f"{name} must be a whole number, got {value!r}")
     if value < least:
         raise DiffesError(f"{name} must be at least {least}, got {value}")
+    if value > most:
+        raise DiffesError(f"{name} must be at most {most}, got {value}")
     return value

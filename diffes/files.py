@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
 from safetensors import SafetensorError
 
 from diffes.errors import DiffesError
+from diffes.forms import AGAIN, Form, checked
 
 CONFIG = "config.json"  # of a run folder: where it is, what is missing is still to come
 
@@ -42,14 +44,23 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     write_safely(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def parse_json(text: str | bytes) -> Any:
+    """JSON as its standard has it: no NaN, and nested less deep than a call stack.
+
+    Raises:
+        ValueError: it is not.
+    """
+    return from_json(text, allow_inf_nan=False)
+
+
+def read_json(path: Path, form: type[Form] = Form) -> dict[str, Any]:
     """A JSON object from a run folder.
 
     Raises:
-        DiffesError: the file is missing, truncated or no JSON object.
+        DiffesError: the file is missing, truncated, no JSON object, or not of the form.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         hint = (
             "the run is unfinished: run the same `diffes search` again to go on"
@@ -58,10 +69,26 @@ def read_json(path: Path) -> dict[str, Any]:
         )
         raise DiffesError(f"{path} is missing; {hint}") from error
     except (ValueError, OSError) as error:
-        raise DiffesError(f"{path} is damaged ({error}); restore it or run `diffes search` again") from error
+        raise DiffesError(f"{path} is damaged ({error}); {AGAIN}") from error
     if not isinstance(data, dict):
-        raise DiffesError(f"{path} holds no JSON object; restore it or run `diffes search` again")
-    return data
+        raise DiffesError(f"{path} holds no JSON object; {AGAIN}")
+    found: dict[str, Any] = checked(form, data, path)
+    return found
+
+
+def write_sealed(path: Path, data: Mapping[str, Any]) -> None:
+    """JSON with a digest of all of it, `checksum`."""
+    write_json(path, {**data, "checksum": checksum(data)})
+
+
+def check_seal(path: Path, data: Mapping[str, Any]) -> None:
+    """Refuses what was read from a sealed file and is not what was written.
+
+    Raises:
+        DiffesError: its digest differs.
+    """
+    if data.get("checksum") != checksum(data):
+        raise DiffesError(f"{path} was altered after it was written (its checksum differs); {AGAIN}")
 
 
 def file_sha256(path: Path) -> str:

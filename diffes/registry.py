@@ -15,6 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from diffes.errors import DiffesError, unknown_name
+from diffes.plugins import guarded, unexpected
 
 T = TypeVar("T")
 
@@ -25,11 +26,13 @@ class Registry(Generic[T]):
     Args:
         kind: what the things are, as error messages say it ("strategy").
         group: entry-point group in which installed packages offer more of them ("diffes.strategies").
+        base: the class that all of them are subclasses of; None for functions.
     """
 
-    def __init__(self, kind: str, group: str) -> None:
+    def __init__(self, kind: str, group: str, base: type | None = None) -> None:
         self.kind = kind
         self.group = group
+        self._base = base
         self._registered: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -49,14 +52,21 @@ class Registry(Generic[T]):
         """The thing of that name.
 
         Raises:
-            DiffesError: nobody offers the name; the message lists the nearest ones.
+            DiffesError: nobody offers the name; the message lists the nearest ones. Or what is offered does not import,
+                or is something else.
         """
         if name not in self._registered:
             offered = self._entry_points()
             if name not in offered:
                 raise unknown_name(self.kind, name, self.names())
-            self._registered[name] = offered[name].load()
-        return self._registered[name]
+            with guarded(None, f"{self.kind} {name!r} of {offered[name].value}", "be importable"):
+                self._registered[name] = offered[name].load()
+        thing = self._registered[name]
+        if self._base is None and not callable(thing):
+            raise unexpected(f"{self.kind} {name!r}", "be a function", thing)
+        if self._base is not None and not (isinstance(thing, type) and issubclass(thing, self._base)):
+            raise unexpected(f"{self.kind} {name!r}", f"be a subclass of {self._base.__qualname__}", thing)
+        return thing
 
     def parse(self, spec: str) -> tuple[T, dict[str, Any]]:
         """The thing and its options of a spec: a name, or `name:option=value,option=value`.
@@ -64,6 +74,8 @@ class Registry(Generic[T]):
         Raises:
             DiffesError: nobody offers the name, or the options are not of that form.
         """
+        if not isinstance(spec, str):
+            raise DiffesError(f"a {self.kind} is given by its name, got {spec!r}")
         name, _, text = spec.partition(":")
         options: dict[str, Any] = {}
         for part in re.split(r",(?=\s*[A-Za-z_]\w*=)", text) if text else ():
@@ -87,9 +99,8 @@ class Registry(Generic[T]):
         Raises:
             DiffesError: as `parse`, or the thing has no such option.
         """
+        thing: Any
         thing, options = self.parse(spec)
-        if not callable(thing):
-            raise TypeError(f"{self.kind} {spec!r} cannot be called")
         signature = inspect.signature(thing)
         try:
             signature.bind(*[None] * n_args, **kwargs, **options)
@@ -102,7 +113,12 @@ class Registry(Generic[T]):
         """Calls the thing of a spec with the arguments given and the options of the spec; errors as `bind`."""
         made = self.bind(spec, len(args), **kwargs)
         try:
-            return made(*args)
+            with guarded(self.parse(spec)[0], f"{self.kind} {spec!r}", "take these options"):
+                return made(*args)
+        except DiffesError as error:
+            if ":" not in spec or spec in str(error):
+                raise
+            raise DiffesError(f"{self.kind} {spec!r}: {error}") from error
         except (TypeError, ValueError) as error:
             if ":" not in spec:
                 raise

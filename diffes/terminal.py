@@ -43,6 +43,10 @@ def session(log_file: Path | None = None) -> Iterator[ModuleType]:
         with console.status("loading torch and diffusers"):
             import diffes.study.run  # noqa: F401
         yield sys.modules[__name__]
+    except SystemExit as stopped:
+        raise DiffesError(
+            f"something that was loaded called sys.exit({stopped.code!r}); what is finished is kept"
+        ) from stopped
     except BaseException as error:
         log.error("%s: %s", type(error).__name__, error, exc_info=not isinstance(error, DiffesError))
         raise

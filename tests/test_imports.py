@@ -14,7 +14,14 @@ import diffes
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "pyiqa"}
-ANYONE = {"errors", "registry", "files", "progress"}  # modules at the root that every folder may use
+ANYONE = {
+    "errors",
+    "forms",
+    "registry",
+    "files",
+    "plugins",
+    "progress",
+}  # modules at the root that every folder may use
 MAY_IMPORT = {  # folder of diffes/: the other folders that its files may import
     "search": set(),
     "adapters": set(),

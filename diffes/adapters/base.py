@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from diffes.adapters.groups import AnySet, BlockSet, BranchSet, GroupSet, NoHeads, UpLayerSet, hand_on, heads_of
 from diffes.errors import DiffesError
+from diffes.plugins import guarded, unexpected
 
 Split = Literal["search", "heldout", "calibration"]  # of prompts: what one draws from, the others do not
 Condition = int | str | None  # a class id, a prompt, or the null condition of classifier-free guidance
@@ -118,7 +119,12 @@ class ModelAdapter(abc.ABC):
 
     def step(self, state: SamplingState, probes: Probes, guidance: float) -> SamplingState:
         """One denoiser call and one scheduler step, exactly as the family's pipeline does them."""
-        prediction, latents = self.predict(state, probes, guidance)
+        what, wanted = f"adapter {type(self).__qualname__}", "return prediction and latents, two tensors, from predict"
+        with guarded(self, what, wanted):
+            found = self.predict(state, probes, guidance)
+        if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(each, Tensor) for each in found):
+            raise unexpected(what, wanted, found)
+        prediction, latents = found
         return self.advance(state, prediction, state.scheduler.timesteps[state.index], latents)
 
     @abc.abstractmethod

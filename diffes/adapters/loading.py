@@ -15,10 +15,11 @@ from transformers.utils import logging as transformers_logging
 
 from diffes.adapters.base import ModelAdapter
 from diffes.errors import DiffesError, unknown_name
+from diffes.plugins import guarded
 from diffes.registry import Registry
 
 SHIPPED = Path(__file__).parents[1] / "models"
-ADAPTERS: Registry[type[ModelAdapter]] = Registry("pipeline class", "diffes.adapters")
+ADAPTERS: Registry[type[ModelAdapter]] = Registry("pipeline class", "diffes.adapters", ModelAdapter)
 
 
 def shipped_models() -> list[str]:
@@ -107,5 +108,7 @@ def adapter_for(pipe: DiffusionPipeline) -> ModelAdapter:
     known = ADAPTERS.names()
     for cls in type(pipe).__mro__:
         if cls.__name__ in known:
-            return ADAPTERS.get(cls.__name__)(pipe)
+            found = ADAPTERS.get(cls.__name__)
+            with guarded(found, f"adapter {found.__qualname__}", "take a pipeline"):
+                return found(pipe)
     raise unknown_name("pipeline class", type(pipe).__name__, known)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 
 from diffes.errors import DiffesError
+from diffes.files import parse_json
+from diffes.forms import Prompts, checked
 
 PROMPTS = "prompts.json"
 SPLITS = ("search", "heldout", "calibration")
+FORM = 'expected JSON with texts in "search" and "heldout", at least one each, and if wanted in "calibration"'
 
 _SUBJECTS = {
     "search": (
@@ -48,16 +50,11 @@ def read_prompts(path: Path) -> dict[str, list[str]]:
         DiffesError: the file is not of that form, or a prompt is in two lists.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        prompts = {split: list(data.get(split, [])) for split in SPLITS}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise DiffesError(
-            f"{path} holds no prompts ({error}); expected JSON: {{'search': [...], 'heldout': [...]}}"
-        ) from error
-    if not all(isinstance(text, str) and text for texts in prompts.values() for text in texts):
-        raise DiffesError(f"every prompt in {path} must be a text that is not empty")
-    if not prompts["search"] or not prompts["heldout"]:
-        raise DiffesError(f"{path} must have at least one prompt in each of 'search' and 'heldout'")
+        data = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DiffesError(f"{path} holds no prompts ({error}); {FORM}") from error
+    checked(Prompts, data, path, FORM, "holds no prompts")
+    prompts = {split: list(data.get(split, [])) for split in SPLITS}
     for a, b in itertools.combinations(SPLITS, 2):
         if shared := sorted(set(prompts[a]) & set(prompts[b])):
             raise DiffesError(

@@ -81,7 +81,7 @@ class Latency(Currency):
         return ms_by_level(router, stages, visited, max_level, probes, LATENCY_REPEATS, self.changing)
 
 
-CURRENCIES: Registry[type[Currency]] = Registry("cost", "diffes.costs")
+CURRENCIES: Registry[type[Currency]] = Registry("cost", "diffes.costs", Currency)
 
 
 def macs_fraction(router: Router, schedule: Schedule, steps: Sequence[int]) -> float:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffes.errors import DiffesError, unknown_name
+from diffes.plugins import guarded, unexpected
 from diffes.registry import Registry
 
 MetricFunction = Callable[[Tensor, Tensor], Tensor]
@@ -37,11 +38,15 @@ class Metric:
 
     @torch.no_grad()
     def __call__(self, outputs: Tensor, references: Tensor) -> Tensor:
-        """Scores (n,) in fp64 on the CPU; one that is not a number becomes -inf."""
-        scores = self.function(outputs.float(), references.float()).reshape(-1).cpu().double()
-        if len(scores) != len(outputs):
-            raise DiffesError(f"metric {self.name!r} gave {len(scores)} scores for {len(outputs)} probes")
-        return scores.nan_to_num(nan=-math.inf, neginf=-math.inf)
+        """Scores (n,) in fp64 on the CPU; one that is no finite number becomes -inf, a failure."""
+        what, wanted = f"metric {self.name!r}", f"return a tensor of {len(outputs)} scores, one a probe"
+        with guarded(self.function, what, wanted):
+            scores = self.function(outputs.float(), references.float())
+        if not isinstance(scores, Tensor) or scores.is_complex():
+            raise unexpected(what, wanted, scores)
+        if scores.numel() != len(outputs):
+            raise DiffesError(f"{what} gave {scores.numel()} scores for {len(outputs)} probes; it must {wanted}")
+        return scores.reshape(-1).cpu().double().nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
 
 
 @METRICS.register("latent_mse")

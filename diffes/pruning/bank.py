@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -13,15 +14,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffes.adapters import AnySet, Kind
+from diffes.adapters import AnySet, GroupSet, Kind, ModelAdapter
 from diffes.adapters.groups import REUSE_SETS
 from diffes.errors import DiffesError
-from diffes.pruning.base import GroupWeights
+from diffes.files import parse_json
+from diffes.forms import AGAIN, BankHeader, checked
+from diffes.pruning.base import GroupWeights, check_weights
 from diffes.pruning.factors import Workshop
 from diffes.search.schedule import Plan, Schedule
 
 FORMAT = "diffes-bank"
 FORMAT_VERSION = 3
+PLACE = r"stage(\d{1,9})\.level(\d{1,9})\.(.+)"  # of the weights of a group set, in a file
 StageWeights = Mapping[str, GroupWeights]
 Key = tuple[int, int]  # stage, level
 
@@ -176,16 +180,18 @@ class BankFile:
             metadata = file.metadata() or {}
             if FORMAT not in metadata:
                 raise DiffesError(f"{path} is a safetensors file but no diffes bank")
-            self.header: dict[str, Any] = json.loads(metadata[FORMAT])
+            self.header: dict[str, Any] = parse_json(metadata[FORMAT])
             if self.header["format_version"] > FORMAT_VERSION:
                 raise DiffesError(
                     f"{path} has bank format version {self.header['format_version']}, this diffes reads up to "
                     f"{FORMAT_VERSION}: install a newer diffes"
                 )
+            checked(BankHeader, self.header, path)
             own = {full.rsplit(":", 1)[0] for full in file.keys()}  # noqa: SIM118 (a safe_open handle is no mapping)
             for place, source in ({place: place for place in own} | self.header.get("same", {})).items():
-                stage, level, name = place.split(".", 2)
-                self.names.setdefault((int(stage[5:]), int(level[5:])), {})[name] = source
+                if (found := re.fullmatch(PLACE, place)) is None:
+                    raise ValueError(f"a tensor is called {place!r}")
+                self.names.setdefault((int(found[1]), int(found[2])), {})[found[3]] = source
             if not set(self.header["kind"].split("+")) <= set(get_args(Kind)):
                 raise ValueError(f"kind {self.header['kind']!r}")
             self._file = file
@@ -229,9 +235,6 @@ class BankFile:
         return DiffesError(f"{self.path} is damaged ({error}): {AGAIN}")
 
 
-AGAIN = "restore it, or run `diffes search` again"
-
-
 def split_of(bank: WeightBank, prunable: Sequence[AnySet]) -> dict[str, Any]:
     """How the levels of a bank are shared out over the layers, as JSON in `schedule.json` and in the bank's file.
 
@@ -257,14 +260,47 @@ def fingerprint(denoiser: nn.Module) -> dict[str, Any]:
     return {"structure": hashlib.sha256(structure.encode()).hexdigest(), "sample": sample}
 
 
-def check_fingerprint(denoiser: nn.Module, expected: Mapping[str, Any], path: Path) -> None:
+def check_bank(bank: WeightBank, header: Mapping[str, Any], adapter: ModelAdapter, path: Path) -> None:
+    """Refuses weights that are not what the model and their levels ask for; what they were written with is not trusted.
+
+    Args:
+        bank: what a schedule or plan needs of a file.
+        header: of the file.
+        adapter: the model, dense, recognised by its fingerprint.
+        path: of the file.
+
+    Raises:
+        DiffesError: a set is none of the model's, an index is out of range, too many or too few groups stay, or a
+            weight has another shape or is not finite.
+    """
+    sets = {prunable.name: prunable for prunable in adapter.prunable(bank.kind)}
+    alone = bank.kind in ("width", "depth") and "+" not in header.get("method", "")
+    equal = alone and header.get("allocation", "equal") == "equal"  # of others, the levels are in an order of their own
+    try:
+        for (stage, level), entry in bank.items():
+            if unknown := sorted(set(entry) - set(sets)):
+                raise ValueError(f"the model has no {unknown[0]}")
+            for name, prunable in sets.items():
+                n = prunable.n_kept(level, bank.max_level or adapter.max_level(bank.kind)) if equal else None
+                if name in entry:
+                    weight = isinstance(prunable, GroupSet) and adapter.denoiser.get_submodule(prunable.consumer).weight
+                    check_weights(prunable, entry[name], n, weight.shape[0] if weight is not False else None)
+                elif n not in (None, prunable.n_groups):
+                    raise ValueError(f"{name} is dense at level {level} of stage {stage}")
+    except ValueError as error:
+        raise DiffesError(f"{path} is damaged ({error}): {AGAIN}") from error
+
+
+def check_fingerprint(denoiser: nn.Module, expected: Mapping[str, Any] | None, path: Path) -> None:
     """Refuses a bank that was made for another model.
 
     Raises:
         DiffesError: structure or weights differ by more than half precision explains.
     """
+    if expected is None:
+        raise DiffesError(f"{path} is damaged (it does not say which model it was made for); {AGAIN}")
     found = fingerprint(denoiser)
-    same_layers = found["structure"] == expected["structure"]
+    same_layers = found["structure"] == expected["structure"] and len(found["sample"]) == len(expected["sample"])
     sample, expected_sample = torch.tensor(found["sample"]), torch.tensor(expected["sample"])
     if not same_layers or not torch.allclose(sample, expected_sample, rtol=2e-2, atol=1e-3):
         raise DiffesError(

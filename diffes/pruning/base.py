@@ -11,7 +11,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffes.adapters import GroupSet, Kind, ModelAdapter, ReuseSet
+from diffes.adapters import GroupSet, Kind, ModelAdapter, ReuseSet, UpLayerSet
+from diffes.adapters.groups import Prunable
+from diffes.errors import at_least
+from diffes.plugins import guarded
 from diffes.registry import Registry
 
 
@@ -147,7 +150,7 @@ class ReuseMethod(PruningMethod):
         """
 
 
-METHODS: Registry[type[PruningMethod]] = Registry("pruning method", "diffes.pruning_methods")
+METHODS: Registry[type[PruningMethod]] = Registry("pruning method", "diffes.pruning_methods", PruningMethod)
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,13 @@ class Sum:
 
     def max_level(self, adapter: ModelAdapter) -> int:
         """H, the levels of all parts beside the dense one."""
-        return sum(part.max_level(adapter) for part in self.parts)
+        total = 0
+        for part in self.parts:
+            what = f"max_level of pruning method {type(part).__name__}"
+            with guarded(part, what, "return a whole number"):
+                found = part.max_level(adapter)
+            total += at_least(what, found, 1)
+        return total
 
 
 def make_method(spec: str) -> Sum:
@@ -182,6 +191,43 @@ def make_method(spec: str) -> Sum:
         DiffesError: a name or an option is unknown.
     """
     return Sum(tuple(METHODS.make(part) for part in re.split(r"\+(?=[A-Za-z_])", spec)))
+
+
+def check_weights(
+    groups: Prunable, weights: GroupWeights, n_kept: int | None = None, outputs: int | None = None
+) -> None:
+    """Refuses weights that do not fit a group set.
+
+    Args:
+        groups: the set.
+        weights: what is left of it.
+        n_kept: how many groups should be; None where that is not known.
+        outputs: rows of the consumer, likewise.
+
+    Raises:
+        ValueError: they do not; the message says what was expected.
+    """
+    kept, consumer = weights.kept, weights.consumer
+    if not isinstance(kept, Tensor) or kept.ndim != 1 or kept.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"the groups kept of {groups.name} must be whole numbers (n,)")
+    if len(kept) and (kept[0] < 0 or kept[-1] >= groups.n_groups or bool((kept.diff() <= 0).any())):
+        raise ValueError(
+            f"the groups kept of {groups.name} must rise within [0, {groups.n_groups - 1}], got {kept.tolist()[:20]}"
+        )
+    if n_kept is not None and len(kept) != n_kept:
+        raise ValueError(f"{len(kept)} groups of {groups.name} are kept, its level keeps {n_kept}")
+    last = list(range(groups.n_groups - max(len(kept), 1), groups.n_groups))
+    if isinstance(groups, UpLayerSet) and kept.tolist() != last:
+        raise ValueError(f"the groups kept of {groups.name} must be the last ones, got {kept.tolist()[:20]}")
+    if consumer is None:
+        return
+    if not isinstance(groups, GroupSet) or not isinstance(consumer, Tensor):
+        raise ValueError(f"{groups.name} has a consumer that is no weight of one")
+    shape = (consumer.shape[0] if outputs is None and consumer.ndim else outputs, len(kept) * groups.size)
+    if tuple(consumer.shape) != shape:
+        raise ValueError(f"the consumer of {groups.name} must be of shape {shape}, got {tuple(consumer.shape)}")
+    if not consumer.is_floating_point() or not torch.isfinite(consumer).all():
+        raise ValueError(f"the consumer of {groups.name} has values that are not finite numbers")
 
 
 def nested(importance: Tensor, n_kept: Sequence[int]) -> list[GroupWeights]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from diffes.adapters import BlockSet, GroupSet, ModelAdapter
 from diffes.adapters.macs import macs_by_module, macs_per_group
 from diffes.errors import DiffesError
+from diffes.plugins import guarded, unexpected
 from diffes.pruning.allocation import Rungs, allocate, allocation_of
 from diffes.pruning.bank import Key, StageWeights, WeightBank
 from diffes.pruning.base import (
@@ -20,6 +21,7 @@ from diffes.pruning.base import (
     ReuseMethod,
     Sum,
     WidthMethod,
+    check_weights,
     nested,
 )
 from diffes.pruning.calibration import CalibrationSet, StagePass, block_changes, input_moments
@@ -144,7 +146,16 @@ def _reusing(
             damage = StageDamage(adapter, stages.ranges[stage], data, guidance, stage_seed(seed, stage))
             harm = damage.of_earlier_outputs(groups.sources) / prices
             calls += damage.calls + damage.rows
-        for level, kept in enumerate(method.kept(groups, top, harm), 1):
+        what, wanted = f"pruning method {type(method).__name__}", f"return indices of {groups.name} for {top} levels"
+        with guarded(method, what, wanted):
+            levels = method.kept(groups, top, harm)
+        if not isinstance(levels, list) or len(levels) != top:
+            raise unexpected(what, wanted, levels)
+        for level, kept in enumerate(levels, 1):
+            try:
+                check_weights(groups, GroupWeights(kept))
+            except ValueError as error:
+                raise DiffesError(f"{what} must {wanted}: {error}") from error
             entries[stage, level] = {groups.name: GroupWeights(kept)} if len(kept) < groups.n_groups else {}
         if progress:
             progress(stage)
@@ -192,7 +203,12 @@ def thin_weights(
     if isinstance(method, DepthMethod):
         (rungs,) = sets
         assert run is not None and isinstance(rungs.groups, BlockSet)
-        importance = method.importance(block_changes(run, rungs.groups))
+        changes, n = block_changes(run, rungs.groups), rungs.groups.n_groups
+        what, wanted = f"pruning method {type(method).__name__}", f"return a tensor of {n} importances"
+        with guarded(method, what, wanted):
+            importance = method.importance(changes)
+        if not isinstance(importance, Tensor) or importance.shape != (n,):
+            raise unexpected(what, wanted, importance)
         _check_finite(rungs.groups.name, run, importance)
         return {rungs.groups.name: nested(importance, rungs.kept)}
     assert isinstance(method, WidthMethod)
@@ -222,7 +238,17 @@ def _rungs(
     if isinstance(method, FactoredMethod):
         factor = workshop.keep(method.factor(groups, weights, moment))
         return [FactoredWeights(factor, weights.consumer, n, workshop) for n in n_kept]
-    found = method.prune(groups, weights, moment, n_kept)
+    what = f"pruning method {type(method).__name__}"
+    wanted = f"return GroupWeights for each of the {len(n_kept)} numbers of groups to keep of {groups.name}"
+    with guarded(method, what, wanted):
+        found = method.prune(groups, weights, moment, n_kept)
+    if not isinstance(found, list) or [type(each) for each in found] != [GroupWeights] * len(n_kept):
+        raise unexpected(what, wanted, found)
+    try:
+        for each, n in zip(found, n_kept, strict=True):
+            check_weights(groups, each, n, weights.consumer.shape[0])
+    except ValueError as error:
+        raise DiffesError(f"{what} must {wanted}: {error}") from error
     return [GroupWeights(w.kept.cpu(), None if w.consumer is None else w.consumer.cpu()) for w in found]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffes.adapters import BlockSet, Condition, GroupSet, ModelAdapter
 from diffes.errors import DiffesError
+from diffes.plugins import guarded, unexpected
 from diffes.pruning.base import BlockChanges
 
 FORM = "expected an .npz with `images` (n, channels, h, w) uint8 and `labels` (n,) or `prompts` (n,)"
@@ -76,8 +77,17 @@ class StagePass:
             if self.guided:
                 dropped = (torch.rand(len(latents), generator=generator) < 0.5).tolist()
                 conditions = tuple(None if drop else c for c, drop in zip(conditions, dropped, strict=True))
-            yield self.weigh((hi - timesteps) / (hi - lo)).to(adapter.device)
+            yield self._weights((hi - timesteps) / (hi - lo)).to(adapter.device)
             adapter.denoise_once(adapter.add_noise(latents, noise, timesteps), timesteps, conditions)
+
+    def _weights(self, progress: Tensor) -> Tensor:
+        what, wanted = "timestep_weights of the pruning method", f"return {len(progress)} positive numbers in a tensor"
+        with guarded(self.weigh, what, wanted):
+            found = self.weigh(progress)
+        positive = isinstance(found, Tensor) and found.shape == progress.shape and bool((found > 0).all())
+        if not positive or not torch.isfinite(found).all():
+            raise unexpected(what, wanted, found)
+        return found
 
 
 def load_calibration(adapter: ModelAdapter, path: Path, n: int, batch: int = 64) -> CalibrationSet:
@@ -93,6 +103,10 @@ def load_calibration(adapter: ModelAdapter, path: Path, n: int, batch: int = 64)
             images, conditions = data["images"][:n], data[wanted][:n]
         if images.ndim != 4 or images.dtype != np.uint8 or len(images) != len(conditions) or not len(images):
             raise ValueError(f"images are {images.dtype} {images.shape}, {wanted} {conditions.shape}")
+        if wanted == "labels":
+            _check_labels(conditions, adapter)
+        elif conditions.ndim != 1 or conditions.dtype.kind != "U" or not all(text.strip() for text in conditions):
+            raise ValueError(f"prompts must be texts that are not empty, got {conditions.dtype} {conditions.shape}")
         pixels = torch.from_numpy(images).float() / 255
         latents = torch.cat([adapter.encode(part) for part in pixels.split(batch)])
         config = adapter.denoiser.config
@@ -102,6 +116,14 @@ def load_calibration(adapter: ModelAdapter, path: Path, n: int, batch: int = 64)
         raise DiffesError(f"{path} holds no calibration images with {wanted}: {error}; {FORM}") from error
     kind = int if wanted == "labels" else str
     return CalibrationSet(latents, tuple(kind(c) for c in conditions), path.name)
+
+
+def _check_labels(labels: Any, adapter: ModelAdapter) -> None:
+    known = [choice for choice in adapter.choices("search") if isinstance(choice, int)]
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(f"labels must be whole numbers, got {labels.dtype} {labels.shape}")
+    if strange := sorted(set(labels.tolist()) - set(known)):
+        raise ValueError(f"labels must be in [{min(known)}, {max(known)}], got {strange[0]}")
 
 
 def sample_calibration(

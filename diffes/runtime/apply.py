@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 from diffes.adapters import adapter_for, load_pipeline
 from diffes.errors import DiffesError
-from diffes.pruning.bank import WeightBank, check_fingerprint
+from diffes.pruning.bank import WeightBank, check_bank, check_fingerprint
 from diffes.runtime.artifact import BANK, base_model, chosen
 from diffes.runtime.router import Router, check_not_offloaded
 from diffes.runtime.solver import scheduler_for
@@ -59,15 +59,21 @@ def apply(pipe: P, run: str | Path, *, calls: float | None = None) -> P:
     bank, header = WeightBank.open(folder / BANK, adapter.dtype)
     if facts.get("split") != header.get("split"):
         raise DiffesError(f"{folder} is damaged: its schedule and its bank split levels over the layers differently")
+    if (last := schedule.stages.ranges[-1][1]) != adapter.n_timesteps:
+        raise DiffesError(
+            f"{folder} has stages of {last} timesteps, and this pipeline {adapter.n_timesteps}: it was made for another"
+        )
     previous: _Applied | None = getattr(adapter.denoiser, _ATTRIBUTE, None)
     routed_before = previous.router.schedule if previous else None
     if previous:
         previous.router.remove()
     try:
-        check_fingerprint(adapter.denoiser, header["fingerprint"], folder / BANK)
+        check_fingerprint(adapter.denoiser, header.get("fingerprint"), folder / BANK)
+        needed = bank.for_schedule(schedule)  # and no more, so that no more is kept for reuse than it needs
+        check_bank(needed, header, adapter, folder / BANK)
         own = previous.scheduler if previous and previous.scheduler is not None else pipe.scheduler
         planned = scheduler_for(own, schedule.solver, schedule.timesteps) if isinstance(schedule, Plan) else None
-        router = Router(adapter, bank.for_schedule(schedule))  # so that no more is kept for reuse than it needs
+        router = Router(adapter, needed)
         router.install(schedule)
     except BaseException:
         if previous and routed_before:

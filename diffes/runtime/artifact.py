@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffes.adapters import shipped_models
 from diffes.errors import DiffesError
-from diffes.files import checksum, file_sha256, read_json, write_json
+from diffes.files import CONFIG, check_seal, file_sha256, read_json, write_sealed
+from diffes.forms import AGAIN, Artifact, FrontFile, ScheduleFile, checked
 from diffes.search.schedule import Plan, Schedule
 
 SCHEDULE, FRONT, BANK = "schedule.json", "front.json", "bank.safetensors"
 SCHEDULE_VERSION = 1
 BASE = "base"  # of an exported folder: its copy of the base model
+HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
 
 def write_schedule(folder: Path, schedule: Schedule, facts: Mapping[str, Any]) -> None:
@@ -26,8 +30,11 @@ def read_schedule(folder: Path) -> tuple[Schedule, dict[str, Any]]:
     Raises:
         DiffesError: there is none, or it or its bank was truncated or altered.
     """
-    data = _read(folder, SCHEDULE)
-    return Schedule.from_json(data), data
+    data = _read(folder, SCHEDULE, ScheduleFile)
+    try:
+        return Schedule.from_json(data), data
+    except DiffesError as error:
+        raise DiffesError(f"{folder / SCHEDULE} is damaged ({error}); {AGAIN}") from error
 
 
 def write_front(folder: Path, data: Mapping[str, Any]) -> None:
@@ -38,7 +45,7 @@ def write_front(folder: Path, data: Mapping[str, Any]) -> None:
 def read_front(folder: Path) -> dict[str, Any]:
     """All that the `front.json` of a front says, checked against its digest and its bank's; errors as
     `read_schedule`."""
-    return _read(folder, FRONT)
+    return _read(folder, FRONT, FrontFile)
 
 
 def chosen(folder: Path, calls: float | None) -> tuple[Schedule | Plan, dict[str, Any]]:
@@ -57,58 +64,68 @@ def chosen(folder: Path, calls: float | None) -> tuple[Schedule | Plan, dict[str
             raise DiffesError(f"{folder} holds one schedule, not a front of plans: leave calls={calls:g} out")
         return read_schedule(folder)
     data = read_front(folder)
+    points = [point for point in data["points"] if point["heldout_mean"] is not None]
+    if not points:
+        raise DiffesError(f"all plans of {folder} failed on held-out probes, so there is none to run")
+    within = [point for point in points if calls is None or point["cost"] <= calls * (1 + 1e-6)]
+    if not within:
+        costs = [point["cost"] for point in points]
+        raise DiffesError(
+            f"no plan of {folder} costs {calls} dense calls or less: they cost {min(costs):.2f} to {max(costs):.2f}"
+        )
+    best = max(within, key=lambda point: point["heldout_mean"])
+    shared = {name: data[name] for name in ("stages", "max_level", "solver")}
     try:
-        points = [point for point in data["points"] if point["heldout_mean"] is not None]
-        costs = [float(point["cost"]) for point in points]
-        within = [p for p, cost in zip(points, costs, strict=True) if calls is None or cost <= calls * (1 + 1e-6)]
-        if not within:
-            raise DiffesError(
-                f"no plan of {folder} costs {calls} dense calls or less: they cost {min(costs):.2f} to {max(costs):.2f}"
-            )
-        best = max(within, key=lambda point: point["heldout_mean"])
-        shared = {name: data[name] for name in ("stages", "max_level", "solver")}
-        return Plan.from_json({**shared, "timesteps": best["timesteps"], "levels": best["levels"]}), data | {
-            "points": [best]
-        }
-    except DiffesError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise DiffesError(f"{folder / FRONT} is damaged ({type(error).__name__} {error}): restore it") from error
+        plan = Plan.from_json({**shared, "timesteps": best["timesteps"], "levels": best["levels"]})
+    except DiffesError as error:
+        raise DiffesError(f"{folder / FRONT} is damaged ({error}); {AGAIN}") from error
+    return plan, data | {"points": [best]}
 
 
 def _write(folder: Path, name: str, content: Mapping[str, Any]) -> None:
     data = {"format_version": SCHEDULE_VERSION, **content}
     data["bank_sha256"] = file_sha256(folder / BANK)
-    data["checksum"] = checksum(data)
-    write_json(folder / name, data)
+    write_sealed(folder / name, data)
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
+def _read(folder: Path, name: str, form: type[Artifact]) -> dict[str, Any]:
     if not folder.is_dir():
         raise DiffesError(f"{folder} is no folder; pass the --out folder of a `diffes search`")
     data = read_json(folder / name)
-    if data.get("checksum") != checksum(data):
+    check_seal(folder / name, data)
+    if isinstance(version := data.get("format_version"), int) and version > SCHEDULE_VERSION:
         raise DiffesError(
-            f"{folder / name} was altered after it was written (its checksum differs); restore it or run "
-            "`diffes search` again"
+            f"{folder / name} has format version {version}, this diffes reads up to {SCHEDULE_VERSION}: install a "
+            "newer diffes"
         )
-    if data["format_version"] > SCHEDULE_VERSION:
-        raise DiffesError(
-            f"{folder / name} has format version {data['format_version']}, this diffes reads up to "
-            f"{SCHEDULE_VERSION}: install a newer diffes"
-        )
+    checked(form, data, folder / name)
     bank = folder / BANK
     if not bank.is_file():
-        raise DiffesError(f"{bank} is missing; restore it or run `diffes search` again")
+        raise DiffesError(f"{bank} is missing; {AGAIN}")
     if file_sha256(bank) != data["bank_sha256"]:
-        raise DiffesError(
-            f"{bank} is not the file that {name} was written with: it was truncated or altered; restore it or run "
-            "`diffes search` again"
-        )
+        raise DiffesError(f"{bank} is not the file that {name} was written with: it was truncated or altered; {AGAIN}")
     return data
 
 
 def base_model(folder: Path, facts: Mapping[str, Any]) -> str:
-    """The name, path or hub id of the model that a schedule was made for; relative paths are the folder's own."""
+    """The name, path or hub id of the model that a schedule was made for; relative paths are the folder's own.
+
+    A folder that came from somebody else says what is loaded, so it may only name what it holds itself, what ships
+    with diffes or what is on a hub. A path to elsewhere is taken from a run on this machine, which has a `config.json`.
+
+    Raises:
+        DiffesError: it names something else.
+    """
     model = str(facts["model"])
-    return str(folder / model) if model.startswith("./") else model
+    if model.startswith("./"):
+        if (folder / model).resolve().is_relative_to(folder.resolve()):
+            return str(folder / model)
+    elif Path(model).is_absolute():
+        if (folder / CONFIG).is_file():
+            return model
+    elif model in shipped_models() or (re.fullmatch(HUB_ID, model) and not Path(model).exists()):
+        return model
+    raise DiffesError(
+        f"{folder} names the base model {model!r}, which is neither in the folder (./{BASE}), nor shipped with diffes, "
+        "nor the id of a hub (OWNER/NAME); load the pipeline yourself and call diffes.apply(pipe, FOLDER)"
+    )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from deap import tools
 
 from diffes.errors import DiffesError
+from diffes.plugins import unexpected
 from diffes.search.schedule import Schedule
 from diffes.search.space import SearchSpace
 from diffes.search.strategy import Evaluation, Evaluator, Key, Proposal, key_of
@@ -158,7 +159,9 @@ class Ledger:
             )
         best = max(candidates, key=lambda evaluation: evaluation.fitness)
         if best.fitness == -math.inf:
-            raise DiffesError(f"all {len(candidates)} evaluations failed (fitness -inf or NaN), so there is no result")
+            raise DiffesError(
+                f"all {len(candidates)} evaluations failed (fitness NaN or infinite), so there is no result"
+            )
         return SearchResult(
             best=best,
             evaluations=evaluations,
@@ -211,10 +214,12 @@ def _counts(values: Sequence[int]) -> list[int]:
 
 
 def _evaluated(schedules: list[Schedule], fidelity: float, evaluate: Evaluator) -> Iterator[Evaluation]:
-    """One evaluator call, checked: NaN becomes a failure; what was not timed inside is timed from here."""
+    """One evaluator call, checked: NaN and inf become a failure; what was not timed inside is timed from here."""
     waiting = set(schedules)
     start = time.perf_counter()
     for evaluation in evaluate(schedules) if fidelity == 1 else evaluate(schedules, fidelity):
+        if not isinstance(evaluation, Evaluation):
+            raise unexpected("the evaluator", "return one Evaluation per schedule", evaluation)
         if evaluation.schedule not in waiting or evaluation.fidelity != fidelity:
             raise DiffesError(
                 f"the evaluator returned levels {list(evaluation.schedule.levels)} at fidelity {evaluation.fidelity}, "
@@ -223,7 +228,7 @@ def _evaluated(schedules: list[Schedule], fidelity: float, evaluate: Evaluator) 
             )
         waiting.remove(evaluation.schedule)
         taken = time.perf_counter() - start
-        yield _without_nan(evaluation if evaluation.seconds else replace(evaluation, seconds=taken))
+        yield _scored(evaluation if evaluation.seconds else replace(evaluation, seconds=taken))
         start = time.perf_counter()
     if waiting:
         raise DiffesError(
@@ -232,11 +237,13 @@ def _evaluated(schedules: list[Schedule], fidelity: float, evaluate: Evaluator) 
         )
 
 
-def _without_nan(evaluation: Evaluation) -> Evaluation:
-    if not math.isnan(evaluation.fitness):
+def _scored(evaluation: Evaluation) -> Evaluation:
+    """The evaluation, as a failure where its fitness is no score: inf would beat every number."""
+    if evaluation.fitness < math.inf:
         return evaluation
+    found = "NaN" if math.isnan(evaluation.fitness) else "infinite"
     warnings.warn(
-        f"the fitness of levels {list(evaluation.schedule.levels)} is NaN: recorded as a failed evaluation (-inf)",
+        f"the fitness of levels {list(evaluation.schedule.levels)} is {found}: recorded as a failed evaluation (-inf)",
         RuntimeWarning,
         stacklevel=5,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 from deap import tools
 
-from diffes.errors import DiffesError, unknown_name
+from diffes.errors import DiffesError, PluginError, unknown_name
+from diffes.plugins import guarded, own_trace, unexpected
 from diffes.registry import Registry
 from diffes.search.genome import Genome, Origin
 from diffes.search.space import SearchSpace
@@ -78,11 +80,17 @@ class PlainOperator:
         filled = {name: bounds[name] for name in self._bounded} | options
         try:
             with confined(rng):
-                made = [_whole(genome) for genome in self.function(*genomes, **filled)]
+                results = self.function(*genomes, **filled)
+            if not isinstance(results, tuple) or len(results) != len(genomes):
+                raise unexpected(f"operator {self.name!r}", f"return a tuple of {len(genomes)} genomes", results)
+            made = [_whole(genome) for genome in results]
+        except DiffesError:
+            raise
         except (AttributeError, IndexError, TypeError, ValueError, OverflowError) as error:
-            raise DiffesError(
+            raise PluginError(
                 f"operator {self.name!r} cannot work on a genome of {space.n_stages} levels from 0 to "
-                f"{space.max_level} ({type(error).__name__}: {error}); take one for lists of whole numbers"
+                f"{space.max_level} ({type(error).__name__}: {error}); take one for lists of whole numbers",
+                "" if self.name.startswith(DEAP) else own_trace(error),
             ) from error
         for genome in made:
             if len(genome) != space.n_stages:
@@ -178,20 +186,41 @@ class BoundOperator:
 
     def __init__(self, registry: OperatorRegistry, spec: str, space: SearchSpace, rng: np.random.Generator) -> None:
         self.spec = spec
+        self._space = space
+        found = registry.parse(spec)[0]
+        self._written = found.function if isinstance(found, PlainOperator) else found
         self._function = registry.bind(spec, registry.n_parents, space=space, rng=rng)
 
     def __call__(self, *genomes: Genome) -> tuple[Genome, ...]:
         origin = self._origin(genomes)
-        results = self._function(*genomes)
+        what, wanted = f"operator {self.spec!r}", f"return a tuple of {len(genomes)} genomes"
+        with guarded(self._written, what, wanted):
+            results = self._function(*genomes)
         if not isinstance(results, tuple) or len(results) != len(genomes):
-            raise DiffesError(f"operator {self.spec!r} must return a tuple of {len(genomes)} genomes, got {results!r}")
+            raise unexpected(what, wanted, results)
         made = []
         for result in results:
-            genome = result if isinstance(result, Genome) else Genome(result)
+            genome = self._checked(result)
             del genome.fitness.values
             genome.origin = origin
             made.append(genome)
         return tuple(made)
+
+    def _checked(self, result: Any) -> Genome:
+        """What an operator made, as a genome."""
+        what, n = f"operator {self.spec!r}", self._space.n_stages
+        try:
+            levels = [operator.index(level) for level in result]
+        except TypeError:
+            levels = []
+        if len(levels) != n:
+            raise unexpected(what, f"return genomes of {n} whole levels", result)
+        if not self._space.is_feasible(levels):
+            raise unexpected(what, "return genomes that meet the budget (space.repair(genome, rng) makes one)", result)
+        if not isinstance(result, Genome):
+            return Genome(levels)
+        result[:] = levels
+        return result
 
     def _origin(self, genomes: Sequence[Genome]) -> Origin:
         operators: list[str] = []

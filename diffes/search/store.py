@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
+import json
 import math
+import operator
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +20,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from diffes.errors import DiffesError
+from diffes.forms import Paid, checked
 from diffes.search.database import OWNER, check_owner, claimed_study, open_database, quiet_optuna
 from diffes.search.genome import Origin
 from diffes.search.schedule import Schedule
@@ -27,17 +31,18 @@ STUDY_NAME = "diffes"
 GENERATION = "generation_"
 LOCK_GRACE_SECONDS = 3  # a write takes milliseconds; a lock older than this was left by a process that was killed
 LINE_START = b'{"op_code":'
+DIGEST = "digest"  # user attribute of a trial
 
 
 class EvaluationStore:
     """Evaluations of one set of stages, on disk as an Optuna journal with one study.
 
     `optuna-dashboard` and `optuna.visualization` open the file: a trial has a parameter `level_00..` per stage, the
-    fitness as its value, and as user attributes `denoiser_calls`, `seconds` and, where the strategy tells, `operator`
-    and `parents` (numbers of trials). A failed evaluation (-inf) is a trial in state FAIL with the user attribute
-    `failed`; one on a fraction of the probes is PRUNED, its fitness an intermediate value at the percentage of the
-    probes; one beyond the budget is marked as infeasible. User attributes `generation_00000..` of the study hold the
-    statistics of each generation. The store knows schedules and nothing else: what they were
+    fitness as its value, and as user attributes `denoiser_calls`, `seconds`, the `digest` of all these and, where the
+    strategy tells, `operator` and `parents` (numbers of trials). A failed evaluation (-inf) is a trial in state FAIL
+    with the user attribute `failed`; one on a fraction of the probes is PRUNED, its fitness an intermediate value at
+    the percentage of the probes; one beyond the budget is marked as infeasible. User attributes `generation_00000..` of
+    the study hold the statistics of each generation. The store knows schedules and nothing else: what they were
     measured with (model, probes, metric) has to be the same for all evaluations of a study.
 
     Args:
@@ -47,7 +52,8 @@ class EvaluationStore:
         owner: what a study of that name must belong to, where others may have one of that name.
 
     Raises:
-        DiffesError: the file is no journal of this library, or one of other stages or of another max_level.
+        DiffesError: the file is no journal of this library, or one of other stages or of another max_level, or a value
+            in it is of a wrong type, out of its range, or was changed after it was written.
     """
 
     def __init__(
@@ -69,20 +75,25 @@ class EvaluationStore:
                     self._study = optuna.create_study(
                         storage=storage, study_name=study, direction="maximize", load_if_exists=True
                     )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DiffesError(f"{self.path} is no journal of evaluations: {type(error).__name__} {error}") from error
+        except Exception as error:  # what is written in a journal is believed by Optuna, and fails where it leads to
+            raise _no_journal(self.path, error) from error
         self._check_kind(owner)
         self._storage, self._study_id = storage, storage.get_study_id_from_name(study)
         self._memo: dict[tuple[Schedule, float], Evaluation] = {}
         self._places: dict[tuple[Schedule, float], int] = {}  # in the order in which they were added
         self._numbers: dict[tuple[int, ...], int] = {}
         self._logged = {k: v for k, v in self._study.user_attrs.items() if k.startswith(GENERATION)}
+        sealed = False
         for trial in self._study.get_trials(deepcopy=False):
-            if "denoiser_calls" in trial.user_attrs:
-                try:
-                    evaluation = self._to_evaluation(trial)
-                except (KeyError, TypeError, ValueError) as error:
-                    raise DiffesError(f"{self.path} is damaged: a trial lacks {error}; choose another file") from error
+            if {"denoiser_calls", DIGEST} & trial.user_attrs.keys():
+                evaluation = self._to_evaluation(trial)
+                found = trial.user_attrs.get(DIGEST)
+                if found != digest(evaluation) and (sealed or found is not None):
+                    raise DiffesError(
+                        f"{self.path} was altered: trial {trial.number} is not what was written (its digest differs); "
+                        "restore it, or choose another file"
+                    )
+                sealed = found is not None  # older versions wrote none
                 self._remember(evaluation, trial.number)
 
     def __len__(self) -> int:
@@ -124,8 +135,8 @@ class EvaluationStore:
                 f"{self.path} holds schedules of {len(self.stages)} stages and max_level {self.max_level}, got one of "
                 f"{len(schedule.stages)} stages ({list(schedule.stages.ranges)}) and max_level {schedule.max_level}"
             )
-        if math.isnan(evaluation.fitness):
-            raise DiffesError(f"fitness must not be NaN, got NaN for levels {list(schedule.levels)}")
+        if not evaluation.fitness < math.inf:
+            raise DiffesError(f"fitness must not be NaN or inf, got {evaluation.fitness} for {list(schedule.levels)}")
         if (schedule, evaluation.fidelity) in self._memo:
             return
         trial = self._storage.create_new_trial(self._study_id, template_trial=self._to_trial(evaluation, origin))
@@ -167,6 +178,7 @@ class EvaluationStore:
         attributes: dict[str, Any] = {
             "denoiser_calls": int(evaluation.denoiser_calls),
             "seconds": float(evaluation.seconds),
+            DIGEST: digest(evaluation),
         }
         if fidelity < 1:
             attributes["fidelity"] = fidelity
@@ -192,15 +204,21 @@ class EvaluationStore:
         return trial
 
     def _to_evaluation(self, trial: FrozenTrial) -> Evaluation:
-        levels = tuple(int(trial.params[name]) for name in self._distributions)
-        (fitness,) = trial.intermediate_values.values() if trial.intermediate_values else (trial.value,)
-        return Evaluation(
-            schedule=Schedule(self.stages, levels, self.max_level),
-            fitness=-math.inf if fitness is None else fitness,
-            denoiser_calls=trial.user_attrs["denoiser_calls"],
-            seconds=trial.user_attrs["seconds"],
-            fidelity=trial.user_attrs.get("fidelity", 1.0),
-        )
+        """What a trial says, of the right types and in their ranges."""
+        place = f"trial {trial.number} of {self.path}"
+        paid = checked(Paid, trial.user_attrs, place, "restore it, or choose another file")
+        try:
+            (fitness,) = trial.intermediate_values.values() if trial.intermediate_values else (trial.value,)
+            fitness = -math.inf if fitness is None else float(fitness)
+            if not fitness < math.inf:
+                raise ValueError(f"its fitness is {fitness}")
+            levels = tuple(operator.index(trial.params[name]) for name in self._distributions)
+            schedule = Schedule(self.stages, levels, self.max_level)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise DiffesError(
+                f"{place} is damaged ({type(error).__name__}: {error}); restore it, or choose another file"
+            ) from error
+        return Evaluation(schedule, fitness, paid["denoiser_calls"], paid["seconds"], paid.get("fidelity", 1.0))
 
 
 def _open_journal(path: Path) -> JournalStorage:
@@ -210,8 +228,23 @@ def _open_journal(path: Path) -> JournalStorage:
     try:
         with quiet_optuna():
             return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DiffesError(f"{path} is no journal of evaluations: {type(error).__name__} {error}") from error
+    except Exception as error:  # as above
+        raise _no_journal(path, error) from error
+
+
+def _no_journal(path: object, error: Exception) -> DiffesError:
+    reason = " ".join(str(error).split())[:200]
+    return DiffesError(f"{path} is no journal of evaluations, or damaged ({type(error).__name__}: {reason})")
+
+
+def digest(evaluation: Evaluation) -> str:
+    """Hex digest of all that was measured, by which a value that was changed since is found."""
+    schedule = evaluation.schedule
+    content = [
+        schedule.stages.ranges, schedule.max_level, schedule.levels, float(evaluation.fitness),
+        float(evaluation.fidelity), int(evaluation.denoiser_calls), float(evaluation.seconds),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _mend(path: Path, lock: JournalFileOpenLock) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from diffes.errors import DiffesError
+from diffes.plugins import guarded, unexpected
 from diffes.registry import Registry
 from diffes.search.genome import Origin
 from diffes.search.schedule import Schedule
@@ -21,7 +22,7 @@ class Evaluation:
 
     Args:
         schedule: what was measured.
-        fitness: higher is better; -inf is a run that failed; never NaN.
+        fitness: higher is better; -inf is a run that failed; never NaN or inf.
         denoiser_calls: what the measurement cost, batch-size weighted.
         seconds: wall time of it.
         fidelity: the fraction of the probes that it was measured on, above 0 and at most 1.
@@ -124,9 +125,20 @@ class Strategy(abc.ABC):
         Raises:
             DiffesError: the batch before has not been told in full, or the subclass broke the contract.
         """
+        name = f"strategy {type(self).__name__}"
+        if not hasattr(self, "_told"):
+            raise DiffesError(f"{name} must call super().__init__(space, seed=seed) in its constructor")
         if len(self._told) < len(self._asked):
             raise DiffesError(f"tell the {len(self._asked) - len(self._told)} open schedules before asking again")
-        batch = list(self._ask())
+        wanted = "return a list of what self.propose(levels) gives"
+        with guarded(self, name, f"{wanted} from _ask"):
+            found = self._ask()
+        if not isinstance(found, Sequence) or not all(isinstance(proposal, Proposal) for proposal in found):
+            raise unexpected(name, f"{wanted} from _ask", found)
+        batch = list(found)
+        for schedule in (proposal.schedule for proposal in batch):
+            if schedule.stages != self.space.stages or schedule.max_level != self.space.max_level:
+                raise unexpected(name, "ask for schedules of the space's own stages and max_level", schedule.levels)
         if len({key_of(proposal) for proposal in batch}) < len(batch):
             raise DiffesError(f"{type(self).__name__} asked for the same schedule twice in one batch")
         self._asked, self._told = batch, {}
@@ -136,17 +148,17 @@ class Strategy(abc.ABC):
         """Takes results of the current batch, in any order and in as many parts as is convenient.
 
         Raises:
-            DiffesError: a fitness is NaN, or a schedule was not asked for at this fidelity, or was told before; nothing
-                is taken then.
+            DiffesError: a fitness is NaN or inf, or a schedule was not asked for at this fidelity, or was told before;
+                nothing is taken then.
         """
         keys = {key_of(proposal) for proposal in self._asked}
         fresh: dict[Key, Evaluation] = {}
         for evaluation in evaluations:
             key = key_of(evaluation)
-            if math.isnan(evaluation.fitness):
+            if not evaluation.fitness < math.inf:
                 raise DiffesError(
-                    f"fitness must not be NaN, got NaN for levels {list(evaluation.schedule.levels)}: "
-                    "tell -inf for a run that failed"
+                    f"fitness must not be NaN or inf, got {evaluation.fitness} for levels "
+                    f"{list(evaluation.schedule.levels)}: tell -inf for a run that failed"
                 )
             if key not in keys or key in self._told or key in fresh:
                 raise DiffesError(
@@ -162,7 +174,8 @@ class Strategy(abc.ABC):
                     self.best is None or evaluation.fitness > self.best.fitness
                 ):
                     self.best = evaluation
-            self._tell(batch)
+            with guarded(self, f"strategy {type(self).__name__}", "take a list of evaluations in _tell"):
+                self._tell(batch)
 
     @abc.abstractmethod
     def _ask(self) -> Sequence[Proposal]:
@@ -181,7 +194,7 @@ def key_of(measured: Proposal | Evaluation) -> Key:
     return measured.schedule, measured.fidelity
 
 
-STRATEGIES: Registry[type[Strategy]] = Registry("strategy", "diffes.strategies")
+STRATEGIES: Registry[type[Strategy]] = Registry("strategy", "diffes.strategies", Strategy)
 
 
 def strategy(name: str) -> Callable[[type[Strategy]], type[Strategy]]:

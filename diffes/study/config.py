@@ -7,8 +7,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from diffes.errors import DiffesError
+from diffes.errors import DiffesError, at_least
 from diffes.search.schedule import Allocation
+
+LARGEST = 10**9
 
 
 @dataclass(frozen=True)
@@ -84,18 +86,20 @@ class RunConfig:
     """What the model computes in."""
 
     def __post_init__(self) -> None:
-        at_least = {
+        smallest_of = {
             "stages": 1, "steps": 1, "max_evals": 1, "probes": 1, "heldout": 2, "calibration_samples": 1, "seed": 0,
         }  # fmt: skip
-        for name, smallest in at_least.items():
+        for name, smallest in smallest_of.items():
+            at_least(name, getattr(self, name), smallest, LARGEST)
+        if self.max_calls is not None:
+            at_least("max_calls", self.max_calls, 1, 10**18)
+        for name in ("guidance", "budget", "bank_memory", "time_limit"):
             value = getattr(self, name)
-            if value < smallest:
-                raise DiffesError(f"{name} must be at least {smallest}, got {value}")
-        if self.max_calls is not None and self.max_calls < 1:
-            raise DiffesError(f"max_calls must be at least 1, got {self.max_calls}")
+            if isinstance(value, bool) or not (isinstance(value, int | float) or (value, name) == (None, "time_limit")):
+                raise DiffesError(f"{name} must be a number, got {value!r}")
         if self.time_limit is not None and not self.time_limit > 0:
             raise DiffesError(f"time_limit must be above 0 seconds, got {self.time_limit}")
-        if self.seed >= 10**9:
+        if self.seed >= LARGEST:
             raise DiffesError(f"seed must be below 10^9, got {self.seed}: held-out probes are drawn from one above")
         if not math.isfinite(self.bank_memory) or self.bank_memory <= 0:
             raise DiffesError(f"bank_memory must be a finite number of GB above 0, got {self.bank_memory}")

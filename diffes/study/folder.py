@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import csv
-import json
 import platform
 import shutil
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from deap import tools
+from pydantic import create_model
 
 from diffes.errors import DiffesError
-from diffes.files import CONFIG, read_json, write_json, write_safely
+from diffes.files import CONFIG, check_seal, read_json, write_json, write_safely, write_sealed
+from diffes.forms import ConfigFile, CostsFile, Form, checked
+from diffes.measure.currencies import Table
 from diffes.runtime.artifact import BANK, SCHEDULE
 from diffes.runtime.artifact import FRONT as PLANS
 from diffes.search.ledger import LOGGED
@@ -30,6 +32,9 @@ FRONT_FILES = (FRONT, PLANS, TABLE, "plans.png")
 LONGEST = 40  # characters of the longest name within a run folder, and more
 LIMITS = ("max_evals", "max_calls", "time_limit")  # of a search: raised, it goes on from what is there
 FILES = (CONFIG, JOURNAL, COSTS, LOGBOOK, SCHEDULE, BANK, *FIGURES, REPORT)
+
+_TYPES: dict[str, Any] = {name: (hint | None, None) for name, hint in get_type_hints(RunConfig).items()}
+Settings = create_model("Settings", __base__=Form, **_TYPES)  # of a `config.json`; older ones have fewer
 
 
 def config_record(config: RunConfig, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -93,17 +98,15 @@ def open_run(
 def _is_run(folder: Path) -> bool:
     """Whether `config.json` is one of ours: models have files of that name too."""
     try:
-        record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_json(folder / CONFIG, ConfigFile)
+    except DiffesError:
         return False
-    if not isinstance(record, dict):
-        return False
-    settings, versions = record.get("settings"), record.get("versions")
-    return isinstance(settings, dict) and isinstance(versions, dict) and "diffes" in versions
+    return "diffes" in record["versions"]
 
 
 def _check_same_run(folder: Path, now: Mapping[str, Any], finished: str) -> bool:
-    before = read_json(folder / CONFIG)
+    before = read_json(folder / CONFIG, ConfigFile)
+    checked(Settings, before["settings"], folder / CONFIG)
     changes = {
         name: (before[part].get(name), value)
         for part in ("settings", "versions")
@@ -152,6 +155,26 @@ def begin_run(
                 (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / JOURNALS, ignore_errors=True)
     write_json(folder / CONFIG, config_record(config, extra))
+
+
+def write_costs(folder: Path, cost: str, costs: Table) -> None:
+    """`costs.json`: what a budget counts, by its name, and how much of it a call in each stage at each level is."""
+    write_sealed(folder / COSTS, {"cost": cost, "costs": costs})
+
+
+def known_costs(folder: Path) -> Table | None:
+    """The costs that an earlier process measured, None where there are none.
+
+    Raises:
+        DiffesError: they are damaged, or were altered after they were written.
+    """
+    if not (folder / COSTS).exists():
+        return None
+    data = read_json(folder / COSTS, CostsFile)
+    if "checksum" in data:
+        check_seal(folder / COSTS, data)
+    costs: Table = data["costs"]
+    return costs
 
 
 def write_logbook(folder: Path, logbook: tools.Logbook) -> None:

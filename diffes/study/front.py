@@ -125,13 +125,12 @@ def _front_in(
     """The front, in a folder that this process holds; `extra` are its settings beside those of every run."""
     genes: Genes = extra["genes"]
     resumes = folder.open_run(out, config, overwrite=overwrite, extra=extra, finished=FRONT)
-    known = files.read_json(out / folder.COSTS) if resumes and (out / folder.COSTS).exists() else {}
-    costs = known.get("costs")
+    costs = folder.known_costs(out) if resumes else None
     settings = replace(config, budget=0.0 if config.cost == "level" else 1.0)  # of schedules, which are not searched
     bench = prepare(settings, progress, costs, PLANNED)
     plans = Plans(bench, extra["solver"], extra["nodes"], known_costs=costs)
     folder.begin_run(out, config, resumes=resumes, extra=extra, finished=FRONT)
-    files.write_json(out / folder.COSTS, {"cost": config.cost, "costs": plans.call_costs})
+    folder.write_costs(out, config.cost, plans.call_costs)
     table = _table(plans, out / folder.TABLE, progress)
     points: list[Point] = []
     for budget in extra["budgets"]:
@@ -153,10 +152,13 @@ def _front_in(
 def _table(plans: Plans, path: Path, progress: Progress) -> MeasuredTable:
     """The table, from its file where it was measured before."""
     if path.exists():
-        with np.load(path) as data:
-            table = ErrorTable(**{field.name: data[field.name] for field in fields(ErrorTable)})
-            run = Trajectory(**{field.name: data[field.name] for field in fields(Trajectory)})
-            return MeasuredTable(table, data["growth"], run, int(data["calls"]))
+        try:
+            with np.load(path) as data:
+                table = ErrorTable(**{field.name: data[field.name] for field in fields(ErrorTable)})
+                run = Trajectory(**{field.name: data[field.name] for field in fields(Trajectory)})
+                return MeasuredTable(table, data["growth"], run, int(data["calls"]))
+        except Exception as error:  # zipfile and numpy each raise their own
+            raise DiffesError(f"{path} is damaged ({error}); delete it, and it is measured again") from error
     found = plans.table(progress)
 
     def write(partial: Path) -> None:

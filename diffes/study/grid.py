@@ -14,7 +14,8 @@ from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 from diffes.errors import DiffesError, unknown_name
-from diffes.files import read_json, write_json
+from diffes.files import parse_json, read_json, write_json
+from diffes.forms import Cell, CellCosts, checked
 from diffes.progress import Progress
 from diffes.search.store import EvaluationStore
 from diffes.study.comparison import Comparison, Failure
@@ -217,6 +218,7 @@ def _cells_in(
     _open(out)
     done = {_key(record.settings): record for record in _read(out / CELLS)}
     costs: dict[str, Any] = read_json(out / COSTS) if (out / COSTS).exists() else {}
+    checked(CellCosts, costs, out / COSTS)
     failed: list[Failure] = []
     bench: Workbench | None = None
     heldout: HeldOut | None = None
@@ -292,7 +294,8 @@ def _read(path: Path) -> list[RunRecord]:
     if whole != content:
         path.write_text(whole, encoding="utf-8")
     try:
-        records = [RunRecord.from_json(json.loads(line)) for line in whole.splitlines()]
+        rows = [parse_json(line) for line in whole.splitlines()]
+        records = [RunRecord.from_json(checked(Cell, row, f"line {i}", "")) for i, row in enumerate(rows, 1)]
         return [replace(record, settings=config_of(record.settings).to_json()) for record in records]
     except (KeyError, TypeError, ValueError) as error:
         raise DiffesError(f"{path} is damaged ({error}); restore it, or move it away to run its cells again") from error

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from diffes.errors import DiffesError
 from diffes.files import read_json
-from diffes.runtime.artifact import read_schedule
+from diffes.forms import AGAIN, ReportFile
+from diffes.runtime.artifact import SCHEDULE, read_schedule
 from diffes.study.folder import REPORT
 from diffes.study.record import Candidate, Report
 
@@ -20,12 +21,10 @@ def read_report(run: Path) -> Report:
         DiffesError: the run is unfinished, or one of its files is damaged.
     """
     schedule, facts = read_schedule(run)
-    try:
-        return Report.from_json(read_json(run / REPORT), schedule, facts)
-    except (KeyError, TypeError) as error:
-        raise DiffesError(
-            f"{run / REPORT} is damaged (it lacks {error}); restore it or run `diffes search` again"
-        ) from error
+    data = read_json(run / REPORT, ReportFile)
+    if tuple(data["levels"]) != schedule.levels:
+        raise DiffesError(f"{run / REPORT} is of another schedule than {SCHEDULE}; {AGAIN}")
+    return Report.from_json(data, schedule, facts)
 
 
 def rows(report: Report) -> list[tuple[str, ...]]:

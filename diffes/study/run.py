@@ -68,11 +68,11 @@ def _run_in(
 ) -> Report:
     """The run, in a folder that this process holds."""
     resumes = folder.open_run(out, config, overwrite=overwrite)
-    known = files.read_json(out / folder.COSTS) if resumes and (out / folder.COSTS).exists() else {}
+    known = folder.known_costs(out) if resumes else None
     if config.storage is not None:
         check_settings(config)
         check_owner(config.storage, *_study_of(out), fresh=not resumes and not overwrite)
-    bench = prepare(config, progress, known.get("costs"))
+    bench = prepare(config, progress, known)
     if config.storage is not None and overwrite and not resumes:
         EvaluationStore.forget(config.storage, *_study_of(out))
     folder.begin_run(out, config, resumes=resumes)
@@ -81,7 +81,7 @@ def _run_in(
         if config.storage is None
         else EvaluationStore(config.storage, bench.space, *_study_of(out))
     )
-    files.write_json(out / folder.COSTS, {"cost": config.cost, "costs": bench.costs})
+    folder.write_costs(out, config.cost, bench.costs)
     result = search_on(bench, progress, store, on_evaluation)
     folder.write_logbook(out, result.logbook)
     _write_result(bench, result.best.schedule, out)

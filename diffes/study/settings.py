@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from diffes.adapters import ModelAdapter
-from diffes.errors import DiffesError
+from diffes.adapters import ModelAdapter, SamplingState
+from diffes.errors import DiffesError, PluginError
 from diffes.measure.currencies import CURRENCIES
 from diffes.measure.metrics import Metric
+from diffes.plugins import guarded, is_ours, unexpected
 from diffes.search.genome import Genome
 from diffes.search.operators import CROSSOVERS, MUTATIONS, BoundOperator, OperatorRegistry
 from diffes.search.plan import PlanSpace
@@ -83,6 +87,41 @@ def _try_operator(registry: OperatorRegistry, spec: str, space: SearchSpace) -> 
     BoundOperator(registry, spec, space, rng)(*(Genome(space.sample(rng)) for _ in range(registry.n_parents)))
 
 
+def try_adapter(adapter: ModelAdapter, n_steps: int, guidance: float) -> None:
+    """Looks at an adapter of somebody else and makes one step of sampling with it, before the long part.
+
+    Raises:
+        DiffesError: it raises, or returns something else than it must.
+    """
+    if is_ours(adapter):
+        return
+    name = f"adapter {type(adapter).__qualname__}"
+
+    def expect(right: bool, wanted: str, found: object) -> None:
+        if not right:
+            raise unexpected(name, wanted, found)
+
+    with guarded(adapter, name, "do what diffes.adapters.ModelAdapter says of each of its methods"):
+        modules, blocks = dict(adapter.denoiser.named_modules()), adapter.blocks()
+        expect(isinstance(blocks, list) and set(blocks) <= set(modules), "return paths of modules from blocks", blocks)
+        choices = adapter.choices("search")
+        expect(isinstance(choices, Sequence) and len(choices) > 0, "return conditions from choices", choices)
+        label = adapter.label(choices[0])
+        expect(isinstance(label, str), "return a text from label", label)
+        probes = adapter.make_probes(2, 0)
+        state = adapter.start(probes, n_steps, guidance)
+        expect(isinstance(state, SamplingState), "return a SamplingState from start", state)
+        after = adapter.step(state, probes, guidance)
+        same = after.latents.shape == state.latents.shape
+        expect(same, f"return predictions {tuple(state.latents.shape)} from predict", tuple(after.latents.shape))
+        final = adapter.finish(after, guidance)
+        shape = tuple(probes.noise.shape)
+        expect(isinstance(final, Tensor) and final.shape == shape, f"return latents {shape} from finish", final)
+        expect(bool(final.isfinite().all()), "return finite latents from finish", "NaN or inf")
+        bare = adapter.denoise_once(final, torch.full((2,), 1), probes.conditions)
+        expect(isinstance(bare, Tensor) and len(bare) == 2, "return predictions (n, C, h, w) from denoise_once", bare)
+
+
 def try_metric(metric: Metric, adapter: ModelAdapter) -> None:
     """Scores two images once, so that a metric that cannot work here says so before the long part.
 
@@ -93,6 +132,8 @@ def try_metric(metric: Metric, adapter: ModelAdapter) -> None:
     images = latents if metric.space == "latent" else adapter.decode(latents)
     try:
         metric(images, images)
+    except PluginError:
+        raise
     except Exception as error:  # each metric fails in its own way
         reason = " ".join(str(error).split())[:300]
         raise DiffesError(

@@ -46,7 +46,7 @@ from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation, Evaluator, StageProfile
 from diffes.study.config import RunConfig
 from diffes.study.heldout import HELDOUT_SEED, HeldOut
-from diffes.study.settings import EXAMPLE, check_settings, check_visited, operators_of, try_metric
+from diffes.study.settings import EXAMPLE, check_settings, check_visited, operators_of, try_adapter, try_metric
 from diffes.study.toolbox import measuring_toolbox
 
 
@@ -275,6 +275,7 @@ def prepare(
     adapter = adapter_for(pipe)
     if config.prompts is not None:
         adapter.use_prompts(Path(config.prompts))
+    try_adapter(adapter, config.steps, config.guidance)
     if "reuse" in method.kind and config.cost == "level":
         raise DiffesError(
             f"levels of {config.method} that reuse remove nothing: set cost to macs or latency, not level"
@@ -338,6 +339,8 @@ def _priced(bench: Workbench, progress: Progress) -> Workbench:
     config, space = bench.config, bench.space
     currency: Currency = CURRENCIES.make(config.cost)
     costs = bench.costs
+    if costs and [len(row) for row in costs] != [space.max_level + 1] * space.n_stages:
+        raise DiffesError(f"the known costs are no table of {space.n_stages} stages by {space.max_level + 1} levels")
     if not costs:
         probes = bench.adapter.make_probes(config.probes, HELDOUT_SEED, "heldout")
         with progress.task(f"{config.cost} by level", 1) if currency.counted else nullcontext():

@@ -314,12 +314,19 @@ def shorter(individual: list[int]) -> Any:
     return (individual[1:],)
 
 
-@pytest.mark.parametrize("function", [nothing, not_a_tuple, not_a_number, infinite, letters, beyond])
+@pytest.mark.parametrize("function", [not_a_number, infinite, letters, beyond])
 def test_a_plain_operator_that_cannot_work_is_named(function: Any) -> None:
     mutation("bad")(function)
     with pytest.raises(
         DiffesError, match=r"operator 'bad' cannot work on a genome of 10 levels from 0 to 8 \(.+\); take"
     ):
+        bind(MUTATIONS, "bad")(Genome(PAPER.uniform()))
+
+
+@pytest.mark.parametrize("function", [nothing, not_a_tuple])
+def test_a_plain_operator_that_returns_no_tuple_is_named(function: Any) -> None:
+    mutation("bad")(function)
+    with pytest.raises(DiffesError, match="operator 'bad' must return a tuple of 1 genomes, got"):
         bind(MUTATIONS, "bad")(Genome(PAPER.uniform()))
 
 

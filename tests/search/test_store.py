@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from diffes.errors import DiffesError
 from diffes.search.genome import Origin
 from diffes.search.schedule import Schedule, Stages
 from diffes.search.space import SearchSpace
-from diffes.search.store import EvaluationStore
+from diffes.search.store import EvaluationStore, digest
 from diffes.search.strategy import Evaluation
 
 STAGES = Stages.equal(3)
@@ -67,7 +68,7 @@ def test_optuna_opens_the_file(path: Path) -> None:
     good, failed, too_dear, partial = study.trials
     assert good.params == {"level_00": 4, "level_01": 0, "level_02": 8}
     assert good.value == 0.5
-    assert good.user_attrs == {"denoiser_calls": 320, "seconds": 1.25}
+    assert good.user_attrs == {"denoiser_calls": 320, "seconds": 1.25, "digest": digest(store.evaluations()[0])}
     assert failed.state == optuna.trial.TrialState.FAIL
     assert failed.user_attrs["failed"] is True
     assert too_dear.constraints["budget"] > 0 >= good.constraints["budget"]
@@ -75,6 +76,45 @@ def test_optuna_opens_the_file(path: Path) -> None:
     assert partial.state == optuna.trial.TrialState.PRUNED
     assert partial.intermediate_values == {25: 0.7}
     assert partial.user_attrs["operator"] == "swap" and partial.user_attrs["parents"] == [good.number]
+
+
+@pytest.mark.parametrize(
+    ("written", "changed"),
+    [
+        ('"value":0.5', '"value":0.75'), ('"denoiser_calls":320', '"denoiser_calls":32'),
+        ('"seconds":1.25', '"seconds":9'),
+        ('"level_00":4', '"level_00":5'), ('"digest":"', '"other":"'), ('"value":0.5', '"value":Infinity'),
+        ('"value":0.5', '"value":"a"'), ('"denoiser_calls":320', '"denoiser_calls":true'),
+        ('"seconds":1.25', '"seconds":NaN'), ('"level_00":4', '"level_00":1e999'), ('"level_00":4', '"level_00":[]'),
+        ('"user_attrs":{', '"user_attrs":' + "[" * 9999),
+    ],
+)  # fmt: skip
+def test_a_value_that_was_changed_or_is_none_is_found(path: Path, written: str, changed: str) -> None:
+    store = reopen(path)
+    store.add(evaluation(1, 2, 3, fitness=0.9))
+    store.add(evaluation(4, 0, 8, fitness=0.5))
+    content = path.read_text().replace(" ", "")
+    at = content.rindex(written)
+    path.write_text(content[:at] + changed + content[at + len(written) :])
+    with pytest.raises(DiffesError, match=r"altered|damaged"):
+        reopen(path)
+
+
+def test_a_journal_of_before_there_were_digests_is_read_and_gone_on_with(path: Path) -> None:
+    kept = [evaluation(1, 2, 3), evaluation(4, 0, 8), evaluation(0, 1, 2)]
+    for each in kept[:2]:
+        reopen(path).add(each)
+    path.write_text(re.sub(r',"digest":"\w+"', "", path.read_text()))
+    store = reopen(path)
+    assert store.evaluations() == kept[:2]
+    store.add(kept[2])
+    assert reopen(path).evaluations() == kept
+
+
+@pytest.mark.parametrize("fitness", [math.nan, math.inf])
+def test_what_is_no_score_is_not_stored(path: Path, fitness: float) -> None:
+    with pytest.raises(DiffesError, match="must not be NaN or inf"):
+        reopen(path).add(evaluation(1, 2, 3, fitness=fitness))
 
 
 def test_the_same_schedule_at_two_fidelities(path: Path) -> None:

@@ -47,8 +47,9 @@ def swap_ends() -> Iterator[str]:
 def test_toolbox_uses_a_registered_mutation_with_its_parameters(swap_ends: str) -> None:
     assert swap_ends in MUTATIONS.names()
     rng = np.random.default_rng(0)
-    assert make_toolbox(PAPER, rng, mutate=swap_ends).mutate(Genome([1, 2, 3])) == ([3, 2, 1],)
-    assert make_toolbox(PAPER, rng, mutate=f"{swap_ends}:times=2").mutate(Genome([1, 2, 3])) == ([1, 2, 3],)
+    rising, falling = [1, *[8] * 8, 15], [15, *[8] * 8, 1]
+    assert make_toolbox(PAPER, rng, mutate=swap_ends).mutate(Genome(rising)) == (falling,)
+    assert make_toolbox(PAPER, rng, mutate=f"{swap_ends}:times=2").mutate(Genome(rising)) == (rising,)
 
 
 def test_toolbox_default_is_level_switch() -> None:

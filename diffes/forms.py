@@ -1,0 +1,309 @@
+"""What the JSON of a folder has to look like. A file may come from a stranger: a checksum says that it is whole, not
+that it is honest, so types and ranges are checked before anything is done with it."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, RootModel, StringConstraints, ValidationError
+
+from diffes.errors import DiffesError
+
+AGAIN = "restore it or run `diffes search` again"
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Number = Annotated[int, Field(ge=1, le=2**53)]
+Amount = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=4096)]  # it may be shown as it is
+Prompt = Annotated[str, StringConstraints(pattern=r"\S")]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Range = Annotated[list[Count], Field(min_length=2, max_length=2)]
+CostTable = Annotated[list[Annotated[list[Amount], Field(min_length=1)]], Field(min_length=1)]
+
+
+TOLD = {  # what pydantic says in terms of its own
+    "model_type": "it should be a JSON object",
+    "string_pattern_mismatch": "it should be a text of another form, not empty",
+}
+
+
+class Form(BaseModel):
+    """A JSON object: numbers are finite, a whole number is no truth value and no text; other keys are left alone."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow", protected_namespaces=())
+
+
+def checked(form: type[BaseModel], data: Any, path: object, hint: str = AGAIN, wrong: str = "is damaged") -> Any:
+    """The data as they are, if they are of the form.
+
+    Args:
+        form: what is expected.
+        data: what was read.
+        path: from where, for the message.
+        hint: what to do where it is not.
+        wrong: what is wrong with it then.
+
+    Raises:
+        DiffesError: they are not; the message names the first place that is wrong and what is expected there.
+    """
+    try:
+        form.model_validate(data)
+    except ValidationError as error:
+        raise DiffesError(f"{path} {wrong} ({_said(error)}); {hint}") from None
+    return data
+
+
+def _said(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(_places(first["loc"]))
+    if first["type"] == "missing":
+        return f"it lacks {place}"
+    wanted = TOLD.get(first["type"], first["msg"].replace("Input should", "it should"))
+    return f"{place + ': ' if place else ''}{wanted}, got {reprlib.repr(first['input'])}"
+
+
+def _places(loc: tuple[int | str, ...]) -> Iterator[str]:
+    return (reprlib.repr(part)[1:-1] if isinstance(part, str) else str(part) for part in loc)
+
+
+class Split(Form):
+    """How levels are shared out over the layers (see `diffes.pruning.bank.split_of`)."""
+
+    sets: list[Text]
+    groups: list[Count]
+    kept: dict[Text, list[Count]]
+
+
+class Pruned(Form):
+    """What a bank was made for and how."""
+
+    method: Text
+    allocation: Literal["damage", "equal"] = "equal"
+    kind: Text
+    model: Text
+    stages: Annotated[list[Range], Field(min_length=1)]
+    max_level: Number
+    split: Split | None = None
+
+
+class Artifact(Pruned):
+    """What `schedule.json` and `front.json` share."""
+
+    format_version: Number
+    guidance: Amount
+    dtype: Literal["float32", "float16", "bfloat16"]
+    bank_sha256: Digest
+    checksum: Digest
+
+
+class ScheduleFile(Artifact):
+    """`schedule.json`."""
+
+    levels: list[Count]
+    steps: Number
+    nominal_sparsity: Fraction
+    macs_fraction: Amount
+
+
+class FrontPoint(Form):
+    """A plan of a front."""
+
+    kind: Text
+    budget: Positive
+    cost: Positive
+    n_calls: Number
+    heldout_mean: float | None
+    heldout_std: float | None
+    latent_mse: Amount | None
+    timesteps: Annotated[list[Count], Field(min_length=1)]
+    sigmas: list[Amount]
+    levels: Annotated[list[Count], Field(min_length=1)]
+    calls_spent: Count
+    ms: Positive
+
+
+class Reference(Form):
+    """What plans are compared with."""
+
+    solver: Text
+    steps: Number
+
+
+class FrontFile(Artifact):
+    """`front.json`."""
+
+    reference: Reference
+    solver: Text
+    currency: Text
+    metric: Text
+    nodes: Number
+    heldout: Number = 1
+    timing: dict[Text, Number | Text] = {}
+    points: Annotated[list[FrontPoint], Field(min_length=1)]
+
+
+class Fingerprint(Form):
+    """What a denoiser is recognised by."""
+
+    structure: Digest
+    sample: list[float]
+
+
+class BankHeader(Form):
+    """The metadata of a bank; what older versions lack has a default."""
+
+    format_version: Number
+    kind: Text
+    method: Text = "?"
+    max_level: Count = 0
+    stages: list[Range] = []
+    split: Split | None = None
+    same: dict[Text, Text] = {}
+    fingerprint: Fingerprint | None = None
+
+
+class Measured(Form):
+    """A candidate on held-out probes."""
+
+    heldout_mean: float | None
+    heldout_std: float | None = None
+
+
+class Fitness(Measured):
+    search: float | None
+    n_heldout: Number
+
+
+class Uniform(Measured):
+    levels: list[Count]
+    search: float | None
+    nominal_sparsity: Fraction
+    macs_fraction: Amount
+
+
+class FewerSteps(Measured):
+    steps: Number
+    macs_fraction: Amount
+
+
+class Baselines(Form):
+    uniform: Uniform
+    fewer_steps: FewerSteps
+
+
+class Latency(Form):
+    routed_ms: Positive
+    uniform_ms: Positive
+    fewer_steps_ms: Positive
+    dense_ms: Positive
+    batch: Number
+    repeats: Number
+    device: Text
+    threads: Number
+
+
+class ReportPoint(Form):
+    steps: Number = 1
+    levels: list[Count] = []
+    heldout_mean: float | None
+    macs_fraction: Amount
+    search: float | None = None
+
+
+class ReportFile(Form):
+    """`report.json`."""
+
+    model: Text
+    method: Text
+    metric: Text
+    strategy: Text
+    seed: Count
+    levels: list[Count]
+    nominal_sparsity: Fraction
+    prunable_fraction: Fraction
+    macs_fraction: Amount
+    evaluations: Number
+    denoiser_calls: Count
+    search_seconds: Amount
+    calibration_calls: Count = 0
+    fitness: Fitness
+    baselines: Baselines
+    latency: Latency
+    front: dict[Text, list[ReportPoint]] = {}
+    bank_bytes: Count
+
+
+class CostsFile(Form):
+    """`costs.json` of a run; older ones had no checksum."""
+
+    cost: Text
+    costs: CostTable
+    checksum: Digest | None = None
+
+
+class CellCosts(RootModel[dict[Text, CostTable]]):
+    """`costs.json` of many cells, by the digest of their settings."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class ConfigFile(Form):
+    """`config.json`; the settings themselves are checked against their own types."""
+
+    settings: dict[Text, Any]
+    versions: dict[Text, Text]
+
+
+class Prompts(Form):
+    """A file of prompts."""
+
+    search: Annotated[list[Prompt], Field(min_length=1)]
+    heldout: Annotated[list[Prompt], Field(min_length=1)]
+    calibration: list[Prompt] = []
+
+
+class CellSettings(Form):
+    """Of a cell, what its record is read with."""
+
+    steps: Number
+
+
+class Cell(Form):
+    """A line of `cells.jsonl`; older ones lack what has a default."""
+
+    settings: CellSettings
+    versions: dict[Text, Text]
+    stages: Annotated[list[Range], Field(min_length=1)]
+    levels: list[Count]
+    max_level: Number
+    heldout: float | None
+    heldout_std: float | None
+    search: float | None
+    uniform_levels: list[Count] = []
+    uniform_heldout: float | None
+    uniform_heldout_std: float | None = None
+    uniform_sparsity: Fraction = 0.0
+    uniform_macs: Amount
+    fewer_steps: Number
+    fewer_steps_heldout: float | None
+    fewer_steps_heldout_std: float | None = None
+    nominal_sparsity: Fraction
+    macs: Amount
+    evaluations: Number
+    denoiser_calls: Count
+    seconds: Amount
+    calibration_calls: Count = 0
+    curve: list[Annotated[list[float], Field(min_length=2, max_length=2)]]
+
+
+class Paid(Form):
+    """What a trial of a study says of an evaluation beside levels and fitness."""
+
+    denoiser_calls: Count
+    seconds: Amount
+    fidelity: Annotated[float, Field(gt=0, le=1)] = 1.0
+    digest: Digest | None = None
