@@ -85,5 +85,7 @@ def _best(run: Trajectory, space: PlanSpace, caution: float, rng: np.random.Gene
         foretold = zip(batch, errors(run, batch, caution).tolist(), strict=True)
         survivors = toolbox.select([*survivors, *(Genome(plan, -error) for plan, error in foretold)], MU)
         seen.update(map(tuple, batch))
+        if any(plan.origin and plan.origin.operator == "random" for plan in batch):
+            break  # around the survivors everything was tried
         batch = vary(survivors, toolbox, LAMBDA, space=space, rng=rng, seen=seen)
     return tuple(survivors[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence, Set
 
 import numpy as np
@@ -86,8 +87,8 @@ def vary(
     children: dict[tuple[int, ...], Genome] = {}
     while len(children) < lambda_:
         taken = seen | children.keys()
-        drawn = [_child(parents, toolbox, rng, taken, cxpb) for _ in range(PRESELECTED if space.forecasts else 1)]
-        new = [child for child in drawn if tuple(child) not in taken]
+        drawn = (_child(parents, toolbox, rng, taken, cxpb) for _ in range(PRESELECTED if space.forecasts else 1))
+        new = list(itertools.takewhile(lambda child, taken=taken: tuple(child) not in taken, drawn))
         if not new:
             levels = sample_unseen(space, rng, taken)
             if levels is None:
