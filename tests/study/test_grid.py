@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import Counting
 
+from diffes import terminal
 from diffes.errors import DiffesError
 from diffes.measure.metrics import METRICS, latent_mse
 from diffes.study import grid
@@ -153,7 +154,9 @@ def test_what_costs_the_same_is_not_searched_twice(base: RunConfig, tmp_path: Pa
     assert sum("searching" in title for title in progress.titles) == 2 and comparison.to_interpolate() == []
 
 
-def test_a_cell_that_fails_does_not_stop_the_others_and_is_tried_again(base: RunConfig, tmp_path: Path) -> None:
+def test_a_cell_that_fails_does_not_stop_the_others_and_is_tried_again(
+    base: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     varied: dict[str, list[Any]] = {"metric": ["broken", "latent_mse"]}
     healthy = [True]
 
@@ -175,6 +178,9 @@ def test_a_cell_that_fails_does_not_stop_the_others_and_is_tried_again(base: Run
         )
         with pytest.raises(DiffesError, match=r"1 of 2 cells failed, the first with: .*\(RuntimeError: out of luck\)"):
             grid.run_cells(grid.grid(base, varied, 1), tmp_path, Counting())
+        with pytest.raises(DiffesError, match="cells that failed: 1, named above"):
+            terminal.experiment(base, varied, 1, tmp_path)
+        assert "Failed: metric broken, seed 0: RuntimeError: out of luck" in capsys.readouterr().out
         healthy[0] = True
         mended = Counting()
         assert grid.run_experiment(base, varied, 1, tmp_path, mended).failed == ()
