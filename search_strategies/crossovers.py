@@ -31,8 +31,8 @@ def level_exchange(
     Raises:
         DiffesError: rate is outside [0, 1].
     """
-    if not 0 <= rate <= 1:
-        raise DiffesError(f"rate must be in [0, 1], got {rate}")
+    if not isinstance(rate, int | float) or not 0 <= rate <= 1:
+        raise DiffesError(f"rate must be in [0, 1], got {rate!r}")
     both = sorted(set(space.called(one)) & set(space.called(other)))
     gains = [s for s in both for _ in range(other[s] - one[s])]
     losses = [s for s in both for _ in range(one[s] - other[s])]

@@ -11,7 +11,7 @@ from diffes.forms import Prompts, checked
 
 PROMPTS = "prompts.json"
 SPLITS = ("search", "heldout", "calibration")
-FORM = 'expected JSON with texts in "search" and "heldout", at least one each, and if wanted in "calibration"'
+FORM = 'expected JSON with lists "search" and "heldout", if wanted "calibration", of at least one prompt, none empty'
 
 _SUBJECTS = {
     "search": (

@@ -90,7 +90,7 @@ class RunConfig:
             "stages": 1, "steps": 1, "max_evals": 1, "probes": 1, "heldout": 2, "calibration_samples": 1, "seed": 0,
         }  # fmt: skip
         for name, smallest in smallest_of.items():
-            at_least(name, getattr(self, name), smallest, LARGEST)
+            at_least(name, getattr(self, name), smallest, 10**18 if name == "seed" else LARGEST)
         if self.max_calls is not None:
             at_least("max_calls", self.max_calls, 1, 10**18)
         for name in ("guidance", "budget", "bank_memory", "time_limit"):

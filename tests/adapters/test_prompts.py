@@ -31,7 +31,7 @@ def test_prompts_of_searches_reports_and_calibration_are_disjoint() -> None:
         ("", "holds no prompts"),
         ("[]", "holds no prompts"),
         ('{"search": ["a"]}', "at least one"),
-        ('{"search": ["a", ""], "heldout": ["b"]}', "not empty"),
+        ('{"search": ["a", ""], "heldout": ["b"]}', "none empty"),
         ('{"search": ["a"], "heldout": ["b", "a"]}', "'a' in both 'search' and 'heldout'"),
     ],
 )
