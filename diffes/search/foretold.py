@@ -15,7 +15,7 @@ from diffes.search.plan import PlanSpace
 from diffes.search.variation import make_toolbox, vary
 
 MU, LAMBDA = 4, 16
-FORECASTS = 50  # of an evolution, for each node
+FORECASTS = 25 / 32  # of an evolution, times the square of the number of nodes; at least ten generations
 CAUTION = (0.02, 0.005, 0.1)  # weights of what errors come to if none cancels another
 
 
@@ -81,7 +81,7 @@ def _best(run: Trajectory, space: PlanSpace, caution: float, rng: np.random.Gene
     batch = [Genome(levels) for levels in hybrid(space, rng, 4 * LAMBDA)]
     survivors: list[Genome] = []
     seen: set[tuple[int, ...]] = set()
-    while batch and len(seen) < FORECASTS * space.n_stages:
+    while batch and len(seen) < max(FORECASTS * space.n_stages**2, 10 * LAMBDA):
         foretold = zip(batch, errors(run, batch, caution).tolist(), strict=True)
         survivors = toolbox.select([*survivors, *(Genome(plan, -error) for plan, error in foretold)], MU)
         seen.update(map(tuple, batch))

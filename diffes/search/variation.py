@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence, Set
 
 import numpy as np
@@ -87,15 +86,19 @@ def vary(
     children: dict[tuple[int, ...], Genome] = {}
     while len(children) < lambda_:
         taken = seen | children.keys()
-        drawn = (_child(parents, toolbox, rng, taken, cxpb) for _ in range(PRESELECTED if space.forecasts else 1))
-        new = list(itertools.takewhile(lambda child, taken=taken: tuple(child) not in taken, drawn))
+        new: list[Genome] = []
+        for _ in range(PRESELECTED if space.forecasts else 1):
+            child = _child(parents, toolbox, rng, taken, cxpb)
+            if tuple(child) in taken:
+                break  # hardly anything is new around here
+            new.append(child)
         if not new:
             levels = sample_unseen(space, rng, taken)
             if levels is None:
                 break
             new = [Genome(levels, origin=Origin("random"))]
-        child = new[int(np.argmin(space.forecasts(new)))] if space.forecasts else new[0]
-        children[tuple(child)] = child
+        best = new[int(np.argmin(space.forecasts(new)))] if space.forecasts else new[0]
+        children[tuple(best)] = best
     return list(children.values())
 
 
