@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import skip_twice, small_bank
+from masking import assert_dense, masked, state
 from torch import nn
 
-from diffes.adapters import BlockSet, GroupSet, Kind, ModelAdapter
+from diffes.adapters import Kind, ModelAdapter
 from diffes.adapters.dit import DiTAdapter
 from diffes.errors import DiffesError
 from diffes.pruning import METHODS, GroupWeights
-from diffes.pruning.bank import WeightBank
 from diffes.runtime.router import Router
 from diffes.search.schedule import Schedule, Stages
 
@@ -27,28 +27,6 @@ def everywhere(stages: Stages, level: int, max_level: int) -> Schedule:
     return Schedule(stages, (level,) * len(stages), max_level)
 
 
-def state(adapter: ModelAdapter) -> dict[str, object]:
-    """Everything about a denoiser that routing may touch."""
-    found: dict[str, object] = {name: tensor.clone() for name, tensor in adapter.denoiser.state_dict().items()}
-    for name, module in adapter.denoiser.named_modules():
-        hooks = len(module._forward_pre_hooks), len(module._state_dict_pre_hooks)
-        found[f"{name}:own"] = sorted(set(module.__dict__) & {"forward"}), hooks
-        if hasattr(module, "heads"):
-            found[f"{name}:heads"] = module.heads, type(module.processor)
-    return found
-
-
-def assert_dense(adapter: ModelAdapter, before: dict[str, object]) -> None:
-    after = state(adapter)
-    assert after.keys() == before.keys()
-    for name, value in before.items():
-        now = after[name]
-        if isinstance(value, torch.Tensor):
-            assert isinstance(now, torch.Tensor) and torch.equal(now, value), name
-        else:
-            assert now == value, name
-
-
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_level_0_is_the_dense_model_bit_for_bit(adapter: ModelAdapter, stages: Stages, method: str) -> None:
     skip_twice(adapter, method)
@@ -60,26 +38,6 @@ def test_level_0_is_the_dense_model_bit_for_bit(adapter: ModelAdapter, stages: S
         assert torch.equal(adapter.sample(probes, 4, 2.0), dense)
     with router.routed(Schedule(stages, (0, 1, 1, 0), max_level)):
         assert not torch.equal(adapter.sample(probes, 4, 2.0), dense)
-
-
-def masked(adapter: ModelAdapter, bank: WeightBank, level: int, stack: ExitStack) -> None:
-    """The dense model with what a level of stage 1 drops made ineffective, at full width and depth."""
-    for prunable in adapter.prunable(bank.kind):
-        thin = bank[1, level].get(prunable.name)
-        if thin is None:  # dense at this level
-            continue
-        if isinstance(prunable, GroupSet):
-            columns = prunable.features(thin.kept.long())
-            layer = adapter.denoiser.get_submodule(prunable.consumer)
-            dense, full = layer.weight.data, torch.zeros_like(layer.weight)
-            full[:, columns] = thin.consumer if thin.consumer is not None else dense[:, columns]
-            layer.weight.data = full
-            stack.callback(setattr, layer.weight, "data", dense)
-        elif isinstance(prunable, BlockSet):
-            for i, path in enumerate(prunable.blocks):
-                if i not in thin.kept:
-                    block = adapter.denoiser.get_submodule(path)
-                    stack.callback(block.register_forward_hook(lambda _m, args, _o: args[0]).remove)
 
 
 @pytest.mark.parametrize("method", PRUNING)
