@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -49,9 +50,7 @@ class Part:
 
 
 class _Held:
-    """A parameter of a layer, its dense tensor, and where it was when it was last loaded."""
-
-    __slots__ = ("dense", "layer", "name", "owner", "parameter", "pointer", "version")
+    """A parameter of a layer, and its dense tensor."""
 
     def __init__(self, layer: nn.Module, name: str) -> None:
         if name not in layer._parameters:
@@ -60,14 +59,9 @@ class _Held:
                 "the pipeline without what computes it"
             )
         self.layer = layer
-        self.owner: dict[str, Any] = layer._parameters
         self.name = name
         self.parameter = cast(nn.Parameter, layer._parameters[name])
         self.dense = self.parameter.data
-        self.note()
-
-    def note(self) -> None:
-        self.version, self.pointer = _version(self.parameter), self.parameter.data_ptr()
 
 
 class WidthPart(Part):
@@ -96,6 +90,9 @@ class WidthPart(Part):
         by_row = [held for layer in producers for held in (*_own(layer), *_lora(layer, "lora_B"))]
         self._by_row, self._by_column = by_row, _lora(consumer, "lora_A")
         self._held = (self.consumer, *self._by_row, *self._by_column)
+        self._parameters = [held.parameter for held in self._held]
+        self._places: list[Any] = [(held.layer._parameters, held.name, held.parameter) for held in self._held]
+        self.note()
         self.modules = [held.layer for held in self._held]
         self._thin: GroupWeights | None = None  # what is loaded
         self.attention: Any = denoiser.get_submodule(groups.name) if groups.kind == "heads" else None
@@ -105,8 +102,7 @@ class WidthPart(Part):
             check_attention(groups.name, self.attention)
 
     def note(self) -> None:
-        for held in self._held:
-            held.note()
+        self._versions, self._pointers = _versions(self._parameters), [p.data_ptr() for p in self._parameters]
 
     def check_unchanged(self) -> None:
         if self._cast:
@@ -129,19 +125,16 @@ class WidthPart(Part):
 
     @property
     def changed(self) -> bool:
-        moved = False
-        for held in self._held:
-            parameter = held.parameter
-            if held.owner[held.name] is not parameter or _version(parameter) != held.version:
-                return True
-            moved = moved or parameter.data_ptr() != held.pointer
-        if self._cast:
-            return False
-        if moved and any(not _equal(held.parameter, tensor) for held, tensor in self._tensors(self._thin)):
+        if _versions(self._parameters) != self._versions or any(
+            layer[name] is not p for layer, name, p in self._places
+        ):
             return True
-        if moved:  # to another device and back
-            self.note()
-        return False
+        if [p.data_ptr() for p in self._parameters] == self._pointers or self._cast:
+            return False
+        if all(_equal(held.parameter, tensor) for held, tensor in self._tensors(self._thin)):
+            self.note()  # they were moved to another device and back
+            return False
+        return True
 
     def outdated(self) -> bool:
         return self._bypassed is not None and self.attention.processor is not self._bypassed
@@ -160,10 +153,12 @@ class WidthPart(Part):
     def _load(self, thin: GroupWeights | None) -> None:
         if self.attention is not None:
             self._load_attention(thin)
-        for held, tensor in self._tensors(thin):
-            held.parameter.data = tensor
-            held.note()
         self._thin = thin
+        try:
+            for held, tensor in self._tensors(thin):
+                held.parameter.data = tensor
+        finally:
+            self.note()
 
     def _load_attention(self, thin: GroupWeights | None) -> None:
         attention, self._bypassed = self.attention, None
@@ -233,12 +228,12 @@ def put_forward(module: nn.Module, forward: Any) -> None:
         module.forward = forward
 
 
-def _version(parameter: Tensor) -> int:
-    """How often a parameter was written to; always 0 of those that were made in inference mode, which do not count."""
+def _versions(parameters: Sequence[Tensor]) -> list[int]:
+    """How often each was written to; of those that were made in inference mode nobody counts."""
     try:
-        return parameter._version
+        return [parameter._version for parameter in parameters]
     except RuntimeError:
-        return 0
+        return []
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

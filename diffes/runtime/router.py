@@ -125,8 +125,8 @@ class Router:
             part.released()
         if lost:
             warnings.warn(
-                "thin weights of the model were written to while a schedule was routed through it; the model is as it "
-                "was before: write again now that it is dense",
+                "weights of the model were written to while a schedule was routed through it, and what was written to "
+                "thin layers is lost: write again, now that it is dense",
                 stacklevel=2,
             )
 
