@@ -28,6 +28,7 @@ def everywhere(stages: Stages, level: int, max_level: int) -> Schedule:
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.feature("level 0", "equal")
 def test_level_0_is_the_dense_model_bit_for_bit(adapter: ModelAdapter, stages: Stages, method: str) -> None:
     skip_twice(adapter, method)
     probes = adapter.make_probes(2, 0)
@@ -41,6 +42,7 @@ def test_level_0_is_the_dense_model_bit_for_bit(adapter: ModelAdapter, stages: S
 
 
 @pytest.mark.parametrize("method", PRUNING)
+@pytest.mark.feature("every stage thin, every level, width and depth", "equal")
 def test_sliced_equals_masked(adapter: ModelAdapter, stages: Stages, method: str) -> None:
     """Thin layers against full ones with zero columns, skipped blocks against blocks whose output is not used."""
     bank = small_bank(adapter, method, stages, STAGES)
@@ -155,6 +157,7 @@ def test_unsuitable_schedules_are_refused(tiny: ModelAdapter, stages: Stages) ->
     assert_dense(tiny, before)
 
 
+@pytest.mark.feature("a model moved or cast while routed", "refused")
 def test_moving_the_model_while_routed_is_refused(tiny: ModelAdapter, stages: Stages) -> None:
     router = Router(tiny, small_bank(tiny, "magnitude", stages))
     probes = tiny.make_probes(1, 0)
