@@ -16,7 +16,17 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
-from diffes.adapters.groups import AnySet, BlockSet, BranchSet, GroupSet, NoHeads, UpLayerSet, hand_on, heads_of
+from diffes.adapters.groups import (
+    PLAIN_PROCESSORS,
+    AnySet,
+    BlockSet,
+    BranchSet,
+    GroupSet,
+    NoHeads,
+    UpLayerSet,
+    hand_on,
+    heads_of,
+)
 from diffes.errors import DiffesError
 from diffes.plugins import guarded, unexpected
 
@@ -74,6 +84,7 @@ class ModelAdapter(abc.ABC):
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.pipe = pipe
+        self._checked_sampler: Any = None
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
                 component.eval()
@@ -88,9 +99,22 @@ class ModelAdapter(abc.ABC):
         """Module paths of all transformer blocks (diffusers' `BasicTransformerBlock`), in the order of the forward."""
 
     def timestep(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-        """The training timestep of a denoiser call, from its arguments: the second one, or the one of that name."""
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        return float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+        """The training timestep of a denoiser call, from its arguments: the second one, or the one of that name.
+
+        Raises:
+            DiffesError: its rows are at different ones, or it is below 0.
+        """
+        given = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        timesteps = given.flatten().tolist() if isinstance(given, Tensor) else [given]
+        timestep = float(timesteps[0])
+        if any(other != timestep for other in timesteps):
+            raise DiffesError(
+                f"the rows of a denoiser call are at timesteps from {min(timesteps):g} to {max(timesteps):g}, but thin "
+                "layers are those of one stage: call it with rows at one timestep, or diffes.remove(pipe) first"
+            )
+        if not timestep >= 0:
+            raise _no_training_timestep(type(self.pipe.scheduler).__name__, f"the denoiser was called at {timestep:g}")
+        return timestep
 
     @abc.abstractmethod
     def choices(self, split: Split) -> Sequence[Condition]:
@@ -191,8 +215,10 @@ class ModelAdapter(abc.ABC):
         return hand_on
 
     def without_heads(self, attention: nn.Module) -> Any:
-        """The processor of an attention layer that has lost all its heads."""
-        return NoHeads()
+        """What stands in for the forward of an attention layer that has lost all its heads, called with the layer and
+        then as the forward; None where the layer's own processor has to see the call: one of the user's, for instance.
+        """
+        return NoHeads() if type(attention.processor) in PLAIN_PROCESSORS else None
 
     def make_probes(self, n: int, seed: int, split: Split = "search") -> Probes:
         """`n` probes with balanced conditions; probe i depends on `seed`, i and, for its condition, `split` alone."""
@@ -271,6 +297,37 @@ class ModelAdapter(abc.ABC):
         """The timesteps of a sampling run, one per denoiser call (Heun makes two a step), noisiest first."""
         return [float(t) for t in self.fresh_scheduler(n_steps).timesteps]
 
+    def check_sampler(self) -> None:
+        """Refuses a scheduler that does not count in training timesteps, which stages are ranges of.
+
+        Raises:
+            DiffesError: its timesteps are something else (logarithms of sigmas, fractions of the way).
+        """
+        if self.pipe.scheduler is self._checked_sampler:
+            return
+        visited = self.timesteps(min(10, self.n_timesteps))
+        if min(visited) < 0 or 2 * max(visited) < self.n_timesteps:
+            raise _no_training_timestep(
+                type(self.pipe.scheduler).__name__, f"it goes from {max(visited):.4g} to {min(visited):.4g}"
+            )
+        self._checked_sampler = self.pipe.scheduler
+
+    def unusual(self) -> list[str]:
+        """What diffusers can sample with, but `start`, `step` and `finish` cannot."""
+        return []
+
+    def check_sampled(self) -> None:
+        """Refuses a pipeline with something unusual.
+
+        Raises:
+            DiffesError: there is something.
+        """
+        if found := self.unusual():
+            raise DiffesError(
+                f"this {type(self.pipe).__name__} has {' and '.join(found)}, which diffes does not know how to sample: "
+                "nothing can be searched on it, but runs that were made for its denoiser can be applied"
+            )
+
     def fresh_scheduler(self, n_steps: int) -> Any:
         """A scheduler of the pipeline's kind, ready for `n_steps`; the pipeline's own is left alone.
 
@@ -280,10 +337,7 @@ class ModelAdapter(abc.ABC):
         if not 1 <= n_steps <= self.n_timesteps:
             raise DiffesError(f"steps must be in [1, {self.n_timesteps}], got {n_steps}")
         if not hasattr(self.pipe.scheduler, "alphas_cumprod"):
-            raise DiffesError(
-                f"{type(self.pipe.scheduler).__name__} does not count in training timesteps, which stages are made "
-                "of; give the pipeline another scheduler, for instance EulerDiscreteScheduler.from_config"
-            )
+            raise _no_training_timestep(type(self.pipe.scheduler).__name__)
         scheduler = copy.deepcopy(self.pipe.scheduler)
         scheduler.set_timesteps(n_steps, device=self.device)
         return scheduler
@@ -328,6 +382,14 @@ class ModelAdapter(abc.ABC):
             parts = (images.to(vae.device, vae.dtype) * 2 - 1).split(_images_at_once(images.shape[-1]))
             encoded = torch.cat([vae.encode(part).latent_dist.mean for part in parts])
         return (encoded * vae.config.scaling_factor).to(self.dtype)
+
+
+def _no_training_timestep(scheduler: str, reason: str = "it has no noise schedule of variances") -> DiffesError:
+    return DiffesError(
+        f"{scheduler} does not count in training timesteps, which stages are made of ({reason}); give the pipeline "
+        "another scheduler, for instance DPMSolverMultistepScheduler.from_config, or "
+        "EulerDiscreteScheduler.from_config with timestep_type='discrete'"
+    )
 
 
 def unwrapped(module: Any) -> Any:

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
 from torch import Tensor
 
 Kind = Literal["width", "depth", "reuse"]
@@ -153,8 +159,12 @@ def heads_of(path: str, attention: Any) -> GroupSet:
     return GroupSet(path, "heads", heads, size, producers, f"{path}.to_out.0")
 
 
+PLAIN_PROCESSORS = {AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor, SlicedAttnProcessor}
+"""Of attention that is a function of its projections and nothing else."""
+
+
 class NoHeads:
-    """Attention processor of a layer that has lost all its heads: the output projection's bias is all that is left."""
+    """Attention of a layer that has lost all its heads: the output projection's bias is all that is left."""
 
     def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out = torch.zeros_like(hidden_states)

@@ -14,7 +14,6 @@ from diffes.adapters.base import Condition, unwrapped
 from diffes.adapters.groups import UpLayerSet
 from diffes.adapters.text_to_image import TextToImageAdapter
 from diffes.adapters.unet import unet_layers
-from diffes.errors import DiffesError
 
 
 class SDXLAdapter(TextToImageAdapter):
@@ -28,20 +27,12 @@ class SDXLAdapter(TextToImageAdapter):
 
     pipe: StableDiffusionXLPipeline
 
-    def __init__(self, pipe: StableDiffusionXLPipeline) -> None:
-        super().__init__(pipe)
-        unusual = [
-            name
-            for name, there in (
-                ("a U-Net distilled with guidance (time_cond_proj_dim)", self.denoiser.config.time_cond_proj_dim),
-                ("an autoencoder with latents_mean", getattr(pipe.vae.config, "latents_mean", None)),
-            )
-            if there is not None
-        ]
-        if unusual:
-            raise DiffesError(
-                f"this SDXL pipeline has {' and '.join(unusual)}, which diffes does not know how to sample"
-            )
+    def unusual(self) -> list[str]:
+        parts = {
+            "a U-Net distilled with guidance (time_cond_proj_dim)": self.denoiser.config.time_cond_proj_dim,
+            "an autoencoder with latents_mean": getattr(self.pipe.vae.config, "latents_mean", None),
+        }
+        return [name for name, there in parts.items() if there is not None]
 
     @property
     def denoiser(self) -> Any:

@@ -68,8 +68,11 @@ class RoutedEvaluator(abc.ABC):
         self._cache = _StateCache(max(cache_bytes, REUSE_CACHE_BYTES) if router.bank.reusing else cache_bytes)
         self.denoiser_calls = 0
         self._fixed_bytes, self._row_bytes = 0, 0.0
+        self.adapter.check_sampled()
         self.final_reference = self._measured_reference()
         self.reference = self._in_metric_space(self.final_reference)
+        check_finite(self.final_reference, "latents of the dense model")
+        check_finite(self.reference, "images of the dense model")
 
     @abc.abstractmethod
     def _reference_steps(self) -> int | Any:
@@ -140,13 +143,23 @@ class RoutedEvaluator(abc.ABC):
             state = self.adapter.start(part, self._reference_steps(), self.guidance)
             self._fixed_bytes = max(self._fixed_bytes, size_of(state.scheduler))
             with self.router.routed(dense, keep=True):
-                for _ in range(len(state.scheduler.timesteps)):
+                for timestep in state.scheduler.timesteps.tolist():
                     state = self._step(state, part)
+                    self._check_timestep(timestep)
                     if rows.start == 0:  # other parts are like the first one
                         per_row = (size_of(state) - self._fixed_bytes) / len(part)
                         self._row_bytes = max(self._row_bytes, per_row)
             finals.append(self.adapter.finish(state, self.guidance))
         return torch.cat(finals)
+
+    def _check_timestep(self, timestep: float) -> None:
+        """Refuses an adapter that does not translate what its denoiser is called with."""
+        found = self.router.timestep
+        if self.stages.stage_of(found) != self.stages.stage_of(timestep):
+            raise DiffesError(
+                f"{type(self.adapter).__name__}.timestep said {found:g} for a denoiser call at training timestep "
+                f"{timestep:g}: it has to give training timesteps, whatever its denoiser takes"
+            )
 
     def parts(self, fidelity: float = 1.0) -> list[slice]:
         """Which probes share a denoiser call."""
@@ -227,6 +240,7 @@ class ScheduleEvaluator(RoutedEvaluator):
     ) -> None:
         self.stages = stages
         self.n_steps = n_steps
+        router.adapter.check_sampler()
         walked = [stages.stage_of(t) for t in router.adapter.timesteps(n_steps)]
         if walked != sorted(walked, reverse=True):
             raise DiffesError("this scheduler's timesteps do not fall; schedules need a sampler that walks downwards")
@@ -245,6 +259,20 @@ class ScheduleEvaluator(RoutedEvaluator):
 
     def _steps_of(self, schedule: Schedule) -> int:
         return self.n_steps
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Refuses what nothing can be compared with.
+
+    Raises:
+        DiffesError: some numbers are NaN or infinite.
+    """
+    if not torch.isfinite(tensor).all():
+        raise DiffesError(
+            f"the {what} are NaN or infinite, so nothing can be compared with them: half precision overflows (the "
+            "autoencoder of SDXL does in float16); choose dtype bfloat16 or float32, or a pipeline with an autoencoder "
+            "made for float16"
+        )
 
 
 def size_of(thing: Any) -> int:

@@ -235,6 +235,9 @@ class BankFile:
         return DiffesError(f"{self.path} is damaged ({error}): {AGAIN}")
 
 
+FUSED = re.compile(r"\.to_q?kv\.")  # diffusers' copies of projections, beside them
+
+
 def split_of(bank: WeightBank, prunable: Sequence[AnySet]) -> dict[str, Any]:
     """How the levels of a bank are shared out over the layers, as JSON in `schedule.json` and in the bank's file.
 
@@ -252,9 +255,12 @@ def split_of(bank: WeightBank, prunable: Sequence[AnySet]) -> dict[str, Any]:
 def fingerprint(denoiser: nn.Module) -> dict[str, Any]:
     """What tells one denoiser from another, in whatever dtype it was loaded: names, shapes and a sample of values.
 
-    A LoRA that is loaded and not fused changes nothing here: its own parameters do not count.
+    A LoRA that is loaded and not fused changes nothing here, and neither do projections that were fused once and are
+    not used since: their parameters do not count.
     """
-    parameters = sorted((n.replace(".base_layer", ""), p) for n, p in denoiser.named_parameters() if ".lora_" not in n)
+    found = {n.replace(".base_layer", ""): p for n, p in denoiser.named_parameters() if ".lora_" not in n}
+    copies = {n for n in found if FUSED.sub(".to_k.", n) != n and FUSED.sub(".to_k.", n) in found}
+    parameters = sorted((n, p) for n, p in found.items() if n not in copies)
     structure = json.dumps([[name, list(p.shape)] for name, p in parameters])
     sample = [float(p.detach().flatten()[p.numel() // 2]) for _, p in parameters]
     return {"structure": hashlib.sha256(structure.encode()).hexdigest(), "sample": sample}

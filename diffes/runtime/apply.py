@@ -13,9 +13,10 @@ from diffes.adapters import adapter_for, load_pipeline
 from diffes.errors import DiffesError
 from diffes.pruning.bank import WeightBank, check_bank, check_fingerprint
 from diffes.runtime.artifact import BANK, base_model, chosen
-from diffes.runtime.router import Router, check_not_offloaded
+from diffes.runtime.checks import check_cuttable, check_not_offloaded
+from diffes.runtime.router import Router
 from diffes.runtime.solver import scheduler_for
-from diffes.search.schedule import Plan
+from diffes.search.schedule import Plan, Schedule
 
 P = TypeVar("P", bound=DiffusionPipeline)
 _ATTRIBUTE = "_diffes_applied"
@@ -56,6 +57,9 @@ def apply(pipe: P, run: str | Path, *, calls: float | None = None) -> P:
     schedule, facts = chosen(folder, calls)
     adapter = adapter_for(pipe)
     check_not_offloaded(adapter.denoiser)
+    check_cuttable(adapter)
+    if isinstance(schedule, Schedule):
+        adapter.check_sampler()
     bank, header = WeightBank.open(folder / BANK, adapter.dtype)
     if facts.get("split") != header.get("split"):
         raise DiffesError(f"{folder} is damaged: its schedule and its bank split levels over the layers differently")

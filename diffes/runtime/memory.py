@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffes.adapters import ModelAdapter, ReuseSet
 from diffes.pruning.base import GroupWeights
+from diffes.runtime.parts import Part, put_forward
 from diffes.search.schedule import Plan, Schedule
 
 
@@ -73,10 +74,11 @@ class Memory:
         )
 
 
-class ReusePart:
+class ReusePart(Part):
     """The layers of one set whose outputs are remembered while a schedule is routed, and given again by thin levels.
 
-    Only the forwards of modules are replaced, on the instances; what was there before is put back.
+    Only the forwards of modules are replaced, on the instances, over what other parts put there; what was there before
+    is put back.
 
     Args:
         adapter: the model.
@@ -92,11 +94,14 @@ class ReusePart:
         self._memory = memory
         everything = {*groups.sources, *(groups.idle([groups.n_groups - 1]))}
         self._modules: dict[str, nn.Module] = {path: adapter.denoiser.get_submodule(path) for path in everything}
-        self._own = {path: module.__dict__.get("forward") for path, module in self._modules.items()}
+        self._covered: dict[str, Any] = {}  # by module path, the forward that was there before, None of a class
         self.watched: frozenset[str] = frozenset()
 
-    def check_unchanged(self) -> None:
-        """Moving, casting and adapters do not touch which outputs are reused."""
+    def uncover(self) -> None:
+        """Puts the forwards back that were there before, so that other parts may change them."""
+        for path, own in self._covered.items():
+            put_forward(self._modules[path], own)
+        self._covered = {}
 
     def load_dense(self) -> None:
         self._load(set(), set())
@@ -106,17 +111,18 @@ class ReusePart:
         self._load(set(self.groups.recalled(kept)), set(self.groups.idle(kept)))
 
     def _load(self, recalled: set[str], idle: set[str]) -> None:
+        self.uncover()
         for path, module in self._modules.items():
-            own = self._own[path]
-            module.__dict__.pop("forward", None)
-            if own is not None:
-                module.forward = own
             if path in recalled:
-                module.forward = partial(self._recall, path)
+                forward: Callable[..., Any] = partial(self._recall, path)
             elif path in idle:
-                module.forward = placeholder
+                forward = placeholder
             elif path in self.watched:
-                module.forward = partial(self._remember, path, module.forward)
+                forward = partial(self._remember, path, module.forward)
+            else:
+                continue
+            self._covered[path] = module.__dict__.get("forward")
+            module.forward = forward
 
     def _remember(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = self._memory().outputs[path] = forward(*args, **kwargs)

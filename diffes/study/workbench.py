@@ -280,6 +280,8 @@ def prepare(
         raise DiffesError(
             f"levels of {config.method} that reuse remove nothing: set cost to macs or latency, not level"
         )
+    adapter.check_sampler()
+    adapter.check_sampled()
     stages = Stages.equal(config.stages, adapter.n_timesteps)
     steps = stages.count_steps(adapter.timesteps(config.steps))
     space = SearchSpace.mean_sparsity(stages, method.max_level(adapter), config.budget, steps)

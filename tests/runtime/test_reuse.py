@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import N_STAGES, Counting, images, small_bank, small_config
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
-from test_router import assert_dense, state
+from masking import assert_dense, state
 from torch import Tensor
 
 import diffes

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import skip_twice, small_bank
+from masking import assert_dense, masked, state
 from torch import nn
 
-from diffes.adapters import BlockSet, GroupSet, Kind, ModelAdapter
+from diffes.adapters import Kind, ModelAdapter
 from diffes.adapters.dit import DiTAdapter
 from diffes.errors import DiffesError
 from diffes.pruning import METHODS, GroupWeights
-from diffes.pruning.bank import WeightBank
 from diffes.runtime.router import Router
 from diffes.search.schedule import Schedule, Stages
 
@@ -27,29 +27,8 @@ def everywhere(stages: Stages, level: int, max_level: int) -> Schedule:
     return Schedule(stages, (level,) * len(stages), max_level)
 
 
-def state(adapter: ModelAdapter) -> dict[str, object]:
-    """Everything about a denoiser that routing may touch."""
-    found: dict[str, object] = {name: tensor.clone() for name, tensor in adapter.denoiser.state_dict().items()}
-    for name, module in adapter.denoiser.named_modules():
-        hooks = len(module._forward_pre_hooks), len(module._state_dict_pre_hooks)
-        found[f"{name}:own"] = sorted(set(module.__dict__) & {"forward"}), hooks
-        if hasattr(module, "heads"):
-            found[f"{name}:heads"] = module.heads, type(module.processor)
-    return found
-
-
-def assert_dense(adapter: ModelAdapter, before: dict[str, object]) -> None:
-    after = state(adapter)
-    assert after.keys() == before.keys()
-    for name, value in before.items():
-        now = after[name]
-        if isinstance(value, torch.Tensor):
-            assert isinstance(now, torch.Tensor) and torch.equal(now, value), name
-        else:
-            assert now == value, name
-
-
 @pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.feature("level 0", "equal")
 def test_level_0_is_the_dense_model_bit_for_bit(adapter: ModelAdapter, stages: Stages, method: str) -> None:
     skip_twice(adapter, method)
     probes = adapter.make_probes(2, 0)
@@ -62,27 +41,8 @@ def test_level_0_is_the_dense_model_bit_for_bit(adapter: ModelAdapter, stages: S
         assert not torch.equal(adapter.sample(probes, 4, 2.0), dense)
 
 
-def masked(adapter: ModelAdapter, bank: WeightBank, level: int, stack: ExitStack) -> None:
-    """The dense model with what a level of stage 1 drops made ineffective, at full width and depth."""
-    for prunable in adapter.prunable(bank.kind):
-        thin = bank[1, level].get(prunable.name)
-        if thin is None:  # dense at this level
-            continue
-        if isinstance(prunable, GroupSet):
-            columns = prunable.features(thin.kept.long())
-            layer = adapter.denoiser.get_submodule(prunable.consumer)
-            dense, full = layer.weight.data, torch.zeros_like(layer.weight)
-            full[:, columns] = thin.consumer if thin.consumer is not None else dense[:, columns]
-            layer.weight.data = full
-            stack.callback(setattr, layer.weight, "data", dense)
-        elif isinstance(prunable, BlockSet):
-            for i, path in enumerate(prunable.blocks):
-                if i not in thin.kept:
-                    block = adapter.denoiser.get_submodule(path)
-                    stack.callback(block.register_forward_hook(lambda _m, args, _o: args[0]).remove)
-
-
 @pytest.mark.parametrize("method", PRUNING)
+@pytest.mark.feature("every stage thin, every level, width and depth", "equal")
 def test_sliced_equals_masked(adapter: ModelAdapter, stages: Stages, method: str) -> None:
     """Thin layers against full ones with zero columns, skipped blocks against blocks whose output is not used."""
     bank = small_bank(adapter, method, stages, STAGES)
@@ -197,6 +157,7 @@ def test_unsuitable_schedules_are_refused(tiny: ModelAdapter, stages: Stages) ->
     assert_dense(tiny, before)
 
 
+@pytest.mark.feature("a model moved or cast while routed", "refused")
 def test_moving_the_model_while_routed_is_refused(tiny: ModelAdapter, stages: Stages) -> None:
     router = Router(tiny, small_bank(tiny, "magnitude", stages))
     probes = tiny.make_probes(1, 0)

@@ -1,0 +1,133 @@
+"""Do diffusers' own fast tests of both pipelines pass with a schedule routed through every denoiser?
+
+Every pipeline that the tests make gets a router (magnitude, four stages): all levels 0 ("dense"), 0 and H / 2 in turns
+("alternating"), H / 2 everywhere ("half"). What fails there and passes untouched is listed, with what it said.
+
+    git clone --depth 1 https://github.com/huggingface/diffusers CHECKOUT
+    pip install parameterized requests-mock                  # which its tests need
+    python benchmarks/diffusers_tests.py CHECKOUT            # tens of minutes
+    python benchmarks/diffusers_tests.py CHECKOUT --smoke
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+
+from diffes.adapters import adapter_for
+from diffes.pruning import make_method
+from diffes.pruning.build import build_bank
+from diffes.runtime.router import Router
+from diffes.search.schedule import Schedule, Stages
+
+RESULTS = Path(__file__).parent / "results"
+FILES = {
+    "DiTPipeline": "tests/pipelines/dit/test_dit.py",
+    "StableDiffusionXLPipeline": "tests/pipelines/stable_diffusion_xl/test_stable_diffusion_xl.py",
+}
+STAGES = Stages.equal(4)
+LEVELS = {"dense": (0, 0, 0, 0), "alternating": (0, 1, 0, 1), "half": (1, 1, 1, 1)}  # in halves of H
+MODE, OUT = "DIFFES_ROUTED", "DIFFES_OUTCOMES"  # environment of the tests: a key of LEVELS or nothing; a file
+
+
+def route(pipe: Any) -> None:
+    """Routes the schedule of the environment through a new pipeline; one whose denoiser is routed stays as it is."""
+    adapter = adapter_for(pipe)
+    if adapter.denoiser is None or hasattr(adapter.denoiser, "_routed_by_test"):
+        return
+    bank = build_bank(adapter, make_method("magnitude"), STAGES, None, guidance=2.0, seed=0, allocation="equal")
+    router = Router(adapter, bank)
+    levels = tuple(level * (router.max_level // 2) for level in LEVELS[os.environ[MODE]])
+    router.install(Schedule(STAGES, levels, router.max_level))
+    adapter.denoiser._routed_by_test = True
+
+
+def pytest_configure() -> None:
+    """As a plug-in of pytest: every pipeline is routed once it is made."""
+    for name in FILES:
+        made: Any = getattr(diffusers, name)
+        own = made.__init__
+
+        def routed(self: Any, *args: Any, _own: Any = own, _made: Any = made, **kwargs: Any) -> None:
+            _own(self, *args, **kwargs)
+            if os.environ.get(MODE) and type(self) is _made:
+                route(self)
+
+        vars(routed)["__signature__"] = inspect.signature(own)  # diffusers reads which components there are
+        made.__init__ = routed
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """As a plug-in of pytest: notes outcomes, and what was raised."""
+    if report.when == "call" or report.outcome != "passed":
+        crash = getattr(report.longrepr, "reprcrash", None)
+        line = {"test": report.nodeid, "outcome": report.outcome, "said": getattr(crash, "message", "")}
+        with Path(os.environ[OUT]).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def outcomes(checkout: Path, path: str, mode: str, only: str) -> dict[str, tuple[str, str]]:
+    """Outcome of each test of a file, and what it said."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "outcomes.jsonl"
+        out.touch()
+        paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, MODE: mode, OUT: str(out), "PYTHONPATH": os.pathsep.join(paths)}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", Path(__file__).stem, path, "-k", only]
+        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+        if done.returncode not in (0, 1):
+            raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
+        lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    return {line["test"].split("::", 1)[1]: (line["outcome"], line["said"]) for line in lines}
+
+
+def report(checkout: Path, only: str) -> str:
+    """Counts of both pipelines and all schedules, and the differences, in Markdown."""
+    counts = ["| pipeline | schedule | passed | skipped | failed | as untouched |", "|---|---|---|---|---|---|"]
+    differences = ["| test | schedule | said |", "|---|---|---|"]
+    for pipeline, path in FILES.items():
+        untouched = outcomes(checkout, path, "", only)
+        for mode in ("", *LEVELS):
+            found = outcomes(checkout, path, mode, only) if mode else untouched
+            n = Counter(outcome for outcome, _ in found.values())
+            other = {test for test in untouched if found.get(test, ("lost", ""))[0] != untouched[test][0]}
+            counts.append(
+                f"| {pipeline} | {mode or 'none'} | {n['passed']} | {n['skipped']} | {n['failed']} "
+                f"| {len(untouched) - len(other)} of {len(untouched)} |"
+            )
+            for test in sorted(other):
+                said = " ".join(found.get(test, ("lost", "not run"))[1].split())[:200].replace("|", "\\|")
+                differences.append(f"| `{test}` | {mode} | {said} |")
+    versions = f"diffusers {diffusers.__version__} installed"
+    return "\n".join([f"{versions}.", "", *counts, "", "Differences:", "", *differences]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("--only", default="FastTests", help="of pytest's -k")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args()
+    if args.smoke:
+        args.only = "FastTests and test_inference_batch_consistent"
+        args.out = Path("runs/smoke") if args.out == RESULTS else args.out
+    text = report(args.checkout, args.only)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "diffusers_tests.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""What a router changes in a denoiser: the weights of the layers around a group set, or the forwards of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from diffes.adapters import BlockSet, GroupSet, ModelAdapter
+from diffes.errors import DiffesError
+from diffes.pruning.base import GroupWeights
+from diffes.runtime.checks import check_attention, is_fused, replaced, written
+
+
+class Part:
+    """The layers of one set, which are dense or thin."""
+
+    def load_dense(self) -> None:
+        """Puts what was there before back, bit for bit."""
+        raise NotImplementedError
+
+    def load_thin(self, thin: GroupWeights) -> None:
+        """Leaves these groups alone."""
+        raise NotImplementedError
+
+    def note(self) -> None:
+        """Takes the layers as they are now for those that were loaded."""
+
+    def check_unchanged(self) -> None:
+        """Refuses what would be computed wrongly, or lost, because the layers are not as they were loaded.
+
+        Raises:
+            DiffesError: they were moved, cast, written to, or given adapters.
+        """
+
+    def released(self) -> None:
+        """Mends what was made of thin layers while they were there; called once routing has ended."""
+
+    def outdated(self) -> bool:
+        """Whether the same has to be loaded again, because of what was set since."""
+        return False
+
+    @property
+    def changed(self) -> bool:
+        """Whether something wrote to the layers since they were loaded."""
+        return False
+
+
+class _Held:
+    """A parameter of a layer, and its dense tensor."""
+
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        if name not in layer._parameters:
+            raise DiffesError(
+                f"the {name} of {type(layer).__name__} is no plain parameter, so it cannot be cut to thin layers; load "
+                "the pipeline without what computes it"
+            )
+        self.layer = layer
+        self.name = name
+        self.parameter = cast(nn.Parameter, layer._parameters[name])
+        self.dense = self.parameter.data
+
+
+class WidthPart(Part):
+    """The layers around one group set, with their dense tensors at hand.
+
+    Attention keeps the processor that it has, whenever that was set; where it has no heads left, what the adapter says
+    stands in for its forward, or one head whose outputs are multiplied by zeros.
+
+    Args:
+        adapter: the model.
+        groups: the set.
+
+    Attributes:
+        modules: those whose parameters are swapped.
+    """
+
+    def __init__(self, adapter: ModelAdapter, groups: GroupSet) -> None:
+        self.groups = groups
+        self._adapter = adapter
+        denoiser = adapter.denoiser
+        producers = [denoiser.get_submodule(path) for path in groups.producers]
+        consumer = denoiser.get_submodule(groups.consumer)
+        layers = [layer for layer in (*producers, consumer) if hasattr(layer, "base_layer")]  # others have no adapters
+        self._adapters = [(layer, _adapters(layer)) for layer in layers]
+        self.consumer = _Held(_base(consumer), "weight")
+        by_row = [held for layer in producers for held in (*_own(layer), *_lora(layer, "lora_B"))]
+        self._by_row, self._by_column = by_row, _lora(consumer, "lora_A")
+        self._held = (self.consumer, *self._by_row, *self._by_column)
+        self._parameters = [held.parameter for held in self._held]
+        self._places: list[Any] = [(held.layer._parameters, held.name, held.parameter) for held in self._held]
+        self.note()
+        self.modules = [held.layer for held in self._held]
+        self._thin: GroupWeights | None = None  # what is loaded
+        self.attention: Any = denoiser.get_submodule(groups.name) if groups.kind == "heads" else None
+        self._forward = self.attention.__dict__.get("forward") if self.attention is not None else None
+        self._bypassed: Any = None  # the processor that was there when attention lost its last head
+        if self.attention is not None:
+            check_attention(groups.name, self.attention)
+
+    def note(self) -> None:
+        self._versions, self._pointers = _versions(self._parameters), [p.data_ptr() for p in self._parameters]
+
+    def check_unchanged(self) -> None:
+        if self._cast:
+            now, then = self.consumer.parameter, self.consumer.dense
+            raise DiffesError(
+                f"the model was moved or cast, from {then.dtype} on {then.device} to {now.dtype} on {now.device}, "
+                "while a schedule was routed through it: call diffes.remove(pipe), move it, call diffes.apply again"
+            )
+        if any(_adapters(layer) != known for layer, known in self._adapters):
+            raise replaced()
+        if self.attention is not None:
+            check_attention(self.groups.name, self.attention)
+        if self.changed:
+            raise written(self.groups.name)
+
+    @property
+    def _cast(self) -> bool:
+        now, then = self.consumer.parameter, self.consumer.dense
+        return bool(now.dtype != then.dtype or now.device != then.device)
+
+    @property
+    def changed(self) -> bool:
+        if _versions(self._parameters) != self._versions or any(
+            layer[name] is not p for layer, name, p in self._places
+        ):
+            return True
+        if [p.data_ptr() for p in self._parameters] == self._pointers or self._cast:
+            return False
+        if all(_equal(held.parameter, tensor) for held, tensor in self._tensors(self._thin)):
+            self.note()  # they were moved to another device and back
+            return False
+        return True
+
+    def outdated(self) -> bool:
+        return self._bypassed is not None and self.attention.processor is not self._bypassed
+
+    def load_dense(self) -> None:
+        self._load(None)
+
+    def load_thin(self, thin: GroupWeights) -> None:
+        self._load(thin)
+
+    def released(self) -> None:
+        if self.attention is not None and is_fused(self.attention):  # since routing began, maybe of thin layers
+            self.attention.fuse_projections()
+
+    @torch.inference_mode(False)  # or what is loaded in that mode could not be used outside of it
+    def _load(self, thin: GroupWeights | None) -> None:
+        if self.attention is not None:
+            self._load_attention(thin)
+        self._thin = thin
+        try:
+            for held, tensor in self._tensors(thin):
+                held.parameter.data = tensor
+        finally:
+            self.note()
+
+    def _load_attention(self, thin: GroupWeights | None) -> None:
+        attention, self._bypassed = self.attention, None
+        attention.heads = self.groups.n_groups if thin is None else max(len(thin.kept), 1)
+        put_forward(attention, self._forward)
+        if thin is not None and not len(thin.kept):
+            stand_in = self._adapter.without_heads(attention)
+            self._bypassed = attention.processor
+            if stand_in is not None:
+                attention.forward = partial(stand_in, attention)
+
+    def _tensors(self, thin: GroupWeights | None) -> list[tuple[_Held, Tensor]]:
+        """What each parameter holds where these groups are left; all, where there is None."""
+        if thin is None:  # the dense tensor itself, unless the model was moved since
+            return [(h, h.dense.to(h.parameter.device, h.parameter.dtype)) for h in self._held]
+        dense = self.consumer.dense
+        kept = thin.kept.to(dense.device, torch.long)
+        silent = self._bypassed is not None and "forward" not in self.attention.__dict__
+        features = self.groups.features(kept.new_zeros(1) if silent else kept)
+        width = dense.shape[1]
+        gated = torch.cat([features, features + width])  # value rows lie over gate rows
+        found = [
+            (held, held.dense.index_select(0, gated if len(held.dense) == 2 * width else features))
+            for held in self._by_row
+        ]
+        columns = [(held, held.dense.index_select(1, features)) for held in self._by_column]
+        if silent:
+            columns = [(held, torch.zeros_like(tensor)) for held, tensor in columns]
+            consumer = dense.new_zeros(len(dense), len(features))
+        elif thin.consumer is None:
+            consumer = dense.index_select(1, features)
+        else:
+            consumer = thin.consumer.to(dense.device)
+        return [*found, *columns, (self.consumer, consumer)]
+
+
+class DepthPart(Part):
+    """All blocks; a skipped one stays where it is (other layers may read parts of it) and hands its input on.
+
+    Args:
+        adapter: the model.
+        blocks: the set.
+    """
+
+    def __init__(self, adapter: ModelAdapter, blocks: BlockSet) -> None:
+        self._adapter = adapter
+        self.blocks = [adapter.denoiser.get_submodule(path) for path in blocks.blocks]
+        self._forwards = [
+            block.__dict__.get("forward") for block in self.blocks
+        ]  # one of their own, where hooks set it
+
+    def load_dense(self) -> None:
+        for block, forward in zip(self.blocks, self._forwards, strict=True):
+            put_forward(block, forward)
+
+    def load_thin(self, thin: GroupWeights) -> None:
+        kept = set(thin.kept.tolist())
+        for i, (block, forward) in enumerate(zip(self.blocks, self._forwards, strict=True)):
+            put_forward(block, forward if i in kept else self._adapter.skipped(block))
+
+
+def put_forward(module: nn.Module, forward: Any) -> None:
+    """Gives a module a forward of its own, or, where that is None, that of its class."""
+    if forward is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.forward = forward
+
+
+def _versions(parameters: Sequence[Tensor]) -> list[int]:
+    """How often each was written to; of those that were made in inference mode nobody counts."""
+    try:
+        return [parameter._version for parameter in parameters]
+    except RuntimeError:
+        return []
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def _base(layer: Any) -> Any:
+    """The layer itself, where peft has put adapters around it."""
+    return getattr(layer, "base_layer", layer)
+
+
+def _own(layer: Any) -> list[_Held]:
+    """Weight and bias of a layer, without its adapters'."""
+    base = _base(layer)
+    return [_Held(base, name) for name in ("weight", "bias") if getattr(base, name, None) is not None]
+
+
+def _lora(layer: Any, part: str) -> list[_Held]:
+    """The LoRA matrices that peft put beside a layer.
+
+    Raises:
+        DiffesError: the layer carries an adapter of another kind.
+    """
+    if not hasattr(layer, "base_layer"):
+        return []
+    plain = hasattr(layer, part) and not len(getattr(layer, "lora_magnitude_vector", ()))
+    matrices = list(getattr(layer, part).values()) if plain else []
+    if not plain or layer.merged or any(getattr(matrix, "bias", None) is not None for matrix in matrices):
+        raise DiffesError(
+            f"{type(layer).__name__} carries an adapter that is no plain LoRA, or one that is fused, which cannot be "
+            "cut to thin layers; unfuse or unload it, or save the fused model and search on that"
+        )
+    return [_Held(matrix, "weight") for matrix in matrices]
+
+
+def _adapters(layer: Any) -> tuple[bool, tuple[str, ...]]:
+    """Whether a layer's adapters are fused into it, and their names."""
+    return getattr(layer, "merged", False), tuple(getattr(layer, "lora_A", ()))
