@@ -148,8 +148,6 @@ def test_operators_and_strategies_take_options(
         "evolution": ["--mutation", "swap_stages"],
         "nsga2:mu=8": [],
         "mosaic": [],
-        "evopress": [],
-        "surrogate": [],
     }
     for i, (strategy, options) in enumerate(strategies.items()):
         search(tmp_path / str(i), *tiny, "--strategy", strategy, *options)

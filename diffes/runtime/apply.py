@@ -72,12 +72,12 @@ def apply(pipe: P, run: str | Path, *, calls: float | None = None) -> P:
     if previous:
         previous.router.remove()
     try:
-        check_fingerprint(adapter.denoiser, header.get("fingerprint"), folder / BANK)
         needed = bank.for_schedule(schedule)  # and no more, so that no more is kept for reuse than it needs
+        router = Router(adapter, needed)
+        check_fingerprint(adapter.denoiser, header.get("fingerprint"), folder / BANK)
         check_bank(needed, header, adapter, folder / BANK)
         own = previous.scheduler if previous and previous.scheduler is not None else pipe.scheduler
         planned = scheduler_for(own, schedule.solver, schedule.timesteps) if isinstance(schedule, Plan) else None
-        router = Router(adapter, needed)
         router.install(schedule)
     except BaseException:
         if previous and routed_before:

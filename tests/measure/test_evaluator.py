@@ -74,7 +74,8 @@ def test_more_sparsity_is_worse_on_the_trained_model(stages: Stages) -> None:
     from diffes.adapters import adapter_for, load_pipeline
 
     adapter = adapter_for(load_pipeline("fashion-dit"))
-    fitness = [only(make(adapter, stages, "ssim", "obs"), Schedule(stages, (k,) * 4, 8)).fitness for k in (1, 4, 7)]
+    evaluator = make(adapter, stages, "ssim", "obs")
+    fitness = [only(evaluator, Schedule(stages, (k,) * 4, 8)).fitness for k in (1, 4, 7)]
     assert 1 > fitness[0] > fitness[1] > fitness[2]
 
 
