@@ -392,6 +392,20 @@ def _no_training_timestep(scheduler: str, reason: str = "it has no noise schedul
     )
 
 
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Refuses numbers with which nothing can be calibrated or compared.
+
+    Raises:
+        DiffesError: some are NaN or infinite.
+    """
+    if not torch.isfinite(tensor).all():
+        raise DiffesError(
+            f"the {what} are NaN or infinite, so nothing can be searched: half precision overflows (the autoencoder of "
+            "SDXL does in float16); choose dtype bfloat16 or float32, or a pipeline with an autoencoder made for "
+            "float16"
+        )
+
+
 def unwrapped(module: Any) -> Any:
     """The module itself, where `torch.compile` has put another around it."""
     return getattr(module, "_orig_mod", module)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffes.adapters import ModelAdapter, Probes, SamplingState
+from diffes.adapters import ModelAdapter, Probes, SamplingState, check_finite
 from diffes.errors import DiffesError
 from diffes.measure.metrics import Metric
 from diffes.runtime.router import Router
@@ -259,20 +259,6 @@ class ScheduleEvaluator(RoutedEvaluator):
 
     def _steps_of(self, schedule: Schedule) -> int:
         return self.n_steps
-
-
-def check_finite(tensor: Tensor, what: str) -> None:
-    """Refuses what nothing can be compared with.
-
-    Raises:
-        DiffesError: some numbers are NaN or infinite.
-    """
-    if not torch.isfinite(tensor).all():
-        raise DiffesError(
-            f"the {what} are NaN or infinite, so nothing can be compared with them: half precision overflows (the "
-            "autoencoder of SDXL does in float16); choose dtype bfloat16 or float32, or a pipeline with an autoencoder "
-            "made for float16"
-        )
 
 
 def size_of(thing: Any) -> int:

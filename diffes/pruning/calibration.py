@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffes.adapters import BlockSet, Condition, GroupSet, ModelAdapter
+from diffes.adapters import BlockSet, Condition, GroupSet, ModelAdapter, check_finite
 from diffes.errors import DiffesError
 from diffes.plugins import guarded, unexpected
 from diffes.pruning.base import BlockChanges
@@ -29,11 +29,17 @@ class CalibrationSet:
         latents: (n, C, h, w), scaled as the denoiser reads them.
         conditions: n class ids or prompts.
         source: where they come from, for the record.
+
+    Raises:
+        DiffesError: some latents are NaN or infinite.
     """
 
     latents: Tensor
     conditions: tuple[Condition, ...]
     source: str
+
+    def __post_init__(self) -> None:
+        check_finite(self.latents, f"latents for calibration ({self.source})")
 
     def __len__(self) -> int:
         return len(self.latents)

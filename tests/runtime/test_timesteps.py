@@ -29,6 +29,7 @@ import diffes
 from diffes.adapters import ModelAdapter
 from diffes.adapters.dit import DiTAdapter
 from diffes.errors import DiffesError
+from diffes.pruning.calibration import load_calibration
 from diffes.runtime.router import Router
 from diffes.search.schedule import Stages
 
@@ -116,3 +117,11 @@ def test_a_reference_that_is_no_number_is_refused(
     broken.bias.data.fill_(value)
     with pytest.raises(DiffesError, match=r"of the dense model are NaN or infinite.*choose dtype bfloat16"):
         evaluator(router, stages, metric)
+
+
+@feature("a dense reference that is NaN or infinite, in searches", "refused")
+def test_images_that_become_no_numbers_are_refused(tiny_sdxl: ModelAdapter) -> None:
+    pipe: Any = tiny_sdxl.pipe
+    pipe.vae.encoder.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(DiffesError, match=r"latents for calibration \(calibration.npz\) are NaN"):
+        load_calibration(tiny_sdxl, Path(pipe.config._name_or_path) / "calibration.npz", 4)
