@@ -43,7 +43,7 @@ RESULTS = Path(__file__).parent / "results" / "fronts"
 BATCHES = (1, 16)  # at which whole runs are timed
 ALONE = {"dense-planned, table alone": "steps", "joint, table alone": "joint"}
 KINDS = ("dense", "dense-planned, table alone", "dense-planned", "levels", "joint, table alone", "joint")
-SETTINGS = ("model", "method", "guidance", "solver", "currency", "batch")
+SETTINGS = ("model", "method", "guidance", "solver", "currency", "batch", "probes")
 BEYOND = (14.0, 16.0, 20.0, 24.0)  # dense calls, to see how many are as good as a plan
 
 
@@ -160,7 +160,9 @@ def main() -> None:
         for seed in args.seeds:
             settings = {"model": model, "method": args.method, "guidance": args.guidance, "seed": seed}
             settings |= {"solver": args.solver, "currency": args.cost, "batch": args.batch}
-            done = {each["budget"] for each in rows if all(each[name] == value for name, value in settings.items())}
+            settings["probes"] = config.probes
+            same = [each for each in rows if all(each[name] == value for name, value in settings.items())]
+            done = {each["budget"] for each in same}
             left = [budget for budget in args.budgets if budget not in done]
             if not left:
                 continue
@@ -169,7 +171,7 @@ def main() -> None:
             table = plans.table()
             leaves = np.array(plans.call_costs)[bench.space.visited].mean(0)
             settings |= {"leaves": [round(float(share), 4) for share in leaves / leaves[0]]}
-            if not args.smoke and not any(each["budget"] in BEYOND and each["seed"] == seed for each in rows):
+            if not (args.smoke or done & set(BEYOND)):
                 rows += (made := [each | settings for each in beyond(plans)])
                 with path.open("a") as file:
                     file.writelines(json.dumps(each) + "\n" for each in made)
