@@ -33,6 +33,7 @@ from diffes.pruning import make_method
 from diffes.pruning.bank import WeightBank
 from diffes.pruning.build import build_bank
 from diffes.pruning.calibration import load_calibration
+from diffes.runtime.router import Router
 from diffes.search.schedule import Allocation, Stages
 from diffes.study.config import RunConfig
 from diffes.study.run import complete_run
@@ -176,6 +177,18 @@ def small_bank(
             adapter, make_method(method), stages, data, guidance=2.0, seed=0, allocation=allocation, only=only
         )
     return _BANKS[key]
+
+
+@pytest.fixture
+def router(untrained: ModelAdapter, stages: Stages) -> Router:
+    """Of an untrained pipeline of each family, with thin weights in stage 1 alone."""
+    return Router(untrained, small_bank(untrained, "magnitude", stages, [1]))
+
+
+@pytest.fixture
+def tiny_router(tiny: ModelAdapter, stages: Stages) -> Router:
+    """Of the untrained DiT, likewise."""
+    return Router(tiny, small_bank(tiny, "magnitude", stages, [1]))
 
 
 def skip_twice(adapter: ModelAdapter, method: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,19 +67,26 @@ def chosen(folder: Path, calls: float | None) -> tuple[Schedule | Plan, dict[str
     points = [point for point in data["points"] if point["heldout_mean"] is not None]
     if not points:
         raise DiffesError(f"all plans of {folder} failed on held-out probes, so there is none to run")
-    within = [point for point in points if calls is None or point["cost"] <= calls * (1 + 1e-6)]
-    if not within:
+    best = best_within(points, calls)
+    if best is None:
         costs = [point["cost"] for point in points]
         raise DiffesError(
             f"no plan of {folder} costs {calls} dense calls or less: they cost {min(costs):.2f} to {max(costs):.2f}"
         )
-    best = max(within, key=lambda point: point["heldout_mean"])
     shared = {name: data[name] for name in ("stages", "max_level", "solver")}
     try:
         plan = Plan.from_json({**shared, "timesteps": best["timesteps"], "levels": best["levels"]})
     except DiffesError as error:
         raise DiffesError(f"{folder / FRONT} is damaged ({error}); {AGAIN}") from error
     return plan, data | {"points": [best]}
+
+
+def best_within(points: Sequence[Mapping[str, Any]], calls: float | None) -> Mapping[str, Any] | None:
+    """Of points of a front the best within a number of dense calls, by its mean over held-out probes; failed ones are
+    left out. None where there is none."""
+    known = [point for point in points if point["heldout_mean"] is not None]
+    within = [point for point in known if calls is None or point["cost"] <= calls * (1 + 1e-6)]
+    return max(within, key=lambda point: point["heldout_mean"], default=None)
 
 
 def _write(folder: Path, name: str, content: Mapping[str, Any]) -> None:

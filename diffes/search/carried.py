@@ -64,15 +64,43 @@ class Trajectory:
             DiffesError: it has another number of nodes or no call.
         """
         path = called(levels, *self.costs.shape)
-        ends = [*(node for node, _ in path[1:]), len(levels)]
-        at, before, clean, computed = self.states[0], -1, self.states[0], -1
-        for (i, k), j in zip(path, ends, strict=True):
-            (predicted,) = self.data_at(np.array([i]), np.array([k]), np.array([computed]))
-            new = predicted + self.reaction[i] * (at - self.states[i])
-            at = self.step(i, j, at, new, self.reach(i, j, before), clean)
-            before, clean, computed = i, new, computed if k in self.reusing else i
-        error = float(np.square(at - self.states[-1]).sum())
+        (error,) = self.errors([levels]).tolist()
         return Forecast(tuple(levels), float(sum(self.costs[i, k] for i, k in path)), error)
+
+    def errors(self, plans: Sequence[Sequence[int]], caution: float = 0.0) -> Floats:
+        """Forecasts (n,) of the error of plans (N,), and a share of what their jumps do alone.
+
+        A forecast may be small because large errors cancel each other, which is not to be trusted far: an estimate for
+        the case that they do not is the sum of squares of each jump's own error, as it has grown at the end.
+
+        Args:
+            plans: the cleanest node first.
+            caution: weight of that sum, at least 0.
+
+        Raises:
+            DiffesError: as `predict`.
+        """
+        paths = [called(plan, *self.costs.shape) for plan in plans]
+        longest, n = max(map(len, paths)), len(self.costs)
+        nodes, levels = np.full((longest + 1, len(plans)), n), np.zeros((longest, len(plans)), dtype=int)
+        for column, path in enumerate(paths):
+            nodes[: len(path), column], levels[: len(path), column] = zip(*path, strict=True)
+        alone = np.square(self.states[nodes[0]] - self.states[0]).sum(1)
+        before, computed = np.full((2, len(plans)), -1)
+        at, clean, dense = np.tile(self.states[0], (3, len(plans), 1))  # then the clean latents predicted last
+        for i, j, k in zip(nodes, nodes[1:], levels, strict=False):
+            on = np.flatnonzero(i < n)
+            i, j, k = i[on], j[on], k[on]
+            x = self.data_at(i, k, computed[on])
+            new = x + self.reaction[i, None] * (at[on] - self.states[i])
+            reach = self.reach(i, j, before[on])
+            off = self.step(i, j, self.states[i], x, reach, dense[on]) - self.states[j]
+            ratio = self.noises[j] / self.noises[i]
+            grows = ratio + (self.signals[j] - self.signals[i] * ratio) * (1 + reach) * self.reaction[i]
+            alone[on] = grows**2 * alone[on] + np.square(off).sum(1)
+            at[on], clean[on], dense[on] = self.step(i, j, at[on], new, reach, clean[on]), new, self.data[i, 0]
+            before[on], computed[on] = i, np.where(np.isin(k, self.reusing), computed[on], i)
+        return np.square(at - self.states[-1]).sum(1) + caution * alone
 
     def data_at(self, i: Ints, k: Ints, computed: Ints) -> Floats:
         """Clean latents (C, R) predicted at the dense run's latents at nodes i, levels k.

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from diffes.runtime.artifact import best_within
 from diffes.search.ledger import SearchResult
 from diffes.study.plots import STYLE, limits, looks, plain
 
@@ -197,7 +198,7 @@ def fronts(points: Sequence[Mapping[str, Any]], currency: str) -> Figure:
                 _front(axes, mine, KINDS.get(kind, kind), colour, marker, best=min)
         for i, budget in enumerate(budgets):
             left.axvline(budget, color="#888888", linestyle="--", linewidth=0.8, label=None if i else "budgets")
-        chosen = [point for budget in budgets if (point := taken(known, budget)) is not None]
+        chosen = [point for budget in budgets if (point := best_within(known, budget)) is not None]
         over = [point for point in known if point["cost"] > point["budget"] * (1 + 1e-6)]
         for axes, name in ((left, "cost"), (right, "ms")):
             for those, mark, label in ((chosen, CHOSEN, "taken within its budget"), (over, OVER, "over its budget")):
@@ -212,9 +213,3 @@ def fronts(points: Sequence[Mapping[str, Any]], currency: str) -> Figure:
         once = more | dict(zip(labels, handles, strict=True))
         figure.legend(once.values(), once.keys(), loc="lower center", bbox_to_anchor=(0.5, 0.89), ncols=4, fontsize=8)
         return figure
-
-
-def taken(points: Sequence[Mapping[str, Any]], calls: float) -> Mapping[str, Any] | None:
-    """What a front offers within a number of dense calls: the best by its mean over held-out probes."""
-    within = [p for p in points if p["heldout_mean"] is not None and p["cost"] <= calls * (1 + 1e-6)]
-    return max(within, key=lambda point: point["heldout_mean"], default=None)

@@ -238,7 +238,7 @@ class Plans:
         evaluator = self.fixed if genes == "levels" else self.searched
         space = self.level_space(calls) if genes == "levels" else self.space(calls, genes, starts)
         if table is not None and isinstance(space, PlanSpace):
-            space = replace(space, forecasts=functools.partial(foretold.errors, table.run, caution=foretold.CAUTION[0]))
+            space = replace(space, forecasts=functools.partial(table.run.errors, caution=foretold.CAUTION[0]))
         spec, evals = strategy or config.strategy, max_evals or config.max_evals
         made = STRATEGIES.make(spec, space, seed=config.seed, **({} if strategy else operators_of(config)))
         with (progress or RichProgress()).task(f"searching {genes}, {calls:g} calls", evals) as advance:

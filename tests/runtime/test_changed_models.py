@@ -71,16 +71,6 @@ def thin(stages: Stages, level: int, max_level: int = 4) -> Schedule:
     return Schedule(stages, (0, level, 0, 0), max_level)
 
 
-@pytest.fixture
-def router(untrained: ModelAdapter, stages: Stages) -> Router:
-    return Router(untrained, small_bank(untrained, "magnitude", stages, [1]))
-
-
-@pytest.fixture
-def tiny_router(tiny: ModelAdapter, stages: Stages) -> Router:
-    return Router(tiny, small_bank(tiny, "magnitude", stages, [1]))
-
-
 def check_masked(router: Router, stages: Stages, change: Callable[[ModelAdapter], Any]) -> None:
     """At every level, a routed model that is changed while it is thin equals a masked one that is changed."""
     adapter = router.adapter

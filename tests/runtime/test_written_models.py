@@ -36,16 +36,6 @@ from diffes.search.schedule import Stages
 feature = pytest.mark.feature
 
 
-@pytest.fixture
-def router(untrained: ModelAdapter, stages: Stages) -> Router:
-    return Router(untrained, small_bank(untrained, "magnitude", stages, [1]))
-
-
-@pytest.fixture
-def tiny_router(tiny: ModelAdapter, stages: Stages) -> Router:
-    return Router(tiny, small_bank(tiny, "magnitude", stages, [1]))
-
-
 @pytest.fixture(autouse=True)
 def no_warnings_but_those_expected() -> Iterator[None]:
     with warnings.catch_warnings():

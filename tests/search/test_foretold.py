@@ -43,9 +43,9 @@ def alone_by_hand(run: Trajectory, plan: tuple[int, ...]) -> float:
 @pytest.mark.parametrize("run", [tiny(0), tiny(1, second=False), reusing(2, n=4)], ids=["2M", "first", "reuse"])
 def test_forecasts_of_many_plans_are_those_of_each(run: Trajectory) -> None:
     plans = [plan for plan in every_plan(run) if called(plan, *run.costs.shape)[0][1] not in run.reusing]
-    found = foretold.errors(run, plans, 0.0)
+    found = run.errors(plans, 0.0)
     assert found == pytest.approx([run.predict(plan).error for plan in plans], rel=1e-9, abs=1e-12)
-    cautious = foretold.errors(run, plans, 0.3)
+    cautious = run.errors(plans, 0.3)
     assert cautious - found == pytest.approx([0.3 * alone_by_hand(run, plan) for plan in plans], rel=1e-6, abs=1e-9)
 
 
@@ -59,7 +59,7 @@ def test_caution_prefers_small_errors_to_large_ones_that_cancel() -> None:
     data[1, 2] += 0.01
     run = replace(run, data=data, reaction=np.array([0.0, 1.0]))
     cancels, small = (1, 1), (2, 0)
-    bold, careful = (foretold.errors(run, [cancels, small], caution) for caution in (0.0, 0.5))
+    bold, careful = (run.errors([cancels, small], caution) for caution in (0.0, 0.5))
     assert bold[0] < bold[1] and careful[0] > careful[1]
 
 
@@ -69,10 +69,10 @@ def test_they_find_the_best_forecast_of_all_plans_or_nearly() -> None:
         run = tiny(seed)
         space = space_of(run, 2.5)
         feasible = [plan for plan in every_plan(run) if space.is_feasible(plan)]
-        best = {c: foretold.errors(run, feasible, c).min() for c in foretold.CAUTION}
+        best = {c: run.errors(feasible, c).min() for c in foretold.CAUTION}
         found = foretold.evolved(run, space)
         assert all(map(space.is_feasible, found))
-        ratios += [foretold.errors(run, found, c).min() / best[c] for c in foretold.CAUTION]
+        ratios += [run.errors(found, c).min() / best[c] for c in foretold.CAUTION]
     assert min(ratios) > 1 - 1e-9 and max(ratios) < 1.5 and np.median(ratios) == pytest.approx(1)
 
 
@@ -83,4 +83,4 @@ def test_they_are_no_worse_than_the_plans_they_begin_with() -> None:
     found = foretold.evolved(run, space_of(run, 2.5, tuple(solved)))
     assert found == foretold.evolved(run, space_of(run, 2.5, tuple(solved)))
     for caution in foretold.CAUTION:
-        assert foretold.errors(run, found, caution).min() <= foretold.errors(run, solved, caution).min()
+        assert run.errors(found, caution).min() <= run.errors(solved, caution).min()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from diffes.runtime.artifact import best_within
 from diffes.search.ledger import SearchResult
 from diffes.search.schedule import Schedule, Stages
 from diffes.search.strategy import Evaluation
@@ -116,7 +117,7 @@ def test_fronts_of_plans_likewise_in_cost_and_in_time() -> None:
 
 def test_what_is_taken_is_the_best_on_heldout_probes_within_the_calls() -> None:
     points = [plan("dense", 4, 4, 1, 0.4), plan("joint", 4, 3.9, 1, 0.5), plan("joint", 6, 6, 1, None)]
-    best = charts.taken(points, 6)
-    assert best is points[0] and charts.taken(points, 3) is None
+    best = best_within(points, 6)
+    assert best is points[0] and best_within(points, 3) is None
     with pytest.raises(KeyError):
-        charts.taken([{}], 1)
+        best_within([{}], 1)
