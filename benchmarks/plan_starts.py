@@ -5,8 +5,9 @@ one that begins with even and random plans, as the paper's does with even and ra
 denoiser calls that the table took. Scores are latent MSE on held-out probes against the dense model at 200 steps.
 Finished rows are lines of `starts.jsonl` and are not run again.
 
-    python benchmarks/plan_starts.py            # hours on two CPU cores
-    python benchmarks/plan_starts.py --smoke    # tiny
+    python benchmarks/plan_starts.py --models fashion-dit                # an hour on two CPU cores
+    python benchmarks/plan_starts.py --models emoji-sdxl --guidance 1
+    python benchmarks/plan_starts.py --smoke                              # tiny
 """
 
 from __future__ import annotations
@@ -50,16 +51,18 @@ def rows_of(plans: Plans, table: MeasuredTable, budget: float) -> list[dict[str,
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: mean ± standard deviation over seeds."""
-    lines = [f"| model | dense calls | seeds | {' | '.join(STARTS)} | denoiser calls |", "|" + "---|" * 7]
-    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    lines = [f"| model | guidance | dense calls | seeds | {' | '.join(STARTS)} | denoiser calls |", "|" + "---|" * 8]
+    groups: dict[tuple[str, float, float], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["model"], row["budget"]), []).append(row)
-    for (model, budget), found in sorted(groups.items()):
+        groups.setdefault((row["model"], row["guidance"], row["budget"]), []).append(row)
+    for (model, guidance, budget), found in sorted(groups.items()):
         by_start = [[row["latent_mse"] for row in found if row["start"] == name] for name in STARTS]
         spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in by_start]
         cells = [f"{statistics.mean(each):.5f} ± {s:.5f}" for each, s in zip(by_start, spread, strict=True)]
         calls = statistics.mean(row["calls"] for row in found if row["start"] == STARTS[1])
-        lines.append(f"| {model} | {budget:g} | {len(by_start[0])} | {' | '.join(cells)} | {calls:,.0f} |")
+        lines.append(
+            f"| {model} | {guidance:g} | {budget:g} | {len(by_start[0])} | {' | '.join(cells)} | {calls:,.0f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -68,15 +71,17 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=shipped_models())
     parser.add_argument("--budgets", type=float, nargs="+", default=[4, 6], help="in dense calls")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--max-evals", type=int, default=160)
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--probes", type=int, default=32, help="of the table and the searches")
+    parser.add_argument("--max-evals", type=int, default=80, help="of each search")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
-    config, nodes, reference = (
-        RunConfig(cost="macs", budget=1.0, metric="latent_mse", max_evals=args.max_evals),
-        64,
-        200,
-    )
+    config = RunConfig(
+        cost="macs", budget=1.0, metric="latent_mse", guidance=args.guidance, probes=args.probes,
+        max_evals=args.max_evals,
+    )  # fmt: skip
+    nodes, reference = 64, 200
     if args.smoke:
         config = replace(config, stages=2, steps=4, probes=2, heldout=4, calibration_samples=8, max_evals=4)
         args.models, args.budgets, args.seeds, nodes, reference = ["fashion-dit"], [3], 1, 8, 20
@@ -86,14 +91,15 @@ def main() -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for model in args.models:
         for seed in range(args.seeds):
-            done = {row["budget"] for row in rows if (row["model"], row["seed"]) == (model, seed)}
+            setting = {"model": model, "guidance": args.guidance, "probes": config.probes, "seed": seed}
+            done = {row["budget"] for row in rows if all(row[name] == value for name, value in setting.items())}
             if not (left := [budget for budget in args.budgets if budget not in done]):
                 continue
             bench = prepare(replace(config, model=model, seed=seed), RichProgress(), example=PLANNED)
             plans = Plans(bench, nodes=nodes, reference_steps=reference)
             table = plans.table()
             for budget in left:
-                facts = {"model": model, "seed": seed, "budget": budget, **config_record(bench.config)}
+                facts = setting | {"budget": budget, **config_record(bench.config)}
                 made = [row | facts for row in rows_of(plans, table, budget)]
                 rows += made
                 with path.open("a") as file:

@@ -64,12 +64,12 @@ def table_of(data: dict[str, object]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", type=float, nargs="+", default=[4, 6, 8], help="in dense calls, by time")
-    parser.add_argument("--max-evals", type=int, default=160, help="of each search")
+    parser.add_argument("--max-evals", type=int, default=80, help="of each search")
     parser.add_argument("--batch", type=int, default=2, help="images a call, as with guidance")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
-    config = RunConfig(cost="macs", budget=1.0, metric="latent_mse", max_evals=args.max_evals)
+    config = RunConfig(cost="macs", budget=1.0, metric="latent_mse", probes=32, max_evals=args.max_evals)
     nodes, reference = 64, 200
     if args.smoke:
         config = replace(config, stages=2, steps=4, probes=2, heldout=4, calibration_samples=8, max_evals=4)

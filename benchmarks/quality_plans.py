@@ -1,94 +1,163 @@
-"""Do plans draw what is asked for? Class accuracy and Fréchet distance of every plan of a front of `fashion-dit`.
+"""Do plans draw what is asked for? Right classes or objects and the Fréchet distance of the plans of `fronts.py`.
 
-The judge and the distance are those of `quality_fashion_dit.py`; each plan draws as many images, from the same noise,
-through the diffusers pipeline. The dense model at the reference's number of steps stands beside them.
+The judges and distances are those of `quality_fashion_dit.py` and `quality_emoji_sdxl.py`; each plan draws as many
+images from the same noise through the diffusers pipeline, with the weights that it was found with (calibrated
+again: the same seed gives the same). The dense model at 50 evenly spaced steps stands beside them.
 
-    diffes front --budgets 3 4 6 8 && python benchmarks/quality_plans.py --run runs/fashion-dit-obs-front-macs-s0
-    python benchmarks/quality_plans.py --run RUN --smoke    # a few images
+    python benchmarks/quality_plans.py            # 2,000 images of each of 18 plans; an hour on two CPU cores
+    python benchmarks/quality_plans.py --smoke    # a few images
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import quality_fashion_dit as quality
+import quality_emoji_sdxl as emoji
+import quality_fashion_dit as fashion
+import torch
+from emoji_world import FONT, caption, compose, splits
+from fronts import RESULTS as FRONTS
 from train_fashion_dit import DATA_DIR
 
-from diffes.adapters import adapter_for, load_pipeline
-from diffes.pruning.bank import WeightBank
-from diffes.runtime.artifact import BANK, read_front
-from diffes.runtime.router import Router
+from diffes.adapters import shipped_models
+from diffes.progress import RichProgress
 from diffes.runtime.solver import scheduler_for
 from diffes.search.plan import trailing
 from diffes.search.schedule import Plan
+from diffes.study.config import RunConfig
+from diffes.study.settings import PLANNED
+from diffes.study.workbench import Workbench, prepare
 
 RESULTS = Path(__file__).parent / "results"
+KINDS = ("dense", "dense-planned", "joint")
+GUIDANCE = {"fashion-dit": 2.0, "emoji-sdxl": 1.0}
+REFERENCE = 50  # dense steps of what stands beside the plans
 
 
-def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What the judge says of the images of each plan at the budgets asked for, and of the dense reference."""
-    data = read_front(args.run)
-    classifier = quality.cached_classifier(args)
-    real = quality.load_real(classifier, args)
-    asked = quality.asked_classes(args.n_images)
-    pipe = load_pipeline("fashion-dit", device="cpu")
-    pipe.set_progress_bar_config(disable=True)
-    adapter, own = adapter_for(pipe), pipe.scheduler
-    router = Router(adapter, WeightBank.open(args.run / BANK)[0])
-    steps = data["reference"]["steps"] if not args.smoke else 2
-    reference = {"kind": "dense reference", "budget": steps, "timesteps": trailing(steps, adapter.n_timesteps)}
-    points = [p for p in data["points"] if args.budgets is None or p["budget"] in args.budgets]
-    rows = []
-    for point in [reference | {"levels": [0] * steps, "latent_mse": 0.0}, *points]:
-        shared = {name: data[name] for name in ("stages", "max_level", "solver")}
-        plan = Plan.from_json({**shared, "timesteps": point["timesteps"], "levels": point["levels"]})
-        pipe.scheduler = scheduler_for(own, plan.solver, plan.timesteps)
-        with router.routed(plan):
-            images = quality.generate(pipe, args.n_images, len(plan.calls), data["guidance"], args.seed)
-        judged = classifier.judge(images)
-        rows.append(
-            {
-                "kind": point["kind"], "budget": point["budget"], "n_calls": len(plan.calls),
-                "latent_mse": point["latent_mse"],
-                "accuracy": quality.agreement(judged.assigned, asked)["overall"],
-                "frechet": round(quality.frechet(judged.features, real.reference), 3),
-            }
-        )  # fmt: skip
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+class Judge(NamedTuple):
+    """What images of a model are measured with."""
+
+    draw: Callable[[Any, int], torch.Tensor]  # the pipeline and its number of calls to uint8 images
+    right: Callable[[torch.Tensor], float]  # share of images that show what was asked for
+    distance: Callable[[torch.Tensor], float]  # Fréchet distance of their features to real ones
+
+
+def fashion_judge(args: argparse.Namespace) -> Judge:
+    """Classes of garments, in turn; against real test images."""
+    classifier = fashion.cached_classifier(args)
+    real, asked = fashion.load_real(classifier, args), fashion.asked_classes(args.n_images)
+    return Judge(
+        lambda pipe, calls: fashion.generate(pipe, args.n_images, calls, GUIDANCE["fashion-dit"], args.seed),
+        lambda images: fashion.agreement(classifier.judge(images).assigned, asked)["overall"],
+        lambda images: fashion.frechet(classifier.judge(images).features, real.reference),
+    )
+
+
+def emoji_judge(args: argparse.Namespace) -> Judge:
+    """Objects of the prompts of pairs never trained on; against composed scenes of the same prompts."""
+    seen, unseen = splits()
+    pictures, composed = compose(seen + unseen, args.scenes, args.font, args.seed + 1000)
+    judge = emoji.train("object", torch.from_numpy(pictures), emoji.labels(composed, "object"), args)
+    order = torch.randperm(len(unseen), generator=torch.Generator().manual_seed(1)).tolist()
+    scenes = [unseen[order[i % len(order)]] for i in range(args.n_images)]
+    reference = judge.features(torch.from_numpy(compose(scenes, len(scenes), args.font, 102)[0]))
+    prompts, wanted = [caption(scene) for scene in scenes], emoji.labels(scenes, "object")
+    return Judge(
+        lambda pipe, calls: emoji.generate(pipe, prompts, calls, GUIDANCE["emoji-sdxl"], args.seed),
+        lambda images: (judge.assigned(images) == wanted).double().mean().item(),
+        lambda images: fashion.frechet(judge.features(images), reference),
+    )
+
+
+JUDGES = {"fashion-dit": fashion_judge, "emoji-sdxl": emoji_judge}
+
+
+def row_of(bench: Workbench, judge: Judge, point: dict[str, Any]) -> dict[str, Any]:
+    """What the judge says of the images of a plan."""
+    pipe, stages = bench.adapter.pipe, bench.space.stages
+    calls = tuple(zip(point["timesteps"], point["levels"], strict=True))
+    plan = Plan(stages, calls, bench.space.max_level, point["solver"])
+    own, pipe.scheduler = pipe.scheduler, scheduler_for(pipe.scheduler, plan.solver, plan.timesteps)
+    try:
+        with bench.router.routed(plan):
+            images = judge.draw(pipe, len(plan.calls))
+    finally:
+        pipe.scheduler = own
+    kept = ("model", "kind", "budget", "n_calls", "latent_mse")
+    return {name: point[name] for name in kept} | {
+        "right": round(judge.right(images), 4), "frechet": round(judge.distance(images), 3),
+        "images": len(images),
+    }  # fmt: skip
+
+
+def chosen(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
+    """The points of `fronts.py` with seed 0 in MACs, and the reference."""
+    wanted = {"model": model, "guidance": GUIDANCE[model], "method": "obs", "solver": "dpmsolver++", "seed": 0}
+    wanted |= {"currency": "macs", "probes": args.probes}
+    rows = [json.loads(line) for line in args.points.read_text().splitlines()]
+    rows = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+    rows = [row for row in rows if row["budget"] in args.budgets and row["kind"] in KINDS]
+    steps = 2 if args.smoke else REFERENCE
+    reference = {"model": model, "kind": "dense reference", "budget": steps, "n_calls": steps, "solver": "dpmsolver++"}
+    reference |= {"timesteps": trailing(steps, 1000), "levels": [0] * steps, "latent_mse": 0.0}
+    return [reference, *sorted(rows, key=lambda row: (row["budget"], KINDS.index(row["kind"])))]
+
+
+def table_of(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each plan."""
+    lines = ["| model | dense calls | plan | calls | latent MSE | right | Fréchet distance |", "|" + "---|" * 7]
+    lines += [
+        f"| {row['model']} | {row['budget']:g} | {row['kind']} | {row['n_calls']} | {row['latent_mse']:.4f} "
+        f"| {row['right']:.1%} | {row['frechet']:.2f} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="folder that `diffes front` or `diffes search` wrote")
-    parser.add_argument("--budgets", type=float, nargs="+", help="of the front; all when left out")
+    parser.add_argument("--models", nargs="+", default=shipped_models())
+    parser.add_argument("--budgets", type=float, nargs="+", default=[4, 6, 8], help="of the points, in dense calls")
+    parser.add_argument("--points", type=Path, default=FRONTS / "points.jsonl", help="what `fronts.py` wrote")
+    parser.add_argument("--probes", type=int, default=32, help="of the searches that found the points")
     parser.add_argument("--n-images", type=int, default=2000, help="images of each plan, a multiple of 10")
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="folder of the four Fashion-MNIST idx files")
-    parser.add_argument("--work", type=Path, default=Path("runs/quality-fashion-dit"), help="keeps the classifier")
-    parser.add_argument("--epochs", type=int, default=5, help="epochs of the classifier")
+    parser.add_argument("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf")
+    parser.add_argument("--work", type=Path, default=Path("runs/quality-fashion-dit"), help="keeps that classifier")
+    parser.add_argument("--scenes", type=int, default=16_000, help="that the judge of emoji-sdxl learns from")
+    parser.add_argument("--epochs", type=int, default=5, help="of the classifiers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--smoke", action="store_true", help="a few images, into runs/smoke")
     args = parser.parse_args()
     if args.smoke:
-        args.n_images, args.epochs, args.work = 20, 1, args.work / "smoke"
-        args.out = Path("runs/smoke") if args.out == RESULTS else args.out
+        args.n_images, args.epochs, args.scenes, args.work = 20, 1, 256, args.work / "smoke"
+        args.out, args.budgets = (Path("runs/smoke") if args.out == RESULTS else args.out), [4]
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = rows_of(args)
-    (args.out / "quality_plans.jsonl").write_text(
-        "".join(json.dumps(row | {"images": args.n_images}) + "\n" for row in rows)
-    )
-    lines = ["| dense calls | plan | calls | latent MSE | right class | Fréchet distance |", "|" + "---|" * 6]
-    lines += [
-        f"| {row['budget']:g} | {row['kind']} | {row['n_calls']} | {row['latent_mse']:.4f} | {row['accuracy']:.1%} "
-        f"| {row['frechet']:.2f} |"
-        for row in rows
-    ]
-    (args.out / "quality_plans.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    path = args.out / "quality_plans.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() and not args.smoke else []
+    for model in args.models:
+        done = {(row["kind"], row["budget"]) for row in rows if row["model"] == model}
+        left = [point for point in chosen(args, model) if (point["kind"], point["budget"]) not in done]
+        if not left:
+            continue
+        judge = JUDGES[model](args)
+        config = RunConfig(model=model, guidance=GUIDANCE[model], cost="macs", budget=1.0, probes=args.probes)
+        if args.smoke:
+            config = replace(config, calibration_samples=8)
+        bench = prepare(config, RichProgress(), example=PLANNED)
+        bench.adapter.pipe.set_progress_bar_config(disable=True)
+        for point in left:
+            rows.append(row_of(bench, judge, point))
+            print(json.dumps(rows[-1]), flush=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (args.out / "quality_plans.md").write_text(table_of(rows))
+    print(table_of(rows))
 
 
 if __name__ == "__main__":
