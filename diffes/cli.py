@@ -131,6 +131,7 @@ def sample(
     guidance: float | None = None,
     calls: float | None = None,
     device: str = "auto",
+    resident: Literal["auto", "all", "stream"] = "auto",
     overwrite: bool = False,
 ) -> None:
     """Make images with the pruned pipeline of a run.
@@ -145,6 +146,8 @@ def sample(
         guidance: guidance scale; left out, as in the search.
         calls: of a front, what the plan may cost, in dense calls; the best within is taken. Left out: the best of all.
         device: cpu, cuda or cuda:1; auto takes cuda where there is one.
+        resident: which thin layers stay ready on the device: all of them, which is fastest, or none but those in use
+            (stream); auto keeps what goes into half of the memory that is free.
         overwrite: replace the PNG if it is there.
     """
     if out.is_dir() or not out.parent.is_dir():
@@ -157,7 +160,10 @@ def sample(
     if conditions == [] or not 0 <= seed < 2**32:
         raise DiffesError(f"sample needs at least one condition and a seed in [0, 2^32), got {conditions} and {seed}")
     with _terminal() as terminal:
-        terminal.sample(run, conditions, out, seed=seed, steps=steps, guidance=guidance, device=device, calls=calls)
+        terminal.sample(
+            run, conditions, out, seed=seed, steps=steps, guidance=guidance, device=device, calls=calls,
+            resident=resident,
+        )  # fmt: skip
 
 
 @app.command

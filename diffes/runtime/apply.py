@@ -30,7 +30,7 @@ class _Applied:
     scheduler: Any = None
 
 
-def apply(pipe: P, run: str | Path, *, calls: float | None = None) -> P:
+def apply(pipe: P, run: str | Path, *, calls: float | None = None, resident: str = "auto") -> P:
     """Makes a pipeline run the schedule of a run, or a plan of a front; from then on only diffusers' own calls are
     needed.
 
@@ -45,6 +45,8 @@ def apply(pipe: P, run: str | Path, *, calls: float | None = None) -> P:
         run: the folder of a run or of a front, or one that `diffes export` wrote.
         calls: of a front, what the plan may cost, in dense denoiser calls; the best one within is taken, and of all
             plans where it is left out.
+        resident: which thin layers stay ready on the device: "all" of this schedule, so that a change of stage or level
+            moves nothing, "stream" none but those in use, or "auto", what goes into half of the memory that is free.
 
     Returns:
         The same pipeline.
@@ -73,7 +75,7 @@ def apply(pipe: P, run: str | Path, *, calls: float | None = None) -> P:
         previous.router.remove()
     try:
         needed = bank.for_schedule(schedule)  # and no more, so that no more is kept for reuse than it needs
-        router = Router(adapter, needed)
+        router = Router(adapter, needed, resident=resident)
         check_fingerprint(adapter.denoiser, header.get("fingerprint"), folder / BANK)
         check_bank(needed, header, adapter, folder / BANK)
         own = previous.scheduler if previous and previous.scheduler is not None else pipe.scheduler
@@ -108,7 +110,14 @@ def remove(pipe: P) -> P:
     return pipe
 
 
-def load(run: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, calls: float | None = None) -> Any:
+def load(
+    run: str | Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    calls: float | None = None,
+    resident: str = "auto",
+) -> Any:
     """Opens what a run was made for, with the run applied.
 
     Args:
@@ -116,6 +125,7 @@ def load(run: str | Path, *, device: str = "auto", dtype: torch.dtype | None = N
         device: "cpu", "cuda", "cuda:1"; "auto" takes cuda where there is one.
         dtype: what the model computes in; as in the search when left out.
         calls: of a front, what the plan may cost, in dense denoiser calls (see `apply`).
+        resident: which thin layers stay ready on the device (see `apply`).
 
     Returns:
         The diffusers pipeline. Its base model comes from the folder, from diffes itself or, by its hub id, from the
@@ -129,7 +139,7 @@ def load(run: str | Path, *, device: str = "auto", dtype: torch.dtype | None = N
     pipe = load_pipeline(
         base_model(folder, facts), device=pick_device(device), dtype=dtype or getattr(torch, facts["dtype"])
     )
-    return apply(pipe, folder, calls=calls)
+    return apply(pipe, folder, calls=calls, resident=resident)
 
 
 def pick_device(name: str) -> str:

@@ -13,6 +13,7 @@ from diffes.adapters import BlockSet, GroupSet, ModelAdapter
 from diffes.errors import DiffesError
 from diffes.pruning.base import GroupWeights
 from diffes.runtime.checks import check_attention, is_fused, replaced, written
+from diffes.runtime.resident import Resident
 
 
 class Part:
@@ -73,13 +74,15 @@ class WidthPart(Part):
     Args:
         adapter: the model.
         groups: the set.
+        resident: keeps thin layers ready.
 
     Attributes:
         modules: those whose parameters are swapped.
     """
 
-    def __init__(self, adapter: ModelAdapter, groups: GroupSet) -> None:
+    def __init__(self, adapter: ModelAdapter, groups: GroupSet, resident: Resident) -> None:
         self.groups = groups
+        self._resident = resident
         self._adapter = adapter
         denoiser = adapter.denoiser
         producers = [denoiser.get_submodule(path) for path in groups.producers]
@@ -131,7 +134,7 @@ class WidthPart(Part):
             return True
         if [p.data_ptr() for p in self._parameters] == self._pointers or self._cast:
             return False
-        if all(_equal(held.parameter, tensor) for held, tensor in self._tensors(self._thin)):
+        if all(_equal(p, tensor) for p, tensor in zip(self._parameters, self._tensors(self._thin), strict=True)):
             self.note()  # they were moved to another device and back
             return False
         return True
@@ -155,8 +158,8 @@ class WidthPart(Part):
             self._load_attention(thin)
         self._thin = thin
         try:
-            for held, tensor in self._tensors(thin):
-                held.parameter.data = tensor
+            for parameter, tensor in zip(self._parameters, self._tensors(thin), strict=True):
+                parameter.data = tensor
         finally:
             self.note()
 
@@ -170,29 +173,32 @@ class WidthPart(Part):
             if stand_in is not None:
                 attention.forward = partial(stand_in, attention)
 
-    def _tensors(self, thin: GroupWeights | None) -> list[tuple[_Held, Tensor]]:
+    def _tensors(self, thin: GroupWeights | None) -> list[Tensor]:
         """What each parameter holds where these groups are left; all, where there is None."""
         if thin is None:  # the dense tensor itself, unless the model was moved since
-            return [(h, h.dense.to(h.parameter.device, h.parameter.dtype)) for h in self._held]
+            return [held.dense.to(held.parameter.device, held.parameter.dtype) for held in self._held]
+        if not len(thin.kept):  # goes by the processor that is there
+            return self._cut(thin)
+        return self._resident.get(self.groups.name, thin, lambda: self._cut(thin))
+
+    def _cut(self, thin: GroupWeights) -> list[Tensor]:
+        """What each parameter holds where some of the groups are left, made anew."""
         dense = self.consumer.dense
         kept = thin.kept.to(dense.device, torch.long)
         silent = self._bypassed is not None and "forward" not in self.attention.__dict__
         features = self.groups.features(kept.new_zeros(1) if silent else kept)
         width = dense.shape[1]
         gated = torch.cat([features, features + width])  # value rows lie over gate rows
-        found = [
-            (held, held.dense.index_select(0, gated if len(held.dense) == 2 * width else features))
-            for held in self._by_row
-        ]
-        columns = [(held, held.dense.index_select(1, features)) for held in self._by_column]
+        rows = [h.dense.index_select(0, gated if len(h.dense) == 2 * width else features) for h in self._by_row]
+        columns = [held.dense.index_select(1, features) for held in self._by_column]
         if silent:
-            columns = [(held, torch.zeros_like(tensor)) for held, tensor in columns]
+            columns = [torch.zeros_like(tensor) for tensor in columns]
             consumer = dense.new_zeros(len(dense), len(features))
         elif thin.consumer is None:
             consumer = dense.index_select(1, features)
         else:
             consumer = thin.consumer.to(dense.device)
-        return [*found, *columns, (self.consumer, consumer)]
+        return [consumer, *rows, *columns]
 
 
 class DepthPart(Part):

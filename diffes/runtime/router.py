@@ -20,6 +20,7 @@ from diffes.pruning.bank import StageWeights, WeightBank
 from diffes.runtime.checks import check_cuttable, check_not_offloaded, replaced, tree_of, written
 from diffes.runtime.memory import Memory, ReusePart
 from diffes.runtime.parts import DepthPart, Part, WidthPart
+from diffes.runtime.resident import Resident, limit_of
 from diffes.search.schedule import Plan, Schedule
 
 
@@ -31,18 +32,21 @@ class Router:
     their processors, only their number of heads changes; LoRA matrices on these layers are cut to match.
     Depth: skipped blocks hand their input on. Reuse: layers give again what they gave in the last call of the run that
     computed them; the first call of a run computes everything. The dense tensors themselves are kept and put back, so
-    restoration is exact. The bank stays in host memory; the device holds the dense weights and the present stage's
-    thin ones.
+    restoration is exact. The bank stays in host memory; the device holds the dense weights, the present stage's thin
+    ones, and those that stay ready there.
 
     Args:
         adapter: the model, dense.
         bank: thin weights, at least those of the schedules routed.
+        resident: which thin layers stay ready on the device: "all" that were used, so that a change of stage or level
+            moves nothing, "stream" none, or "auto": what goes into half of the memory that is free now; or bytes.
 
     Attributes:
         schedule: what is routed now; None while the model is dense.
         max_level: H, of the schedules that it routes.
         memory: what the next call may reuse; None between runs, and where nothing is reused.
         timestep: of the last call.
+        resident: thin layers that are ready on the device.
 
     Whoever asks the model, or a part of it, for its `state_dict`, or gives it one, deals with the dense weights. A deep
     copy of a routed model is routed too, by a router of its own.
@@ -51,7 +55,7 @@ class Router:
         DiffesError: the model is offloaded, compiled inside or quantised, or carries adapters that cannot be cut.
     """
 
-    def __init__(self, adapter: ModelAdapter, bank: WeightBank) -> None:
+    def __init__(self, adapter: ModelAdapter, bank: WeightBank, *, resident: str | int = "auto") -> None:
         self.adapter = adapter
         self.bank = bank
         self.schedule: Schedule | Plan | None = None
@@ -60,6 +64,8 @@ class Router:
         self.max_level = bank.max_level or adapter.max_level(bank.kind)
         check_not_offloaded(adapter.denoiser)
         check_cuttable(adapter)
+        device = next(adapter.denoiser.parameters()).device
+        self.resident = Resident(resident if isinstance(resident, int) else limit_of(resident, device))
         self._parts = {p.name: self._part(p) for p in adapter.prunable(bank.kind)}
         self._tree = list(tree_of(adapter.denoiser, [p for p in adapter.prunable("width") if isinstance(p, GroupSet)]))
         self._reuse = [part for part in self._parts.values() if isinstance(part, ReusePart)]
@@ -74,7 +80,7 @@ class Router:
 
     def _part(self, prunable: AnySet) -> Part:
         if isinstance(prunable, GroupSet):
-            return WidthPart(self.adapter, prunable)
+            return WidthPart(self.adapter, prunable, self.resident)
         if isinstance(prunable, BlockSet):
             return DepthPart(self.adapter, prunable)
         return ReusePart(self.adapter, prunable, self._remembered)
@@ -103,6 +109,8 @@ class Router:
         self._wanted = frozenset(itertools.chain(*map(self._recalled, self.bank if keep and self._reuse else reused)))
         self._reused_until = min((_lowest(schedule, key) for key in reused), default=math.inf)
         if not self._hooks:
+            if any(part.changed for part in self._parts.values()):
+                self.resident.clear()  # rows of producers, and LoRA matrices, may have been written to
             for part in self._parts.values():
                 part.note()
             denoiser = self.adapter.denoiser
@@ -124,6 +132,7 @@ class Router:
         for part in self._parts.values():
             part.released()
         if lost:
+            self.resident.clear()
             warnings.warn(
                 "weights of the model were written to while a schedule was routed through it, and what was written to "
                 "thin layers is lost: write again, now that it is dense",

@@ -209,6 +209,7 @@ def sample_images(
     guidance: float | None,
     device: str,
     calls: float | None = None,
+    resident: str = "auto",
 ) -> tuple[torch.Tensor, list[str]]:
     """Images of the pipeline of a run, of a front or of an exported folder, routed.
 
@@ -220,6 +221,7 @@ def sample_images(
         guidance: guidance scale; as in the search when left out.
         device: where to run.
         calls: of a front, what the plan may cost, in dense calls.
+        resident: which thin layers stay ready on the device (see `apply`).
 
     Returns:
         Images (n, channels, h, w) in [0, 1] and a label for each.
@@ -230,7 +232,7 @@ def sample_images(
     """
     routed, facts = chosen(run, calls)
     own_steps = len(routed.calls) if isinstance(routed, Plan) else facts["steps"]
-    adapter = adapter_for(load(run, device=device, calls=calls))
+    adapter = adapter_for(load(run, device=device, calls=calls, resident=resident))
     wanted = list(conditions) if conditions is not None else list(adapter.choices("heldout")[:8])
     n_steps = own_steps if steps is None else steps
     adapter.timesteps(n_steps)  # refuses numbers of steps that the scheduler cannot take

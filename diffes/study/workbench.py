@@ -304,12 +304,13 @@ def prepare(
             allocation=config.allocation,
             only=space.visited,
             progress=lambda stage: advance(f"stage {stage}"),
-            memory=int(config.bank_memory * 1e9),
+            memory=(memory := int(config.bank_memory * 1e9)),
         )
-    router = Router(adapter, bank)
+    router = Router(adapter, bank, resident=memory)
     if len(method.parts) > 1:  # one alphabet: the cheaper a call, the higher its level
         macs = np.array(macs_by_level(router, stages, space.visited, space.max_level))[space.visited].mean(0)
-        router = Router(adapter, bank.in_order(sorted(range(1, space.max_level + 1), key=lambda k: -macs[k])))
+        cheaper = sorted(range(1, space.max_level + 1), key=lambda k: -macs[k])
+        router = Router(adapter, bank.in_order(cheaper), resident=memory)
     return _priced(Workbench(config, adapter, space, router, metric, costs or []), progress)
 
 

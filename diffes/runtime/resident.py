@@ -1,0 +1,87 @@
+"""Thin layers that stay ready on the device, so that a change of stage or level is a change of pointers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from diffes.errors import DiffesError
+from diffes.pruning.base import GroupWeights
+
+MODES = ("auto", "all", "stream")
+CGROUP = Path("/sys/fs/cgroup")  # what a container may use, where it says so
+
+
+class Resident:
+    """Tensors of group sets in their thin form, within a limit of bytes; those not used longest make room.
+
+    Args:
+        limit: bytes; 0 keeps nothing, None whatever comes.
+
+    Attributes:
+        nbytes: of the tensors held. On the CPU the bank's own weights are among them.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self.nbytes = 0
+        self._held: OrderedDict[tuple[str, int], tuple[GroupWeights, list[Tensor]]] = OrderedDict()
+
+    def get(self, name: str, thin: GroupWeights, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """The tensors of a set for these weights of a bank, held or made now."""
+        key = (name, id(thin))  # `thin` is held too, so that no other one takes its place in memory
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key][1]
+        made = make()
+        if self.limit != 0:
+            self._held[key] = (thin, made)
+            self.nbytes += _bytes(made)
+            while self.limit is not None and self.nbytes > self.limit:
+                self.nbytes -= _bytes(self._held.popitem(last=False)[1][1])
+        return made
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._held.clear()
+        self.nbytes = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Resident:
+        return Resident(self.limit)
+
+
+def limit_of(mode: str, device: torch.device) -> int | None:
+    """How many bytes of thin layers may stay on a device.
+
+    Args:
+        mode: "all" keeps whatever is used, "stream" nothing but the layers in use, "auto" what goes into half of the
+            memory that is free now.
+        device: where the model is.
+
+    Raises:
+        DiffesError: there is no such mode.
+    """
+    if mode not in MODES:
+        raise DiffesError(f"resident must be one of {', '.join(MODES)}, got {mode!r}")
+    return {"all": None, "stream": 0}.get(mode, _free(device) // 2)
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    try:  # a container's own limit
+        most, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        return max(0, min(free, most - used))
+    except (OSError, ValueError):  # none, or "max"
+        return free
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
