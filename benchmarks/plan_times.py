@@ -1,10 +1,10 @@
 """What would plans save where thin calls take as little time as their MACs say? On the times of DiT-XL/2-256's shape.
 
-First the milliseconds of one guided call of DiT-XL/2-256 (random weights: time does not depend on them) at each level,
-the change of weights before the call included, levels taking turns. Then plans of `fashion-dit` for that table of times
+First the milliseconds of one guided call of DiT-XL/2-256 (random weights: time does not depend on them) at every second
+level, the change of weights included, levels taking turns. Then plans of `fashion-dit` for that table of times
 in place of its own: what a plan gains at equal time on a transformer of full size, as far as its errors are alike.
 
-    python benchmarks/plan_times.py            # needs 6 GB of memory, half an hour on two CPU cores
+    python benchmarks/plan_times.py            # needs 10 GB of memory, half an hour on two CPU cores
     python benchmarks/plan_times.py --smoke    # two blocks, tiny searches
 """
 
@@ -21,6 +21,7 @@ from published_models import adapter_of, dit
 from diffes.measure.currencies import macs_by_level, ms_by_level
 from diffes.progress import RichProgress
 from diffes.pruning import METHODS
+from diffes.pruning.bank import WeightBank
 from diffes.pruning.build import build_bank
 from diffes.runtime.router import Router
 from diffes.search.schedule import Stages
@@ -37,8 +38,10 @@ RESULTS = Path(__file__).parent / "results"
 def times(repeats: int, batch: int, **changes: int) -> dict[str, list[float]]:
     """Shares of a dense call, by level: milliseconds with and without the change of weights, and MACs."""
     adapter, stages = adapter_of(dit(**changes)), Stages.equal(1)
-    bank = build_bank(adapter, METHODS.make("magnitude"), stages, None, guidance=1.0, seed=0, allocation="equal")
-    router, top = Router(adapter, bank), adapter.max_level("width")
+    every = build_bank(adapter, METHODS.make("magnitude"), stages, None, guidance=1.0, seed=0, allocation="equal")
+    top = adapter.max_level("width") // 2  # every second level, as many as `fashion-dit` has
+    bank = WeightBank({(0, k): every[0, 2 * k] for k in range(1, top + 1)}, every.kind, max_level=top)
+    router = Router(adapter, bank, resident="all")
     probes = adapter.make_probes(batch, 0)
     macs = macs_by_level(router, stages, [0], top)[0]
     found = {"macs": [m / macs[0] for m in macs]}
@@ -79,8 +82,8 @@ def main() -> None:
     with torch.no_grad():
         shares = times(1 if args.smoke else 3, args.batch, **({"num_layers": 2} if args.smoke else {}))
     bench = prepare(config, RichProgress(), example=PLANNED)
-    half = shares["ms, changing"][:: (len(shares["macs"]) - 1) // bench.space.max_level]  # of 16 levels every second
-    plans = Plans(bench, nodes=nodes, reference_steps=reference, known_costs=[half] * len(bench.space.stages))
+    costs = [shares["ms, changing"]] * len(bench.space.stages)
+    plans = Plans(bench, nodes=nodes, reference_steps=reference, known_costs=costs)
     table, points = plans.table(), []
     for budget in args.budgets:
         for point in front.searched(plans, table, budget):
