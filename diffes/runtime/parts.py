@@ -152,7 +152,6 @@ class WidthPart(Part):
         if self.attention is not None and is_fused(self.attention):  # since routing began, maybe of thin layers
             self.attention.fuse_projections()
 
-    @torch.inference_mode(False)  # or what is loaded in that mode could not be used outside of it
     def _load(self, thin: GroupWeights | None) -> None:
         if self.attention is not None:
             self._load_attention(thin)
@@ -165,19 +164,20 @@ class WidthPart(Part):
 
     def _load_attention(self, thin: GroupWeights | None) -> None:
         attention, self._bypassed = self.attention, None
-        attention.heads = self.groups.n_groups if thin is None else max(len(thin.kept), 1)
+        heads = self.groups.n_groups if thin is None else thin.kept.numel()
+        attention.__dict__["heads"] = max(heads, 1)  # a module's own `setattr` takes ten times as long
         put_forward(attention, self._forward)
-        if thin is not None and not len(thin.kept):
+        if not heads:
             stand_in = self._adapter.without_heads(attention)
             self._bypassed = attention.processor
             if stand_in is not None:
-                attention.forward = partial(stand_in, attention)
+                put_forward(attention, partial(stand_in, attention))
 
     def _tensors(self, thin: GroupWeights | None) -> list[Tensor]:
         """What each parameter holds where these groups are left; all, where there is None."""
         if thin is None:  # the dense tensor itself, unless the model was moved since
             return [held.dense.to(held.parameter.device, held.parameter.dtype) for held in self._held]
-        if not len(thin.kept):  # goes by the processor that is there
+        if not thin.kept.numel():  # goes by the processor that is there
             return self._cut(thin)
         return self._resident.get(self.groups.name, thin, lambda: self._cut(thin))
 
@@ -231,7 +231,7 @@ def put_forward(module: nn.Module, forward: Any) -> None:
     if forward is None:
         module.__dict__.pop("forward", None)
     else:
-        module.forward = forward
+        module.__dict__["forward"] = forward
 
 
 def _versions(parameters: Sequence[Tensor]) -> list[int]:

@@ -202,6 +202,7 @@ class Router:
         parts = [part for part in self._reuse if part.groups.name in entry]
         return [path for part in parts for path in part.groups.recalled(entry[part.groups.name].kept.tolist())]
 
+    @torch.inference_mode(False)  # or what is loaded in that mode could not be used outside of it
     def _load(self, weights: StageWeights | None, watching: bool = False) -> None:
         if weights is self._current and watching == self._watching and not self._swapping:
             return
