@@ -35,9 +35,9 @@ class RoutedEvaluator(abc.ABC):
     walked as a trie, and only what differs is run. Scores are bit-identical to running all of it, because every
     denoiser call is made on the same inputs in the same batch.
 
-    Denoiser calls are counted in rows: a call on a batch of b counts b, both branches of guidance included. A search
-    that goes on over its store counts as if it had never stopped: what its cache would have held is run again, but not
-    counted again.
+    Denoiser calls are counted in rows: a call on a batch of b counts b, both branches of guidance included. They are
+    what one process pays that measures everything in the order of the trie, whoever measures it: a search that goes on
+    over its store, or on many workers, counts as if it had never stopped and were alone.
 
     Args:
         router: the model with its bank; dense outside of an evaluation.
@@ -52,6 +52,7 @@ class RoutedEvaluator(abc.ABC):
         final_reference: latents (n, C, h, w) that everything is compared with.
         reference: the same (n, ...) in the metric's space.
         denoiser_calls: rows counted so far, the references excluded.
+        paid_calls: rows that this process really ran.
     """
 
     stages: Stages
@@ -65,8 +66,10 @@ class RoutedEvaluator(abc.ABC):
         self.guidance = guidance
         self.probes = probes
         self.batch = batch
-        self._cache = _StateCache(max(cache_bytes, REUSE_CACHE_BYTES) if router.bank.reusing else cache_bytes)
-        self.denoiser_calls = 0
+        cache_bytes = max(cache_bytes, REUSE_CACHE_BYTES) if router.bank.reusing else cache_bytes
+        self._cache, self._alone = _StateCache(cache_bytes), _StateCache(cache_bytes)
+        self._due: dict[tuple[Schedule, float], int] = {}  # counted, not measured yet
+        self.denoiser_calls = self.paid_calls = 0
         self._fixed_bytes, self._row_bytes = 0, 0.0
         self.adapter.check_sampled()
         self.final_reference = self._measured_reference()
@@ -97,18 +100,28 @@ class RoutedEvaluator(abc.ABC):
 
     def __call__(self, schedules: Sequence[Schedule], fidelity: float = 1.0) -> Iterator[Evaluation]:
         """Evaluates a batch in the order of the trie, so that neighbours follow each other; yields each when done."""
-        for schedule in sorted(schedules, key=lambda schedule: schedule.levels[::-1]):
+        for schedule in in_trie_order(schedules):
             start, before = time.perf_counter(), self.denoiser_calls
             fitness = float(self.scores(schedule, fidelity).mean())
             calls, seconds = self.denoiser_calls - before, time.perf_counter() - start
             yield Evaluation(schedule, fitness, calls, seconds, fidelity)
 
-    def remember(self, evaluation: Evaluation) -> None:
-        """Notes an evaluation of an earlier process, so that its shared trajectories are not counted twice."""
-        for part in self.parts(evaluation.fidelity):
-            prefixes = self._prefixes(part, evaluation.schedule)
-            for prefix in prefixes[self._cache.depth(prefixes) :]:
-                self._cache.put(prefix, None, self._state_bytes(part))
+    def expect(self, schedules: Sequence[Schedule], fidelity: float = 1.0) -> None:
+        """Counts a whole batch before any of it is measured, with those that were measured by an earlier process."""
+        self._due = {(schedule, fidelity): self.count(schedule, fidelity) for schedule in in_trie_order(schedules)}
+
+    def count(self, schedule: Schedule, fidelity: float = 1.0) -> int:
+        """Denoiser calls, in rows, that a schedule costs after all those that were counted before."""
+        due = self._due.pop((schedule, fidelity), None)
+        if due is not None:
+            return due
+        calls = 0
+        for rows in self.parts(fidelity):
+            prefixes, path = self._prefixes(rows, schedule), self._path(schedule)
+            for i in range(self._alone.depth(prefixes), len(path)):
+                self._alone.put(prefixes[i], None, self._state_bytes(rows))
+                calls += path[i][1] * self.rows(self.probes[rows])
+        return calls
 
     def scores(self, schedule: Schedule, fidelity: float = 1.0) -> Tensor:
         """Score (n,) of each probe, or of the first `ceil(fidelity * n)`; higher is better."""
@@ -121,6 +134,7 @@ class RoutedEvaluator(abc.ABC):
     @torch.no_grad()
     def latents(self, schedule: Schedule, fidelity: float = 1.0) -> Tensor:
         """Final latents (n, C, h, w) of the routed model."""
+        self.denoiser_calls += self.count(schedule, fidelity)
         with self.router.routed(self._routed(schedule), keep=True):
             return torch.cat([self._run(part, schedule) for part in self.parts(fidelity)])
 
@@ -182,7 +196,6 @@ class RoutedEvaluator(abc.ABC):
     def _run(self, rows: slice, schedule: Schedule) -> Tensor:
         """Walks the trajectory from the noisiest part, from the deepest cached state on."""
         part, prefixes = self.probes[rows], self._prefixes(rows, schedule)
-        counted = self._cache.depth(prefixes)
         done, state = self._cache.deepest(prefixes)
         if state is None:
             state = self.adapter.start(part, self._steps_of(schedule), self.guidance)
@@ -192,8 +205,7 @@ class RoutedEvaluator(abc.ABC):
         for i, (_, n_calls) in enumerate(self._path(schedule)[done:], done):
             for _ in range(n_calls):
                 state = self._step(state, part)
-                if i >= counted:
-                    self.denoiser_calls += self.rows(part)
+                self.paid_calls += self.rows(part)
             self._cache.put(prefixes[i], state, self._state_bytes(rows))
         return self.adapter.finish(state, self.guidance)
 
@@ -261,6 +273,11 @@ class ScheduleEvaluator(RoutedEvaluator):
         return self.n_steps
 
 
+def in_trie_order(schedules: Sequence[Schedule]) -> list[Schedule]:
+    """So that those follow each other that share the first calls, at the noisiest timesteps."""
+    return sorted(schedules, key=lambda schedule: schedule.levels[::-1])
+
+
 def size_of(thing: Any) -> int:
     """Bytes that an object takes in memory, tensors, arrays, containers and attributes included; shared ones once."""
     seen: set[int] = set()
@@ -288,10 +305,7 @@ Prefix = tuple[int, ...]
 
 
 class _StateCache:
-    """The most recently used sampling states, within a number of bytes.
-
-    A prefix may be known without its state: it was computed by the process before this one, and would be here still.
-    """
+    """The most recently used sampling states, within a number of bytes; or what would be kept, without the states."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -299,7 +313,7 @@ class _StateCache:
         self._states: OrderedDict[Prefix, tuple[int, SamplingState | None]] = OrderedDict()
 
     def depth(self, prefixes: Sequence[Prefix]) -> int:
-        """How many stages the longest known prefix has, which counts as used now; 0 when none is known."""
+        """How many parts the longest known prefix has, which counts as used now; 0 when none is known."""
         for i in reversed(range(len(prefixes))):
             if prefixes[i] in self._states:
                 self._states.move_to_end(prefixes[i])
@@ -307,21 +321,19 @@ class _StateCache:
         return 0
 
     def deepest(self, prefixes: Sequence[Prefix]) -> tuple[int, SamplingState | None]:
-        """The longest prefix with a state, how many stages it has, and a copy of the state; (0, None) when none has."""
-        for i in reversed(range(len(prefixes))):
-            _, state = self._states.get(prefixes[i], (0, None))
-            if state is not None:
-                return i + 1, replace(state, scheduler=copy.deepcopy(state.scheduler))
-        return 0, None
+        """How many parts the longest known prefix has, and a copy of its state; (0, None) when none is known."""
+        depth = self.depth(prefixes)
+        state = self._states[prefixes[depth - 1]][1] if depth else None
+        return depth, _copied(state)
 
     def put(self, prefix: Prefix, state: SamplingState | None, n_bytes: int) -> None:
-        """Adds a prefix, or gives a known one its state; drops the least recently used ones that do not fit."""
-        kept = replace(state, scheduler=copy.deepcopy(state.scheduler)) if state is not None else None
-        if prefix in self._states:
-            self._states[prefix] = n_bytes, kept
-            return
-        self._states[prefix] = n_bytes, kept
+        """Adds a prefix that is not known yet; drops the least recently used ones that do not fit."""
+        self._states[prefix] = n_bytes, _copied(state)
         self._bytes += n_bytes
         while self._bytes > self._max_bytes and len(self._states) > 1:
             _, (size, _) = self._states.popitem(last=False)
             self._bytes -= size
+
+
+def _copied(state: SamplingState | None) -> SamplingState | None:
+    return state and replace(state, scheduler=copy.deepcopy(state.scheduler))

@@ -175,11 +175,10 @@ class Ledger:
     def _measure(self, proposals: list[Proposal], fidelity: float) -> Iterator[Evaluation]:
         schedules = [proposal.schedule for proposal in proposals]
         stored = self._store.known(schedules, fidelity) if self._store is not None else []
-        remember = getattr(self._evaluate, "remember", None)
-        for evaluation in stored:
-            if remember is not None:
-                remember(evaluation)
-            yield evaluation
+        expect = getattr(self._evaluate, "expect", None)
+        if expect is not None:
+            expect(schedules, fidelity)
+        yield from stored
         found = {evaluation.schedule for evaluation in stored}
         missing = [schedule for schedule in schedules if schedule not in found]
         origins = {proposal.schedule: proposal.origin for proposal in proposals}

@@ -121,18 +121,24 @@ def some_schedules(stages: Stages, n: int) -> list[Schedule]:
 def test_what_an_earlier_process_measured_is_counted_as_if_it_had_gone_on(
     tiny: ModelAdapter, stages: Stages, scheduler: Any, states: int
 ) -> None:
-    """After any number of evaluations, a fresh evaluator that is told of them counts the rest as the old one does."""
+    """After any number of evaluations, a fresh evaluator that is told of them counts the rest as the old one does, and
+    it counts what it pays; in which order those of a batch are measured changes nothing."""
     tiny.pipe.scheduler = scheduler.from_config(tiny.pipe.scheduler.config)
     cache_bytes = states * make(tiny, stages)._state_bytes(slice(0, 3))
     schedules = some_schedules(stages, 20)
     whole = make(tiny, stages, cache_bytes=cache_bytes)
     before = [only(whole, schedule) for schedule in schedules]
+    assert whole.paid_calls == whole.denoiser_calls == sum(evaluation.denoiser_calls for evaluation in before)
     for done in (0, 7, len(schedules) - 1):
         resumed = make(tiny, stages, cache_bytes=cache_bytes)
         for evaluation in before[:done]:
-            resumed.remember(evaluation)
+            resumed.expect([evaluation.schedule])
         after = [only(resumed, schedule) for schedule in schedules[done:]]
         assert [(e.fitness, e.denoiser_calls) for e in after] == [(e.fitness, e.denoiser_calls) for e in before[done:]]
+    batch, backwards = (make(tiny, stages, cache_bytes=cache_bytes) for _ in range(2))
+    backwards.expect(schedules)
+    counted = {each.schedule: each.denoiser_calls for each in batch(schedules)}
+    assert {each: only(backwards, each).denoiser_calls for each in schedules[::-1]} == counted
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])

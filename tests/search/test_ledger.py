@@ -124,20 +124,20 @@ def test_the_store_is_asked_first_and_takes_what_is_new(tmp_path: Path) -> None:
     assert [e.fitness for e in store.evaluations()] == [3.0, 1.0]
 
 
-def test_an_evaluator_that_remembers_is_told_what_the_store_knows(tmp_path: Path) -> None:
-    class Remembering(Table):
+def test_an_evaluator_that_shares_work_is_told_the_whole_batch_with_what_the_store_knows(tmp_path: Path) -> None:
+    class Expecting(Table):
         def __init__(self) -> None:
             super().__init__()
-            self.remembered: list[Levels] = []
+            self.expected: list[tuple[list[Levels], float]] = []
 
-        def remember(self, evaluation: Evaluation) -> None:
-            self.remembered.append(evaluation.schedule.levels)
+        def expect(self, schedules: Sequence[Schedule], fidelity: float) -> None:
+            self.expected.append(([schedule.levels for schedule in schedules], fidelity))
 
     store = EvaluationStore(tmp_path / "journal", SPACE)
     list(Ledger(SPACE, Table(), store).measure(ask(B, A)))
-    evaluate = Remembering()
+    evaluate = Expecting()
     list(Ledger(SPACE, evaluate, store).measure(ask(A, B, C)))
-    assert evaluate.remembered == [B, A]
+    assert evaluate.expected == [([A, B, C], 1.0)]
 
 
 def test_the_result_is_the_first_best_within_the_budget_on_all_probes() -> None:
