@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from diffes.errors import DiffesError, PluginError
-from diffes.study.config import RunConfig
+from diffes.study.config import ALONE, RunConfig, WorkerOptions
 
 app = tyro.extras.SubcommandApp()
 _DEFAULT = RunConfig()
@@ -37,6 +37,7 @@ def search(
     genes: Literal["joint", "steps", "levels"] = "joint",
     calls: float | None = None,
     config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _SEARCH,
+    workers: Annotated[WorkerOptions, tyro.conf.OmitArgPrefixes] = ALONE,
     solver: str = "dpmsolver++",
     nodes: int = 64,
     out: Path | None = None,
@@ -54,6 +55,7 @@ def search(
         calls: what a plan may cost, in dense denoiser calls, by --cost (level, the paper's, stands for macs here).
             Left out: 6. Schedules of levels have --budget instead.
         config: settings of the run; --metric auto is latent_mse for plans and ssim for levels.
+        workers: who measures.
         solver: of plans: dpmsolver++ (second order) or ddim (first order, no noise).
         nodes: of plans: candidate timesteps.
         out: run folder. Left out: runs/ and a name of the model, method, what is searched and the seed.
@@ -73,19 +75,20 @@ def search(
         budget = 6.0 if calls is None else calls
         out = out or _named(f"{config.method}-{genes}-{budget:g}-{config.cost}", config)
         with _terminal(log_file) as terminal:
-            terminal.front(config, [budget], out, overwrite, genes=genes, solver=solver, nodes=nodes)
+            terminal.front(config, [budget], out, overwrite, genes=genes, solver=solver, nodes=nodes, workers=workers)
         return
     if calls is not None:
         raise DiffesError(f"--calls {calls:g} is of plans; schedules of --genes levels have --budget, got no plan")
     out = out or _named(f"{config.method}-{config.strategy}-{config.budget:g}", config)
     with _terminal(log_file) as terminal:
-        terminal.search(config, out, overwrite)
+        terminal.search(config, out, overwrite, workers)
 
 
 @app.command
 def front(
     budgets: list[float] = [3, 4, 5, 6, 8, 10],  # noqa: B006
     config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _PLANNED,
+    workers: Annotated[WorkerOptions, tyro.conf.OmitArgPrefixes] = ALONE,
     solver: str = "dpmsolver++",
     nodes: int = 64,
     out: Path | None = None,
@@ -102,6 +105,7 @@ def front(
     Args:
         budgets: what a plan may cost, in dense denoiser calls, by --cost.
         config: settings; --max-evals is of each search, --budget is not used.
+        workers: who measures.
         solver: dpmsolver++ (second order) or ddim (first order, no noise).
         nodes: candidate timesteps.
         out: folder. Left out: runs/MODEL-METHOD-front-COST-SEED.
@@ -110,7 +114,7 @@ def front(
     """
     out = out or _named(f"{config.method}-front-{config.cost}", config)
     with _terminal(log_file) as terminal:
-        terminal.front(config, budgets, out, overwrite, genes="joint", solver=solver, nodes=nodes)
+        terminal.front(config, budgets, out, overwrite, genes="joint", solver=solver, nodes=nodes, workers=workers)
 
 
 def _named(name: str, config: RunConfig, seed: bool = True) -> Path:
@@ -196,6 +200,7 @@ def compare(
     strategies: list[str] = ["evolution", "evopress", "surrogate", "tpe", "random", "uniform"],  # noqa: B006
     seeds: int = 5,
     config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _DEFAULT,
+    workers: Annotated[WorkerOptions, tyro.conf.OmitArgPrefixes] = ALONE,
     out: Path | None = None,
     log_file: Path | None = None,
 ) -> None:
@@ -209,12 +214,13 @@ def compare(
         seeds: searches of each, from --seed on; each draws its own probes.
         config: settings of all runs; --strategy is not used. All spend --max-calls denoiser calls, or if that is left
             out what --max-evals whole evaluations cost.
+        workers: who measures.
         out: folder of the results. Left out: runs/MODEL-METHOD-compare-BUDGET.
         log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
     out = out or _named(f"{config.method}-compare-{config.budget:g}", config, seed=False)
     with _terminal(log_file) as terminal:
-        terminal.experiment(config, {"strategy": strategies}, seeds, out)
+        terminal.experiment(config, {"strategy": strategies}, seeds, out, workers)
 
 
 @app.command
@@ -222,6 +228,7 @@ def ablate(
     vary: tyro.conf.Positional[list[str]],
     seeds: int = 3,
     config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _EQUAL_MACS,
+    workers: Annotated[WorkerOptions, tyro.conf.OmitArgPrefixes] = ALONE,
     out: Path | None = None,
     log_file: Path | None = None,
 ) -> None:
@@ -240,13 +247,14 @@ def ablate(
         seeds: searches of each combination, from --seed on; each draws its own probes.
         config: all other settings. Each search spends --max-calls denoiser calls, or if that is left out what
             --max-evals whole evaluations cost with these settings.
+        workers: who measures.
         out: folder of the results. Left out: runs/MODEL-ablate-OPTIONS.
         log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
     with _terminal(log_file) as terminal:
         varied = terminal.parse_variations(vary)
         out = out or _named(f"ablate-{'-'.join(varied)}", config, seed=False)
-        terminal.experiment(config, varied, seeds, out)
+        terminal.experiment(config, varied, seeds, out, workers)
 
 
 def _terminal(log_file: Path | None = None) -> AbstractContextManager[Any]:

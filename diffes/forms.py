@@ -228,6 +228,7 @@ class ReportFile(Form):
     macs_fraction: Amount
     evaluations: Number
     denoiser_calls: Count
+    paid_calls: Count | None = None
     search_seconds: Amount
     calibration_calls: Count = 0
     fitness: Fitness
@@ -307,3 +308,6 @@ class Paid(Form):
     seconds: Amount
     fidelity: Annotated[float, Field(gt=0, le=1)] = 1.0
     digest: Digest | None = None
+    worker: str | None = None
+    waited: Amount = 0.0
+    paid_calls: Count = 0

@@ -16,7 +16,7 @@ from rich.table import Table
 from diffes import files
 from diffes.errors import DiffesError
 from diffes.progress import RichProgress, console
-from diffes.study.config import RunConfig
+from diffes.study.config import RunConfig, WorkerOptions
 
 log = logging.getLogger(__name__)
 QUIET = {"TQDM_DISABLE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
@@ -68,12 +68,12 @@ def _handler(log_file: Path | None) -> logging.Handler:
     return handler
 
 
-def search(config: RunConfig, out: Path, overwrite: bool) -> None:
+def search(config: RunConfig, out: Path, overwrite: bool, workers: WorkerOptions) -> None:
     """A search of levels, and what it found."""
     from diffes.study import report as reports
     from diffes.study.run import complete_run
 
-    report = complete_run(config, out, RichProgress(), overwrite=overwrite)
+    report = complete_run(config, out, RichProgress(), overwrite=overwrite, workers=workers)
     found = report.run
     table = Table(
         title="{model}, {method}, held-out {metric} over {heldout} probes".format(**found.settings),
@@ -86,6 +86,8 @@ def search(config: RunConfig, out: Path, overwrite: bool) -> None:
     console.print(f"levels by stage, cleanest first: {' '.join(map(str, found.schedule.levels))}")
     spent = f"{found.denoiser_calls:,} denoiser calls and {found.calibration_calls:,} of calibration"
     console.print(f"{found.evaluations} evaluations, {spent}")
+    if workers.workers > 1 and report.paid_calls is not None:
+        console.print(f"{workers.workers} workers paid {report.paid_calls:,} denoiser calls for the search")
     _list(out, "*")
     console.print(f"next: diffes sample {out} --out grid.png", highlight=False)
 
@@ -137,7 +139,9 @@ def parse_variations(texts: Sequence[str]) -> dict[str, list[Any]]:
     return grid.parse_variations(texts)
 
 
-def experiment(config: RunConfig, varied: Mapping[str, Sequence[Any]], seeds: int, out: Path) -> None:
+def experiment(
+    config: RunConfig, varied: Mapping[str, Sequence[Any]], seeds: int, out: Path, workers: WorkerOptions
+) -> None:
     """A grid of searches, and its table.
 
     Raises:
@@ -145,7 +149,7 @@ def experiment(config: RunConfig, varied: Mapping[str, Sequence[Any]], seeds: in
     """
     from diffes.study import grid
 
-    found = grid.run_experiment(config, varied, seeds, out, RichProgress())
+    found = grid.run_experiment(config, varied, seeds, out, RichProgress(), workers)
     head, body = found.table(brief=True)
     names = found.varied
     table = Table(title=f"held-out {config.metric}" if "metric" not in names else "held-out fitness")

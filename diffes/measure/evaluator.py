@@ -66,8 +66,8 @@ class RoutedEvaluator(abc.ABC):
         self.guidance = guidance
         self.probes = probes
         self.batch = batch
-        cache_bytes = max(cache_bytes, REUSE_CACHE_BYTES) if router.bank.reusing else cache_bytes
-        self._cache, self._alone = _StateCache(cache_bytes), _StateCache(cache_bytes)
+        self._cache_bytes = max(cache_bytes, REUSE_CACHE_BYTES) if router.bank.reusing else cache_bytes
+        self._cache, self._alone = (_StateCache(self._cache_bytes) for _ in range(2))
         self._due: dict[tuple[Schedule, float], int] = {}  # counted, not measured yet
         self.denoiser_calls = self.paid_calls = 0
         self._fixed_bytes, self._row_bytes = 0, 0.0
@@ -76,6 +76,30 @@ class RoutedEvaluator(abc.ABC):
         self.reference = self._in_metric_space(self.final_reference)
         check_finite(self.final_reference, "latents of the dense model")
         check_finite(self.reference, "images of the dense model")
+
+    def detached(self) -> RoutedEvaluator:
+        """The same probes and references without model, metric and cache, for another process."""
+        made = copy.copy(self)
+        for name in ("router", "adapter", "metric", "_cache", "_alone", "_due"):
+            delattr(made, name)
+        return made
+
+    def attached(self, router: Router, metric: Metric) -> RoutedEvaluator:
+        """What was detached, with the same model and metric in this process."""
+        made, device = copy.copy(self), router.adapter.device
+        made.router, made.adapter, made.metric, made._due = router, router.adapter, metric, {}
+        made._cache, made._alone = (_StateCache(self._cache_bytes) for _ in range(2))
+        made.final_reference, made.reference = self.final_reference.to(device), self.reference.to(device)
+        return made
+
+    def take_less(self) -> bool:
+        """Drops cached states, then halves the probes of a denoiser call; False where neither is left to do. Scores
+        stay what they are, up to the rounding of another batch."""
+        held, self._cache = self._cache, _StateCache(self._cache_bytes)
+        if held or self.batch == 1:
+            return bool(held)
+        self.batch //= 2
+        return True
 
     @abc.abstractmethod
     def _reference_steps(self) -> int | Any:
@@ -311,6 +335,9 @@ class _StateCache:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._states: OrderedDict[Prefix, tuple[int, SamplingState | None]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._states)
 
     def depth(self, prefixes: Sequence[Prefix]) -> int:
         """How many parts the longest known prefix has, which counts as used now; 0 when none is known."""

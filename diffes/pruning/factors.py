@@ -190,6 +190,10 @@ class Workshop:
         """Bytes in host memory."""
         return self._held + self._ready_bytes
 
+    def __reduce__(self) -> Any:
+        """In another process there is another workshop of as much memory."""
+        return Workshop, (self.limit,)
+
     def keep(self, factor: Factor) -> Factor:
         """The same factor with its triangle where there is room for it.
 
@@ -212,7 +216,7 @@ class Workshop:
                 f"the bank's triangles, {(self.filed + triangle.nbytes) / 1e9:.1f} GB so far, have no room in "
                 f"{tempfile.gettempdir()} ({error}): name a folder with more in TMPDIR, or raise --bank-memory"
             ) from error
-        stored = Stored(self._file, self.filed, triangle.dtype)
+        stored = Stored(self._file, self.filed, triangle.dtype, len(triangle))
         self.filed += triangle.nbytes
         return Factor(factor.groups, factor.order, stored)
 
@@ -241,11 +245,17 @@ class Stored:
         file: open for reading.
         offset: bytes before it.
         dtype: of its elements.
+        size: how many.
     """
 
     file: Any
     offset: int
     dtype: torch.dtype
+    size: int
+
+    def __reduce__(self) -> Any:
+        """In another process it is a vector in memory: the file is this one's."""
+        return Tensor.detach, (self[: self.size],)
 
     def __getitem__(self, part: slice) -> Tensor:
         read = torch.empty(part.stop, dtype=self.dtype)

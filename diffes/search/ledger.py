@@ -58,6 +58,12 @@ class SearchResult:
         pairs = zip(self.evaluations, self.eligible, strict=True)
         return list(itertools.accumulate((e.fitness if counts else -math.inf for e, counts in pairs), max))
 
+    @property
+    def paid_calls(self) -> int | None:
+        """Denoiser calls that workers really ran, in rows; None where there were none."""
+        paid = [e.measured.paid_calls for e in self.evaluations if e.measured is not None]
+        return sum(paid) if paid else None
+
     def front(self, space: SearchSpace) -> list[Evaluation]:
         """What nothing else dominates in fitness and cost, on all probes, from the cheapest to the fittest."""
         front: list[Evaluation] = []

@@ -10,6 +10,7 @@ import math
 import operator
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from diffes.search.database import OWNER, check_owner, claimed_study, open_datab
 from diffes.search.genome import Origin
 from diffes.search.schedule import Schedule
 from diffes.search.space import SearchSpace
-from diffes.search.strategy import Evaluation
+from diffes.search.strategy import Evaluation, Measured
 
 STUDY_NAME = "diffes"
 GENERATION = "generation_"
@@ -39,7 +40,8 @@ class EvaluationStore:
 
     `optuna-dashboard` and `optuna.visualization` open the file: a trial has a parameter `level_00..` per stage, the
     fitness as its value, and as user attributes `denoiser_calls`, `seconds`, the `digest` of all these and, where the
-    strategy tells, `operator` and `parents` (numbers of trials). A failed evaluation (-inf) is a trial in state FAIL
+    strategy tells, `operator` and `parents` (numbers of trials), and where several workers measure, `worker`,
+    `waited` (seconds) and `paid_calls`. A failed evaluation (-inf) is a trial in state FAIL
     with the user attribute `failed`; one on a fraction of the probes is PRUNED, its fitness an intermediate value at
     the percentage of the probes; one beyond the budget is marked as infeasible. User attributes `generation_00000..` of
     the study hold the statistics of each generation. The store knows schedules and nothing else: what they were
@@ -182,6 +184,8 @@ class EvaluationStore:
         }
         if fidelity < 1:
             attributes["fidelity"] = fidelity
+        if evaluation.measured is not None:
+            attributes |= asdict(evaluation.measured)
         if origin is not None:
             attributes["operator"] = origin.operator
             attributes["parents"] = [self._numbers[parent] for parent in origin.parents if parent in self._numbers]
@@ -218,7 +222,10 @@ class EvaluationStore:
             raise DiffesError(
                 f"{place} is damaged ({type(error).__name__}: {error}); restore it, or choose another file"
             ) from error
-        return Evaluation(schedule, fitness, paid["denoiser_calls"], paid["seconds"], paid.get("fidelity", 1.0))
+        measured = Measured(paid["worker"], paid["waited"], paid["paid_calls"]) if paid.get("worker") else None
+        return Evaluation(
+            schedule, fitness, paid["denoiser_calls"], paid["seconds"], paid.get("fidelity", 1.0), measured
+        )
 
 
 def _open_journal(path: Path) -> JournalStorage:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 from diffes.errors import DiffesError
@@ -17,15 +17,31 @@ from diffes.search.space import SearchSpace
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Who measured a schedule, where several could.
+
+    Args:
+        worker: its name.
+        waited: seconds until a worker was free.
+        paid_calls: denoiser calls, in rows, that it really ran; what it shares with others another one may have.
+    """
+
+    worker: str
+    waited: float
+    paid_calls: int
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One measured schedule.
 
     Args:
         schedule: what was measured.
         fitness: higher is better; -inf is a run that failed; never NaN or inf.
-        denoiser_calls: what the measurement cost, batch-size weighted.
+        denoiser_calls: what the measurement cost, batch-size weighted; what one process alone would have paid.
         seconds: wall time of it.
         fidelity: the fraction of the probes that it was measured on, above 0 and at most 1.
+        measured: by whom, where there were several workers.
     """
 
     schedule: Schedule
@@ -33,6 +49,7 @@ class Evaluation:
     denoiser_calls: int = 0
     seconds: float = 0.0
     fidelity: float = 1.0
+    measured: Measured | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,8 @@ class RunConfig:
     """Where the model runs: cpu, cuda or cuda:1; auto takes cuda where there is one."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What the model computes in."""
+    threads: int | None = None
+    """Threads of torch in each process, on which the last digits of scores depend. Left out: as torch has it here."""
 
     def __post_init__(self) -> None:
         smallest_of = {
@@ -94,6 +96,8 @@ class RunConfig:
             at_least(name, getattr(self, name), smallest, 10**18 if name == "seed" else LARGEST)
         if self.max_calls is not None:
             at_least("max_calls", self.max_calls, 1, 10**18)
+        if self.threads is not None:
+            at_least("threads", self.threads, 1)
         for name in ("guidance", "budget", "bank_memory", "time_limit"):
             value = getattr(self, name)
             if isinstance(value, bool) or not (isinstance(value, int | float) or (value, name) == (None, "time_limit")):
@@ -110,3 +114,35 @@ class RunConfig:
     def to_json(self) -> dict[str, Any]:
         """Plain values by field name."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """How many processes measure, and where. What is found does not depend on it."""
+
+    workers: int = 1
+    """Processes that measure side by side, on Ray (pip install "diffes[ray]"), each with the model and the bank; 1 is
+    this process alone. What is found and the denoiser calls counted are the same for any number."""
+    ray_address: str | None = None
+    """Of a Ray cluster that is running: auto, HOST:PORT or ray://HOST:PORT. Left out: one is started on this machine
+    and ends with the command."""
+    gpus_per_worker: float | None = None
+    """Share of a GPU that each worker takes, for instance 0.5. Left out: 1 where the device is cuda."""
+    evaluation_timeout: float | None = None
+    """Seconds after which a worker that has not finished an evaluation is ended, and the evaluation repeated on
+    another. Left out: no limit."""
+
+    def __post_init__(self) -> None:
+        at_least("workers", self.workers, 1)
+        for name, most in (("gpus_per_worker", 64), ("evaluation_timeout", 1e9)):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= most:
+                raise DiffesError(
+                    f"{name} must be above 0" + f" and at most {most:g}" * (most < math.inf) + f", got {value}"
+                )
+        of_many = [name for name in ("ray_address", "gpus_per_worker", "evaluation_timeout") if getattr(self, name)]
+        if self.workers == 1 and of_many:
+            raise DiffesError(f"{of_many[0]} is of several workers, and workers is 1: raise it, or leave this out")
+
+
+ALONE = WorkerOptions()

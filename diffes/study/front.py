@@ -28,12 +28,13 @@ from diffes.search.schedule import Schedule
 from diffes.search.space import SearchSpace
 from diffes.search.store import EvaluationStore
 from diffes.study import charts, folder, plots
-from diffes.study.config import RunConfig
+from diffes.study.config import ALONE, RunConfig, WorkerOptions
 from diffes.study.heldout import finite
 from diffes.study.lock import held
 from diffes.study.plans import Genes, Plans
 from diffes.study.settings import PLANNED
 from diffes.study.workbench import prepare
+from diffes.study.workers import pool_of
 
 KINDS = ("dense", "dense-planned", "levels", "joint")
 IMAGES = 6  # of the picture that shows all kinds
@@ -72,6 +73,7 @@ def complete_front(
     nodes: int = 64,
     overwrite: bool = False,
     on_evaluation: OnEvaluation | None = None,
+    workers: WorkerOptions = ALONE,
 ) -> dict[str, Any]:
     """Calibrates, measures the table, searches every budget, and writes the folder.
 
@@ -87,6 +89,7 @@ def complete_front(
         nodes: candidate timesteps.
         overwrite: replace what is there.
         on_evaluation: called with each evaluation of each search, those of earlier commands included.
+        workers: who measures.
 
     Returns:
         What `front.json` holds: what was calibrated and how, the solver, the reference, and `points`, a row for each
@@ -111,7 +114,7 @@ def complete_front(
         )
     extra = {"budgets": sorted(budgets), "genes": genes, "solver": solver, "nodes": nodes}
     with held(out):
-        return _front_in(config, out, progress, extra, overwrite, on_evaluation)
+        return _front_in(config, out, progress, extra, overwrite, on_evaluation, workers)
 
 
 def _front_in(
@@ -121,6 +124,7 @@ def _front_in(
     extra: Mapping[str, Any],
     overwrite: bool,
     on_evaluation: OnEvaluation | None,
+    workers: WorkerOptions,
 ) -> dict[str, Any]:
     """The front, in a folder that this process holds; `extra` are its settings beside those of every run."""
     genes: Genes = extra["genes"]
@@ -133,8 +137,9 @@ def _front_in(
     folder.write_costs(out, config.cost, plans.call_costs)
     table = _table(plans, out / folder.TABLE, progress)
     points: list[Point] = []
-    for budget in extra["budgets"]:
-        points += searched(plans, table, budget, genes, progress, out / folder.JOURNALS, on_evaluation)
+    with pool_of(config, workers) as pool:
+        for budget in extra["budgets"]:
+            points += searched(plans.on(pool), table, budget, genes, progress, out / folder.JOURNALS, on_evaluation)
     with progress.task("held-out probes, speed, figure", 2) as advance:
         split = _write_bank(plans, [point.genome for point in points], out)
         rows, pictures = _measured(plans, points)

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import UnionType
@@ -19,13 +20,14 @@ from diffes.forms import Cell, CellCosts, checked
 from diffes.progress import Progress
 from diffes.search.store import EvaluationStore
 from diffes.study.comparison import Comparison, Failure
-from diffes.study.config import RunConfig
+from diffes.study.config import ALONE, RunConfig, WorkerOptions
 from diffes.study.equal_cost import calls_of, config_of, denser
 from diffes.study.heldout import HeldOut, record_of
 from diffes.study.lock import clear_leftovers, held, is_unused
 from diffes.study.record import RunRecord
 from diffes.study.settings import check_settings
 from diffes.study.workbench import Workbench, prepare, search_on, vary
+from diffes.study.workers import pool_of
 
 log = logging.getLogger(__name__)
 CELLS, COSTS, JOURNALS = "cells.jsonl", "costs.json", "journals"
@@ -113,7 +115,12 @@ def _outer(varied: Mapping[str, Sequence[Any]]) -> list[str]:
 
 
 def run_experiment(
-    base: RunConfig, varied: Mapping[str, Sequence[Any]], seeds: int, out: Path, progress: Progress
+    base: RunConfig,
+    varied: Mapping[str, Sequence[Any]],
+    seeds: int,
+    out: Path,
+    progress: Progress,
+    workers: WorkerOptions = ALONE,
 ) -> Comparison:
     """Runs the cells of a grid and writes what is found into `out`, with what earlier commands found there.
 
@@ -127,7 +134,7 @@ def run_experiment(
     """
     cells = grid(base, varied, seeds)
     with held(out):
-        done, failed = _cells_in(out, cells, progress)
+        done, failed = _cells_in(out, cells, progress, workers=workers)
         if not done:
             raise DiffesError(f"all {len(failed)} cells failed, the first with: {failed[0].error}")
         comparison = _comparison(varied, cells, done, failed)
@@ -136,7 +143,7 @@ def run_experiment(
             config for r in comparison.to_interpolate() if _key((config := config_of(r.settings)).to_json()) in ours
         ]
         if again:
-            done, more = _cells_in(out, again, progress, above=True, seed=base.seed)
+            done, more = _cells_in(out, again, progress, above=True, seed=base.seed, workers=workers)
             comparison = _comparison(varied, cells, done, [*failed, *more])
         comparison.write(out)
     return comparison
@@ -194,6 +201,7 @@ def _cells_in(
     equal_calls: bool = True,
     above: bool = False,
     seed: int | None = None,
+    workers: WorkerOptions = ALONE,
 ) -> tuple[dict[str, RunRecord], list[Failure]]:
     """Runs cells in a folder that this process holds.
 
@@ -204,6 +212,7 @@ def _cells_in(
         equal_calls: likewise.
         above: the cells are done; run each again at the budget above.
         seed: of the calibration; that of the first cell when left out, whichever cells are left to do.
+        workers: who measures.
 
     Returns:
         All records in the folder, by key, and the cells that failed.
@@ -222,15 +231,18 @@ def _cells_in(
     failed: list[Failure] = []
     bench: Workbench | None = None
     heldout: HeldOut | None = None
-    with progress.task(f"{len(cells)} cells" + " at the budget above" * above, len(cells)) as advance:
+    pools = ExitStack()
+    with progress.task(f"{len(cells)} cells" + " at the budget above" * above, len(cells)) as advance, pools:
         for cell in cells:
             key = _key(cell.to_json())
             if above or key not in done:
                 try:
                     if bench is None or _differ(bench.config, cell):
                         bench = None  # two calibrated models at a time may be too many
+                        pools.close()
                         calibration = cells[0].seed if seed is None else seed
                         bench = prepare(replace(cell, **_ONLY_CALIBRATED, seed=calibration), progress)
+                        bench = replace(bench, pool=pools.enter_context(pool_of(cell, workers)))
                     priced = _key(replace(cell, **_UNPRICED).to_json())
                     bench = vary(bench, cell, progress, costs.get(priced))
                     if priced not in costs:
@@ -269,8 +281,9 @@ def run_cell(
 def _key(settings: Mapping[str, Any]) -> str:
     # settings that came later had their defaults, and levels were equal in all layers
     known = dataclasses.asdict(RunConfig()) | {"allocation": "equal"} | dict(settings)
-    if known["time_limit"] is None:  # so that keys of before are found
-        del known["time_limit"]
+    for name in ("time_limit", "threads"):  # so that keys of before are found
+        if known[name] is None:
+            del known[name]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from diffes.search.strategy import STRATEGIES
 from diffes.study.heldout import HELDOUT_SEED
 from diffes.study.settings import check_visited, operators_of
 from diffes.study.workbench import Workbench, shown
+from diffes.study.workers import Pool
 
 Genes = Literal["levels", "steps", "joint"]
 POWERS = (1.0, 0.5)  # errors of a plan add up as squares or as roots: which is nearer to the truth differs
@@ -84,6 +86,12 @@ class Plans:
         stages, table = self.bench.space.stages, self.call_costs
         grid = Stages.equal(self.nodes, self.bench.adapter.n_timesteps)
         return [list(table[stages.stage_of(hi - 1)]) for _, hi in grid.ranges]
+
+    def on(self, pool: Pool | None) -> Plans:
+        """The same, with what was measured, whose searches measure on workers."""
+        made = copy.copy(self)
+        made.__dict__["bench"] = replace(self.bench, pool=pool)  # frozen
+        return made
 
     def space(self, calls: float | None, genes: Genes = "joint", starts: Sequence[Sequence[int]] = ()) -> PlanSpace:
         """Plans that cost at most so many dense calls.
@@ -243,8 +251,8 @@ class Plans:
         made = STRATEGIES.make(spec, space, seed=config.seed, **({} if strategy else operators_of(config)))
         with (progress or RichProgress()).task(f"searching {genes}, {calls:g} calls", evals) as advance:
             return run_search(
-                made, evaluator, max_evals=evals, max_denoiser_calls=max_calls or config.max_calls,
-                max_seconds=config.time_limit, store=store,
+                made, self.bench.measuring(evaluator), max_evals=evals,
+                max_denoiser_calls=max_calls or config.max_calls, max_seconds=config.time_limit, store=store,
                 on_evaluation=shown(space, config.metric, advance, on_evaluation),
             )  # fmt: skip
 

@@ -168,6 +168,7 @@ class Report:
         prunable_fraction: share of the denoiser's parameters that the last level removes.
         bank_bytes: size of the bank on disk.
         front: by label, candidates along the front of fitness and cost, of strategies that search one.
+        paid_calls: denoiser calls of the search that workers really ran; None where there were none.
     """
 
     run: RunRecord
@@ -175,6 +176,7 @@ class Report:
     prunable_fraction: float
     bank_bytes: int
     front: Mapping[str, Sequence[Candidate]]
+    paid_calls: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Nested objects by candidate."""
@@ -188,6 +190,7 @@ class Report:
             "macs_fraction": searched.macs_fraction,
             "evaluations": run.evaluations,
             "denoiser_calls": run.denoiser_calls,
+            "paid_calls": self.paid_calls,
             "search_seconds": run.seconds,
             "calibration_calls": run.calibration_calls,
             "fitness": {"search": searched.search, **_heldout(searched), "n_heldout": settings["heldout"]},
@@ -263,7 +266,7 @@ class Report:
             ]
             for label, points in data.get("front", {}).items()
         }  # fmt: skip
-        return cls(run, timing, data["prunable_fraction"], data["bank_bytes"], front)
+        return cls(run, timing, data["prunable_fraction"], data["bank_bytes"], front, data.get("paid_calls"))
 
 
 def _heldout(candidate: Candidate) -> dict[str, float | None]:

@@ -24,12 +24,13 @@ from diffes.search.schedule import Plan, Schedule
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation
 from diffes.study import charts, folder, plots
-from diffes.study.config import RunConfig
+from diffes.study.config import ALONE, RunConfig, WorkerOptions
 from diffes.study.heldout import HELDOUT_SEED, HeldOut, finite, record_of
 from diffes.study.lock import held
 from diffes.study.record import Candidate, Report, Timing
 from diffes.study.settings import check_settings
 from diffes.study.workbench import Workbench, prepare, search_on
+from diffes.study.workers import pool_of
 
 Advance = Callable[..., None]
 IMAGES = 6  # of the picture that shows all candidates
@@ -43,6 +44,7 @@ def complete_run(
     *,
     overwrite: bool = False,
     on_evaluation: OnEvaluation | None = None,
+    workers: WorkerOptions = ALONE,
 ) -> Report:
     """A whole run, from settings to a run folder.
 
@@ -54,17 +56,23 @@ def complete_run(
         progress: told of the long parts.
         overwrite: replace what is there.
         on_evaluation: called with each evaluation of the search, stored already; those of earlier commands included.
+        workers: who measures.
 
     Raises:
         DiffesError: bad settings, or `out` cannot be used; what is there is then untouched.
         OSError: `out` cannot be written to.
     """
     with held(out):
-        return _run_in(out, config, progress, overwrite, on_evaluation)
+        return _run_in(out, config, progress, overwrite, on_evaluation, workers)
 
 
 def _run_in(
-    out: Path, config: RunConfig, progress: Progress, overwrite: bool, on_evaluation: OnEvaluation | None
+    out: Path,
+    config: RunConfig,
+    progress: Progress,
+    overwrite: bool,
+    on_evaluation: OnEvaluation | None,
+    workers: WorkerOptions,
 ) -> Report:
     """The run, in a folder that this process holds."""
     resumes = folder.open_run(out, config, overwrite=overwrite)
@@ -82,7 +90,8 @@ def _run_in(
         else EvaluationStore(config.storage, bench.space, *_study_of(out))
     )
     folder.write_costs(out, config.cost, bench.costs)
-    result = search_on(bench, progress, store, on_evaluation)
+    with pool_of(config, workers) as pool:
+        result = search_on(replace(bench, pool=pool), progress, store, on_evaluation)
     folder.write_logbook(out, result.logbook)
     _write_result(bench, result.best.schedule, out)
     with progress.task("held-out probes, speed, figures", 3) as advance:
@@ -137,6 +146,7 @@ def _reported(bench: Workbench, result: SearchResult, heldout: HeldOut, out: Pat
         prunable_fraction=prunable_fraction(bench.adapter, bench.router.bank.kind),
         bank_bytes=(out / BANK).stat().st_size,
         front=_front(bench, result.front(bench.space), heldout) if explores else {},
+        paid_calls=result.paid_calls,
     )
 
 

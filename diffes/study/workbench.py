@@ -26,7 +26,7 @@ from diffes.measure.currencies import (
     macs_by_level,
     macs_fraction,
 )
-from diffes.measure.evaluator import ScheduleEvaluator
+from diffes.measure.evaluator import RoutedEvaluator, ScheduleEvaluator
 from diffes.measure.metrics import Metric, make_metric
 from diffes.measure.profile import damage_table, stage_profile
 from diffes.progress import Progress, RichProgress
@@ -44,10 +44,11 @@ from diffes.search.schedule import Plan, Schedule, Stages
 from diffes.search.space import SearchSpace, first_computes
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation, Evaluator, StageProfile
-from diffes.study.config import RunConfig
+from diffes.study.config import RunConfig, WorkerOptions
 from diffes.study.heldout import HELDOUT_SEED, HeldOut
 from diffes.study.settings import EXAMPLE, check_settings, check_visited, operators_of, try_adapter, try_metric
 from diffes.study.toolbox import measuring_toolbox
+from diffes.study.workers import Pool, pool_of
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Workbench:
         costs: (S, H + 1) what the budget counts of one call in each stage at each level.
         make_evaluator: makes what measures the schedules of a search; left out, an evaluator in this process on the
             search's probes.
+        pool: workers that measure in its place.
     """
 
     config: RunConfig
@@ -72,6 +74,7 @@ class Workbench:
     metric: Metric
     costs: Table
     make_evaluator: Callable[[Workbench], Evaluator] | None = None
+    pool: Pool | None = None
 
     def profile(self) -> StageProfile:
         """The dense model's loss in each stage, on the calibration data."""
@@ -85,6 +88,7 @@ class Workbench:
         *,
         progress: Progress | None = None,
         on_evaluation: OnEvaluation | None = None,
+        workers: int = 1,
         **changes: Any,
     ) -> SearchResult:
         """A search on this model, in memory.
@@ -93,6 +97,7 @@ class Workbench:
             strategy: name of a strategy, with options after a colon.
             progress: told of every evaluation; bars when left out.
             on_evaluation: called with each evaluation.
+            workers: processes that measure side by side, on Ray; what is found is the same for any number.
             changes: other settings than the workbench's own: seed, budget, metric, mutation, max_evals and so on.
 
         Raises:
@@ -100,7 +105,8 @@ class Workbench:
         """
         progress = progress or RichProgress()
         bench = vary(self, replace(self.config, strategy=strategy, **changes), progress)
-        return search_on(bench, progress, on_evaluation=on_evaluation)
+        with pool_of(bench.config, WorkerOptions(workers)) as pool:
+            return search_on(replace(bench, pool=pool or self.pool), progress, on_evaluation=on_evaluation)
 
     def toolbox(
         self,
@@ -184,7 +190,11 @@ class Workbench:
         """What measures the schedules of a search, its probes drawn from the seed like everything else in it."""
         if self.make_evaluator is not None:
             return self.make_evaluator(self)
-        return self.evaluator(self.config.probes, self.config.seed)
+        return self.measuring(self.evaluator(self.config.probes, self.config.seed))
+
+    def measuring(self, evaluator: RoutedEvaluator) -> Evaluator:
+        """What measures for a search: workers, where there are any."""
+        return self.pool.evaluator(evaluator) if self.pool is not None else evaluator
 
     def made_for(self) -> dict[str, Any]:
         """What a bank of this workbench was made for and how, as JSON beside it."""
@@ -270,6 +280,8 @@ def prepare(
     """
     check_settings(config, example)
     method = make_method(config.method)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     pipe = load_pipeline(config.model, device=pick_device(config.device), dtype=getattr(torch, config.dtype))
     pipe.set_progress_bar_config(disable=True)
     adapter = adapter_for(pipe)

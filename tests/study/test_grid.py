@@ -16,7 +16,7 @@ from diffes import terminal
 from diffes.errors import DiffesError
 from diffes.measure.metrics import METRICS, latent_mse
 from diffes.study import grid
-from diffes.study.config import RunConfig
+from diffes.study.config import ALONE, RunConfig
 from diffes.study.equal_cost import TOLERANCE, at_budget, calls_of, same
 
 
@@ -179,7 +179,7 @@ def test_a_cell_that_fails_does_not_stop_the_others_and_is_tried_again(
         with pytest.raises(DiffesError, match=r"1 of 2 cells failed, the first with: .*\(RuntimeError: out of luck\)"):
             grid.run_cells(grid.grid(base, varied, 1), tmp_path, Counting())
         with pytest.raises(DiffesError, match="cells that failed: 1, named above"):
-            terminal.experiment(base, varied, 1, tmp_path)
+            terminal.experiment(base, varied, 1, tmp_path, ALONE)
         assert "(RuntimeError: out of luck)" in capsys.readouterr().out
         healthy[0] = True
         mended = Counting()
