@@ -46,10 +46,10 @@ from diffes.search.loop import run_search
 from diffes.search.schedule import Schedule, Stages
 from diffes.search.space import SearchSpace
 from diffes.search.strategy import Evaluation, Proposal
+from diffes.study.calibration import calibration_of
 from diffes.study.config import RunConfig
 from diffes.study.folder import config_record
 from diffes.study.heldout import HELDOUT_SEED
-from diffes.study.workbench import calibration_of
 from search_strategies.evolution import Evolution
 
 RESULTS = Path(__file__).parent / "results" / "allocation_steps"

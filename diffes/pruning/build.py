@@ -26,7 +26,7 @@ from diffes.pruning.base import (
 )
 from diffes.pruning.calibration import CalibrationSet, StagePass, block_changes, input_moments
 from diffes.pruning.damage import StageDamage
-from diffes.pruning.factors import MEMORY, FactoredMethod, FactoredWeights, Workshop
+from diffes.pruning.factors import MEMORY, Factor, FactoredMethod, FactoredWeights, Workshop
 from diffes.search.schedule import Allocation, Stages
 
 FINER = 2  # rungs of a set for each level, where it has groups enough
@@ -104,6 +104,39 @@ def build_bank(
         if progress:
             progress(stage)
     return WeightBank(entries, method.kind, calls=calls, max_level=ladders.max_level, workshop=workshop)
+
+
+def gathered(
+    adapter: ModelAdapter, banks: Iterable[WeightBank], memory: int, progress: Callable[[], object]
+) -> WeightBank:
+    """One bank of those of single stages, which other processes made.
+
+    Args:
+        adapter: the dense model, whose weights levels are made from when they are asked for.
+        banks: one a stage.
+        memory: as of `build_bank`.
+        progress: told after each.
+    """
+    workshop, entries, calls = Workshop(memory), dict[Key, StageWeights](), 0
+    dense: dict[str, Tensor] = {}
+    kind, max_level, made_any = "", 0, False
+    for bank in banks:
+        factors: dict[int, Factor] = {}
+        made: dict[int, GroupWeights] = {}
+        for key, entry in bank.items():
+            for weights in entry.values():
+                if isinstance(weights, FactoredWeights) and id(weights) not in made:
+                    factor, made_any = weights.factor, True
+                    name = factor.groups.name
+                    dense.setdefault(name, LayerWeights.of(adapter.denoiser, factor.groups).consumer)
+                    if id(factor) not in factors:
+                        factors[id(factor)] = workshop.keep(factor)
+                    made[id(weights)] = FactoredWeights(factors[id(factor)], dense[name], len(weights.kept), workshop)
+            entries[key] = {name: made.get(id(weights), weights) for name, weights in entry.items()}
+        kind, max_level, calls = bank.kind, bank.max_level, calls + bank.calls
+        progress()
+    entries = dict(sorted(entries.items()))  # in whatever order they came
+    return WeightBank(entries, kind, calls=calls, max_level=max_level, workshop=workshop if made_any else None)
 
 
 def joined(banks: Sequence[WeightBank]) -> WeightBank:

@@ -131,15 +131,16 @@ def _front_in(
     resumes = folder.open_run(out, config, overwrite=overwrite, extra=extra, finished=FRONT)
     costs = folder.known_costs(out) if resumes else None
     settings = replace(config, budget=0.0 if config.cost == "level" else 1.0)  # of schedules, which are not searched
-    bench = prepare(settings, progress, costs, PLANNED)
-    plans = Plans(bench, extra["solver"], extra["nodes"], known_costs=costs)
-    folder.begin_run(out, config, resumes=resumes, extra=extra, finished=FRONT)
-    folder.write_costs(out, config.cost, plans.call_costs)
-    table = _table(plans, out / folder.TABLE, progress)
-    points: list[Point] = []
-    with pool_of(config, workers) as pool:
+    with pool_of(settings, workers) as pool:
+        plans = Plans(
+            prepare(settings, progress, costs, PLANNED, pool), extra["solver"], extra["nodes"], known_costs=costs
+        )
+        folder.begin_run(out, config, resumes=resumes, extra=extra, finished=FRONT)
+        folder.write_costs(out, config.cost, plans.call_costs)
+        table = _table(plans, out / folder.TABLE, progress)
+        points: list[Point] = []
         for budget in extra["budgets"]:
-            points += searched(plans.on(pool), table, budget, genes, progress, out / folder.JOURNALS, on_evaluation)
+            points += searched(plans, table, budget, genes, progress, out / folder.JOURNALS, on_evaluation)
     with progress.task("held-out probes, speed, figure", 2) as advance:
         split = _write_bank(plans, [point.genome for point in points], out)
         rows, pictures = _measured(plans, points)

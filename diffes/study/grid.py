@@ -241,8 +241,8 @@ def _cells_in(
                         bench = None  # two calibrated models at a time may be too many
                         pools.close()
                         calibration = cells[0].seed if seed is None else seed
-                        bench = prepare(replace(cell, **_ONLY_CALIBRATED, seed=calibration), progress)
-                        bench = replace(bench, pool=pools.enter_context(pool_of(cell, workers)))
+                        settings = replace(cell, **_ONLY_CALIBRATED, seed=calibration)
+                        bench = prepare(settings, progress, pool=pools.enter_context(pool_of(settings, workers)))
                     priced = _key(replace(cell, **_UNPRICED).to_json())
                     bench = vary(bench, cell, progress, costs.get(priced))
                     if priced not in costs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 from collections.abc import Sequence
@@ -31,7 +30,6 @@ from diffes.search.strategy import STRATEGIES
 from diffes.study.heldout import HELDOUT_SEED
 from diffes.study.settings import check_visited, operators_of
 from diffes.study.workbench import Workbench, shown
-from diffes.study.workers import Pool
 
 Genes = Literal["levels", "steps", "joint"]
 POWERS = (1.0, 0.5)  # errors of a plan add up as squares or as roots: which is nearer to the truth differs
@@ -86,12 +84,6 @@ class Plans:
         stages, table = self.bench.space.stages, self.call_costs
         grid = Stages.equal(self.nodes, self.bench.adapter.n_timesteps)
         return [list(table[stages.stage_of(hi - 1)]) for _, hi in grid.ranges]
-
-    def on(self, pool: Pool | None) -> Plans:
-        """The same, with what was measured, whose searches measure on workers."""
-        made = copy.copy(self)
-        made.__dict__["bench"] = replace(self.bench, pool=pool)  # frozen
-        return made
 
     def space(self, calls: float | None, genes: Genes = "joint", starts: Sequence[Sequence[int]] = ()) -> PlanSpace:
         """Plans that cost at most so many dense calls.

@@ -80,7 +80,29 @@ def _run_in(
     if config.storage is not None:
         check_settings(config)
         check_owner(config.storage, *_study_of(out), fresh=not resumes and not overwrite)
-    bench = prepare(config, progress, known)
+    with pool_of(config, workers) as pool:
+        bench = prepare(config, progress, known, pool=pool)
+        result = _searched(out, bench, progress, overwrite=overwrite, resumes=resumes, on_evaluation=on_evaluation)
+    _write_result(bench, result.best.schedule, out)
+    with progress.task("held-out probes, speed, figures", 3) as advance:
+        report = _reported(bench, result, bench.heldout(), out, advance)
+        _draw(bench, result, report, out)
+        advance("figures")
+    files.write_json(out / folder.REPORT, report.to_json())
+    return report
+
+
+def _searched(
+    out: Path,
+    bench: Workbench,
+    progress: Progress,
+    *,
+    overwrite: bool,
+    resumes: bool,
+    on_evaluation: OnEvaluation | None,
+) -> SearchResult:
+    """What a search finds that goes on over what is in the folder, or in the database."""
+    config = bench.config
     if config.storage is not None and overwrite and not resumes:
         EvaluationStore.forget(config.storage, *_study_of(out))
     folder.begin_run(out, config, resumes=resumes)
@@ -90,16 +112,9 @@ def _run_in(
         else EvaluationStore(config.storage, bench.space, *_study_of(out))
     )
     folder.write_costs(out, config.cost, bench.costs)
-    with pool_of(config, workers) as pool:
-        result = search_on(replace(bench, pool=pool), progress, store, on_evaluation)
+    result = search_on(bench, progress, store, on_evaluation)
     folder.write_logbook(out, result.logbook)
-    _write_result(bench, result.best.schedule, out)
-    with progress.task("held-out probes, speed, figures", 3) as advance:
-        report = _reported(bench, result, bench.heldout(), out, advance)
-        _draw(bench, result, report, out)
-        advance("figures")
-    files.write_json(out / folder.REPORT, report.to_json())
-    return report
+    return result
 
 
 def _study_of(out: Path) -> tuple[str, str]:

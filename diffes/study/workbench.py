@@ -32,8 +32,7 @@ from diffes.measure.profile import damage_table, stage_profile
 from diffes.progress import Progress, RichProgress
 from diffes.pruning import make_method
 from diffes.pruning.allocation import allocation_of
-from diffes.pruning.build import build_bank
-from diffes.pruning.calibration import CalibrationSet, load_calibration, sample_calibration
+from diffes.pruning.build import gathered
 from diffes.runtime.apply import pick_device
 from diffes.runtime.router import Router
 from diffes.runtime.solver import scheduler_for
@@ -44,6 +43,7 @@ from diffes.search.schedule import Plan, Schedule, Stages
 from diffes.search.space import SearchSpace, first_computes
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation, Evaluator, StageProfile
+from diffes.study.calibration import bank_of, calibration_of, uses_data
 from diffes.study.config import RunConfig, WorkerOptions
 from diffes.study.heldout import HELDOUT_SEED, HeldOut
 from diffes.study.settings import EXAMPLE, check_settings, check_visited, operators_of, try_adapter, try_metric
@@ -265,7 +265,11 @@ def workbench(progress: Progress | None = None, **settings: Any) -> Workbench:
 
 
 def prepare(
-    config: RunConfig, progress: Progress, costs: Table | None = None, example: SearchSpace = EXAMPLE
+    config: RunConfig,
+    progress: Progress,
+    costs: Table | None = None,
+    example: SearchSpace = EXAMPLE,
+    pool: Pool | None = None,
 ) -> Workbench:
     """Loads, checks every setting, then calibrates and prunes: the long part comes last.
 
@@ -274,6 +278,7 @@ def prepare(
         progress: told of the long part.
         costs: those of an earlier workbench of the same settings; measured anew when left out.
         example: a small space of the kind that will be searched, on which the strategy and its operators are tried.
+        pool: workers that calibrate, and measure later.
 
     Raises:
         DiffesError: a name is unknown, the budget infeasible, the model or its calibration data unusable.
@@ -303,27 +308,18 @@ def prepare(
         check_settings(config, space)  # one that is too large for the strategy; other costs are not known yet
     metric = make_metric(config.metric, adapter.device)
     try_metric(metric, adapter)
-    splits = allocation_of(method.kind, config.allocation) == "damage"
-    data = calibration_of(config, adapter) if splits or method.needs_data else None
+    memory = int(config.bank_memory * 1e9)
     with progress.task(f"calibrating {config.method}", len(space.visited) * len(method.parts)) as advance:
-        bank = build_bank(
-            adapter,
-            method,
-            stages,
-            data,
-            guidance=config.guidance,
-            seed=config.seed,
-            allocation=config.allocation,
-            only=space.visited,
-            progress=lambda stage: advance(f"stage {stage}"),
-            memory=(memory := int(config.bank_memory * 1e9)),
-        )
+        if pool is not None and uses_data(config):
+            bank = gathered(adapter, pool.banks(stages, space.visited), memory, lambda: advance("", len(method.parts)))
+        else:
+            bank = bank_of(config, adapter, stages, space.visited, lambda stage: advance(f"stage {stage}"))
     router = Router(adapter, bank, resident=memory)
     if len(method.parts) > 1:  # one alphabet: the cheaper a call, the higher its level
         macs = np.array(macs_by_level(router, stages, space.visited, space.max_level))[space.visited].mean(0)
         cheaper = sorted(range(1, space.max_level + 1), key=lambda k: -macs[k])
         router = Router(adapter, bank.in_order(cheaper), resident=memory)
-    return _priced(Workbench(config, adapter, space, router, metric, costs or []), progress)
+    return _priced(Workbench(config, adapter, space, router, metric, costs or [], pool=pool), progress)
 
 
 def vary(bench: Workbench, config: RunConfig, progress: Progress, costs: Table | None = None) -> Workbench:
@@ -362,20 +358,6 @@ def _priced(bench: Workbench, progress: Progress) -> Workbench:
             costs = currency.table(bench.router, space.stages, space.visited, space.max_level, probes)
     counted = first_computes(costs, space.steps, bench.router.bank.reusing)
     return replace(bench, costs=costs, space=currency.space(space.stages, space.steps, counted, config.budget))
-
-
-def calibration_of(config: RunConfig, adapter: ModelAdapter) -> CalibrationSet:
-    """Images that were named, those that came with the model, or samples of the dense model."""
-    if config.calibration_data is not None:
-        path: Path | None = Path(config.calibration_data)
-    else:
-        home = model_folder(config.model)
-        path = home / "calibration.npz" if home and (home / "calibration.npz").is_file() else None
-    if path is not None:
-        return load_calibration(adapter, path, config.calibration_samples)
-    return sample_calibration(
-        adapter, config.calibration_samples, n_steps=config.steps, guidance=config.guidance, seed=HELDOUT_SEED + 1
-    )
 
 
 def search_on(

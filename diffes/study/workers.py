@@ -1,5 +1,5 @@
-"""Evaluations on many workers: processes of Ray, each with the model and the bank. Strategy, store and counting stay
-with the process that searches."""
+"""Calibration and evaluations on many workers: processes of Ray, each with the model and the bank. Strategy, store and
+counting stay with the process that searches."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ from diffes.adapters import adapter_for, load_pipeline
 from diffes.errors import DiffesError
 from diffes.measure.evaluator import RoutedEvaluator, in_trie_order
 from diffes.measure.metrics import METRICS, Metric, make_metric
+from diffes.pruning.bank import WeightBank
 from diffes.runtime.apply import pick_device
 from diffes.runtime.router import Router
-from diffes.search.schedule import Schedule
+from diffes.search.schedule import Schedule, Stages
 from diffes.search.strategy import Evaluation, Measured
+from diffes.study.calibration import bank_of
 from diffes.study.config import RunConfig, WorkerOptions
 
 log = logging.getLogger(__name__)
@@ -53,6 +56,12 @@ class Worker:
     def ready(self) -> bool:
         """Returns once the model is loaded."""
         return True
+
+    def calibrate(self, stages: Stages, stage: int) -> WeightBank:
+        """The bank of one stage, which depends on no other. It is copied: what Ray maps goes when Ray does."""
+        if self._config.prompts is not None:
+            self._adapter.use_prompts(Path(self._config.prompts))
+        return bank_of(self._config, self._adapter, stages, [stage])
 
     def measure(
         self, bank: list[Any], sent: list[Any], schedule: Schedule, fidelity: float
@@ -92,58 +101,47 @@ class Worker:
 
 @dataclass
 class _Task:
-    """An evaluation on its way.
+    """Something for a worker to do.
 
     Args:
-        schedule: what is measured.
+        what: a schedule to measure, or a stage to calibrate.
+        name: how a message names it.
         asked: when it was asked for.
         begun: when a worker took it.
         deaths: workers that died of it.
     """
 
-    schedule: Schedule
+    what: Any
+    name: str
     asked: float
     begun: float = 0.0
     deaths: int = 0
 
 
 class Pool:
-    """Workers of one model, and what they were sent.
+    """Workers of one model, and what they were sent. They start with the first thing that they are given to do.
 
     Args:
         config: the settings of the run.
         options: how many workers, and where.
 
     Raises:
-        DiffesError: Ray is not installed, or the cluster cannot be reached.
+        DiffesError: Ray is not installed.
     """
 
     def __init__(self, config: RunConfig, options: WorkerOptions) -> None:
         self.config, self.options = config, options
         self._ray = _ray()
-        self._ours = not self._ray.is_initialized()
-        if self._ours:
-            _start(self._ray, options)
-        gpus = options.gpus_per_worker
-        if gpus is None:
-            gpus = 1.0 if pick_device(config.device).startswith("cuda") else 0.0
-        threads = config.threads or torch.get_num_threads()
-        cpus = 0 if options.ray_address is None else 1  # here as many as were asked for, there as many as have room
-        _check_room(self._ray.cluster_resources(), {"CPU": cpus, "GPU": gpus}, options.workers)
-        self._made = self._ray.remote(Worker).options(
-            num_cpus=cpus, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}}
-        )
-        self._threads = threads
-        self._workers: list[Any] = [None] * options.workers
+        self._ours = False
+        self._threads = config.threads or torch.get_num_threads()
+        self._workers: list[Any] = []
         self._waking: dict[Any, int] = {}  # by what tells that it is ready
         self._failed = [0] * options.workers  # times in a row that it did not become ready
         self._sent: dict[int, tuple[Any, Any]] = {}  # by id: the thing, so that its id stays its own, and a reference
-        for i in range(options.workers):
-            self._wake(i)
 
     def close(self) -> None:
         """Ends all workers, and Ray, where it was started for them."""
-        for worker in filter(None, self._workers):
+        for worker in self._workers:
             self._ray.kill(worker)
         if self._ours:
             self._ray.shutdown()
@@ -154,6 +152,7 @@ class Pool:
 
     def send(self, thing: object) -> Any:
         """A reference to a thing in the object store, from where all workers of a machine map its tensors."""
+        self._start()
         if id(thing) not in self._sent:
             self._ray.util.register_serializer(Tensor, serializer=_flat, deserializer=_tensor)
             try:
@@ -162,17 +161,46 @@ class Pool:
                 self._ray.util.deregister_serializer(Tensor)
         return self._sent[id(thing)][1]
 
+    def banks(self, stages: Stages, only: Sequence[int]) -> Iterator[WeightBank]:
+        """Banks of single stages, as soon as each is done."""
+        now = time.perf_counter()
+        tasks = [_Task(stage, f"the calibration of stage {stage}", now) for stage in only]
+        for _, _, bank in self._done(tasks, lambda worker, stage: worker.calibrate.remote(stages, stage), math.inf):
+            yield bank
+
     def measured(
         self, bank: Any, sent: Any, schedules: Sequence[Schedule], fidelity: float
     ) -> Iterator[tuple[Schedule, float, float, Measured]]:
-        """Each schedule with its fitness, seconds, and who measured it, as soon as it is done.
+        """Each schedule with its fitness, seconds, and who measured it, as soon as it is done."""
+        now = time.perf_counter()
+        tasks = [_Task(each, f"the evaluation of levels {list(each.levels)}", now) for each in schedules]
+        limit = self.options.evaluation_timeout or math.inf
 
-        Neighbours in the trie go to one worker, which has what they share; one that has nothing left takes from the
-        end of the longest row of another.
+        def begin(worker: Any, schedule: Schedule) -> Any:
+            return worker.measure.remote([bank], [sent], schedule, fidelity)
+
+        for task, i, (fitness, paid, seconds) in self._done(tasks, begin, limit):
+            yield task.what, fitness, seconds, Measured(f"worker {i}", round(task.begun - task.asked, 3), paid)
+
+    def _done(
+        self, tasks: Sequence[_Task], begin: Callable[[Any, Any], Any], limit: float
+    ) -> Iterator[tuple[_Task, int, Any]]:
+        """Tasks, who did them and what came out, as soon as each is done.
+
+        Neighbours go to one worker, which has what they share; one that has nothing left takes from the end of the
+        longest row of another.
+
+        Args:
+            tasks: in an order in which neighbours share most.
+            begin: gives a worker a task; returns the reference of what comes out.
+            limit: seconds that it may take.
+
+        Raises:
+            Exception: what the task raised.
         """
-        now, n = time.perf_counter(), len(self._workers)
-        rows = [[_Task(each, now) for each in schedules[i * len(schedules) // n : (i + 1) * len(schedules) // n]]
-                for i in range(n)]  # fmt: skip
+        self._start()
+        n = len(self._workers)
+        rows = [list(tasks[i * len(tasks) // n : (i + 1) * len(tasks) // n]) for i in range(n)]
         running: dict[Any, tuple[int, _Task]] = {}
         while running or any(rows):
             busy = {*self._waking.values(), *(i for i, _ in running.values())}
@@ -181,7 +209,7 @@ class Pool:
                 if row:
                     task = row.pop(0 if row is rows[i] else -1)
                     task.begun = time.perf_counter()
-                    running[self._workers[i].measure.remote([bank], [sent], task.schedule, fidelity)] = i, task
+                    running[begin(self._workers[i], task.what)] = i, task
             done, _ = self._ray.wait([*running, *self._waking], timeout=POLL_SECONDS)
             for reference in done:
                 if reference in self._waking:
@@ -189,15 +217,13 @@ class Pool:
                     continue
                 i, task = running.pop(reference)
                 try:
-                    fitness, paid, seconds = self._ray.get(reference)
+                    found = self._ray.get(reference)
                 except self._ray.exceptions.RayTaskError as error:
                     raise error.cause from None  # what was raised there is raised here
                 except self._ray.exceptions.RayError as error:
                     rows[i].insert(0, self._died(i, task, " ".join(str(error).split())[:200]))
-                    continue
-                waited = round(task.begun - task.asked, 3)
-                yield task.schedule, fitness, seconds, Measured(f"worker {i}", waited, paid)
-            limit = self.options.evaluation_timeout or math.inf
+                else:
+                    yield task, i, found
             late = [each for each, (_, task) in running.items() if time.perf_counter() - task.begun > limit]
             for reference in late:
                 i, task = running.pop(reference)
@@ -207,23 +233,47 @@ class Pool:
         """Puts another worker in the place of one, and gives what it had begun back.
 
         Raises:
-            DiffesError: several died of the same evaluation.
+            DiffesError: several died of the same task.
         """
         task.deaths += 1
-        log.warning("worker %d ended (%s); its evaluation is repeated", i, why)
+        log.warning("worker %d ended (%s); %s is repeated", i, why, task.name)
         self._wake(i)
         if task.deaths >= LIVES:
             raise DiffesError(
-                f"{LIVES} workers ended at the evaluation of levels {list(task.schedule.levels)}, the last one because "
-                f"{why}; where memory is short take fewer workers or probes; what is finished is kept"
+                f"{LIVES} workers ended at {task.name}, the last one because {why}; where memory is short take fewer "
+                "workers or probes; what is finished is kept"
             )
         return task
 
+    def _start(self) -> None:
+        """Starts Ray, where nobody did, and the workers, where they are not there yet.
+
+        Raises:
+            DiffesError: the cluster cannot be reached, or has no room for so many.
+        """
+        if self._workers:
+            return
+        options = self.options
+        if not self._ray.is_initialized():
+            _connect(self._ray, options)
+            self._ours = True
+        gpus = options.gpus_per_worker
+        if gpus is None:
+            gpus = 1.0 if pick_device(self.config.device).startswith("cuda") else 0.0
+        cpus = 0 if options.ray_address is None else 1  # here as many as were asked for, there as many as have room
+        _check_room(self._ray.cluster_resources(), {"CPU": cpus, "GPU": gpus}, options.workers)
+        variables = {"OMP_NUM_THREADS": str(self._threads)}
+        self._made = self._ray.remote(Worker).options(
+            num_cpus=cpus, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": variables}
+        )
+        for i in range(options.workers):
+            self._wake(i)
+
     def _wake(self, i: int) -> None:
         """Starts a worker in a place; whoever is there is ended."""
-        if self._workers[i] is not None:
-            self._ray.kill(self._workers[i])
-        self._workers[i] = self._made.remote(self.config, self._threads)
+        for old in self._workers[i : i + 1]:
+            self._ray.kill(old)
+        self._workers[i : i + 1] = [self._made.remote(self.config, self._threads)]
         self._waking[self._workers[i].ready.remote()] = i
 
     def _awake(self, reference: Any) -> None:
@@ -300,7 +350,7 @@ def _ray() -> Any:
     return ray
 
 
-def _start(ray: Any, options: WorkerOptions) -> None:
+def _connect(ray: Any, options: WorkerOptions) -> None:
     """Joins the cluster that is named, or starts one on this machine."""
     for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}.items():  # it would report home
         os.environ.setdefault(name, value)

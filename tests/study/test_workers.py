@@ -66,10 +66,29 @@ def test_workers_find_and_count_what_one_process_does(factored: Workbench, pool:
     assert {e.measured.worker for e in spread.evaluations if e.measured} <= {"worker 0", "worker 1"}
 
 
+@pytest.mark.parametrize("method", ["obs", "wanda+block_reuse"])
+def test_workers_calibrate_what_one_process_does(factored: Workbench, method: str) -> None:
+    """To the bit, and with as many denoiser calls; levels that are made when they are asked for included."""
+    config = replace(factored.config, method=method, seed=3)
+    alone = prepare(config, Counting())
+    with pool_of(config, WorkerOptions(workers=2)) as made:
+        spread = prepare(config, Counting(), pool=made)
+        assert facts(search_on(spread, Counting())) == facts(search_on(alone, Counting()))
+    ours, theirs = spread.router.bank, alone.router.bank
+    assert sorted(ours) == sorted(theirs) and (ours.calls, ours.kind) == (theirs.calls, theirs.kind)
+    for key, entry in theirs.items():
+        assert entry.keys() == ours[key].keys()
+        for name, weights in entry.items():
+            assert torch.equal(weights.kept, ours[key][name].kept)
+            consumers = weights.consumer, ours[key][name].consumer
+            assert consumers == (None, None) or torch.equal(*consumers)  # type: ignore[arg-type]
+    assert spread.costs == alone.costs
+
+
 def test_plans_are_searched_by_workers(factored: Workbench, pool: Pool) -> None:
     found = []
     for where in (None, pool):
-        plans = Plans(factored, nodes=8, reference_steps=10).on(where)
+        plans = Plans(replace(factored, pool=where), nodes=8, reference_steps=10)
         table = plans.table(Counting())
         options: dict[str, Any] = {"table": table, "progress": Counting()}
         found.append([facts(plans.search(3.5, genes, **options)) for genes in ("joint", "levels")])  # type: ignore[arg-type]
