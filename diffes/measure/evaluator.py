@@ -92,13 +92,13 @@ class RoutedEvaluator(abc.ABC):
         made.final_reference, made.reference = self.final_reference.to(device), self.reference.to(device)
         return made
 
-    def take_less(self) -> bool:
-        """Drops cached states, then halves the probes of a denoiser call; False where neither is left to do. Scores
-        stay what they are, up to the rounding of another batch."""
-        held, self._cache = self._cache, _StateCache(self._cache_bytes)
-        if held or self.batch == 1:
-            return bool(held)
-        self.batch //= 2
+    def take_less(self, halves: bool) -> bool:
+        """Drops cached states, and halves the probes of a denoiser call; False where there is but one. Scores stay what
+        they are, up to the rounding of another batch."""
+        self._cache = _StateCache(self._cache_bytes)
+        if halves and self.batch == 1:
+            return False
+        self.batch = min(self.batch, len(self.probes)) // 2 if halves else self.batch
         return True
 
     @abc.abstractmethod
@@ -335,9 +335,6 @@ class _StateCache:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._states: OrderedDict[Prefix, tuple[int, SamplingState | None]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._states)
 
     def depth(self, prefixes: Sequence[Prefix]) -> int:
         """How many parts the longest known prefix has, which counts as used now; 0 when none is known."""

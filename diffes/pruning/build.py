@@ -107,36 +107,48 @@ def build_bank(
 
 
 def gathered(
-    adapter: ModelAdapter, banks: Iterable[WeightBank], memory: int, progress: Callable[[], object]
+    adapter: ModelAdapter, banks: Iterable[WeightBank], memory: int, *, held: bool = True, alike: bool = False
 ) -> WeightBank:
-    """One bank of those of single stages, which other processes made.
+    """One bank of those that other processes made, of stages of their own.
 
     Args:
         adapter: the dense model, whose weights levels are made from when they are asked for.
-        banks: one a stage.
+        banks: all of one method.
         memory: as of `build_bank`.
-        progress: told after each.
+        held: whether triangles are to lie in that memory; others lie where they are.
+        alike: whether weights that are equal are the same, as of methods that look at no data.
     """
     workshop, entries, calls = Workshop(memory), dict[Key, StageWeights](), 0
-    dense: dict[str, Tensor] = {}
-    kind, max_level, made_any = "", 0, False
+    known: dict[tuple[str, tuple[int, ...]], GroupWeights] = {}
+    kind, max_level, makes = "", 0, False
     for bank in banks:
-        factors: dict[int, Factor] = {}
-        made: dict[int, GroupWeights] = {}
+        ours = _rebound(adapter, bank, workshop, held)
+        makes |= bool(ours)
         for key, entry in bank.items():
-            for weights in entry.values():
-                if isinstance(weights, FactoredWeights) and id(weights) not in made:
-                    factor, made_any = weights.factor, True
-                    name = factor.groups.name
-                    dense.setdefault(name, LayerWeights.of(adapter.denoiser, factor.groups).consumer)
-                    if id(factor) not in factors:
-                        factors[id(factor)] = workshop.keep(factor)
-                    made[id(weights)] = FactoredWeights(factors[id(factor)], dense[name], len(weights.kept), workshop)
-            entries[key] = {name: made.get(id(weights), weights) for name, weights in entry.items()}
+            found = {name: ours.get(id(weights), weights) for name, weights in entry.items()}
+            if alike:
+                found = {name: known.setdefault((name, tuple(w.kept.tolist())), w) for name, w in found.items()}
+            entries[key] = found
         kind, max_level, calls = bank.kind, bank.max_level, calls + bank.calls
-        progress()
     entries = dict(sorted(entries.items()))  # in whatever order they came
-    return WeightBank(entries, kind, calls=calls, max_level=max_level, workshop=workshop if made_any else None)
+    return WeightBank(entries, kind, calls=calls, max_level=max_level, workshop=workshop if makes else None)
+
+
+def _rebound(adapter: ModelAdapter, bank: WeightBank, workshop: Workshop, held: bool) -> dict[int, GroupWeights]:
+    """Weights of a bank that are made when they are asked for, of this model and workshop, by the id of the others."""
+    factors: dict[int, Factor] = {}
+    dense: dict[str, Tensor] = {}
+    made: dict[int, GroupWeights] = {}
+    for weights in (each for entry in bank.values() for each in entry.values() if isinstance(each, FactoredWeights)):
+        factor = weights.factor
+        if id(factor) not in factors:
+            factors[id(factor)] = workshop.keep(factor) if held else factor
+        if factor.groups.name not in dense:
+            dense[factor.groups.name] = LayerWeights.of(adapter.denoiser, factor.groups).consumer
+        if id(weights) not in made:  # what shares an object shares it here
+            n_kept = len(weights.kept)
+            made[id(weights)] = FactoredWeights(factors[id(factor)], dense[factor.groups.name], n_kept, workshop)
+    return made
 
 
 def joined(banks: Sequence[WeightBank]) -> WeightBank:

@@ -151,6 +151,13 @@ class FactoredWeights(GroupWeights):
         for name, value in {"kept": factor.kept(n_kept), "factor": factor, "_dense": dense, "_shop": workshop}.items():
             object.__setattr__(self, name, value)  # frozen, as all of its kind
 
+    def __getstate__(self) -> dict[str, Any]:
+        """In another process they are of the model and the workshop there (see `diffes.pruning.build.gathered`)."""
+        return {"kept": self.kept, "factor": self.factor}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FactoredWeights:
+        return self  # nothing of it changes
+
     @property
     def consumer(self) -> Tensor:  # type: ignore[override]
         """(d_out, n_kept * size) in host memory, the same whenever it is made."""

@@ -60,9 +60,9 @@ class SearchResult:
 
     @property
     def paid_calls(self) -> int | None:
-        """Denoiser calls that workers really ran, in rows; None where there were none."""
+        """Denoiser calls that workers really ran, in rows; None where not all evaluations are theirs."""
         paid = [e.measured.paid_calls for e in self.evaluations if e.measured is not None]
-        return sum(paid) if paid else None
+        return sum(paid) if len(paid) == len(self.evaluations) else None
 
     def front(self, space: SearchSpace) -> list[Evaluation]:
         """What nothing else dominates in fitness and cost, on all probes, from the cheapest to the fittest."""

@@ -222,7 +222,8 @@ class EvaluationStore:
             raise DiffesError(
                 f"{place} is damaged ({type(error).__name__}: {error}); restore it, or choose another file"
             ) from error
-        measured = Measured(paid["worker"], paid["waited"], paid["paid_calls"]) if paid.get("worker") else None
+        who = paid.get("worker")
+        measured = None if who is None else Measured(who, paid.get("waited", 0.0), paid.get("paid_calls", 0))
         return Evaluation(
             schedule, fitness, paid["denoiser_calls"], paid["seconds"], paid.get("fidelity", 1.0), measured
         )

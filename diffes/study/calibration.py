@@ -27,6 +27,7 @@ def bank_of(
     adapter: ModelAdapter,
     stages: Stages,
     only: Sequence[int],
+    data: CalibrationSet | None,
     progress: Callable[[int], None] | None = None,
 ) -> WeightBank:
     """The bank of some stages, each of which depends on no other.
@@ -36,10 +37,11 @@ def bank_of(
         adapter: the dense model.
         stages: their ranges of timesteps.
         only: numbers of the stages to prune.
+        data: of `calibration_of`; None where `uses_data` says so.
         progress: told the stage after each.
     """
     return build_bank(
-        adapter, make_method(config.method), stages, calibration_of(config, adapter) if uses_data(config) else None,
+        adapter, make_method(config.method), stages, data,
         guidance=config.guidance, seed=config.seed, allocation=config.allocation, only=only, progress=progress,
         memory=int(config.bank_memory * 1e9),
     )  # fmt: skip

@@ -140,6 +140,9 @@ class WorkerOptions:
                 raise DiffesError(
                     f"{name} must be above 0" + f" and at most {most:g}" * (most < math.inf) + f", got {value}"
                 )
+        gpus = self.gpus_per_worker
+        if gpus is not None and (gpus < 1e-4 or (gpus > 1 and gpus != int(gpus))):
+            raise DiffesError(f"gpus_per_worker must be a share of at least 0.0001, or a whole number, got {gpus}")
         of_many = [name for name in ("ray_address", "gpus_per_worker", "evaluation_timeout") if getattr(self, name)]
         if self.workers == 1 and of_many:
             raise DiffesError(f"{of_many[0]} is of several workers, and workers is 1: raise it, or leave this out")

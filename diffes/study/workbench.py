@@ -311,9 +311,11 @@ def prepare(
     memory = int(config.bank_memory * 1e9)
     with progress.task(f"calibrating {config.method}", len(space.visited) * len(method.parts)) as advance:
         if pool is not None and uses_data(config):
-            bank = gathered(adapter, pool.banks(stages, space.visited), memory, lambda: advance("", len(method.parts)))
+            banks = (done for done in pool.banks(stages, space.visited) if advance("", len(method.parts)) is None)
+            bank = gathered(adapter, banks, memory, alike=not method.needs_data)
         else:
-            bank = bank_of(config, adapter, stages, space.visited, lambda stage: advance(f"stage {stage}"))
+            data = calibration_of(config, adapter) if uses_data(config) else None
+            bank = bank_of(config, adapter, stages, space.visited, data, lambda stage: advance(f"stage {stage}"))
     router = Router(adapter, bank, resident=memory)
     if len(method.parts) > 1:  # one alphabet: the cheaper a call, the higher its level
         macs = np.array(macs_by_level(router, stages, space.visited, space.max_level))[space.visited].mean(0)

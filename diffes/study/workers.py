@@ -3,36 +3,44 @@ counting stay with the process that searches."""
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
+import pickle
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from diffes.adapters import adapter_for, load_pipeline
+from diffes.adapters import adapter_for, load_pipeline, shipped_models
 from diffes.errors import DiffesError
 from diffes.measure.evaluator import RoutedEvaluator, in_trie_order
 from diffes.measure.metrics import METRICS, Metric, make_metric
 from diffes.pruning.bank import WeightBank
+from diffes.pruning.build import gathered
+from diffes.pruning.calibration import CalibrationSet
 from diffes.runtime.apply import pick_device
 from diffes.runtime.router import Router
 from diffes.search.schedule import Schedule, Stages
 from diffes.search.strategy import Evaluation, Measured
-from diffes.study.calibration import bank_of
+from diffes.study.calibration import bank_of, calibration_of, uses_data
 from diffes.study.config import RunConfig, WorkerOptions
 
 log = logging.getLogger(__name__)
 LIVES = 3  # workers that may die of one evaluation before it is given up
 POLL_SECONDS = 1.0
+PATIENCE_SECONDS = 600.0  # until some worker has begun something
 
 
 class Worker:
@@ -47,56 +55,68 @@ class Worker:
     def __init__(self, config: RunConfig, threads: int) -> None:
         torch.set_num_threads(threads)
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to it
-        pipe = load_pipeline(config.model, device=pick_device(config.device), dtype=getattr(torch, config.dtype))
+        device = pick_device(config.device)
+        device = "cuda" if device.startswith("cuda") else device  # Ray shows each worker its own GPUs alone
+        pipe = load_pipeline(config.model, device=device, dtype=getattr(torch, config.dtype))
         pipe.set_progress_bar_config(disable=True)
         self._adapter = adapter_for(pipe)
-        self._config = config
-        self._have: dict[str, Any] = {}  # what was sent, by the name that Ray gave it
+        if config.prompts is not None:
+            self._adapter.use_prompts(Path(config.prompts))
+        self._config, self._memory = config, int(config.bank_memory * 1e9)
+        self._data: CalibrationSet | None = None
+        self._routers: dict[str, Router] = {}  # of the bank, by the name that Ray gave it: the last one alone
+        self._evaluator: RoutedEvaluator | None = None
 
-    def ready(self) -> bool:
+    def ready(self) -> None:
         """Returns once the model is loaded."""
-        return True
 
     def calibrate(self, stages: Stages, stage: int) -> WeightBank:
         """The bank of one stage, which depends on no other. It is copied: what Ray maps goes when Ray does."""
-        if self._config.prompts is not None:
-            self._adapter.use_prompts(Path(self._config.prompts))
-        return bank_of(self._config, self._adapter, stages, [stage])
+        if self._data is None and uses_data(self._config):
+            self._data = calibration_of(self._config, self._adapter)
+        return bank_of(self._config, self._adapter, stages, [stage], self._data)
 
-    def measure(
-        self, bank: list[Any], sent: list[Any], schedule: Schedule, fidelity: float
-    ) -> tuple[float, int, float]:
-        """Fitness of a schedule, the denoiser calls that were run for it, and the seconds that took.
+    def attach(self, bank: list[Any], sent: list[Any]) -> None:
+        """Gets ready to measure, with a bank and an evaluator in place of those before.
 
         Args:
-            bank: the bank, as a list of one reference, and
-            sent: what evaluator.detached() gave with the recipe of its metric, likewise: both are fetched once.
-            schedule: what to measure.
-            fidelity: the fraction of the probes.
+            bank: `packed`, as a list of one reference, so that it is fetched once.
+            sent: what `evaluator.detached()` gave, packed, and a recipe of its metric, likewise.
         """
-        evaluator = self._attached(bank[0], sent[0])
+        name = bank[0].hex()
+        self._evaluator = None
+        if name not in self._routers:
+            self._routers.clear()
+            found = unpacked(_ray().get(bank[0]))
+            found = gathered(self._adapter, [found], self._memory, held=False)
+            self._routers[name] = Router(self._adapter, found, resident=self._memory)
+        detached, recipe = _ray().get(sent[0])
+        self._evaluator = unpacked(detached).attached(self._routers[name], recipe(self._adapter.device))
+
+    def measure(self, schedule: Schedule, fidelity: float) -> tuple[float, int, float]:
+        """Fitness of a schedule on a fraction of the probes, denoiser calls that were run for it, and seconds.
+
+        Where the device has no room, what is kept there goes first, then half of the probes of a call, and so on.
+
+        Raises:
+            DiffesError: there is none for a single probe.
+        """
+        evaluator = self._evaluator
+        assert evaluator is not None
         start, before = time.perf_counter(), evaluator.paid_calls
+        halved = -1
         while True:
             try:
                 fitness = float(evaluator.scores(schedule, fidelity).mean())
                 return fitness, evaluator.paid_calls - before, time.perf_counter() - start
-            except torch.OutOfMemoryError:
-                if not evaluator.take_less():
-                    raise
+            except torch.OutOfMemoryError as error:
+                said = str(error)
+            halved += 1  # out here, where the error holds no tensors any more
+            evaluator.router.resident.clear()
+            if not evaluator.take_less(halves=halved > 0):
+                raise DiffesError(f"a worker's device has no room for a single probe ({said}): take fewer workers")
+            if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-    def _attached(self, bank: Any, sent: Any) -> RoutedEvaluator:
-        name = bank.hex() + sent.hex()
-        if name not in self._have:
-            detached, recipe = self._fetched(sent)
-            router = Router(self._adapter, self._fetched(bank), resident=int(self._config.bank_memory * 1e9))
-            self._have[name] = detached.attached(router, recipe(self._adapter.device))
-        return self._have[name]  # type: ignore[no-any-return]
-
-    def _fetched(self, reference: Any) -> Any:
-        if reference.hex() not in self._have:
-            self._have[reference.hex()] = _ray().get(reference)
-        return self._have[reference.hex()]
 
 
 @dataclass
@@ -118,6 +138,17 @@ class _Task:
     deaths: int = 0
 
 
+@dataclass(frozen=True)
+class _Dead:
+    """A worker that died.
+
+    Args:
+        why: as Ray has it.
+    """
+
+    why: str
+
+
 class Pool:
     """Workers of one model, and what they were sent. They start with the first thing that they are given to do.
 
@@ -130,43 +161,54 @@ class Pool:
     """
 
     def __init__(self, config: RunConfig, options: WorkerOptions) -> None:
-        self.config, self.options = config, options
+        named = {name: getattr(config, name) for name in ("model", "prompts", "calibration_data")}
+        found: dict[str, Any] = {
+            name: str(Path(path).resolve())
+            for name, path in named.items() if path and path not in shipped_models() and Path(path).exists()
+        }  # fmt: skip
+        self.config, self.options = replace(config, **found), options  # workers have a working directory of their own
         self._ray = _ray()
         self._ours = False
         self._threads = config.threads or torch.get_num_threads()
         self._workers: list[Any] = []
-        self._waking: dict[Any, int] = {}  # by what tells that it is ready
+        self._busy: dict[Any, tuple[int, bool]] = {}  # who gets ready, or ends what nobody waits for; is it to be told?
         self._failed = [0] * options.workers  # times in a row that it did not become ready
-        self._sent: dict[int, tuple[Any, Any]] = {}  # by id: the thing, so that its id stays its own, and a reference
+        self._attached: list[Any] = [None] * options.workers  # to which evaluator
+        self._bank: tuple[WeightBank | None, Any] = None, None
 
     def close(self) -> None:
         """Ends all workers, and Ray, where it was started for them."""
-        for worker in self._workers:
-            self._ray.kill(worker)
-        if self._ours:
-            self._ray.shutdown()
+        try:
+            for worker in self._workers:
+                self._ray.kill(worker)
+        finally:
+            self._workers, self._busy, self._bank = [], {}, (None, None)
+            if self._ours:
+                self._ray.shutdown()
 
     def evaluator(self, local: RoutedEvaluator) -> Spread:
         """What measures as an evaluator of this process does, on the workers."""
         return Spread(self, local)
 
     def send(self, thing: object) -> Any:
-        """A reference to a thing in the object store, from where all workers of a machine map its tensors."""
+        """A reference to a thing in the object store; it is there for as long as the reference."""
         self._start()
-        if id(thing) not in self._sent:
-            self._ray.util.register_serializer(Tensor, serializer=_flat, deserializer=_tensor)
-            try:
-                self._sent[id(thing)] = thing, self._ray.put(thing)
-            finally:
-                self._ray.util.deregister_serializer(Tensor)
-        return self._sent[id(thing)][1]
+        return self._ray.put(thing)
+
+    def send_bank(self, bank: WeightBank) -> Any:
+        """A reference to a bank, whose tensors the workers of a machine map; the last one is kept."""
+        if self._bank[0] is not bank:
+            self._bank = bank, self.send(packed(bank))
+        return self._bank[1]
 
     def banks(self, stages: Stages, only: Sequence[int]) -> Iterator[WeightBank]:
         """Banks of single stages, as soon as each is done."""
         now = time.perf_counter()
         tasks = [_Task(stage, f"the calibration of stage {stage}", now) for stage in only]
-        for _, _, bank in self._done(tasks, lambda worker, stage: worker.calibrate.remote(stages, stage), math.inf):
+        for _, _, bank in self._done(tasks, lambda worker, stage: worker.calibrate.remote(stages, stage)):
             yield bank
+        while self._busy:  # what is timed next would share the machine with them
+            self._settle(self._ray.wait(list(self._busy), timeout=POLL_SECONDS)[0])
 
     def measured(
         self, bank: Any, sent: Any, schedules: Sequence[Schedule], fidelity: float
@@ -175,15 +217,17 @@ class Pool:
         now = time.perf_counter()
         tasks = [_Task(each, f"the evaluation of levels {list(each.levels)}", now) for each in schedules]
         limit = self.options.evaluation_timeout or math.inf
-
-        def begin(worker: Any, schedule: Schedule) -> Any:
-            return worker.measure.remote([bank], [sent], schedule, fidelity)
-
-        for task, i, (fitness, paid, seconds) in self._done(tasks, begin, limit):
+        for task, i, (fitness, paid, seconds) in self._done(
+            tasks, lambda worker, schedule: worker.measure.remote(schedule, fidelity), (bank, sent), limit
+        ):
             yield task.what, fitness, seconds, Measured(f"worker {i}", round(task.begun - task.asked, 3), paid)
 
     def _done(
-        self, tasks: Sequence[_Task], begin: Callable[[Any, Any], Any], limit: float
+        self,
+        tasks: Sequence[_Task],
+        begin: Callable[[Any, Any], Any],
+        attached: tuple[Any, Any] | None = None,
+        limit: float = math.inf,
     ) -> Iterator[tuple[_Task, int, Any]]:
         """Tasks, who did them and what came out, as soon as each is done.
 
@@ -193,7 +237,8 @@ class Pool:
         Args:
             tasks: in an order in which neighbours share most.
             begin: gives a worker a task; returns the reference of what comes out.
-            limit: seconds that it may take.
+            attached: bank and evaluator that a worker needs first.
+            limit: seconds that a task may take.
 
         Raises:
             Exception: what the task raised.
@@ -202,32 +247,100 @@ class Pool:
         n = len(self._workers)
         rows = [list(tasks[i * len(tasks) // n : (i + 1) * len(tasks) // n]) for i in range(n)]
         running: dict[Any, tuple[int, _Task]] = {}
-        while running or any(rows):
-            busy = {*self._waking.values(), *(i for i, _ in running.values())}
-            for i in sorted(set(range(n)) - busy):
-                row = rows[i] or max(rows, key=len)
-                if row:
-                    task = row.pop(0 if row is rows[i] else -1)
-                    task.begun = time.perf_counter()
-                    running[begin(self._workers[i], task.what)] = i, task
-            done, _ = self._ray.wait([*running, *self._waking], timeout=POLL_SECONDS)
-            for reference in done:
-                if reference in self._waking:
-                    self._awake(reference)
-                    continue
-                i, task = running.pop(reference)
-                try:
-                    found = self._ray.get(reference)
-                except self._ray.exceptions.RayTaskError as error:
-                    raise error.cause from None  # what was raised there is raised here
-                except self._ray.exceptions.RayError as error:
-                    rows[i].insert(0, self._died(i, task, " ".join(str(error).split())[:200]))
-                else:
-                    yield task, i, found
-            late = [each for each, (_, task) in running.items() if time.perf_counter() - task.begun > limit]
-            for reference in late:
-                i, task = running.pop(reference)
-                rows[i].insert(0, self._died(i, task, f"it took longer than evaluation_timeout, {limit:g} s"))
+        waits = time.perf_counter()
+        try:
+            while running or any(rows):
+                taken = {*(i for i, _ in self._busy.values()), *(i for i, _ in running.values())}
+                for i in sorted(set(range(n)) - taken):
+                    if attached is not None and self._attached[i] != attached:
+                        self._attached[i] = attached
+                        self._busy[self._workers[i].attach.remote([attached[0]], [attached[1]])] = i, True
+                    elif row := rows[i] or max(rows, key=len):
+                        task = row.pop(0 if row is rows[i] else -1)
+                        task.begun = time.perf_counter()
+                        running[begin(self._workers[i], task.what)] = i, task
+                done, _ = self._ray.wait([*running, *self._busy], timeout=POLL_SECONDS)
+                self._settle([reference for reference in done if reference in self._busy])
+                for reference in done:
+                    if reference not in running:
+                        continue
+                    i, task = running.pop(reference)
+                    found = self._outcome(reference, task)
+                    if isinstance(found, _Dead):
+                        rows[i].insert(0, self._died(i, task, found.why))
+                    else:
+                        yield task, i, found
+                if running:
+                    unready = self._ray.wait(list(running), num_returns=len(running), timeout=0)[1]
+                    for reference in unready:
+                        if time.perf_counter() - running[reference][1].begun > limit:
+                            i, task = running.pop(reference)
+                            why = f"it took longer than evaluation_timeout, {limit:g} s"
+                            rows[i].insert(0, self._died(i, task, why))
+                waits = time.perf_counter() if running else waits
+                self._check_waiting(time.perf_counter() - waits)
+        finally:
+            self._busy |= {reference: (i, False) for reference, (i, _) in running.items()}
+
+    def _outcome(self, reference: Any, task: _Task) -> Any:
+        """What came out of a task; `_Dead` where the worker died of it.
+
+        Raises:
+            Exception: what the task raised.
+        """
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(reference)
+        except errors.RayTaskError as error:
+            cause = error.cause
+            log.error("%s failed in a worker: %s", task.name, error)
+            if isinstance(cause, DiffesError):
+                raise cause from None
+            if isinstance(cause, Exception) and not isinstance(cause, errors.RayError):
+                raise cause from error
+            raise DiffesError(f"{task.name} failed in a worker: {' '.join(str(error).split())[-300:]}") from error
+        except (errors.UnserializableException, errors.RaySystemError) as error:
+            raise DiffesError(f"{task.name} failed in a worker: {' '.join(str(error).split())[-300:]}") from error
+        except errors.RayError as error:
+            return _Dead(" ".join(str(error).split())[:200])
+
+    def _settle(self, done: Sequence[Any]) -> None:
+        """Takes workers that are ready; starts others where they are not.
+
+        Raises:
+            DiffesError: none becomes ready in a place.
+            Exception: what a worker raised when it was told of an evaluator.
+        """
+        for reference in done:
+            i, told = self._busy.pop(reference)
+            try:
+                found = self._outcome(reference, _Task(None, f"worker {i}", 0.0))
+            except Exception:
+                if told:
+                    raise
+                continue  # of an evaluation that nobody waits for any more
+            if not isinstance(found, _Dead):
+                self._failed[i] = 0
+                continue
+            self._failed[i] += 1
+            if self._failed[i] >= LIVES:
+                raise DiffesError(
+                    f"worker {i} does not start ({found.why}); what is finished is kept: run the same command again, "
+                    "with fewer workers where memory is short"
+                )
+            self._wake(i)
+
+    def _check_waiting(self, seconds: float) -> None:
+        """Gives up where no worker has begun anything for long: Ray has no room for them.
+
+        Raises:
+            DiffesError: that is so.
+        """
+        if seconds > PATIENCE_SECONDS:
+            raise DiffesError(
+                f"no worker is ready after {seconds:.0f} s; the Ray cluster has {self._ray.available_resources()} to "
+                "spare. Take fewer workers, or lower gpus_per_worker; what is finished is kept"
+            )
 
     def _died(self, i: int, task: _Task, why: str) -> _Task:
         """Puts another worker in the place of one, and gives what it had begun back.
@@ -241,7 +354,7 @@ class Pool:
         if task.deaths >= LIVES:
             raise DiffesError(
                 f"{LIVES} workers ended at {task.name}, the last one because {why}; where memory is short take fewer "
-                "workers or probes; what is finished is kept"
+                "workers; what is finished is kept"
             )
         return task
 
@@ -257,6 +370,11 @@ class Pool:
         if not self._ray.is_initialized():
             _connect(self._ray, options)
             self._ours = True
+        elif options.ray_address is not None:
+            raise DiffesError(
+                f"this process has joined a Ray cluster already: leave ray_address {options.ray_address!r} out, or "
+                "call ray.shutdown() first"
+            )
         gpus = options.gpus_per_worker
         if gpus is None:
             gpus = 1.0 if pick_device(self.config.device).startswith("cuda") else 0.0
@@ -274,26 +392,8 @@ class Pool:
         for old in self._workers[i : i + 1]:
             self._ray.kill(old)
         self._workers[i : i + 1] = [self._made.remote(self.config, self._threads)]
-        self._waking[self._workers[i].ready.remote()] = i
-
-    def _awake(self, reference: Any) -> None:
-        """Takes a worker that is ready, or starts another.
-
-        Raises:
-            DiffesError: none becomes ready there.
-        """
-        i = self._waking.pop(reference)
-        try:
-            self._ray.get(reference)
-            self._failed[i] = 0
-        except self._ray.exceptions.RayError as error:
-            self._failed[i] += 1
-            if self._failed[i] >= LIVES:
-                raise DiffesError(
-                    f"worker {i} does not start ({' '.join(str(error).split())[-300:]}); what is finished is kept: run "
-                    "the same command again, with fewer workers where memory is short"
-                ) from error
-            self._wake(i)
+        self._attached[i] = None
+        self._busy[self._workers[i].ready.remote()] = i, True
 
 
 class Spread:
@@ -310,7 +410,8 @@ class Spread:
         recipe: Callable[[torch.device], Metric] = partial(make_metric, name)
         if name in METRICS.names():  # maybe of a notebook, of which workers know nothing
             recipe = partial(_metric, name, local.metric.function)
-        self._sent = local.detached(), recipe
+        self._recipe = recipe
+        self._sent: Any = None
 
     def expect(self, schedules: Sequence[Schedule], fidelity: float = 1.0) -> None:
         """As of the evaluator of this process."""
@@ -320,8 +421,10 @@ class Spread:
         """Evaluates a batch; yields each when it is done, in whatever order."""
         ordered = in_trie_order(schedules)
         calls = {schedule: self._local.count(schedule, fidelity) for schedule in ordered}
-        bank, sent = self._pool.send(self._local.router.bank), self._pool.send(self._sent)
-        for schedule, fitness, seconds, measured in self._pool.measured(bank, sent, ordered, fidelity):
+        bank = self._pool.send_bank(self._local.router.bank)
+        if self._sent is None:
+            self._sent = self._pool.send((packed(self._local.detached()), self._recipe))
+        for schedule, fitness, seconds, measured in self._pool.measured(bank, self._sent, ordered, fidelity):
             yield Evaluation(schedule, fitness, calls[schedule], seconds, fidelity, measured)
 
 
@@ -355,15 +458,19 @@ def _connect(ray: Any, options: WorkerOptions) -> None:
     for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}.items():  # it would report home
         os.environ.setdefault(name, value)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+    before = signal.getsignal(signal.SIGTERM)
     try:
         if options.ray_address is None:
-            ray.init(**quiet)
+            ray.init(address="local", **quiet)
         else:
             ray.init(address=options.ray_address, **{k: v for k, v in quiet.items() if k != "include_dashboard"})
     except Exception as error:
         where = "on this machine" if options.ray_address is None else f"at {options.ray_address}"
         reason = " ".join(str(error).split())[:200]
         raise DiffesError(f"there is no Ray cluster {where} ({type(error).__name__}: {reason})") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray's own would end in `sys.exit`
 
 
 def _check_room(there: Mapping[str, float], each: Mapping[str, float], workers: int) -> None:
@@ -376,12 +483,28 @@ def _check_room(there: Mapping[str, float], each: Mapping[str, float], workers: 
             )
 
 
-def _flat(tensor: Tensor) -> tuple[Any, torch.dtype, tuple[int, ...]]:
-    """Bytes that the object store maps, type and shape."""
-    whole = tensor.detach().cpu().contiguous()
-    return whole.reshape(-1).view(torch.uint8).numpy(), whole.dtype, tuple(whole.shape)
+class _Packer(pickle.Pickler):
+    """Puts the bytes of tensors beside the pickle."""
+
+    def reducer_override(self, thing: Any) -> Any:
+        if type(thing) is not Tensor:
+            return NotImplemented
+        whole = thing.detach().cpu().contiguous()
+        flat: Any = whole.reshape(-1).view(torch.uint8).numpy()
+        return _tensor, (pickle.PickleBuffer(flat), whole.dtype, whole.shape)
 
 
-def _tensor(flat: tuple[Any, torch.dtype, tuple[int, ...]]) -> Tensor:
-    data, dtype, shape = flat
-    return torch.from_numpy(data).view(dtype).reshape(shape)
+def packed(thing: object) -> tuple[bytes, list[Any]]:
+    """A thing as a pickle, and the bytes of its tensors as arrays, which Ray's object store maps."""
+    file, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
+    _Packer(file, protocol=5, buffer_callback=buffers.append).dump(thing)
+    return file.getvalue(), [np.asarray(memoryview(buffer)) for buffer in buffers]
+
+
+def unpacked(packed: tuple[bytes, list[Any]]) -> Any:
+    """The thing; its tensors are those of the arrays."""
+    return pickle.loads(packed[0], buffers=packed[1])
+
+
+def _tensor(data: Any, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    return torch.from_numpy(np.asarray(memoryview(data))).view(dtype).reshape(shape)

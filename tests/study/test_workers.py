@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -24,7 +25,7 @@ from diffes.study.config import WorkerOptions
 from diffes.study.plans import Plans
 from diffes.study.run import complete_run
 from diffes.study.workbench import Workbench, prepare, search_on, vary
-from diffes.study.workers import Pool, Worker, pool_of
+from diffes.study.workers import Pool, Worker, packed, pool_of
 
 pytest.importorskip("ray", reason='several workers need Ray: pip install "diffes[ray]"')
 SPEC = "evolution:mu=2,lam=6"
@@ -66,7 +67,7 @@ def test_workers_find_and_count_what_one_process_does(factored: Workbench, pool:
     assert {e.measured.worker for e in spread.evaluations if e.measured} <= {"worker 0", "worker 1"}
 
 
-@pytest.mark.parametrize("method", ["obs", "wanda+block_reuse"])
+@pytest.mark.parametrize("method", ["obs", "magnitude", "wanda+block_reuse"])
 def test_workers_calibrate_what_one_process_does(factored: Workbench, method: str) -> None:
     """To the bit, and with as many denoiser calls; levels that are made when they are asked for included."""
     config = replace(factored.config, method=method, seed=3)
@@ -83,6 +84,9 @@ def test_workers_calibrate_what_one_process_does(factored: Workbench, method: st
             consumers = weights.consumer, ours[key][name].consumer
             assert consumers == (None, None) or torch.equal(*consumers)  # type: ignore[arg-type]
     assert spread.costs == alone.costs
+    assert (ours.nbytes, len({id(w) for e in ours.values() for w in e.values()})) == (
+        theirs.nbytes, len({id(w) for e in theirs.values() for w in e.values()}),
+    )  # fmt: skip
 
 
 def test_plans_are_searched_by_workers(factored: Workbench, pool: Pool) -> None:
@@ -168,10 +172,10 @@ def test_a_device_that_is_full_gets_fewer_probes_at_a_time(
 ) -> None:
     """First the cached states go, then half of the probes; what is scored stays."""
     evaluator = factored.evaluator(4, 0)
-    schedule = factored.uniform()
-    expected = float(evaluator.scores(schedule).mean())
+    schedule, other = factored.uniform(), factored.space.any_schedule([1, 1, 1, 1])
+    expected = [float(evaluator.scores(each).mean()) for each in (schedule, other)]
     worker = Worker(factored.config, torch.get_num_threads())
-    sent = evaluator.detached(), lambda _: factored.metric
+    bank, sent = packed(factored.router.bank), (packed(evaluator.detached()), lambda _: factored.metric)
 
     class Reference:
         def __init__(self, thing: object) -> None:
@@ -180,26 +184,25 @@ def test_a_device_that_is_full_gets_fewer_probes_at_a_time(
         def hex(self) -> str:
             return str(id(self))
 
-    monkeypatch.setattr(worker, "_fetched", lambda reference: reference.thing)
-    bank, sending = [Reference(factored.router.bank)], [Reference(sent)]
-    assert worker.measure(bank, sending, schedule, 1.0)[0] == expected
-    attached = worker._attached(bank[0], sending[0])
-    denoise, asked = attached.adapter.step, []
+    monkeypatch.setattr(workers, "_ray", lambda: SimpleNamespace(get=lambda reference: reference.thing))
+    worker.attach([Reference(bank)], [Reference(sent)])
+    assert worker.measure(schedule, 1.0)[0] == expected[0]
+    step, asked = worker._adapter.step, []
 
     def full(state: Any, part: Any, guidance: float) -> Any:
+        """There is no room for more than two, once the run has come half of its way."""
         asked.append(len(part))
-        if len(part) > 2:
+        if len(part) > 2 and state.scheduler.timesteps[-2] >= 0 and len(asked) % 4 == 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return denoise(state, part, guidance)
+        return step(state, part, guidance)
 
-    monkeypatch.setattr(attached.adapter, "step", full)
-    attached.take_less()
-    fitness, paid, _ = worker.measure(bank, sending, schedule, 1.0)
-    assert fitness == pytest.approx(expected, rel=1e-4)
-    assert max(asked) == 4 and attached.batch < 4 and paid >= evaluator.denoiser_calls
-    monkeypatch.setattr(attached.adapter, "step", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
-    with pytest.raises(torch.OutOfMemoryError):
-        worker.measure(bank, sending, factored.space.any_schedule([1, 1, 1, 1]), 1.0)
+    monkeypatch.setattr(worker._adapter, "step", full)
+    fitness, paid, _ = worker.measure(other, 1.0)
+    assert fitness == pytest.approx(expected[1], rel=1e-4)
+    assert max(asked) == 4 and asked[-1] == 2 and paid >= len(asked)
+    monkeypatch.setattr(worker._adapter, "step", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    with pytest.raises(DiffesError, match=r"no room for a single probe .full."):
+        worker.measure(factored.space.any_schedule([2, 1, 1, 1]), 1.0)
 
 
 def test_a_search_whose_driver_is_killed_goes_on_and_no_worker_stays(tiny_folder: Path, tmp_path: Path) -> None:
