@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -130,9 +130,29 @@ class RoutedEvaluator(abc.ABC):
             calls, seconds = self.denoiser_calls - before, time.perf_counter() - start
             yield Evaluation(schedule, fitness, calls, seconds, fidelity)
 
-    def expect(self, schedules: Sequence[Schedule], fidelity: float = 1.0) -> None:
-        """Counts a whole batch before any of it is measured, with those that were measured by an earlier process."""
-        self._due = {(schedule, fidelity): self.count(schedule, fidelity) for schedule in in_trie_order(schedules)}
+    def expect(
+        self, schedules: Sequence[Schedule], fidelity: float = 1.0, paid: Mapping[Schedule, int] | None = None
+    ) -> None:
+        """Counts a whole batch before any of it is measured.
+
+        Args:
+            schedules: the batch.
+            fidelity: the fraction of the probes.
+            paid: what those of it cost that an earlier process measured. Where they were a batch of their own, which a
+                limit had cut, they are counted before the others.
+        """
+        before = self._alone.snapshot() if paid else None
+        self._count_all(in_trie_order(schedules), fidelity)
+        if paid and any(self._due[schedule, fidelity] != calls for schedule, calls in paid.items()):
+            assert before is not None
+            self._alone.restore(before)
+            self._count_all(
+                in_trie_order(list(paid)) + in_trie_order([s for s in schedules if s not in paid]), fidelity
+            )
+
+    def _count_all(self, schedules: Sequence[Schedule], fidelity: float) -> None:
+        self._due = {}
+        self._due = {(schedule, fidelity): self.count(schedule, fidelity) for schedule in schedules}
 
     def count(self, schedule: Schedule, fidelity: float = 1.0) -> int:
         """Denoiser calls, in rows, that a schedule costs after all those that were counted before."""
@@ -335,6 +355,14 @@ class _StateCache:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._states: OrderedDict[Prefix, tuple[int, SamplingState | None]] = OrderedDict()
+
+    def snapshot(self) -> tuple[OrderedDict[Prefix, tuple[int, SamplingState | None]], int]:
+        """What `restore` brings back."""
+        return self._states.copy(), self._bytes
+
+    def restore(self, before: tuple[OrderedDict[Prefix, tuple[int, SamplingState | None]], int]) -> None:
+        """As it was when the snapshot was taken."""
+        self._states, self._bytes = before
 
     def depth(self, prefixes: Sequence[Prefix]) -> int:
         """How many parts the longest known prefix has, which counts as used now; 0 when none is known."""

@@ -183,7 +183,7 @@ class Ledger:
         stored = self._store.known(schedules, fidelity) if self._store is not None else []
         expect = getattr(self._evaluate, "expect", None)
         if expect is not None:
-            expect(schedules, fidelity)
+            expect(schedules, fidelity, {evaluation.schedule: evaluation.denoiser_calls for evaluation in stored})
         yield from stored
         found = {evaluation.schedule for evaluation in stored}
         missing = [schedule for schedule in schedules if schedule not in found]

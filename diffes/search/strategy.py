@@ -90,8 +90,8 @@ class Evaluator(Protocol):
     """Measures schedules, one `Evaluation` each, in any order; those yielded early are safe early.
 
     `fidelity` is only passed when it is below 1. An evaluator that shares work between schedules may have a method
-    `expect(schedules, fidelity)`, which is called with each batch before it is measured, with those schedules in it
-    that an earlier run paid for.
+    `expect(schedules, fidelity, paid)`, which is called with each batch before it is measured; `paid` is what those
+    schedules in it cost that an earlier run measured.
     """
 
     def __call__(self, schedules: Sequence[Schedule], fidelity: float = 1.0) -> Iterable[Evaluation]: ...

@@ -413,9 +413,11 @@ class Spread:
         self._recipe = recipe
         self._sent: Any = None
 
-    def expect(self, schedules: Sequence[Schedule], fidelity: float = 1.0) -> None:
+    def expect(
+        self, schedules: Sequence[Schedule], fidelity: float = 1.0, paid: Mapping[Schedule, int] | None = None
+    ) -> None:
         """As of the evaluator of this process."""
-        self._local.expect(schedules, fidelity)
+        self._local.expect(schedules, fidelity, paid)
 
     def __call__(self, schedules: Sequence[Schedule], fidelity: float = 1.0) -> Iterator[Evaluation]:
         """Evaluates a batch; yields each when it is done, in whatever order."""

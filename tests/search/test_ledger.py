@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,16 +128,17 @@ def test_an_evaluator_that_shares_work_is_told_the_whole_batch_with_what_the_sto
     class Expecting(Table):
         def __init__(self) -> None:
             super().__init__()
-            self.expected: list[tuple[list[Levels], float]] = []
+            self.expected: list[tuple[list[Levels], float, dict[Levels, int]]] = []
 
-        def expect(self, schedules: Sequence[Schedule], fidelity: float) -> None:
-            self.expected.append(([schedule.levels for schedule in schedules], fidelity))
+        def expect(self, schedules: Sequence[Schedule], fidelity: float, paid: Mapping[Schedule, int]) -> None:
+            calls = {schedule.levels: n for schedule, n in paid.items()}
+            self.expected.append(([schedule.levels for schedule in schedules], fidelity, calls))
 
     store = EvaluationStore(tmp_path / "journal", SPACE)
     list(Ledger(SPACE, Table(), store).measure(ask(B, A)))
     evaluate = Expecting()
     list(Ledger(SPACE, evaluate, store).measure(ask(A, B, C)))
-    assert evaluate.expected == [([A, B, C], 1.0)]
+    assert evaluate.expected == [([A, B, C], 1.0, {B: 10, A: 10})]
 
 
 def test_the_result_is_the_first_best_within_the_budget_on_all_probes() -> None:
