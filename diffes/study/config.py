@@ -137,9 +137,7 @@ class WorkerOptions:
         for name, most in (("gpus_per_worker", 64), ("evaluation_timeout", 1e9)):
             value = getattr(self, name)
             if value is not None and not 0 < value <= most:
-                raise DiffesError(
-                    f"{name} must be above 0" + f" and at most {most:g}" * (most < math.inf) + f", got {value}"
-                )
+                raise DiffesError(f"{name} must be above 0 and at most {most:g}, got {value}")
         gpus = self.gpus_per_worker
         if gpus is not None and (gpus < 1e-4 or (gpus > 1 and gpus != int(gpus))):
             raise DiffesError(f"gpus_per_worker must be a share of at least 0.0001, or a whole number, got {gpus}")

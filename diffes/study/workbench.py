@@ -308,13 +308,13 @@ def prepare(
         check_settings(config, space)  # one that is too large for the strategy; other costs are not known yet
     metric = make_metric(config.metric, adapter.device)
     try_metric(metric, adapter)
-    memory = int(config.bank_memory * 1e9)
+    memory, looks = int(config.bank_memory * 1e9), uses_data(config)
     with progress.task(f"calibrating {config.method}", len(space.visited) * len(method.parts)) as advance:
-        if pool is not None and uses_data(config):
+        if pool is not None and looks:
             banks = (done for done in pool.banks(stages, space.visited) if advance("", len(method.parts)) is None)
             bank = gathered(adapter, banks, memory, alike=not method.needs_data)
         else:
-            data = calibration_of(config, adapter) if uses_data(config) else None
+            data = calibration_of(config, adapter) if looks else None
             bank = bank_of(config, adapter, stages, space.visited, data, lambda stage: advance(f"stage {stage}"))
     router = Router(adapter, bank, resident=memory)
     if len(method.parts) > 1:  # one alphabet: the cheaper a call, the higher its level

@@ -265,7 +265,7 @@ class Pool:
                     if reference not in running:
                         continue
                     i, task = running.pop(reference)
-                    found = self._outcome(reference, task)
+                    found = self._outcome(reference, task.name)
                     if isinstance(found, _Dead):
                         rows[i].insert(0, self._died(i, task, found.why))
                     else:
@@ -282,8 +282,8 @@ class Pool:
         finally:
             self._busy |= {reference: (i, False) for reference, (i, _) in running.items()}
 
-    def _outcome(self, reference: Any, task: _Task) -> Any:
-        """What came out of a task; `_Dead` where the worker died of it.
+    def _outcome(self, reference: Any, name: str) -> Any:
+        """What came out of a task of that name; `_Dead` where the worker died of it.
 
         Raises:
             Exception: what the task raised.
@@ -291,16 +291,14 @@ class Pool:
         errors = self._ray.exceptions
         try:
             return self._ray.get(reference)
-        except errors.RayTaskError as error:
-            cause = error.cause
-            log.error("%s failed in a worker: %s", task.name, error)
+        except (errors.RayTaskError, errors.UnserializableException, errors.RaySystemError) as error:
+            cause = getattr(error, "cause", None)
+            log.error("%s failed in a worker: %s", name, error)
             if isinstance(cause, DiffesError):
                 raise cause from None
             if isinstance(cause, Exception) and not isinstance(cause, errors.RayError):
                 raise cause from error
-            raise DiffesError(f"{task.name} failed in a worker: {' '.join(str(error).split())[-300:]}") from error
-        except (errors.UnserializableException, errors.RaySystemError) as error:
-            raise DiffesError(f"{task.name} failed in a worker: {' '.join(str(error).split())[-300:]}") from error
+            raise DiffesError(f"{name} failed in a worker: {' '.join(str(error).split())[-300:]}") from error
         except errors.RayError as error:
             return _Dead(" ".join(str(error).split())[:200])
 
@@ -314,7 +312,7 @@ class Pool:
         for reference in done:
             i, told = self._busy.pop(reference)
             try:
-                found = self._outcome(reference, _Task(None, f"worker {i}", 0.0))
+                found = self._outcome(reference, f"worker {i}")
             except Exception:
                 if told:
                     raise
@@ -459,13 +457,11 @@ def _connect(ray: Any, options: WorkerOptions) -> None:
     """Joins the cluster that is named, or starts one on this machine."""
     for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}.items():  # it would report home
         os.environ.setdefault(name, value)
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+    of_ours = {"include_dashboard": False} if options.ray_address is None else {}
     before = signal.getsignal(signal.SIGTERM)
     try:
-        if options.ray_address is None:
-            ray.init(address="local", **quiet)
-        else:
-            ray.init(address=options.ray_address, **{k: v for k, v in quiet.items() if k != "include_dashboard"})
+        address = options.ray_address or "local"
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **of_ours)
     except Exception as error:
         where = "on this machine" if options.ray_address is None else f"at {options.ray_address}"
         reason = " ".join(str(error).split())[:200]
