@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffes.adapters import adapter_for, load_pipeline, shipped_models
-from diffes.adapters.macs import macs_per_call, macs_per_group
+from diffes.adapters.macs import macs_by_module, macs_per_group
 from diffes.progress import RichProgress
 from diffes.pruning import METHODS
 from diffes.search.schedule import Allocation
@@ -43,10 +43,9 @@ def cells_of(config: RunConfig, budgets: Sequence[float], evals: int) -> list[Ru
 def least_macs(model: str) -> float:
     """Share of the dense model's multiply-accumulates that is left when everything prunable is gone."""
     adapter = adapter_for(load_pipeline(model))
-    prunable = sum(
-        macs * p.n_groups for macs, p in zip(macs_per_group(adapter).values(), adapter.group_sets(), strict=True)
-    )
-    return 1 - prunable / macs_per_call(adapter)
+    macs, sets = macs_by_module(adapter), adapter.group_sets()
+    prunable = sum(each * p.n_groups for each, p in zip(macs_per_group(adapter, macs).values(), sets, strict=True))
+    return 1 - prunable / macs[""]
 
 
 def table(records: Sequence[RunRecord]) -> str:

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffes.adapters import Condition, GroupSet, ModelAdapter, adapter_for, load_pipeline
-from diffes.adapters.macs import macs_per_group
+from diffes.adapters.macs import macs_by_module, macs_per_group
 from diffes.measure.currencies import macs_fraction
 from diffes.pruning import METHODS, damage
 from diffes.pruning.allocation import Floats, Rungs, allocate
@@ -274,7 +274,7 @@ class Bench:
     def pruned(self, finer: int) -> list[Stage]:
         """All stages, with so many rungs a level."""
         if self._pruned[0] != finer:
-            macs = macs_per_group(self.adapter)
+            macs = macs_per_group(self.adapter, macs_by_module(self.adapter))
             sets = [Rungs.of(each, self.max_level, macs[each.name], finer) for each in self.adapter.group_sets()]
             self._pruned = finer, [self._prune(sets, stage) for stage in range(len(self.stages))]
         return self._pruned[1]

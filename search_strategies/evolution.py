@@ -36,6 +36,7 @@ class Evolution(Strategy):
     """
 
     operators = ("mutation", "crossover")
+    asynchronous = True
 
     def __init__(
         self,
@@ -74,4 +75,5 @@ class Evolution(Strategy):
 
     def _tell(self, evaluations: Sequence[Evaluation]) -> None:
         offspring = [Genome(evaluation.schedule.levels, evaluation.fitness) for evaluation in evaluations]
+        self._seen.update(map(tuple, offspring))  # maybe of an earlier process
         self._survivors = self._toolbox.select([*self._survivors, *offspring], self.mu)

@@ -52,6 +52,8 @@ class Surrogate(Strategy):
         batch: schedules asked at once, at least 1.
     """
 
+    asynchronous = True
+
     def __init__(self, space: SearchSpace, *, seed: int, initial: int = 8, batch: int = 4) -> None:
         super().__init__(space, seed=seed)
         self.initial = at_least("initial", initial, 2)
@@ -83,12 +85,16 @@ class Surrogate(Strategy):
 
     def _random(self, n: int, chosen: Sequence[tuple[int, ...]]) -> list[Proposal]:
         """Up to n unseen schedules that are not among those chosen."""
-        taken: set[tuple[int, ...]] = {*self._known, *chosen}
+        taken: set[tuple[int, ...]] = {*self._known, *chosen, *self._open}
         batch: list[Proposal] = []
         while len(batch) < n and (levels := sample_unseen(self.space, self._rng, taken)) is not None:
             taken.add(tuple(levels))
             batch.append(self.propose(levels, origin=Origin("random")))
         return batch
+
+    @property
+    def _open(self) -> list[tuple[int, ...]]:
+        return [proposal.schedule.levels for proposal in self.pending]
 
     def _price(self, levels: Sequence[int]) -> float:
         """Fraction of a whole run's denoiser calls that measuring a schedule takes, given what was measured before."""
@@ -97,9 +103,13 @@ class Surrogate(Strategy):
     def _promising(self, model: Model, ranked: Sequence[tuple[int, ...]]) -> list[Proposal]:
         """The batch of unseen schedules, from the one that is believed best to the one that tells most."""
         batch: dict[tuple[int, ...], Proposal] = {}
+        taken = {*self._known, *self._open}
+        for levels in self._open:
+            features = self._view.features([levels])
+            model = model.believing(features, float(model.predict(features)[0][0]))
         for _, curiosity in zip(range(self.batch), itertools.cycle(CURIOSITY), strict=False):
             passed = self._climb(model, ranked, curiosity)
-            unseen = [levels for levels in passed if levels not in self._known and levels not in batch]
+            unseen = [levels for levels in passed if levels not in taken and levels not in batch]
             if not unseen:
                 continue
             mean, deviation = model.predict(self._view.features(unseen))

@@ -35,11 +35,13 @@ from diffes.pruning.build import build_bank
 from diffes.pruning.calibration import load_calibration
 from diffes.runtime.router import Router
 from diffes.search.schedule import Allocation, Stages
+from diffes.study import plans
 from diffes.study.config import RunConfig
 from diffes.study.run import complete_run
 from diffes.study.workbench import Workbench, prepare
 
 N_STAGES = 4
+REFERENCE_STEPS = 20
 WEIGHT = 16  # of the last layers of untrained blocks, relative to their initialisation
 
 
@@ -154,6 +156,14 @@ def tiny_sdxl(tiny_sdxl_folder: Path) -> ModelAdapter:
 @pytest.fixture(scope="session")
 def stages() -> Stages:
     return Stages.equal(N_STAGES)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def near_references() -> Iterator[None]:
+    """Dense references of fewer steps than a front has: what is tested does not depend on how converged they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plans, "REFERENCE_STEPS", REFERENCE_STEPS)
+        yield
 
 
 _BANKS: dict[tuple[object, ...], WeightBank] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Size
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -37,11 +39,10 @@ def macs_per_call(adapter: ModelAdapter, timestep: int = 0) -> int:
     return macs_by_module(adapter, timestep)[""]
 
 
-def macs_per_group(adapter: ModelAdapter) -> dict[str, float]:
-    """Multiply-accumulates that one group of each group set takes, of the dense model.
+def macs_per_group(adapter: ModelAdapter, counts: Mapping[str, int]) -> dict[str, float]:
+    """Multiply-accumulates that one group of each group set takes, of the dense model's (see `macs_by_module`).
 
     All of an attention layer is proportional to its heads, all of an FFN to its channels, and no set changes what
     another one costs: what a thin network saves is the sum over the groups that it lacks, exactly.
     """
-    counts = macs_by_module(adapter)
     return {groups.name: counts[groups.name] / groups.n_groups for groups in adapter.group_sets()}

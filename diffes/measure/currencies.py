@@ -7,12 +7,14 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 
 from diffes.adapters import BlockSet, GroupSet, ModelAdapter, Probes
-from diffes.adapters.macs import macs_per_call, macs_per_group
+from diffes.adapters.macs import macs_by_module, macs_per_call, macs_per_group
 from diffes.registry import Registry
 from diffes.runtime.router import Router
 from diffes.search.schedule import Plan, Schedule, Stages
@@ -89,41 +91,67 @@ def macs_fraction(router: Router, schedule: Schedule, steps: Sequence[int]) -> f
 
     The first call of a run computes everything where its level would reuse something.
     """
-    dense = macs_per_call(router.adapter)
+    dense = _counted(router.adapter).dense
     visited = [stage for stage, n in enumerate(steps) if n]
-    macs = {stage: macs_at(router, schedule.stages, stage, schedule.levels[stage]) for stage in visited}
+    macs = {stage: _macs(router, schedule.stages, stage, schedule.levels[stage]) for stage in visited}
     total = sum(steps[stage] * macs[stage] for stage in visited)
     if schedule.levels[visited[-1]] in router.bank.reusing:
         total += dense - macs[visited[-1]]
     return total / (sum(steps) * dense)
 
 
-@torch.no_grad()
 def macs_by_level(router: Router, stages: Stages, visited: Sequence[int], max_level: int) -> Table:
     """(S, H + 1) multiply-accumulates of one denoiser call on a batch of one; in stages not visited those when dense.
 
     Of width they are the dense model's less what the missing groups would have taken, which is exact; of depth and
     reuse they are counted over a call for each different choice of what is computed.
     """
-    adapter, bank = router.adapter, router.bank
-    dense = float(macs_per_call(adapter))
-    table = [[dense] * (max_level + 1) for _ in range(len(stages))]
-    sets = adapter.prunable("width")
-    by_group = macs_per_group(adapter) if "width" in bank.kind else {}
-    counted: dict[object, float] = {}
+    table = [[_counted(router.adapter).dense] * (max_level + 1) for _ in range(len(stages))]
     for level in range(1, max_level + 1):
         for stage in visited:
-            entry = bank[stage, level]
-            if set(entry) <= set(by_group):
-                kept = bank.kept((stage, level), sets)
-                lost = (by_group[p.name] * (p.n_groups - n) for p, n in zip(sets, kept, strict=True))
-                table[stage][level] = dense - sum(lost)
-                continue
-            computed = tuple((name, tuple(weights.kept.tolist())) for name, weights in sorted(entry.items()))
-            if computed not in counted:
-                counted[computed] = float(macs_at(router, stages, stage, level))
-            table[stage][level] = counted[computed]
+            table[stage][level] = _macs(router, stages, stage, level)
     return table
+
+
+@dataclass
+class _Counted:
+    """Multiply-accumulates of a model's calls, each counted once: a count takes a call.
+
+    Args:
+        dense: of a dense call.
+        by_group: of a group, by the name of its set.
+        by_choice: of a call, by what is computed in it.
+    """
+
+    dense: float
+    by_group: dict[str, float]
+    by_choice: dict[object, float]
+
+
+_COUNTS: WeakKeyDictionary[ModelAdapter, _Counted] = WeakKeyDictionary()
+
+
+def _counted(adapter: ModelAdapter) -> _Counted:
+    if adapter not in _COUNTS:
+        counts = macs_by_module(adapter)
+        _COUNTS[adapter] = _Counted(float(counts[""]), macs_per_group(adapter, counts), {})
+    return _COUNTS[adapter]
+
+
+def _macs(router: Router, stages: Stages, stage: int, level: int) -> float:
+    """Multiply-accumulates of one call in a stage at a level."""
+    adapter, bank, counted = router.adapter, router.bank, _counted(router.adapter)
+    if level == 0:
+        return counted.dense
+    entry = bank[stage, level]
+    if "width" in bank.kind and set(entry) <= set(counted.by_group):
+        sets = adapter.prunable("width")
+        kept = bank.kept((stage, level), sets)
+        return counted.dense - sum(counted.by_group[p.name] * (p.n_groups - n) for p, n in zip(sets, kept, strict=True))
+    choice = tuple((name, tuple(weights.kept.tolist())) for name, weights in sorted(entry.items()))
+    if choice not in counted.by_choice:
+        counted.by_choice[choice] = float(macs_at(router, stages, stage, level))
+    return counted.by_choice[choice]
 
 
 @torch.no_grad()

@@ -233,7 +233,7 @@ class _Ladders:
     def __init__(self, adapter: ModelAdapter, method: PruningMethod, allocation: Allocation) -> None:
         self.max_level = method.max_level(adapter)
         self.splits = allocation_of(method.kind, allocation) == "damage"
-        macs = macs_per_group(adapter) if self.splits else {}
+        macs = macs_per_group(adapter, macs_by_module(adapter)) if self.splits else {}
         self.sets = [
             Rungs.of(p, self.max_level, macs.get(p.name, 0.0), FINER if self.splits else 1)
             for p in adapter.prunable(method.kind)

@@ -16,6 +16,7 @@ from deap import tools
 
 from diffes.errors import DiffesError
 from diffes.plugins import unexpected
+from diffes.search.genome import Origin
 from diffes.search.schedule import Schedule
 from diffes.search.space import SearchSpace
 from diffes.search.strategy import Evaluation, Evaluator, Key, Proposal, key_of
@@ -117,13 +118,41 @@ class Ledger:
         """Evaluations of distinct proposals that are not known yet, the store's first, each known once it is given."""
         for fidelity, part in itertools.groupby(proposals, key=lambda proposal: proposal.fidelity):
             for evaluation in self._measure(list(part), fidelity):
-                self._known[key_of(evaluation)] = evaluation
-                self._calls += evaluation.denoiser_calls
-                if self.space.counts(evaluation.schedule, evaluation.fidelity):
-                    self._best = max(self._best, evaluation.fitness)
-                if self._on_evaluation is not None:
-                    self._on_evaluation(evaluation)
+                self.note(evaluation)
                 yield evaluation
+
+    def measure_steadily(self, more: Callable[[], Sequence[Proposal]]) -> Iterator[Evaluation]:
+        """Evaluations of what `more` gives, which is asked whenever another one could begin, as soon as each is there.
+
+        Raises:
+            DiffesError: the evaluator measures whole batches only.
+        """
+        steady = getattr(self._evaluate, "steady", None)
+        if steady is None:
+            raise DiffesError(
+                f"{type(self._evaluate).__name__} measures whole batches: an asynchronous search needs workers"
+            )
+        origins: dict[Schedule, Origin | None] = {}
+
+        def schedules() -> list[Schedule]:
+            found = {proposal.schedule: proposal.origin for proposal in more()}
+            origins.update(found)
+            return list(found)
+
+        for evaluation in steady(schedules):
+            scored = _scored(evaluation)
+            self._keep(scored, origins.pop(scored.schedule))
+            self.note(scored)
+            yield scored
+
+    def note(self, evaluation: Evaluation) -> None:
+        """Takes what was measured, here or by an earlier process."""
+        self._known[key_of(evaluation)] = evaluation
+        self._calls += evaluation.denoiser_calls
+        if self.space.counts(evaluation.schedule, evaluation.fidelity):
+            self._best = max(self._best, evaluation.fitness)
+        if self._on_evaluation is not None:
+            self._on_evaluation(evaluation)
 
     def arrange(self, proposals: Sequence[Proposal]) -> None:
         """Puts the latest evaluations into the order of a batch: they were measured in another one."""
@@ -189,14 +218,17 @@ class Ledger:
         missing = [schedule for schedule in schedules if schedule not in found]
         origins = {proposal.schedule: proposal.origin for proposal in proposals}
         for evaluation in _evaluated(missing, fidelity, self._evaluate) if missing else ():
-            if self._store is not None:
-                self._store.add(evaluation, origins[evaluation.schedule])
-            log.info(
-                "fitness %.6g on %g of the probes, %d denoiser calls, %.2f s, levels %s",
-                evaluation.fitness, fidelity, evaluation.denoiser_calls, evaluation.seconds,
-                " ".join(map(str, evaluation.schedule.levels)),
-            )  # fmt: skip
+            self._keep(evaluation, origins[evaluation.schedule])
             yield evaluation
+
+    def _keep(self, evaluation: Evaluation, origin: Origin | None) -> None:
+        if self._store is not None:
+            self._store.add(evaluation, origin)
+        log.info(
+            "fitness %.6g on %g of the probes, %d denoiser calls, %.2f s, levels %s",
+            evaluation.fitness, evaluation.fidelity, evaluation.denoiser_calls, evaluation.seconds,
+            " ".join(map(str, evaluation.schedule.levels)),
+        )  # fmt: skip
 
 
 def diversity(genomes: Sequence[Sequence[int]], space: SearchSpace) -> float:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from diffes.errors import DiffesError
 from diffes.search.ledger import Ledger, OnEvaluation, SearchResult
-from diffes.search.strategy import Evaluation, Evaluator, Proposal, Strategy
+from diffes.search.strategy import Evaluation, Evaluator, Proposal, SteadyEvaluator, Strategy, key_of
 
 if TYPE_CHECKING:
     from diffes.search.store import EvaluationStore
 
 MAX_IDLE_BATCHES = 50
+LINE = 16  # evaluations of a line of the logbook, where there are no generations
 ROUNDING = 1e-6  # tenths of evaluations do not add up exactly
 
 
@@ -77,6 +78,75 @@ def run_search(
     return ledger.result()
 
 
+def run_asynchronously(
+    strategy: Strategy,
+    evaluate: SteadyEvaluator,
+    *,
+    max_evals: int | None = None,
+    max_denoiser_calls: int | None = None,
+    max_seconds: float | None = None,
+    calls_before: int = 0,
+    store: EvaluationStore | None = None,
+    on_evaluation: OnEvaluation | None = None,
+) -> SearchResult:
+    """Steady state: asks as soon as a worker is free, and tells each result when it comes.
+
+    No worker waits for the others of a generation; what is found depends on who is faster. Run again over its store,
+    the strategy is told all that is there, in the order in which it came, and goes on; what was open is lost.
+
+    Args: as of `run_search`. What is asked for when a limit is reached is measured.
+
+    Raises:
+        DiffesError: as `run_search`, or the strategy or the evaluator wants whole batches.
+    """
+    limits = _Limits({"max_evals": max_evals, "max_denoiser_calls": max_denoiser_calls, "max_seconds": max_seconds})
+    ledger = Ledger(strategy.space, cast("Evaluator", evaluate), store, on_evaluation, calls_before)
+    lines: list[Proposal] = []
+
+    def learn(evaluation: Evaluation) -> None:
+        limits.spend(evaluation)
+        strategy.tell_one(evaluation)
+        lines.append(Proposal(evaluation.schedule, evaluation.fidelity))
+        if len(lines) == LINE:
+            ledger.log(lines)
+            lines.clear()
+
+    known = store.evaluations() if store is not None else []
+    expect = getattr(evaluate, "expect", None)
+    if known and expect is not None:
+        expect([evaluation.schedule for evaluation in known])
+    for evaluation in known:
+        ledger.note(evaluation)
+        learn(evaluation)
+    n_open, n_told = 0, len(known)
+
+    def more() -> list[Proposal]:
+        nonlocal n_open
+        for _ in range(MAX_IDLE_BATCHES):
+            if limits.reached or (n_open and not n_told):
+                break
+            open_before = {key_of(proposal) for proposal in strategy.pending}
+            batch = strategy.ask_more()
+            if not batch:
+                break
+            for proposal in batch:
+                if proposal in ledger:
+                    strategy.tell_one(ledger[proposal])
+            new = [p for p in batch if p not in ledger and key_of(p) not in open_before]
+            if new:
+                new = limits.cut(new, n_open)
+                n_open += len(new)
+                return new
+        return []
+
+    for evaluation in ledger.measure_steadily(more):
+        n_open, n_told = n_open - 1, n_told + 1
+        learn(evaluation)
+    if lines:
+        ledger.log(lines)
+    return ledger.result()
+
+
 class _Limits:
     """What a search may spend, and has spent.
 
@@ -108,12 +178,12 @@ class _Limits:
             self._spent[name] += price
             self._dearest[name] = max(self._dearest.get(name, 0.0), price / evaluation.fidelity)
 
-    def cut(self, proposals: Sequence[Proposal]) -> list[Proposal]:
-        """As many proposals as `max_evals` allows; the last one may exceed it by a fraction."""
+    def cut(self, proposals: Sequence[Proposal], n_open: int = 0) -> list[Proposal]:
+        """As many proposals as `max_evals` allows beside those open; the last one may exceed it by a fraction."""
         limit = self._limits["max_evals"]
         if limit is None:
             return list(proposals)
-        before = itertools.accumulate((p.fidelity for p in proposals), initial=self._spent["max_evals"])
+        before = itertools.accumulate((p.fidelity for p in proposals), initial=self._spent["max_evals"] + n_open)
         return [p for p, spent in zip(proposals, before, strict=False) if spent < limit - ROUNDING]
 
     def safe(self, proposals: Sequence[Proposal]) -> int:

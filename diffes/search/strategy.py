@@ -97,6 +97,16 @@ class Evaluator(Protocol):
     def __call__(self, schedules: Sequence[Schedule], fidelity: float = 1.0) -> Iterable[Evaluation]: ...
 
 
+class SteadyEvaluator(Protocol):
+    """Measures schedules on all probes, many at a time, and asks for more whenever it could do with more.
+
+    `steady(more)` yields each evaluation as soon as it is there. It calls `more` where something could begin now; an
+    empty answer is good until the next evaluation was taken. It ends when nothing is open and `more` has nothing.
+    """
+
+    def steady(self, more: Callable[[], Sequence[Schedule]]) -> Iterable[Evaluation]: ...
+
+
 class Strategy(abc.ABC):
     """Ask and tell. A subclass writes `_ask` and `_tell`; the books are kept here.
 
@@ -112,6 +122,7 @@ class Strategy(abc.ABC):
         needs: facts about the model that its constructor takes as keyword arguments of these names and a run provides:
             "profile", a `StageProfile`.
         operators: those of "mutation" and "crossover" that its constructor takes, as specs.
+        asynchronous: whether it goes on well where results come one by one, while others are `pending`.
         best: the best evaluation on all probes within the budget told so far, None before the first; of equals the
             first asked.
     """
@@ -119,6 +130,7 @@ class Strategy(abc.ABC):
     explores: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
     operators: ClassVar[tuple[str, ...]] = ()
+    asynchronous: ClassVar[bool] = False
 
     def __init__(self, space: SearchSpace, *, seed: int) -> None:
         self.space = space
@@ -146,8 +158,31 @@ class Strategy(abc.ABC):
         name = f"strategy {type(self).__name__}"
         if not hasattr(self, "_told"):
             raise DiffesError(f"{name} must call super().__init__(space, seed=seed) in its constructor")
-        if len(self._told) < len(self._asked):
-            raise DiffesError(f"tell the {len(self._asked) - len(self._told)} open schedules before asking again")
+        if self.pending:
+            raise DiffesError(f"tell the {len(self.pending)} open schedules before asking again")
+        self._asked, self._told = self._batch(name), {}
+        return list(self._asked)
+
+    def ask_more(self) -> list[Proposal]:
+        """What to measure next, whatever is `pending`; it may be among it, or told before. Empty when nothing is left.
+
+        Raises:
+            DiffesError: the strategy is not `asynchronous`, or the subclass broke the contract.
+        """
+        name = f"strategy {type(self).__name__}"
+        if not self.asynchronous:
+            raise DiffesError(f"{name} wants whole batches told: it is not asynchronous")
+        batch, asked = self._batch(name), {key_of(proposal) for proposal in self._asked}
+        self._asked += [proposal for proposal in batch if key_of(proposal) not in asked]
+        return batch
+
+    @property
+    def pending(self) -> list[Proposal]:
+        """What was asked for and is not told."""
+        return [proposal for proposal in self._asked if key_of(proposal) not in self._told]
+
+    def _batch(self, name: str) -> list[Proposal]:
+        """What the subclass asks for, checked."""
         wanted = "return a list of what self.propose(levels) gives"
         with guarded(self, name, f"{wanted} from _ask"):
             found = self._ask()
@@ -159,8 +194,7 @@ class Strategy(abc.ABC):
                 raise unexpected(name, "ask for schedules of the space's own stages and max_level", schedule.levels)
         if len({key_of(proposal) for proposal in batch}) < len(batch):
             raise DiffesError(f"{type(self).__name__} asked for the same schedule twice in one batch")
-        self._asked, self._told = batch, {}
-        return list(batch)
+        return batch
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """Takes results of the current batch, in any order and in as many parts as is convenient.
@@ -173,11 +207,7 @@ class Strategy(abc.ABC):
         fresh: dict[Key, Evaluation] = {}
         for evaluation in evaluations:
             key = key_of(evaluation)
-            if not evaluation.fitness < math.inf:
-                raise DiffesError(
-                    f"fitness must not be NaN or inf, got {evaluation.fitness} for levels "
-                    f"{list(evaluation.schedule.levels)}: tell -inf for a run that failed"
-                )
+            _check_fitness(evaluation)
             if key not in keys or key in self._told or key in fresh:
                 raise DiffesError(
                     f"levels {list(evaluation.schedule.levels)} at fidelity {evaluation.fidelity} are not open: told "
@@ -187,13 +217,26 @@ class Strategy(abc.ABC):
         self._told.update(fresh)
         if self._asked and len(self._told) == len(self._asked):
             batch = [self._told[key_of(proposal)] for proposal in self._asked]
-            for evaluation in batch:
-                if self.space.counts(evaluation.schedule, evaluation.fidelity) and (
-                    self.best is None or evaluation.fitness > self.best.fitness
-                ):
-                    self.best = evaluation
-            with guarded(self, f"strategy {type(self).__name__}", "take a list of evaluations in _tell"):
-                self._tell(batch)
+            self._learn(batch)
+
+    def tell_one(self, evaluation: Evaluation) -> None:
+        """Takes a result as soon as it is there, of what `ask_more` gave or of what an earlier process measured.
+
+        Raises:
+            DiffesError: its fitness is NaN or inf.
+        """
+        _check_fitness(evaluation)
+        self._asked = [proposal for proposal in self._asked if key_of(proposal) != key_of(evaluation)]
+        self._learn([evaluation])
+
+    def _learn(self, batch: Sequence[Evaluation]) -> None:
+        for evaluation in batch:
+            if self.space.counts(evaluation.schedule, evaluation.fidelity) and (
+                self.best is None or evaluation.fitness > self.best.fitness
+            ):
+                self.best = evaluation
+        with guarded(self, f"strategy {type(self).__name__}", "take a list of evaluations in _tell"):
+            self._tell(batch)
 
     @abc.abstractmethod
     def _ask(self) -> Sequence[Proposal]:
@@ -202,6 +245,14 @@ class Strategy(abc.ABC):
     @abc.abstractmethod
     def _tell(self, evaluations: Sequence[Evaluation]) -> None:
         """Learns from the whole batch, in the order asked."""
+
+
+def _check_fitness(evaluation: Evaluation) -> None:
+    if not evaluation.fitness < math.inf:
+        raise DiffesError(
+            f"fitness must not be NaN or inf, got {evaluation.fitness} for levels {list(evaluation.schedule.levels)}: "
+            "tell -inf for a run that failed"
+        )
 
 
 Key = tuple[Schedule, float]

@@ -85,6 +85,9 @@ class RunConfig:
     """Where the model runs: cpu, cuda or cuda:1; auto takes cuda where there is one."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What the model computes in."""
+    asynchronous: bool = False
+    """With several workers: ask for a schedule as soon as one is free, not in generations (evolution, surrogate).
+    Faster where many would wait for a few; what is found then depends on which worker is faster."""
     threads: int | None = None
     """Threads of torch in each process, on which the last digits of scores depend. Left out: as torch has it here."""
 

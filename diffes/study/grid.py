@@ -281,8 +281,8 @@ def run_cell(
 def _key(settings: Mapping[str, Any]) -> str:
     # settings that came later had their defaults, and levels were equal in all layers
     known = dataclasses.asdict(RunConfig()) | {"allocation": "equal"} | dict(settings)
-    for name in ("time_limit", "threads"):  # so that keys of before are found
-        if known[name] is None:
+    for name, default in {"time_limit": None, "threads": None, "asynchronous": False}.items():
+        if known[name] == default:  # so that keys of before are found
             del known[name]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 

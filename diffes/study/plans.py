@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -21,7 +21,7 @@ from diffes.runtime.solver import SPACINGS, solver_named, spaced
 from diffes.search import carried, foretold
 from diffes.search.frontier import variants
 from diffes.search.ledger import OnEvaluation, SearchResult
-from diffes.search.loop import run_search
+from diffes.search.loop import run_asynchronously, run_search
 from diffes.search.plan import PlanSpace, trailing
 from diffes.search.schedule import Plan, Schedule, Stages
 from diffes.search.space import SearchSpace, first_computes
@@ -32,6 +32,7 @@ from diffes.study.settings import check_visited, operators_of
 from diffes.study.workbench import Workbench, shown
 
 Genes = Literal["levels", "steps", "joint"]
+REFERENCE_STEPS = 200
 POWERS = (1.0, 0.5)  # errors of a plan add up as squares or as roots: which is nearer to the truth differs
 VARIANTS = 4  # plans of the table from each, and with latents carried along
 
@@ -53,7 +54,7 @@ class Plans:
     bench: Workbench
     solver: str = "dpmsolver++"
     nodes: int = 64
-    reference_steps: int = 200
+    reference_steps: int = field(default_factory=lambda: REFERENCE_STEPS)
     known_costs: Table | None = None
     timed_at: int | None = None
 
@@ -242,10 +243,11 @@ class Plans:
         spec, evals = strategy or config.strategy, max_evals or config.max_evals
         made = STRATEGIES.make(spec, space, seed=config.seed, **({} if strategy else operators_of(config)))
         with (progress or RichProgress()).task(f"searching {genes}, {calls:g} calls", evals) as advance:
-            return run_search(
+            run: Callable[..., SearchResult] = run_asynchronously if config.asynchronous else run_search
+            return run(
                 made, self.bench.measuring(evaluator), max_evals=evals,
                 max_denoiser_calls=max_calls or config.max_calls, max_seconds=config.time_limit, store=store,
-                on_evaluation=shown(space, config.metric, advance, on_evaluation),
+                on_evaluation=shown(space, config.metric, advance, on_evaluation, self.bench.pool),
             )  # fmt: skip
 
     @property

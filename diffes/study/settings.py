@@ -49,6 +49,12 @@ def check_settings(config: RunConfig, space: SearchSpace = EXAMPLE) -> None:
     facts = {name: EXAMPLES[name] for name in strategy.needs}
     given = operators_of(config)
     STRATEGIES.make(config.strategy, space, seed=0, **given, **facts)
+    if config.asynchronous and not strategy.asynchronous:
+        able = [name for name in STRATEGIES.names() if STRATEGIES.get(name).asynchronous]
+        raise DiffesError(
+            f"strategy {config.strategy!r} wants whole generations; asynchronous ones: {', '.join(able)}. Take one of "
+            "them, or leave asynchronous out"
+        )
     for name, spec in (STRATEGIES.parse(config.strategy)[1] | given).items():
         if name in strategy.operators:
             _try_operator(OPERATORS[name], spec, space)

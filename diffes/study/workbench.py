@@ -37,7 +37,7 @@ from diffes.runtime.apply import pick_device
 from diffes.runtime.router import Router
 from diffes.runtime.solver import scheduler_for
 from diffes.search.ledger import OnEvaluation, SearchResult
-from diffes.search.loop import run_search
+from diffes.search.loop import run_asynchronously, run_search
 from diffes.search.plan import PlanSpace
 from diffes.search.schedule import Plan, Schedule, Stages
 from diffes.search.space import SearchSpace, first_computes
@@ -105,8 +105,8 @@ class Workbench:
         """
         progress = progress or RichProgress()
         bench = vary(self, replace(self.config, strategy=strategy, **changes), progress)
-        with pool_of(bench.config, WorkerOptions(workers)) as pool:
-            return search_on(replace(bench, pool=pool or self.pool), progress, on_evaluation=on_evaluation)
+        with pool_of(bench.config, WorkerOptions(workers)) if self.pool is None else nullcontext(self.pool) as pool:
+            return search_on(replace(bench, pool=pool), progress, on_evaluation=on_evaluation)
 
     def toolbox(
         self,
@@ -376,7 +376,8 @@ def search_on(
     strategy = STRATEGIES.make(config.strategy, space, seed=config.seed, **operators_of(config), **facts)
     with progress.task(f"searching with {config.strategy}", config.max_evals) as advance:
         calls = config.max_calls
-        return run_search(
+        run: Callable[..., SearchResult] = run_asynchronously if config.asynchronous else run_search
+        return run(
             strategy,
             bench.search_evaluator(),
             max_evals=config.max_evals,
@@ -384,20 +385,25 @@ def search_on(
             calls_before=spent,
             max_seconds=config.time_limit,
             store=store,
-            on_evaluation=shown(space, config.metric, advance, on_evaluation),
+            on_evaluation=shown(space, config.metric, advance, on_evaluation, bench.pool),
         )
 
 
 def shown(
-    space: SearchSpace, metric: str, advance: Callable[..., None], also: OnEvaluation | None = None
+    space: SearchSpace,
+    metric: str,
+    advance: Callable[..., None],
+    also: OnEvaluation | None = None,
+    pool: Pool | None = None,
 ) -> OnEvaluation:
-    """What shows the best fitness so far as a search goes on.
+    """What shows the best fitness so far as a search goes on, and what the workers do.
 
     Args:
         space: says which evaluations count.
         metric: name of the fitness.
         advance: moves the bar on.
         also: called with each evaluation, too.
+        pool: the workers.
     """
     best = -math.inf
 
@@ -405,7 +411,7 @@ def shown(
         nonlocal best
         if space.counts(evaluation.schedule, evaluation.fidelity):
             best = max(best, evaluation.fitness)
-        advance(f"best {metric} {best:.5g}", evaluation.fidelity)
+        advance(f"best {metric} {best:.5g}{'' if pool is None else f', {pool}'}", evaluation.fidelity)
         if also is not None:
             also(evaluation)
 

@@ -175,6 +175,13 @@ class Pool:
         self._failed = [0] * options.workers  # times in a row that it did not become ready
         self._attached: list[Any] = [None] * options.workers  # to which evaluator
         self._bank: tuple[WeightBank | None, Any] = None, None
+        self.waiting = 0  # tasks that no worker has begun
+        self._paid, self._since = 0, time.perf_counter()  # denoiser calls of the evaluations, from the first one on
+
+    def __str__(self) -> str:
+        """What they do, for a line of progress."""
+        rate = self._paid / max(time.perf_counter() - self._since, 1e-9)
+        return f"{len(self._workers)} workers, {self.waiting} waiting, {rate:.3g} calls/s"
 
     def close(self) -> None:
         """Ends all workers, and Ray, where it was started for them."""
@@ -211,15 +218,35 @@ class Pool:
             self._settle(self._ray.wait(list(self._busy), timeout=POLL_SECONDS)[0])
 
     def measured(
-        self, bank: Any, sent: Any, schedules: Sequence[Schedule], fidelity: float
+        self,
+        bank: Any,
+        sent: Any,
+        schedules: Sequence[Schedule],
+        fidelity: float = 1.0,
+        more: Callable[[], Sequence[Schedule]] | None = None,
     ) -> Iterator[tuple[Schedule, float, float, Measured]]:
-        """Each schedule with its fitness, seconds, and who measured it, as soon as it is done."""
-        now = time.perf_counter()
-        tasks = [_Task(each, f"the evaluation of levels {list(each.levels)}", now) for each in schedules]
+        """Each schedule with its fitness, seconds, and who measured it, as soon as it is done.
+
+        Args:
+            bank: reference of the bank.
+            sent: of the evaluator.
+            schedules: in an order in which neighbours share most.
+            fidelity: the fraction of the probes.
+            more: gives more of them whenever a worker has nothing to do.
+        """
+
+        def tasks(schedules: Sequence[Schedule]) -> list[_Task]:
+            now = time.perf_counter()
+            return [_Task(each, f"the evaluation of levels {list(each.levels)}", now) for each in schedules]
+
         limit = self.options.evaluation_timeout or math.inf
         for task, i, (fitness, paid, seconds) in self._done(
-            tasks, lambda worker, schedule: worker.measure.remote(schedule, fidelity), (bank, sent), limit
-        ):
+            tasks(schedules), lambda worker, schedule: worker.measure.remote(schedule, fidelity), (bank, sent), limit,
+            None if more is None else lambda: tasks(more()),
+        ):  # fmt: skip
+            if not self._paid:
+                self._since = task.begun
+            self._paid += paid
             yield task.what, fitness, seconds, Measured(f"worker {i}", round(task.begun - task.asked, 3), paid)
 
     def _done(
@@ -228,6 +255,7 @@ class Pool:
         begin: Callable[[Any, Any], Any],
         attached: tuple[Any, Any] | None = None,
         limit: float = math.inf,
+        more: Callable[[], Sequence[_Task]] | None = None,
     ) -> Iterator[tuple[_Task, int, Any]]:
         """Tasks, who did them and what came out, as soon as each is done.
 
@@ -239,6 +267,7 @@ class Pool:
             begin: gives a worker a task; returns the reference of what comes out.
             attached: bank and evaluator that a worker needs first.
             limit: seconds that a task may take.
+            more: gives more tasks; asked where a worker has none, and after an empty answer not before one is done.
 
         Raises:
             Exception: what the task raised.
@@ -247,18 +276,25 @@ class Pool:
         n = len(self._workers)
         rows = [list(tasks[i * len(tasks) // n : (i + 1) * len(tasks) // n]) for i in range(n)]
         running: dict[Any, tuple[int, _Task]] = {}
-        waits = time.perf_counter()
+        waits, dry = time.perf_counter(), more is None
         try:
-            while running or any(rows):
+            while running or any(rows) or not dry:
                 taken = {*(i for i, _ in self._busy.values()), *(i for i, _ in running.values())}
                 for i in sorted(set(range(n)) - taken):
                     if attached is not None and self._attached[i] != attached:
                         self._attached[i] = attached
                         self._busy[self._workers[i].attach.remote([attached[0]], [attached[1]])] = i, True
-                    elif row := rows[i] or max(rows, key=len):
+                        continue
+                    if more is not None and not dry and not any(rows):
+                        rows[i] = list(more())
+                        dry = not rows[i]
+                    if row := rows[i] or max(rows, key=len):
                         task = row.pop(0 if row is rows[i] else -1)
                         task.begun = time.perf_counter()
                         running[begin(self._workers[i], task.what)] = i, task
+                self.waiting = sum(map(len, rows))
+                if not running and not self._busy:
+                    continue
                 done, _ = self._ray.wait([*running, *self._busy], timeout=POLL_SECONDS)
                 self._settle([reference for reference in done if reference in self._busy])
                 for reference in done:
@@ -270,6 +306,7 @@ class Pool:
                         rows[i].insert(0, self._died(i, task, found.why))
                     else:
                         yield task, i, found
+                        dry = more is None
                 if running:
                     unready = self._ray.wait(list(running), num_returns=len(running), timeout=0)[1]
                     for reference in unready:
@@ -421,17 +458,37 @@ class Spread:
         """Evaluates a batch; yields each when it is done, in whatever order."""
         ordered = in_trie_order(schedules)
         calls = {schedule: self._local.count(schedule, fidelity) for schedule in ordered}
+        for schedule, fitness, seconds, measured in self._pool.measured(*self._ready(), ordered, fidelity):
+            yield Evaluation(schedule, fitness, calls[schedule], seconds, fidelity, measured)
+
+    def steady(self, more: Callable[[], Sequence[Schedule]]) -> Iterator[Evaluation]:
+        """Evaluates what `more` gives whenever a worker is free; see `SteadyEvaluator`."""
+        calls: dict[Schedule, int] = {}
+
+        def counted() -> list[Schedule]:
+            ordered = in_trie_order(more())
+            calls.update((schedule, self._local.count(schedule)) for schedule in ordered)
+            return ordered
+
+        for schedule, fitness, seconds, measured in self._pool.measured(*self._ready(), [], more=counted):
+            yield Evaluation(schedule, fitness, calls.pop(schedule), seconds, measured=measured)
+
+    def _ready(self) -> tuple[Any, Any]:
+        """References of the bank and of the evaluator."""
         bank = self._pool.send_bank(self._local.router.bank)
         if self._sent is None:
             self._sent = self._pool.send((packed(self._local.detached()), self._recipe))
-        for schedule, fitness, seconds, measured in self._pool.measured(bank, self._sent, ordered, fidelity):
-            yield Evaluation(schedule, fitness, calls[schedule], seconds, fidelity, measured)
+        return bank, self._sent
 
 
 @contextmanager
 def pool_of(config: RunConfig, options: WorkerOptions) -> Iterator[Pool | None]:
     """Workers for a while; None where this process is to measure alone."""
     if options.workers == 1:
+        if config.asynchronous:
+            raise DiffesError(
+                "asynchronous is of several workers, and workers is 1: raise it, or leave asynchronous out"
+            )
         yield None
         return
     pool = Pool(config, options)

@@ -118,18 +118,18 @@ def test_a_plan_that_reuses_is_the_hand_written_loop(adapter: ModelAdapter, bank
     assert torch.equal(run(adapter, probes), dense)
 
 
-def test_levels_of_reuse_are_nested_and_cost_less_and_less(adapter: ModelAdapter, stages: Stages) -> None:
+def test_levels_of_reuse_are_nested_and_cost_less_and_less(untrained: ModelAdapter, stages: Stages) -> None:
     for method in ("block_reuse", "deep_reuse"):
-        if method == "deep_reuse" and adapter.up_layers() is None:
+        if method == "deep_reuse" and untrained.up_layers() is None:
             continue
-        bank = small_bank(adapter, method, stages)
+        bank = small_bank(untrained, method, stages)
         (name,) = {name for entry in bank.values() for name in entry}
         top = bank.max_level
         assert bank.reusing == tuple(range(1, top + 1)) and bank.kind == "reuse"
         for stage in range(N_STAGES):
             kept = [set(bank[stage, level][name].kept.tolist()) for level in range(1, top + 1)]
             assert all(fewer < more for more, fewer in itertools.pairwise(kept))
-        costs = macs_by_level(Router(adapter, bank), stages, range(N_STAGES), top)
+        costs = macs_by_level(Router(untrained, bank), stages, range(N_STAGES), top)
         assert all(a > b for row in costs for a, b in itertools.pairwise(row))
 
 
