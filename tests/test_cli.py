@@ -95,7 +95,7 @@ def test_a_text_to_image_model_takes_prompts(
     prompts.write_text(json.dumps({"search": ["a b", "c"], "heldout": ["d e"], "calibration": ["f"]}))
     search(run, "--model", str(tiny_sdxl_folder), "--method", "layer_drop:importance=mse", "--prompts", str(prompts))
     facts = json.loads((run / artifact.SCHEDULE).read_text())
-    assert (facts["method"], facts["kind"], facts["max_level"]) == ("layer_drop:importance=mse", "depth", 11)
+    assert (facts["method"], facts["kind"], facts["max_level"]) == ("layer_drop:importance=mse", "depth", 7)
     main(["sample", str(run), "--prompts", "a cat", "a dog", "--out", str(grid)])
     main(["sample", str(run), "--out", str(grid), "--overwrite"])
     nothing = ["--out", str(tmp_path / "x.png")]

@@ -355,7 +355,8 @@ def test_what_was_paid_before_a_plug_in_failed_is_kept(
     tiny_folder: Path, tmp_path: Path, failing: list[int], capsys: pytest.CaptureFixture[str], bench: Workbench
 ) -> None:
     config = small_config(tiny_folder, metric="leaving")
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in config.to_json().items() if value is not None]
+    given = {name: value for name, value in config.to_json().items() if value not in (None, False)}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     command = ["search", "--genes", "levels", *options, "--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as stopped:
         main(command)
