@@ -181,7 +181,7 @@ class Pool:
     def __str__(self) -> str:
         """What they do, for a line of progress."""
         rate = self._paid / max(time.perf_counter() - self._since, 1e-9)
-        return f"{len(self._workers)} workers, {self.waiting} waiting, {rate:.3g} calls/s"
+        return f"{len(self._workers)} workers, {rate:.3g} calls/s, {self.waiting} waiting"
 
     def close(self) -> None:
         """Ends all workers, and Ray, where it was started for them."""
