@@ -287,6 +287,25 @@ class StrategyConformance:
     def test_the_order_of_telling_does_not_matter(self) -> None:
         assert trace(self.make(), backwards=True) == trace(self.make())
 
+    def test_an_asynchronous_one_takes_results_one_by_one(self) -> None:
+        """Some are always open, and what is open or told is not all that it asks for."""
+        if not STRATEGIES.parse(self.name)[0].asynchronous:
+            return
+        strategy = self.make(SPACES["paper"])
+        waiting: list[Proposal] = []
+        told: set[Schedule] = set()
+        while len(told) < 40:
+            while len(waiting) < 4 and (told or not waiting):
+                fresh = [p for p in strategy.ask_more() if p.schedule not in told and p not in waiting]
+                assert fresh, f"{self.name} asked for nothing new after {len(told)} evaluations"
+                assert strategy.explores or all(strategy.space.is_feasible(p.schedule.levels) for p in fresh)
+                waiting += fresh
+            (evaluation,) = answer([waiting.pop(len(told) * 7 % len(waiting))])
+            strategy.tell_one(evaluation)
+            told.add(evaluation.schedule)
+            assert strategy.pending == waiting
+            assert strategy.best is not None and strategy.best.fitness == max(map(separable, told))
+
     def test_nan_is_refused_and_does_no_harm(self) -> None:
         strategy, twin = self.make(), self.make()
         batch = strategy.ask()
