@@ -289,7 +289,7 @@ class StrategyConformance:
 
     def test_an_asynchronous_one_takes_results_one_by_one(self) -> None:
         """Some are always open, and what is open or told is not all that it asks for."""
-        if not STRATEGIES.parse(self.name)[0].asynchronous:
+        if not self.make().asynchronous:
             return
         strategy = self.make(SPACES["paper"])
         waiting: list[Proposal] = []

@@ -137,6 +137,20 @@ def test_who_refuses_every_space_is_found() -> None:
         suite_of(RefusesSmall).test_batches_are_feasible_and_distinct()
 
 
+class Stuck(RandomSearch):
+    """It asks for the same until it is told."""
+
+    asynchronous = True
+
+    def _ask(self) -> list[Proposal]:
+        return [self.propose(self.space.uniform())] if self.best is None or self.pending else list(super()._ask())
+
+
+def test_who_asks_again_for_what_is_open_is_found() -> None:
+    with pytest.raises(AssertionError, match="local asked for nothing new after"):
+        suite_of(Stuck).test_an_asynchronous_one_takes_results_one_by_one()
+
+
 class RefusesPlans(RandomSearch):
     def __init__(self, space: SearchSpace, *, seed: int) -> None:
         schedules_only(space, "local")
