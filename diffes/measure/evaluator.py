@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -129,6 +129,11 @@ class RoutedEvaluator(abc.ABC):
             fitness = float(self.scores(schedule, fidelity).mean())
             calls, seconds = self.denoiser_calls - before, time.perf_counter() - start
             yield Evaluation(schedule, fitness, calls, seconds, fidelity)
+
+    def steady(self, more: Callable[[], Sequence[Schedule]]) -> Iterator[Evaluation]:
+        """Evaluates what `more` gives until it gives nothing; see `SteadyEvaluator`."""
+        while schedules := more():
+            yield from self(schedules)
 
     def expect(
         self, schedules: Sequence[Schedule], fidelity: float = 1.0, paid: Mapping[Schedule, int] | None = None

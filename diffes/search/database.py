@@ -113,7 +113,9 @@ def check_owner(url: str, study: str, owner: str, *, fresh: bool) -> None:
         return
     theirs = found.user_attrs.get(OWNER)
     if theirs not in (None, owner):
-        raise DiffesError(f"{url} has a study {study!r} of {theirs}, not of {owner}; name another --out folder")
+        raise DiffesError(
+            f"{url} has a study {study!r} of {theirs}, not of {owner}; name another --out folder or --study"
+        )
     if fresh and found.get_trials(deepcopy=False):
         raise DiffesError(
             f"{url} has evaluations of a study {study!r} already; pass --overwrite to replace them, or name another "

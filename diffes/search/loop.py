@@ -92,7 +92,8 @@ def run_asynchronously(
     """Steady state: asks as soon as a worker is free, and tells each result when it comes.
 
     No worker waits for the others of a generation; what is found depends on who is faster. Run again over its store,
-    the strategy is told all that is there, in the order in which it came, and goes on; what was open is lost.
+    the strategy is told all that is there, in the order in which it came, and goes on; what was open is lost. Over a
+    store that is shared, it is also told what other processes measured since, before each schedule.
 
     Args: as of `run_search`. What is asked for when a limit is reached is measured.
 
@@ -118,10 +119,11 @@ def run_asynchronously(
     for evaluation in known:
         ledger.note(evaluation)
         learn(evaluation)
+    shared = store if store is not None and store.shared else None
+    queue: list[Proposal] = []
     n_open, n_told = 0, len(known)
 
-    def more() -> list[Proposal]:
-        nonlocal n_open
+    def fresh() -> list[Proposal]:
         for _ in range(MAX_IDLE_BATCHES):
             if limits.reached or (n_open and not n_told):
                 break
@@ -134,10 +136,20 @@ def run_asynchronously(
                     strategy.tell_one(ledger[proposal])
             new = [p for p in batch if p not in ledger and key_of(p) not in open_before]
             if new:
-                new = limits.cut(new, n_open)
-                n_open += len(new)
-                return new
+                return limits.cut(new, n_open)
         return []
+
+    def more() -> list[Proposal]:
+        nonlocal n_open, n_told, queue
+        for evaluation in shared.refresh() if shared is not None else ():
+            ledger.note(evaluation)
+            learn(evaluation)
+            n_told += 1
+        queue = [proposal for proposal in queue if proposal not in ledger and not limits.reached] or fresh()
+        n_given = 1 if shared is not None else len(queue)  # others may measure the rest before
+        given, queue = queue[:n_given], queue[n_given:]
+        n_open += len(given)
+        return given
 
     for evaluation in ledger.measure_steadily(more):
         n_open, n_told = n_open - 1, n_told + 1

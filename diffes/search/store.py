@@ -52,6 +52,7 @@ class EvaluationStore:
         space: the stages and max_level of every schedule in it, and the budget.
         study: name of the study; a journal holds one, a database may hold many.
         owner: what a study of that name must belong to, where others may have one of that name.
+        shared: whether other processes add to the study meanwhile.
 
     Raises:
         DiffesError: the file is no journal of this library, or one of other stages or of another max_level, or a value
@@ -59,7 +60,12 @@ class EvaluationStore:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], space: SearchSpace, study: str = STUDY_NAME, owner: str | None = None
+        self,
+        path: str | os.PathLike[str],
+        space: SearchSpace,
+        study: str = STUDY_NAME,
+        owner: str | None = None,
+        shared: bool = False,
     ) -> None:
         self.path = path if isinstance(path, str) and "://" in path else Path(path)
         self.space = space
@@ -85,18 +91,10 @@ class EvaluationStore:
         self._places: dict[tuple[Schedule, float], int] = {}  # in the order in which they were added
         self._numbers: dict[tuple[int, ...], int] = {}
         self._logged = {k: v for k, v in self._study.user_attrs.items() if k.startswith(GENERATION)}
-        sealed = False
-        for trial in self._study.get_trials(deepcopy=False):
-            if {"denoiser_calls", DIGEST} & trial.user_attrs.keys():
-                evaluation = self._to_evaluation(trial)
-                found = trial.user_attrs.get(DIGEST)
-                if found != digest(evaluation) and (sealed or found is not None):
-                    raise DiffesError(
-                        f"{self.path} was altered: trial {trial.number} is not what was written (its digest differs); "
-                        "restore it, or choose another file"
-                    )
-                sealed = found is not None  # older versions wrote none
-                self._remember(evaluation, trial.number)
+        self.shared = shared
+        self._read: set[int] = set()  # numbers of trials
+        self._sealed = False
+        self.refresh()
 
     def __len__(self) -> int:
         return len(self._memo)
@@ -111,6 +109,31 @@ class EvaluationStore:
         check_owner(url, study, owner, fresh=False)
         with contextlib.suppress(KeyError), quiet_optuna():
             optuna.delete_study(study_name=study, storage=open_database(url))
+
+    def refresh(self) -> list[Evaluation]:
+        """What others have added since, and was not known.
+
+        Raises:
+            DiffesError: as of the constructor.
+        """
+        new = []
+        for trial in self._study.get_trials(deepcopy=False):
+            written = trial.state.is_finished() and {"denoiser_calls", DIGEST} & trial.user_attrs.keys()
+            if trial.number in self._read or not written:
+                continue
+            self._read.add(trial.number)
+            evaluation = self._to_evaluation(trial)
+            found = trial.user_attrs.get(DIGEST)
+            if found != digest(evaluation) and (self._sealed or found is not None):
+                raise DiffesError(
+                    f"{self.path} was altered: trial {trial.number} is not what was written (its digest differs); "
+                    "restore it, or choose another file"
+                )
+            self._sealed = found is not None  # older versions wrote none
+            if (evaluation.schedule, evaluation.fidelity) not in self._memo:
+                new.append(evaluation)
+            self._remember(evaluation, trial.number)
+        return new
 
     def get(self, schedule: Schedule, fidelity: float = 1.0) -> Evaluation | None:
         """What was measured for a schedule, None when it never was."""
@@ -142,10 +165,17 @@ class EvaluationStore:
         if (schedule, evaluation.fidelity) in self._memo:
             return
         trial = self._storage.create_new_trial(self._study_id, template_trial=self._to_trial(evaluation, origin))
-        self._remember(evaluation, self._storage.get_trial_number_from_id(trial))
+        number = self._storage.get_trial_number_from_id(trial)
+        self._read.add(number)
+        self._remember(evaluation, number)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Keeps the statistics of a generation, as a user attribute of the study; nothing is written twice."""
+        """Keeps the statistics of a generation, as a user attribute of the study; nothing is written twice.
+
+        A study that is shared keeps none: every process has its own.
+        """
+        if self.shared:
+            return
         name = f"{GENERATION}{record['generation']:05d}"
         if self._logged.get(name) != record:  # a generation that a limit cut is whole when the search goes on
             self._study.set_user_attr(name, dict(record))

@@ -86,8 +86,11 @@ class RunConfig:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What the model computes in."""
     asynchronous: bool = False
-    """With several workers: ask for a schedule as soon as one is free, not in generations (evolution, surrogate).
-    Faster where many would wait for a few; what is found then depends on which worker is faster."""
+    """With several workers, or a shared study: ask for a schedule as soon as one is free, not in generations
+    (evolution, surrogate). Faster where many would wait for a few; what is found then depends on which is faster."""
+    study: str | None = None
+    """Name of a study in the storage that several processes, on any machines, search together: each with the same
+    settings, a run folder of its own, and asynchronous. Left out: the run folder's own, which nobody else may use."""
     threads: int | None = None
     """Threads of torch in each process, on which the last digits of scores depend. Left out: as torch has it here."""
 
@@ -101,6 +104,13 @@ class RunConfig:
             at_least("max_calls", self.max_calls, 1, 10**18)
         if self.threads is not None:
             at_least("threads", self.threads, 1)
+        if self.study is not None and (not self.study or self.storage is None or not self.asynchronous):
+            raise DiffesError(
+                f"study {self.study!r} is of processes that search together: it needs a name, a storage that all of "
+                "them reach, and asynchronous"
+            )
+        if self.study is not None and self.cost == "latency":
+            raise DiffesError("a study is searched under one budget, and latency differs by process: set cost to macs")
         for name in ("guidance", "budget", "bank_memory", "time_limit"):
             value = getattr(self, name)
             if isinstance(value, bool) or not (isinstance(value, int | float) or (value, name) == (None, "time_limit")):

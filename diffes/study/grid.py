@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 CELLS, COSTS, JOURNALS = "cells.jsonl", "costs.json", "journals"
 SHARED = {  # settings that differ between cells of one calibrated model
     "strategy", "mutation", "crossover", "budget", "cost", "metric", "max_evals", "max_calls", "probes", "heldout",
-    "seed", "storage",
+    "seed", "storage", "asynchronous", "study",
 }  # fmt: skip
 CALLS_OF = {"probes", "steps", "guidance"}  # settings on which the calls of an evaluation depend
-UNSEEN = {"seed", "storage", "device", "bank_memory"}  # settings that no table needs to tell apart
+UNSEEN = {"seed", "storage", "study", "device", "bank_memory"}  # settings that no table needs to tell apart
 
 _UNPRICED: dict[str, Any] = {  # settings that costs do not depend on
     name: getattr(RunConfig(), name) for name in SHARED - {"cost", "probes"}
@@ -281,7 +281,7 @@ def run_cell(
 def _key(settings: Mapping[str, Any]) -> str:
     # settings that came later had their defaults, and levels were equal in all layers
     known = dataclasses.asdict(RunConfig()) | {"allocation": "equal"} | dict(settings)
-    for name, default in {"time_limit": None, "threads": None, "asynchronous": False}.items():
+    for name, default in {"time_limit": None, "threads": None, "asynchronous": False, "study": None}.items():
         if known[name] == default:  # so that keys of before are found
             del known[name]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +37,10 @@ from diffes.study.workers import pool_of
 
 Advance = Callable[..., None]
 IMAGES = 6  # of the picture that shows all candidates
+OF_EACH = {  # settings in which those who share a study may differ
+    "strategy", "mutation", "crossover", "max_evals", "max_calls", "time_limit", "heldout", "bank_memory", "storage",
+    "device", "threads",
+}  # fmt: skip
 FRONT_POINTS = 10  # of a front, measured on held-out probes
 
 
@@ -79,7 +86,8 @@ def _run_in(
     known = folder.known_costs(out) if resumes else None
     if config.storage is not None:
         check_settings(config)
-        check_owner(config.storage, *_study_of(out), fresh=not resumes and not overwrite)
+        fresh = not resumes and not overwrite and config.study is None
+        check_owner(config.storage, *_study_of(config, out), fresh=fresh)
     with pool_of(config, workers) as pool:
         bench = prepare(config, progress, known, pool=pool)
         result = _searched(out, bench, progress, overwrite=overwrite, resumes=resumes, on_evaluation=on_evaluation)
@@ -103,23 +111,33 @@ def _searched(
 ) -> SearchResult:
     """What a search finds that goes on over what is in the folder, or in the database."""
     config = bench.config
-    if config.storage is not None and overwrite and not resumes:
-        EvaluationStore.forget(config.storage, *_study_of(out))
+    if config.storage is not None and overwrite and not resumes and config.study is None:
+        EvaluationStore.forget(config.storage, *_study_of(config, out))
     folder.begin_run(out, config, resumes=resumes)
     store = (
         EvaluationStore(out / folder.JOURNAL, bench.space)
         if config.storage is None
-        else EvaluationStore(config.storage, bench.space, *_study_of(out))
+        else EvaluationStore(config.storage, bench.space, *_study_of(config, out), shared=config.study is not None)
     )
     folder.write_costs(out, config.cost, bench.costs)
-    result = search_on(bench, progress, store, on_evaluation)
+    result = search_on(
+        bench, progress, store, on_evaluation, seed=None if config.study is None else _own_seed(config, out)
+    )
     folder.write_logbook(out, result.logbook)
     return result
 
 
-def _study_of(out: Path) -> tuple[str, str]:
-    """Name and owner of the study of a run in a database: those of the run folder."""
-    return out.resolve().name, str(out.resolve())
+def _study_of(config: RunConfig, out: Path) -> tuple[str, str]:
+    """Name and owner of the study of a run in a database: those of the run folder, or of all with these settings."""
+    if config.study is None:
+        return out.resolve().name, str(out.resolve())
+    alike = {name: value for name, value in config.to_json().items() if name not in OF_EACH}
+    return config.study, f"settings {hashlib.sha256(json.dumps(alike, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def _own_seed(config: RunConfig, out: Path) -> int:
+    """The seed of a strategy that shares a study: another for each folder, so that they ask for different things."""
+    return int.from_bytes(hashlib.sha256(f"{config.seed} {platform.node()} {out.resolve()}".encode()).digest()[:3])
 
 
 def _write_result(bench: Workbench, schedule: Schedule, out: Path) -> None:

@@ -367,13 +367,24 @@ def search_on(
     progress: Progress,
     store: EvaluationStore | None = None,
     on_evaluation: OnEvaluation | None = None,
+    seed: int | None = None,
 ) -> SearchResult:
     """One search on a workbench; everything in it is drawn from its seed. What measuring facts for its strategy takes
-    is part of its denoiser calls."""
+    is part of its denoiser calls.
+
+    Args:
+        bench: the workbench.
+        progress: told of every evaluation.
+        store: keeps the evaluations; what it has is not paid for again.
+        on_evaluation: called with each evaluation.
+        seed: of the strategy; the workbench's own when left out.
+    """
     config, space = bench.config, bench.space
     facts = {name: FACTS[name](bench) for name in STRATEGIES.parse(config.strategy)[0].needs}
     spent = sum(fact.calls for fact in facts.values())
-    strategy = STRATEGIES.make(config.strategy, space, seed=config.seed, **operators_of(config), **facts)
+    strategy = STRATEGIES.make(
+        config.strategy, space, seed=config.seed if seed is None else seed, **operators_of(config), **facts
+    )
     with progress.task(f"searching with {config.strategy}", config.max_evals) as advance:
         calls = config.max_calls
         run: Callable[..., SearchResult] = run_asynchronously if config.asynchronous else run_search

@@ -485,9 +485,9 @@ class Spread:
 def pool_of(config: RunConfig, options: WorkerOptions) -> Iterator[Pool | None]:
     """Workers for a while; None where this process is to measure alone."""
     if options.workers == 1:
-        if config.asynchronous:
+        if config.asynchronous and config.study is None:
             raise DiffesError(
-                "asynchronous is of several workers, and workers is 1: raise it, or leave asynchronous out"
+                "asynchronous is of several workers, and workers is 1: raise it, share a study, or leave this out"
             )
         yield None
         return

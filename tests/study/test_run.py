@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from conftest import Counting, small_config
 from matplotlib.figure import Figure
 
 from diffes.adapters.text_to_image import TextToImageAdapter
+from diffes.errors import DiffesError
 from diffes.search.ledger import LOGGED
 from diffes.study import folder, plots
 from diffes.study import run as runs
+from diffes.study.config import RunConfig
 from diffes.study.heldout import HELDOUT_SEED
 from diffes.study.report import COLUMNS, read_report, rows
 from diffes.study.workbench import Workbench
@@ -74,3 +77,19 @@ def test_the_rivals_search_score_is_on_the_searchs_probes(bench: Workbench, tiny
     expected = bench.evaluator(4, bench.config.seed).scores(bench.uniform()).mean()
     assert report.run.uniform.search == pytest.approx(float(expected), rel=1e-3)
     assert report.run.uniform.search != report.run.uniform.heldout_mean
+
+
+def test_folders_search_a_study_together(base: RunConfig, tmp_path: Path) -> None:
+    together = replace(base, storage=f"sqlite:///{tmp_path / 'studies.db'}", study="all", asynchronous=True)
+    first = runs.complete_run(together, tmp_path / "one", Counting())
+    more = replace(together, max_evals=10, strategy="surrogate:initial=4")
+    second = runs.complete_run(more, tmp_path / "two", Counting())
+    assert (first.run.evaluations, second.run.evaluations) == (6, 10)
+    assert second.run.searched.search >= first.run.searched.search  # type: ignore[operator]
+    with pytest.raises(DiffesError, match=r"study 'all' of settings \w+, not of settings \w+; name another"):
+        runs.complete_run(replace(together, probes=3), tmp_path / "three", Counting())
+    for wrong in ({"storage": None}, {"asynchronous": False}, {"study": ""}):
+        with pytest.raises(DiffesError, match="it needs a name, a storage that all of them reach, and asynchronous"):
+            replace(together, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(DiffesError, match="latency differs by process: set cost to macs"):
+        replace(together, cost="latency")
