@@ -166,7 +166,7 @@ def search(config: RunConfig, out: Path, blocks: int, eliminate: int) -> dict[st
     with parts.part("calibration, all of it"):
         bank = build.build_bank(
             adapter, METHODS.make(config.method), stages, data, guidance=config.guidance, seed=config.seed,
-            allocation=config.allocation, only=space.visited, memory=int(config.bank_memory * 1e9),
+            allocation=config.allocation, only=space.visited, memory=config.bank_bytes,
         )  # fmt: skip
     assert bank.workshop is not None
     evaluator = ScheduleEvaluator(

@@ -43,7 +43,7 @@ def bank_of(
     return build_bank(
         adapter, make_method(config.method), stages, data,
         guidance=config.guidance, seed=config.seed, allocation=config.allocation, only=only, progress=progress,
-        memory=int(config.bank_memory * 1e9),
+        memory=config.bank_bytes,
     )  # fmt: skip
 
 

@@ -124,6 +124,11 @@ class RunConfig:
         if not math.isfinite(self.guidance) or self.guidance < 0:
             raise DiffesError(f"guidance must be a finite number of at least 0, got {self.guidance}")
 
+    @property
+    def bank_bytes(self) -> int:
+        """`bank_memory` in bytes."""
+        return int(self.bank_memory * 1e9)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values by field name."""
         return dataclasses.asdict(self)

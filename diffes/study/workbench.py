@@ -308,7 +308,7 @@ def prepare(
         check_settings(config, space)  # one that is too large for the strategy; other costs are not known yet
     metric = make_metric(config.metric, adapter.device)
     try_metric(metric, adapter)
-    memory, looks = int(config.bank_memory * 1e9), uses_data(config)
+    memory, looks = config.bank_bytes, uses_data(config)
     with progress.task(f"calibrating {config.method}", len(space.visited) * len(method.parts)) as advance:
         if pool is not None and looks:
             banks = (done for done in pool.banks(stages, space.visited) if advance("", len(method.parts)) is None)

@@ -62,9 +62,10 @@ class Worker:
         self._adapter = adapter_for(pipe)
         if config.prompts is not None:
             self._adapter.use_prompts(Path(config.prompts))
-        self._config, self._memory = config, int(config.bank_memory * 1e9)
+        self._config = config
         self._data: CalibrationSet | None = None
-        self._routers: dict[str, Router] = {}  # of the bank, by the name that Ray gave it: the last one alone
+        self._bank = ""  # the name that Ray gave the bank of the router
+        self._router: Router | None = None
         self._evaluator: RoutedEvaluator | None = None
 
     def ready(self) -> None:
@@ -85,13 +86,13 @@ class Worker:
         """
         name = bank[0].hex()
         self._evaluator = None
-        if name not in self._routers:
-            self._routers.clear()
+        if self._router is None or name != self._bank:
+            self._router = None  # there may be no room for two
             found = unpacked(_ray().get(bank[0]))
-            found = gathered(self._adapter, [found], self._memory, held=False)
-            self._routers[name] = Router(self._adapter, found, resident=self._memory)
+            found = gathered(self._adapter, [found], self._config.bank_bytes, held=False)
+            self._bank, self._router = name, Router(self._adapter, found, resident=self._config.bank_bytes)
         detached, recipe = _ray().get(sent[0])
-        self._evaluator = unpacked(detached).attached(self._routers[name], recipe(self._adapter.device))
+        self._evaluator = unpacked(detached).attached(self._router, recipe(self._adapter.device))
 
     def measure(self, schedule: Schedule, fidelity: float) -> tuple[float, int, float]:
         """Fitness of a schedule on a fraction of the probes, denoiser calls that were run for it, and seconds.
