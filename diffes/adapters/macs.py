@@ -45,4 +45,7 @@ def macs_per_group(adapter: ModelAdapter, counts: Mapping[str, int]) -> dict[str
     All of an attention layer is proportional to its heads, all of an FFN to its channels, and no set changes what
     another one costs: what a thin network saves is the sum over the groups that it lacks, exactly.
     """
-    return {groups.name: counts[groups.name] / groups.n_groups for groups in adapter.group_sets()}
+    return {
+        groups.name: counts[groups.name] / groups.n_groups
+        for groups in adapter.group_sets() if groups.name in counts
+    }  # fmt: skip

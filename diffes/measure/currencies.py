@@ -113,16 +113,18 @@ def macs_by_level(router: Router, stages: Stages, visited: Sequence[int], max_le
     return table
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Counted:
     """Multiply-accumulates of a model's calls, each counted once: a count takes a call.
 
     Args:
+        modules: how many the denoiser had then.
         dense: of a dense call.
-        by_group: of a group, by the name of its set.
+        by_group: of a group, by the name of its set; none where a layer has matrices beside its own, as with a LoRA.
         by_choice: of a call, by what is computed in it.
     """
 
+    modules: int
     dense: float
     by_group: dict[str, float]
     by_choice: dict[object, float]
@@ -132,9 +134,12 @@ _COUNTS: WeakKeyDictionary[ModelAdapter, _Counted] = WeakKeyDictionary()
 
 
 def _counted(adapter: ModelAdapter) -> _Counted:
-    if adapter not in _COUNTS:
+    names = [name for name, _ in adapter.denoiser.named_modules()]
+    if adapter not in _COUNTS or _COUNTS[adapter].modules != len(names):
         counts = macs_by_module(adapter)
-        _COUNTS[adapter] = _Counted(float(counts[""]), macs_per_group(adapter, counts), {})
+        plain = not any("lora_" in name for name in names)
+        by_group = macs_per_group(adapter, counts) if plain else {}
+        _COUNTS[adapter] = _Counted(len(names), float(counts[""]), by_group, {})
     return _COUNTS[adapter]
 
 
@@ -144,7 +149,7 @@ def _macs(router: Router, stages: Stages, stage: int, level: int) -> float:
     if level == 0:
         return counted.dense
     entry = bank[stage, level]
-    if "width" in bank.kind and set(entry) <= set(counted.by_group):
+    if "width" in bank.kind and counted.by_group and set(entry) <= set(counted.by_group):
         sets = adapter.prunable("width")
         kept = bank.kept((stage, level), sets)
         return counted.dense - sum(counted.by_group[p.name] * (p.n_groups - n) for p, n in zip(sets, kept, strict=True))

@@ -11,7 +11,8 @@ from optuna.storages import RDBStorage
 
 from diffes.errors import DiffesError
 
-OWNER = "run"  # user attribute of a study: the run folder that it belongs to
+OWNER = "run"  # user attribute of a study: the run folder that it belongs to, or the settings of all who share it
+ALIKE = "settings "  # how the latter begins
 WAITS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds; making the tables takes less than their sum
 BEING_MADE = ("already exists", "UNIQUE constraint", "uplicate", "database is locked")  # what drivers say meanwhile
 
@@ -112,10 +113,13 @@ def check_owner(url: str, study: str, owner: str, *, fresh: bool) -> None:
     except KeyError:
         return
     theirs = found.user_attrs.get(OWNER)
-    if theirs not in (None, owner):
+    if theirs not in (None, owner) and owner.startswith(ALIKE):
         raise DiffesError(
-            f"{url} has a study {study!r} of {theirs}, not of {owner}; name another --out folder or --study"
+            f"{url} has a study {study!r} that was begun with other settings; all who share one need the same, but for "
+            "the strategy, its operators and limits, heldout and the device: name another --study"
         )
+    if theirs not in (None, owner):
+        raise DiffesError(f"{url} has a study {study!r} of {theirs}, not of {owner}; name another --out folder")
     if fresh and found.get_trials(deepcopy=False):
         raise DiffesError(
             f"{url} has evaluations of a study {study!r} already; pass --overwrite to replace them, or name another "

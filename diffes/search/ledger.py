@@ -121,11 +121,12 @@ class Ledger:
                 self.note(evaluation)
                 yield evaluation
 
-    def measure_steadily(self, more: Callable[[], Sequence[Proposal]]) -> Iterator[Evaluation]:
-        """Evaluations of what `more` gives, which is asked whenever another one could begin, as soon as each is there.
+    def measure_steadily(self, more: Callable[[], Sequence[Proposal]]) -> Iterator[tuple[Evaluation, bool]]:
+        """Evaluations of what `more` gives, which is asked whenever another one could begin, as soon as each is there;
+        and whether it was not known from another process meanwhile.
 
         Raises:
-            DiffesError: the evaluator measures whole batches only.
+            DiffesError: the evaluator measures whole batches only, or something that it was not given.
         """
         steady = getattr(self._evaluate, "steady", None)
         if steady is None:
@@ -141,9 +142,16 @@ class Ledger:
 
         for evaluation in steady(schedules):
             scored = _scored(evaluation)
-            self._keep(scored, origins.pop(scored.schedule))
-            self.note(scored)
-            yield scored
+            if scored.schedule not in origins or scored.fidelity != 1:
+                raise DiffesError(
+                    f"the evaluator returned levels {list(scored.schedule.levels)} at fidelity {scored.fidelity}, "
+                    "which it was not given or has returned before"
+                )
+            origin, is_new = origins.pop(scored.schedule), key_of(scored) not in self._known
+            if is_new:
+                self._keep(scored, origin)
+                self.note(scored)
+            yield scored, is_new
 
     def note(self, evaluation: Evaluation) -> None:
         """Takes what was measured, here or by an earlier process."""

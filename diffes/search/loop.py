@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
+
 from diffes.errors import DiffesError
 from diffes.search.ledger import Ledger, OnEvaluation, SearchResult
 from diffes.search.strategy import Evaluation, Evaluator, Proposal, SteadyEvaluator, Strategy, key_of
@@ -95,7 +97,7 @@ def run_asynchronously(
     the strategy is told all that is there, in the order in which it came, and goes on; what was open is lost. Over a
     store that is shared, it is also told what other processes measured since, before each schedule.
 
-    Args: as of `run_search`. What is asked for when a limit is reached is measured.
+    Args: as of `run_search`. What is open when a limit is reached is measured to its end.
 
     Raises:
         DiffesError: as `run_search`, or the strategy or the evaluator wants whole batches.
@@ -112,16 +114,23 @@ def run_asynchronously(
             ledger.log(lines)
             lines.clear()
 
-    known = store.evaluations() if store is not None else []
-    expect = getattr(evaluate, "expect", None)
-    if known and expect is not None:
-        expect([evaluation.schedule for evaluation in known])
-    for evaluation in known:
-        ledger.note(evaluation)
-        learn(evaluation)
     shared = store if store is not None and store.shared else None
+    n_open = n_told = 0
+
+    def recall(known: Sequence[Evaluation]) -> None:
+        """What another process measured is counted as if this one had."""
+        nonlocal n_told
+        expect = getattr(evaluate, "expect", None)
+        if known and expect is not None:
+            expect([evaluation.schedule for evaluation in known])
+        for evaluation in known:
+            n_told += 1
+            ledger.note(evaluation)
+            learn(evaluation)
+
+    order = np.random.default_rng(strategy.seed)  # those who begin together should not begin with the same
     queue: list[Proposal] = []
-    n_open, n_told = 0, len(known)
+    recall(store.evaluations() if store is not None else [])
 
     def fresh() -> list[Proposal]:
         for _ in range(MAX_IDLE_BATCHES):
@@ -135,25 +144,26 @@ def run_asynchronously(
                 if proposal in ledger:
                     strategy.tell_one(ledger[proposal])
             new = [p for p in batch if p not in ledger and key_of(p) not in open_before]
+            if new and shared is not None:
+                new = [new[i] for i in order.permutation(len(new))]
             if new:
-                return limits.cut(new, n_open)
+                return new
         return []
 
     def more() -> list[Proposal]:
-        nonlocal n_open, n_told, queue
-        for evaluation in shared.refresh() if shared is not None else ():
-            ledger.note(evaluation)
-            learn(evaluation)
-            n_told += 1
-        queue = [proposal for proposal in queue if proposal not in ledger and not limits.reached] or fresh()
-        n_given = 1 if shared is not None else len(queue)  # others may measure the rest before
+        nonlocal n_open, queue
+        recall(shared.refresh() if shared is not None else [])
+        queue = [proposal for proposal in queue if proposal not in ledger] or fresh()
+        queue = [] if limits.reached else limits.cut(queue, n_open)
+        n_given = 1 if shared is not None else limits.safe(queue, n_open)  # others may measure the rest before
         given, queue = queue[:n_given], queue[n_given:]
         n_open += len(given)
         return given
 
-    for evaluation in ledger.measure_steadily(more):
-        n_open, n_told = n_open - 1, n_told + 1
-        learn(evaluation)
+    for evaluation, is_new in ledger.measure_steadily(more):
+        n_open, n_told = n_open - 1, n_told + is_new
+        if is_new:
+            learn(evaluation)
     if lines:
         ledger.log(lines)
     return ledger.result()
@@ -198,9 +208,9 @@ class _Limits:
         before = itertools.accumulate((p.fidelity for p in proposals), initial=self._spent["max_evals"] + n_open)
         return [p for p, spent in zip(proposals, before, strict=False) if spent < limit - ROUNDING]
 
-    def safe(self, proposals: Sequence[Proposal]) -> int:
-        """How many may be measured in any order: all, where no limit can end within them, else one."""
-        evaluations = sum(proposal.fidelity for proposal in proposals)
+    def safe(self, proposals: Sequence[Proposal], n_open: int = 0) -> int:
+        """How many may be measured in any order: all, where no limit can end within them and those open, else one."""
+        evaluations = sum(proposal.fidelity for proposal in proposals) + n_open
         for name in ("max_denoiser_calls", "max_seconds"):
             limit = self._limits[name]
             if limit is not None and not self._spent[name] + self._dearest.get(name, math.inf) * evaluations < limit:

@@ -122,7 +122,8 @@ class Strategy(abc.ABC):
         needs: facts about the model that its constructor takes as keyword arguments of these names and a run provides:
             "profile", a `StageProfile`.
         operators: those of "mutation" and "crossover" that its constructor takes, as specs.
-        asynchronous: whether it goes on well where results come one by one, while others are `pending`.
+        asynchronous: whether it goes on well where results come one by one, while others are `pending`; it asks for
+            evaluations on all probes only.
         best: the best evaluation on all probes within the budget told so far, None before the first; of equals the
             first asked.
     """
@@ -156,8 +157,7 @@ class Strategy(abc.ABC):
             DiffesError: the batch before has not been told in full, or the subclass broke the contract.
         """
         name = f"strategy {type(self).__name__}"
-        if not hasattr(self, "_told"):
-            raise DiffesError(f"{name} must call super().__init__(space, seed=seed) in its constructor")
+        self._check_made(name)
         if self.pending:
             raise DiffesError(f"tell the {len(self.pending)} open schedules before asking again")
         self._asked, self._told = self._batch(name), {}
@@ -172,7 +172,10 @@ class Strategy(abc.ABC):
         name = f"strategy {type(self).__name__}"
         if not self.asynchronous:
             raise DiffesError(f"{name} wants whole batches told: it is not asynchronous")
+        self._check_made(name)
         batch, asked = self._batch(name), {key_of(proposal) for proposal in self._asked}
+        if any(proposal.fidelity != 1 for proposal in batch):
+            raise DiffesError(f"{name} is asynchronous and has to ask for evaluations on all probes")
         self._asked += [proposal for proposal in batch if key_of(proposal) not in asked]
         return batch
 
@@ -180,6 +183,10 @@ class Strategy(abc.ABC):
     def pending(self) -> list[Proposal]:
         """What was asked for and is not told."""
         return [proposal for proposal in self._asked if key_of(proposal) not in self._told]
+
+    def _check_made(self, name: str) -> None:
+        if not hasattr(self, "_told"):
+            raise DiffesError(f"{name} must call super().__init__(space, seed=seed) in its constructor")
 
     def _batch(self, name: str) -> list[Proposal]:
         """What the subclass asks for, checked."""

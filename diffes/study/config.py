@@ -109,8 +109,6 @@ class RunConfig:
                 f"study {self.study!r} is of processes that search together: it needs a name, a storage that all of "
                 "them reach, and asynchronous"
             )
-        if self.study is not None and self.cost == "latency":
-            raise DiffesError("a study is searched under one budget, and latency differs by process: set cost to macs")
         for name in ("guidance", "budget", "bank_memory", "time_limit"):
             value = getattr(self, name)
             if isinstance(value, bool) or not (isinstance(value, int | float) or (value, name) == (None, "time_limit")):

@@ -107,6 +107,7 @@ def _is_run(folder: Path) -> bool:
 def _check_same_run(folder: Path, now: Mapping[str, Any], finished: str) -> bool:
     before = read_json(folder / CONFIG, ConfigFile)
     checked(Settings, before["settings"], folder / CONFIG)
+    before["settings"].setdefault("asynchronous", False)  # older versions had no such setting
     changes = {
         name: (before[part].get(name), value)
         for part in ("settings", "versions")

@@ -44,6 +44,7 @@ _UNPRICED: dict[str, Any] = {  # settings that costs do not depend on
 
 _ONLY_CALIBRATED: dict[str, Any] = {
     "strategy": "uniform", "mutation": None, "crossover": None, "cost": "level", "budget": 0.5,
+    "asynchronous": False, "study": None,
 }  # fmt: skip
 
 
@@ -83,6 +84,11 @@ def _convert(name: str, text: str, hint: Any) -> Any:
     choices = get_args(types[0])
     if choices and text not in choices:
         raise DiffesError(f"{name} must be one of {', '.join(map(str, choices))}, got {text!r}")
+    if types[0] is bool:
+        choices = ("true", "false")
+        if text.lower() not in choices:
+            raise DiffesError(f"{name} must be one of {', '.join(choices)}, got {text!r}")
+        return text.lower() == "true"
     try:
         return text if choices else types[0](text)
     except ValueError as error:
@@ -219,6 +225,10 @@ def _cells_in(
     """
     for cell in cells:
         check_settings(cell)
+        if cell.study is not None:
+            raise DiffesError(f"each search here has a journal of its own: leave --study {cell.study} out")
+        if cell.asynchronous and workers.workers == 1:
+            raise DiffesError("asynchronous is of several workers, and workers is 1: raise it, or leave this out")
         if equal_calls and cell.time_limit is not None:
             raise DiffesError(
                 f"all searches here spend equally many denoiser calls, which --time-limit {cell.time_limit:g} would "

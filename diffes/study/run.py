@@ -16,12 +16,13 @@ from matplotlib.figure import Figure
 
 from diffes import files
 from diffes.adapters import Condition, adapter_for
+from diffes.errors import DiffesError
 from diffes.measure.currencies import prunable_fraction
 from diffes.progress import Progress
 from diffes.pruning.bank import fingerprint, split_of
 from diffes.runtime.apply import load
 from diffes.runtime.artifact import BANK, chosen, write_schedule
-from diffes.search.database import check_owner
+from diffes.search.database import ALIKE, check_owner
 from diffes.search.ledger import OnEvaluation, SearchResult
 from diffes.search.schedule import Plan, Schedule
 from diffes.search.store import EvaluationStore
@@ -82,6 +83,8 @@ def _run_in(
     workers: WorkerOptions,
 ) -> Report:
     """The run, in a folder that this process holds."""
+    if overwrite and config.study is not None:
+        raise DiffesError(f"--overwrite would leave what others measured in --study {config.study}: name another study")
     resumes = folder.open_run(out, config, overwrite=overwrite)
     known = folder.known_costs(out) if resumes else None
     if config.storage is not None:
@@ -132,7 +135,7 @@ def _study_of(config: RunConfig, out: Path) -> tuple[str, str]:
     if config.study is None:
         return out.resolve().name, str(out.resolve())
     alike = {name: value for name, value in config.to_json().items() if name not in OF_EACH}
-    return config.study, f"settings {hashlib.sha256(json.dumps(alike, sort_keys=True).encode()).hexdigest()[:16]}"
+    return config.study, f"{ALIKE}{hashlib.sha256(json.dumps(alike, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def _own_seed(config: RunConfig, out: Path) -> int:

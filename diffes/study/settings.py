@@ -39,7 +39,10 @@ def check_settings(config: RunConfig, space: SearchSpace = EXAMPLE) -> None:
         DiffesError: there is no such strategy, operator or cost, it takes no such options, or the strategy needs a fact
             that nobody provides.
     """
-    CURRENCIES.get(config.cost)
+    if CURRENCIES.get(config.cost).timed and config.study is not None:
+        raise DiffesError(
+            f"a study is searched under one budget, and {config.cost} differs by process: set cost to macs or level"
+        )
     strategy, _ = STRATEGIES.parse(config.strategy)
     if missing := sorted(set(strategy.needs) - set(EXAMPLES)):
         raise DiffesError(

@@ -105,6 +105,8 @@ class Workbench:
         """
         progress = progress or RichProgress()
         bench = vary(self, replace(self.config, strategy=strategy, **changes), progress)
+        if bench.config.study is not None:
+            raise DiffesError(f"a search in memory has no study to share: leave study {bench.config.study!r} out")
         with pool_of(bench.config, WorkerOptions(workers)) if self.pool is None else nullcontext(self.pool) as pool:
             return search_on(replace(bench, pool=pool), progress, on_evaluation=on_evaluation)
 

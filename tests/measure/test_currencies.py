@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import peft
 import pytest
 import torch
 from conftest import skip_twice, small_bank
@@ -78,6 +79,20 @@ def test_macs_agree_with_shapes_and_with_a_counter_over_the_whole_run(
     assert routed[0] / dense[0] == pytest.approx(fraction, rel=0.01)
     assert routed[1] / dense[1] == pytest.approx(fraction, rel=0.01)
     assert dense[0] == pytest.approx(STEPS * macs_per_call(adapter), rel=0.01)
+
+
+def test_a_lora_is_counted_with_its_layers(untrained: ModelAdapter, stages: Stages) -> None:
+    """Its matrices are not all in proportion to groups, and the counts of before are not taken for those of now."""
+    bank = small_bank(untrained, "magnitude", stages)
+    router, schedule = Router(untrained, bank), Schedule(stages, (0, 2, 1, 3), bank.max_level)
+    steps, before = (1, 1, 1, 1), macs_fraction(Router(untrained, bank), schedule, (1, 1, 1, 1))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["to_q", "ff.net.2"]), untrained.denoiser)
+    router = Router(untrained, bank)
+    dense = len(steps) * macs_per_call(untrained)
+    with router.routed(schedule):
+        routed = sum(macs_per_call(untrained, first) for first, _ in stages.ranges)
+    fraction = macs_fraction(router, schedule, steps)
+    assert fraction == pytest.approx(routed / dense, rel=1e-9) and fraction != pytest.approx(before, rel=1e-4)
 
 
 def test_interleaved_times_are_medians_in_milliseconds() -> None:

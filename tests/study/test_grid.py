@@ -30,6 +30,7 @@ from diffes.study.equal_cost import TOLERANCE, at_budget, calls_of, same
         ),
         (["--max-calls=100,200", "budget=0.3"], {"max_calls": [100, 200], "budget": [0.3]}),
         (["cost=macs,level"], {"cost": ["macs", "level"]}),
+        (["asynchronous=false,True"], {"asynchronous": [False, True]}),
     ],
 )
 def test_variations_are_read(texts: list[str], expected: dict[str, list[Any]]) -> None:
@@ -42,6 +43,7 @@ def test_variations_are_read(texts: list[str], expected: dict[str, list[Any]]) -
         (["stage=2,5"], "Did you mean 'stages'"),
         (["stages=two"], "stages must be a int, got 'two'"),
         (["dtype=int8"], "dtype must be one of float32, float16, bfloat16"),
+        (["asynchronous=no"], "asynchronous must be one of true, false, got 'no'"),
         (["stages"], "varies nothing"),
         (["seed=1,2"], "unknown option to vary 'seed'"),
         ([], "nothing to vary"),

@@ -86,10 +86,12 @@ def test_folders_search_a_study_together(base: RunConfig, tmp_path: Path) -> Non
     second = runs.complete_run(more, tmp_path / "two", Counting())
     assert (first.run.evaluations, second.run.evaluations) == (6, 10)
     assert second.run.searched.search >= first.run.searched.search  # type: ignore[operator]
-    with pytest.raises(DiffesError, match=r"study 'all' of settings \w+, not of settings \w+; name another"):
+    with pytest.raises(DiffesError, match="study 'all' that was begun with other settings; all who share one"):
         runs.complete_run(replace(together, probes=3), tmp_path / "three", Counting())
     for wrong in ({"storage": None}, {"asynchronous": False}, {"study": ""}):
         with pytest.raises(DiffesError, match="it needs a name, a storage that all of them reach, and asynchronous"):
             replace(together, **wrong)  # type: ignore[arg-type]
     with pytest.raises(DiffesError, match="latency differs by process: set cost to macs"):
-        replace(together, cost="latency")
+        runs.complete_run(replace(together, cost="latency"), tmp_path / "three", Counting())
+    with pytest.raises(DiffesError, match="would leave what others measured in --study all"):
+        runs.complete_run(together, tmp_path / "one", Counting(), overwrite=True)
