@@ -176,6 +176,7 @@ def simulated(
     *,
     generations: int,
     straggling: bool,
+    speed: bool,
     quality: bool,
     worth: Callable[[Schedule], float],
 ) -> dict[str, Any]:
@@ -185,18 +186,22 @@ def simulated(
     row: dict[str, Any] = {"devices": n, "lam": lam, "seed": seed, "straggling": straggling}
     evaluations, end = lam * generations, math.inf
     for mode in ("generations", "asynchronous"):
+        asynchronous = mode == "asynchronous"
         devices, one = (Devices(each, space, score, **options) for each in (n, 1))
-        found = curve(strategy, devices, seed, evaluations, mode == "asynchronous")
-        curve(strategy, one, seed, evaluations, mode == "asynchronous")
-        end = devices.clock if mode == "generations" else end
-        row[mode] = {
-            "idle": 1 - devices.busy / (n * devices.clock), "speedup": one.clock / devices.clock,
-            "paid over counted": devices.paid / one.paid,
-        }  # fmt: skip
+        row[mode] = {}
+        if speed or not asynchronous:
+            found = curve(strategy, devices, seed, evaluations, asynchronous)
+            end = end if asynchronous else devices.clock
+        if speed:
+            curve(strategy, one, seed, evaluations, asynchronous)
+            row[mode] |= {
+                "idle": 1 - devices.busy / (n * devices.clock), "speedup": one.clock / devices.clock,
+                "paid over counted": devices.paid / one.paid,
+            }  # fmt: skip
         if quality:
-            if mode == "asynchronous":  # it goes on until the generations end
+            if asynchronous:  # it goes on until the generations end
                 found = curve(strategy, Devices(n, space, score, **options), seed, 4 * evaluations, True)
-            within = [best for clock, best in found if clock <= end or mode == "generations"]
+            within = [best for clock, best in found if clock <= end or not asynchronous]
             row[mode] |= {"best": worth(within[-1].schedule), "evaluations": len(within)}
     return row
 
@@ -221,11 +226,14 @@ def landscapes(ratios: Sequence[float], devices: Sequence[int], seeds: int, gene
             for lam in LAMBDAS:
                 for n in devices if kind == "separable" and seed < SPEEDS else COMPARED:
                     for straggling in (False, True):
-                        row = simulated(
-                            problems.SPACE, score, n, lam, seed, ratios, generations=generations,
-                            straggling=straggling, quality=straggling and n in COMPARED and n <= lam, worth=worth,
-                        )  # fmt: skip
-                        rows.append({"problem": kind, **row})
+                        speed = kind == "separable" and seed < SPEEDS
+                        quality = straggling and n in COMPARED and n <= lam
+                        if speed or quality:
+                            row = simulated(
+                                problems.SPACE, score, n, lam, seed, ratios, generations=generations,
+                                straggling=straggling, speed=speed, quality=quality, worth=worth,
+                            )  # fmt: skip
+                            rows.append({"problem": kind, **row})
     return rows
 
 
@@ -251,6 +259,7 @@ def on_a_model(bench: Workbench, ratios: Sequence[float], n: int, seeds: int, ge
                 ratios,
                 generations=generations,
                 straggling=True,
+                speed=False,
                 quality=True,
                 worth=score,
             )
@@ -270,7 +279,7 @@ def table_of(rows: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]]) -
         return statistics.mean(row[mode][what] for row in part)
 
     for lam in LAMBDAS:
-        for n in sorted({row["devices"] for row in rows}):
+        for n in sorted({row["devices"] for row in rows if row["problem"] == "separable"}):
             part = [
                 row for row in rows
                 if (row["lam"], row["devices"], row["problem"]) == (lam, n, "separable") and row["seed"] < SPEEDS
@@ -313,7 +322,7 @@ def table_of(rows: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]]) -
 def drawn(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Speed-up over devices, a line for each size of a generation and mode."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    devices = sorted({row["devices"] for row in rows})
+    devices = sorted({row["devices"] for row in rows if row["problem"] == "separable"})
     for colour, lam in zip(("C0", "C1", "C2"), LAMBDAS, strict=True):
         for mode, style in (("generations", "-"), ("asynchronous", "--")):
             speed = [
