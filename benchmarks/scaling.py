@@ -29,7 +29,7 @@ import problems
 
 from diffes.measure.evaluator import in_trie_order
 from diffes.progress import RichProgress
-from diffes.search.loop import run_asynchronously, run_search
+from diffes.search.loop import run_search
 from diffes.search.schedule import Schedule
 from diffes.search.space import SearchSpace
 from diffes.search.strategy import STRATEGIES, Evaluation
@@ -160,9 +160,8 @@ def curve(
         best = found[-1][1] if found and found[-1][1].fitness >= evaluation.fitness else evaluation
         found.append((devices.clock, best))
 
-    run: Callable[..., Any] = run_asynchronously if asynchronous else run_search
     made = STRATEGIES.make(strategy, devices.space, seed=seed)
-    run(made, devices, max_evals=evaluations, on_evaluation=note)
+    run_search(made, devices, max_evals=evaluations, on_evaluation=note, asynchronous=asynchronous)
     return found
 
 

@@ -103,8 +103,9 @@ class Surrogate(Strategy):
     def _promising(self, model: Model, ranked: Sequence[tuple[int, ...]]) -> list[Proposal]:
         """The batch of unseen schedules, from the one that is believed best to the one that tells most."""
         batch: dict[tuple[int, ...], Proposal] = {}
-        taken = {*self._known, *self._open}
-        for levels in self._open:
+        waiting = self._open
+        taken = {*self._known, *waiting}
+        for levels in waiting:
             features = self._view.features([levels])
             model = model.believing(features, float(model.predict(features)[0][0]))
         for _, curiosity in zip(range(self.batch), itertools.cycle(CURIOSITY), strict=False):

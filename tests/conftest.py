@@ -228,6 +228,12 @@ def small_config(model: Path, **changes: Any) -> RunConfig:
     return RunConfig(model=str(model), **{**settings, **changes})
 
 
+def options_of(config: RunConfig) -> list[str]:
+    """Settings as a command takes them."""
+    given = {name: value for name, value in config.to_json().items() if value not in (None, False)}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+
+
 @pytest.fixture
 def base(tiny_folder: Path) -> RunConfig:
     return small_config(tiny_folder)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import open_adapter, small_config
+from conftest import open_adapter, options_of, small_config
 
 from diffes.adapters import ModelAdapter
 from diffes.adapters.dit import DiTAdapter
@@ -355,9 +355,7 @@ def test_what_was_paid_before_a_plug_in_failed_is_kept(
     tiny_folder: Path, tmp_path: Path, failing: list[int], capsys: pytest.CaptureFixture[str], bench: Workbench
 ) -> None:
     config = small_config(tiny_folder, metric="leaving")
-    given = {name: value for name, value in config.to_json().items() if value not in (None, False)}
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    command = ["search", "--genes", "levels", *options, "--out", str(tmp_path / "run")]
+    command = ["search", "--genes", "levels", *options_of(config), "--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as stopped:
         main(command)
     assert stopped.value.code == 2

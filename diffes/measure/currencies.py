@@ -91,9 +91,10 @@ def macs_fraction(router: Router, schedule: Schedule, steps: Sequence[int]) -> f
 
     The first call of a run computes everything where its level would reuse something.
     """
-    dense = _counted(router.adapter).dense
+    macs_of = _macs(router, schedule.stages)
+    dense = macs_of(0, 0)
     visited = [stage for stage, n in enumerate(steps) if n]
-    macs = {stage: _macs(router, schedule.stages, stage, schedule.levels[stage]) for stage in visited}
+    macs = {stage: macs_of(stage, schedule.levels[stage]) for stage in visited}
     total = sum(steps[stage] * macs[stage] for stage in visited)
     if schedule.levels[visited[-1]] in router.bank.reusing:
         total += dense - macs[visited[-1]]
@@ -106,10 +107,11 @@ def macs_by_level(router: Router, stages: Stages, visited: Sequence[int], max_le
     Of width they are the dense model's less what the missing groups would have taken, which is exact; of depth and
     reuse they are counted over a call for each different choice of what is computed.
     """
-    table = [[_counted(router.adapter).dense] * (max_level + 1) for _ in range(len(stages))]
+    macs_of = _macs(router, stages)
+    table = [[macs_of(0, 0)] * (max_level + 1) for _ in range(len(stages))]
     for level in range(1, max_level + 1):
         for stage in visited:
-            table[stage][level] = _macs(router, stages, stage, level)
+            table[stage][level] = macs_of(stage, level)
     return table
 
 
@@ -143,20 +145,26 @@ def _counted(adapter: ModelAdapter) -> _Counted:
     return _COUNTS[adapter]
 
 
-def _macs(router: Router, stages: Stages, stage: int, level: int) -> float:
-    """Multiply-accumulates of one call in a stage at a level."""
+def _macs(router: Router, stages: Stages) -> Callable[[int, int], float]:
+    """What gives the multiply-accumulates of one call in a stage at a level."""
     adapter, bank, counted = router.adapter, router.bank, _counted(router.adapter)
-    if level == 0:
-        return counted.dense
-    entry = bank[stage, level]
-    if "width" in bank.kind and counted.by_group and set(entry) <= set(counted.by_group):
-        sets = adapter.prunable("width")
-        kept = bank.kept((stage, level), sets)
-        return counted.dense - sum(counted.by_group[p.name] * (p.n_groups - n) for p, n in zip(sets, kept, strict=True))
-    choice = tuple((name, tuple(weights.kept.tolist())) for name, weights in sorted(entry.items()))
-    if choice not in counted.by_choice:
-        counted.by_choice[choice] = float(macs_at(router, stages, stage, level))
-    return counted.by_choice[choice]
+    sets = adapter.prunable("width")
+
+    def macs(stage: int, level: int) -> float:
+        if level == 0:
+            return counted.dense
+        entry = bank[stage, level]
+        if "width" in bank.kind and counted.by_group and set(entry) <= set(counted.by_group):
+            kept = bank.kept((stage, level), sets)
+            return counted.dense - sum(
+                counted.by_group[p.name] * (p.n_groups - n) for p, n in zip(sets, kept, strict=True)
+            )
+        choice = tuple((name, tuple(weights.kept.tolist())) for name, weights in sorted(entry.items()))
+        if choice not in counted.by_choice:
+            counted.by_choice[choice] = float(macs_at(router, stages, stage, level))
+        return counted.by_choice[choice]
+
+    return macs
 
 
 @torch.no_grad()

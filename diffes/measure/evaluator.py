@@ -131,7 +131,7 @@ class RoutedEvaluator(abc.ABC):
             yield Evaluation(schedule, fitness, calls, seconds, fidelity)
 
     def steady(self, more: Callable[[], Sequence[Schedule]]) -> Iterator[Evaluation]:
-        """Evaluates what `more` gives until it gives nothing; see `SteadyEvaluator`."""
+        """Evaluates what `more` gives until it gives nothing; see `Evaluator`."""
         while schedules := more():
             yield from self(schedules)
 

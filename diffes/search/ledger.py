@@ -8,9 +8,9 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deap import tools
 
@@ -141,12 +141,8 @@ class Ledger:
             return list(found)
 
         for evaluation in steady(schedules):
+            _check_given(evaluation, origins, 1.0)
             scored = _scored(evaluation)
-            if scored.schedule not in origins or scored.fidelity != 1:
-                raise DiffesError(
-                    f"the evaluator returned levels {list(scored.schedule.levels)} at fidelity {scored.fidelity}, "
-                    "which it was not given or has returned before"
-                )
             origin, is_new = origins.pop(scored.schedule), key_of(scored) not in self._known
             if is_new:
                 self._keep(scored, origin)
@@ -218,9 +214,7 @@ class Ledger:
     def _measure(self, proposals: list[Proposal], fidelity: float) -> Iterator[Evaluation]:
         schedules = [proposal.schedule for proposal in proposals]
         stored = self._store.known(schedules, fidelity) if self._store is not None else []
-        expect = getattr(self._evaluate, "expect", None)
-        if expect is not None:
-            expect(schedules, fidelity, {evaluation.schedule: evaluation.denoiser_calls for evaluation in stored})
+        self.expect(schedules, fidelity, {evaluation.schedule: evaluation.denoiser_calls for evaluation in stored})
         yield from stored
         found = {evaluation.schedule for evaluation in stored}
         missing = [schedule for schedule in schedules if schedule not in found]
@@ -228,6 +222,14 @@ class Ledger:
         for evaluation in _evaluated(missing, fidelity, self._evaluate) if missing else ():
             self._keep(evaluation, origins[evaluation.schedule])
             yield evaluation
+
+    def expect(
+        self, schedules: Sequence[Schedule], fidelity: float = 1.0, paid: Mapping[Schedule, int] | None = None
+    ) -> None:
+        """Tells the evaluator of a batch before it is measured, or of what others measured, if it wants to know."""
+        expect = getattr(self._evaluate, "expect", None)
+        if schedules and expect is not None:
+            expect(schedules, fidelity, paid)
 
     def _keep(self, evaluation: Evaluation, origin: Origin | None) -> None:
         if self._store is not None:
@@ -263,14 +265,7 @@ def _evaluated(schedules: list[Schedule], fidelity: float, evaluate: Evaluator) 
     waiting = set(schedules)
     start = time.perf_counter()
     for evaluation in evaluate(schedules) if fidelity == 1 else evaluate(schedules, fidelity):
-        if not isinstance(evaluation, Evaluation):
-            raise unexpected("the evaluator", "return one Evaluation per schedule", evaluation)
-        if evaluation.schedule not in waiting or evaluation.fidelity != fidelity:
-            raise DiffesError(
-                f"the evaluator returned levels {list(evaluation.schedule.levels)} at fidelity {evaluation.fidelity}, "
-                f"which it was not given at {fidelity} or has returned before: it must return one Evaluation per "
-                "schedule"
-            )
+        _check_given(evaluation, waiting, fidelity)
         waiting.remove(evaluation.schedule)
         taken = time.perf_counter() - start
         yield _scored(evaluation if evaluation.seconds else replace(evaluation, seconds=taken))
@@ -279,6 +274,18 @@ def _evaluated(schedules: list[Schedule], fidelity: float, evaluate: Evaluator) 
         raise DiffesError(
             f"the evaluator must return one Evaluation per schedule: it got {len(schedules)} and left out "
             f"{len(waiting)}"
+        )
+
+
+def _check_given(evaluation: Any, waiting: Container[Schedule], fidelity: float) -> None:
+    """Refuses what is no evaluation, or not of a schedule that the evaluator was given and has not returned."""
+    if not isinstance(evaluation, Evaluation):
+        raise unexpected("the evaluator", "return one Evaluation per schedule", evaluation)
+    if evaluation.schedule not in waiting or evaluation.fidelity != fidelity:
+        raise DiffesError(
+            f"the evaluator returned levels {list(evaluation.schedule.levels)} at fidelity {evaluation.fidelity}, "
+            f"which it was not given at {fidelity} or has returned before: it must return one Evaluation per "
+            "schedule"
         )
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from diffes.errors import DiffesError
 from diffes.search.ledger import Ledger, OnEvaluation, SearchResult
-from diffes.search.strategy import Evaluation, Evaluator, Proposal, SteadyEvaluator, Strategy, key_of
+from diffes.search.strategy import Evaluation, Evaluator, Proposal, Strategy, key_of
 
 if TYPE_CHECKING:
     from diffes.search.store import EvaluationStore
@@ -31,6 +31,7 @@ def run_search(
     calls_before: int = 0,
     store: EvaluationStore | None = None,
     on_evaluation: OnEvaluation | None = None,
+    asynchronous: bool = False,
 ) -> SearchResult:
     """Runs a strategy until a limit is reached or it has nothing new to ask.
 
@@ -40,6 +41,12 @@ def run_search(
 
     Where a limit in calls or seconds may end within a batch, its schedules are measured one by one in the order asked:
     what the strategy wanted first is measured, whatever order suits the evaluator.
+
+    Where it is asynchronous, it asks as soon as a worker is free, and tells each result when it comes: no worker waits
+    for the others of a generation, and what is found depends on who is faster. Run again over its store, the strategy
+    is told all that is there, in the order in which it came, and goes on; what was open is lost. Over a store that is
+    shared, it is also told what other processes measured since, before each schedule. What is open when a limit is
+    reached is measured to its end.
 
     Args:
         strategy: a fresh one; what it was told before does not count.
@@ -52,13 +59,23 @@ def run_search(
             its limit.
         store: evaluations of earlier runs; takes those of this one as soon as they are measured.
         on_evaluation: called with each distinct evaluation, stored already, for instance to show progress.
+        asynchronous: steady state in place of generations.
 
     Raises:
-        DiffesError: no limit was given or one is not positive, the evaluator broke its contract, or nothing could be
-            evaluated.
+        DiffesError: no limit was given or one is not positive, the evaluator broke its contract, nothing could be
+            evaluated, or the search is asynchronous and the strategy or the evaluator wants whole batches.
     """
     limits = _Limits({"max_evals": max_evals, "max_denoiser_calls": max_denoiser_calls, "max_seconds": max_seconds})
     ledger = Ledger(strategy.space, evaluate, store, on_evaluation, calls_before)
+    if asynchronous:
+        _search_steadily(strategy, ledger, limits, store)
+    else:
+        _search_in_batches(strategy, ledger, limits)
+    return ledger.result()
+
+
+def _search_in_batches(strategy: Strategy, ledger: Ledger, limits: _Limits) -> None:
+    """Asks for a generation, measures it, tells it whole."""
     idle = 0
     while idle < MAX_IDLE_BATCHES and not limits.reached:
         batch = strategy.ask()
@@ -77,33 +94,10 @@ def run_search(
         ledger.arrange(new)
         ledger.log(batch)
         strategy.tell([ledger[proposal] for proposal in batch if proposal in ledger])
-    return ledger.result()
 
 
-def run_asynchronously(
-    strategy: Strategy,
-    evaluate: SteadyEvaluator,
-    *,
-    max_evals: int | None = None,
-    max_denoiser_calls: int | None = None,
-    max_seconds: float | None = None,
-    calls_before: int = 0,
-    store: EvaluationStore | None = None,
-    on_evaluation: OnEvaluation | None = None,
-) -> SearchResult:
-    """Steady state: asks as soon as a worker is free, and tells each result when it comes.
-
-    No worker waits for the others of a generation; what is found depends on who is faster. Run again over its store,
-    the strategy is told all that is there, in the order in which it came, and goes on; what was open is lost. Over a
-    store that is shared, it is also told what other processes measured since, before each schedule.
-
-    Args: as of `run_search`. What is open when a limit is reached is measured to its end.
-
-    Raises:
-        DiffesError: as `run_search`, or the strategy or the evaluator wants whole batches.
-    """
-    limits = _Limits({"max_evals": max_evals, "max_denoiser_calls": max_denoiser_calls, "max_seconds": max_seconds})
-    ledger = Ledger(strategy.space, cast("Evaluator", evaluate), store, on_evaluation, calls_before)
+def _search_steadily(strategy: Strategy, ledger: Ledger, limits: _Limits, store: EvaluationStore | None) -> None:
+    """Asks whenever a worker is free, tells each result when it comes."""
     lines: list[Proposal] = []
 
     def learn(evaluation: Evaluation) -> None:
@@ -120,9 +114,7 @@ def run_asynchronously(
     def recall(known: Sequence[Evaluation]) -> None:
         """What another process measured is counted as if this one had."""
         nonlocal n_told
-        expect = getattr(evaluate, "expect", None)
-        if known and expect is not None:
-            expect([evaluation.schedule for evaluation in known])
+        ledger.expect([evaluation.schedule for evaluation in known])
         for evaluation in known:
             n_told += 1
             ledger.note(evaluation)
@@ -166,7 +158,6 @@ def run_asynchronously(
             learn(evaluation)
     if lines:
         ledger.log(lines)
-    return ledger.result()
 
 
 class _Limits:

@@ -92,19 +92,13 @@ class Evaluator(Protocol):
     `fidelity` is only passed when it is below 1. An evaluator that shares work between schedules may have a method
     `expect(schedules, fidelity, paid)`, which is called with each batch before it is measured; `paid` is what those
     schedules in it cost that an earlier run measured.
-    """
 
-    def __call__(self, schedules: Sequence[Schedule], fidelity: float = 1.0) -> Iterable[Evaluation]: ...
-
-
-class SteadyEvaluator(Protocol):
-    """Measures schedules on all probes, many at a time, and asks for more whenever it could do with more.
-
-    `steady(more)` yields each evaluation as soon as it is there. It calls `more` where something could begin now; an
+    One that measures many at a time may have a method `steady(more)` for asynchronous searches, which yields each
+    evaluation, on all probes, as soon as it is there. It calls `more` for schedules where something could begin now; an
     empty answer is good until the next evaluation was taken. It ends when nothing is open and `more` has nothing.
     """
 
-    def steady(self, more: Callable[[], Sequence[Schedule]]) -> Iterable[Evaluation]: ...
+    def __call__(self, schedules: Sequence[Schedule], fidelity: float = 1.0) -> Iterable[Evaluation]: ...
 
 
 class Strategy(abc.ABC):

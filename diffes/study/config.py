@@ -11,6 +11,8 @@ from diffes.errors import DiffesError, at_least
 from diffes.search.schedule import Allocation
 
 LARGEST = 10**9
+# settings that older versions had not, with what they did
+LATER = {"time_limit": None, "threads": None, "asynchronous": False, "study": None}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from diffes.measure.currencies import Table
 from diffes.runtime.artifact import BANK, SCHEDULE
 from diffes.runtime.artifact import FRONT as PLANS
 from diffes.search.ledger import LOGGED
-from diffes.study.config import RunConfig
+from diffes.study.config import LATER, RunConfig
 from diffes.study.lock import clear_leftovers, is_unused
 
 JOURNAL, REPORT, COSTS, LOGBOOK = "study.journal", "report.json", "costs.json", "logbook.csv"
@@ -107,7 +107,7 @@ def _is_run(folder: Path) -> bool:
 def _check_same_run(folder: Path, now: Mapping[str, Any], finished: str) -> bool:
     before = read_json(folder / CONFIG, ConfigFile)
     checked(Settings, before["settings"], folder / CONFIG)
-    before["settings"].setdefault("asynchronous", False)  # older versions had no such setting
+    before["settings"] = LATER | before["settings"]
     changes = {
         name: (before[part].get(name), value)
         for part in ("settings", "versions")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import logging
@@ -15,19 +14,19 @@ from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 from diffes.errors import DiffesError, unknown_name
-from diffes.files import parse_json, read_json, write_json
+from diffes.files import checksum, parse_json, read_json, write_json
 from diffes.forms import Cell, CellCosts, checked
 from diffes.progress import Progress
 from diffes.search.store import EvaluationStore
 from diffes.study.comparison import Comparison, Failure
-from diffes.study.config import ALONE, RunConfig, WorkerOptions
+from diffes.study.config import ALONE, LATER, RunConfig, WorkerOptions
 from diffes.study.equal_cost import calls_of, config_of, denser
 from diffes.study.heldout import HeldOut, record_of
 from diffes.study.lock import clear_leftovers, held, is_unused
 from diffes.study.record import RunRecord
 from diffes.study.settings import check_settings
 from diffes.study.workbench import Workbench, prepare, search_on, vary
-from diffes.study.workers import pool_of
+from diffes.study.workers import check_asynchronous, pool_of
 
 log = logging.getLogger(__name__)
 CELLS, COSTS, JOURNALS = "cells.jsonl", "costs.json", "journals"
@@ -227,8 +226,7 @@ def _cells_in(
         check_settings(cell)
         if cell.study is not None:
             raise DiffesError(f"each search here has a journal of its own: leave --study {cell.study} out")
-        if cell.asynchronous and workers.workers == 1:
-            raise DiffesError("asynchronous is of several workers, and workers is 1: raise it, or leave this out")
+        check_asynchronous(cell, workers)
         if equal_calls and cell.time_limit is not None:
             raise DiffesError(
                 f"all searches here spend equally many denoiser calls, which --time-limit {cell.time_limit:g} would "
@@ -291,10 +289,10 @@ def run_cell(
 def _key(settings: Mapping[str, Any]) -> str:
     # settings that came later had their defaults, and levels were equal in all layers
     known = dataclasses.asdict(RunConfig()) | {"allocation": "equal"} | dict(settings)
-    for name, default in {"time_limit": None, "threads": None, "asynchronous": False, "study": None}.items():
+    for name, default in LATER.items():
         if known[name] == default:  # so that keys of before are found
             del known[name]
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+    return checksum(known)[:16]
 
 
 def _differ(one: RunConfig, other: RunConfig) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -21,7 +21,7 @@ from diffes.runtime.solver import SPACINGS, solver_named, spaced
 from diffes.search import carried, foretold
 from diffes.search.frontier import variants
 from diffes.search.ledger import OnEvaluation, SearchResult
-from diffes.search.loop import run_asynchronously, run_search
+from diffes.search.loop import run_search
 from diffes.search.plan import PlanSpace, trailing
 from diffes.search.schedule import Plan, Schedule, Stages
 from diffes.search.space import SearchSpace, first_computes
@@ -243,11 +243,11 @@ class Plans:
         spec, evals = strategy or config.strategy, max_evals or config.max_evals
         made = STRATEGIES.make(spec, space, seed=config.seed, **({} if strategy else operators_of(config)))
         with (progress or RichProgress()).task(f"searching {genes}, {calls:g} calls", evals) as advance:
-            run: Callable[..., SearchResult] = run_asynchronously if config.asynchronous else run_search
-            return run(
+            return run_search(
                 made, self.bench.measuring(evaluator), max_evals=evals,
                 max_denoiser_calls=max_calls or config.max_calls, max_seconds=config.time_limit, store=store,
                 on_evaluation=shown(space, config.metric, advance, on_evaluation, self.bench.pool),
+                asynchronous=config.asynchronous,
             )  # fmt: skip
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -114,7 +113,7 @@ def _searched(
 ) -> SearchResult:
     """What a search finds that goes on over what is in the folder, or in the database."""
     config = bench.config
-    if config.storage is not None and overwrite and not resumes and config.study is None:
+    if config.storage is not None and overwrite and not resumes:
         EvaluationStore.forget(config.storage, *_study_of(config, out))
     folder.begin_run(out, config, resumes=resumes)
     store = (
@@ -135,7 +134,7 @@ def _study_of(config: RunConfig, out: Path) -> tuple[str, str]:
     if config.study is None:
         return out.resolve().name, str(out.resolve())
     alike = {name: value for name, value in config.to_json().items() if name not in OF_EACH}
-    return config.study, f"{ALIKE}{hashlib.sha256(json.dumps(alike, sort_keys=True).encode()).hexdigest()[:16]}"
+    return config.study, f"{ALIKE}{files.checksum(alike)[:16]}"
 
 
 def _own_seed(config: RunConfig, out: Path) -> int:

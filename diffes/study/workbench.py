@@ -37,7 +37,7 @@ from diffes.runtime.apply import pick_device
 from diffes.runtime.router import Router
 from diffes.runtime.solver import scheduler_for
 from diffes.search.ledger import OnEvaluation, SearchResult
-from diffes.search.loop import run_asynchronously, run_search
+from diffes.search.loop import run_search
 from diffes.search.plan import PlanSpace
 from diffes.search.schedule import Plan, Schedule, Stages
 from diffes.search.space import SearchSpace, first_computes
@@ -389,8 +389,7 @@ def search_on(
     )
     with progress.task(f"searching with {config.strategy}", config.max_evals) as advance:
         calls = config.max_calls
-        run: Callable[..., SearchResult] = run_asynchronously if config.asynchronous else run_search
-        return run(
+        return run_search(
             strategy,
             bench.search_evaluator(),
             max_evals=config.max_evals,
@@ -399,6 +398,7 @@ def search_on(
             max_seconds=config.time_limit,
             store=store,
             on_evaluation=shown(space, config.metric, advance, on_evaluation, bench.pool),
+            asynchronous=config.asynchronous,
         )
 
 

@@ -463,7 +463,7 @@ class Spread:
             yield Evaluation(schedule, fitness, calls[schedule], seconds, fidelity, measured)
 
     def steady(self, more: Callable[[], Sequence[Schedule]]) -> Iterator[Evaluation]:
-        """Evaluates what `more` gives whenever a worker is free; see `SteadyEvaluator`."""
+        """Evaluates what `more` gives whenever a worker is free; see `Evaluator`."""
         calls: dict[Schedule, int] = {}
 
         def counted() -> list[Schedule]:
@@ -482,14 +482,23 @@ class Spread:
         return bank, self._sent
 
 
+def check_asynchronous(config: RunConfig, options: WorkerOptions) -> None:
+    """Refuses an asynchronous search that nobody could be faster in.
+
+    Raises:
+        DiffesError: it is asynchronous, with one worker and no study to share.
+    """
+    if config.asynchronous and config.study is None and options.workers == 1:
+        raise DiffesError(
+            "asynchronous is of several workers, and workers is 1: raise it, share a study, or leave this out"
+        )
+
+
 @contextmanager
 def pool_of(config: RunConfig, options: WorkerOptions) -> Iterator[Pool | None]:
     """Workers for a while; None where this process is to measure alone."""
+    check_asynchronous(config, options)
     if options.workers == 1:
-        if config.asynchronous and config.study is None:
-            raise DiffesError(
-                "asynchronous is of several workers, and workers is 1: raise it, share a study, or leave this out"
-            )
         yield None
         return
     pool = Pool(config, options)

@@ -23,7 +23,7 @@ SPACE = SPACES["paper"]
 EVALUATIONS = 120
 SEARCH = """
 import json, sys, time
-from diffes.search.loop import run_asynchronously
+from diffes.search.loop import run_search
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation
 from diffes.testing import SPACES, separable
@@ -44,7 +44,7 @@ store = EvaluationStore(url, space, "together", "us", shared=True)
 print("ready", flush=True)
 sys.stdin.readline()
 made = STRATEGIES.make(strategy, space, seed=int(seed))
-found = run_asynchronously(made, Here(), max_evals=int(evaluations), store=store)
+found = run_search(made, Here(), max_evals=int(evaluations), store=store, asynchronous=True)
 print(json.dumps([mine, found.best.fitness, len(found.evaluations)]))
 """
 

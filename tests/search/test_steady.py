@@ -1,4 +1,4 @@
-"""run_asynchronously: results one by one, while others are open, and a search that goes on over its store."""
+"""run_search, asynchronous: results one by one, while others are open, and a search that goes on over its store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from diffes.errors import DiffesError
 from diffes.search.ledger import SearchResult
-from diffes.search.loop import LINE, run_asynchronously, run_search
+from diffes.search.loop import LINE, run_search
 from diffes.search.schedule import Schedule
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation, Proposal
@@ -55,7 +55,7 @@ class Devices:
 
 def search(devices: Devices, name: str = "evolution", max_evals: int = 60, **options: object) -> SearchResult:
     strategy = STRATEGIES.make(name, SPACE, seed=1)
-    return run_asynchronously(strategy, devices, max_evals=max_evals, **options)  # type: ignore[arg-type]
+    return run_search(strategy, devices, max_evals=max_evals, asynchronous=True, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("name", "n"), [("evolution", 1), ("evolution", 7), ("evolution", 40), ("surrogate", 7)])
@@ -116,7 +116,7 @@ def test_a_search_goes_on_over_its_store_and_pays_nothing_twice(name: str, tmp_p
 
 def test_limits_end_it_once_what_is_open_is_measured() -> None:
     strategy = STRATEGIES.make("evolution", SPACE, seed=1)
-    found = run_asynchronously(strategy, Devices(6), max_denoiser_calls=200)
+    found = run_search(strategy, Devices(6), max_denoiser_calls=200, asynchronous=True)
     assert 20 <= len(found.evaluations) < 20 + 6  # of 6 devices
 
 
@@ -162,4 +162,4 @@ def test_only_all_probes_are_asked_for() -> None:
             return [self.propose(self.space.uniform(), fidelity=0.5)]
 
     with pytest.raises(DiffesError, match="Halves is asynchronous and has to ask for evaluations on all probes"):
-        run_asynchronously(Halves(SPACE, seed=0), Devices(1), max_evals=5)
+        run_search(Halves(SPACE, seed=0), Devices(1), max_evals=5, asynchronous=True)

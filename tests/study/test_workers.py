@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import Counting, small_config
+from conftest import Counting, options_of, small_config
 from torch import Tensor
 
 from diffes.errors import DiffesError, PluginError
@@ -202,12 +202,18 @@ def test_a_device_that_is_full_gets_fewer_probes_at_a_time(
 
 def test_a_search_whose_driver_is_killed_goes_on_and_no_worker_stays(tiny_folder: Path, tmp_path: Path) -> None:
     config = small_config(tiny_folder, max_evals=60, strategy=SPEC, threads=1)
-    settings = [
-        part for name, value in config.to_json().items() if value not in (None, False)
-        for part in (f"--{name.replace('_', '-')}", str(value))
-    ]  # fmt: skip
     out = tmp_path / "spread"
-    command = [sys.executable, "-m", "diffes.cli", "search", "--genes", "levels", *settings, "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "diffes.cli",
+        "search",
+        "--genes",
+        "levels",
+        *options_of(config),
+        "--out",
+        str(out),
+    ]
     driver = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.DEVNULL)
     journal = out / "study.journal"
     while driver.poll() is None and (not journal.exists() or journal.read_text().count('"worker"') < 5):
