@@ -20,27 +20,27 @@ import resource
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from obs_calibration import RESULTS, Shape, layer, shapes_of
-from published_models import adapter_of, dit, unet
+from published_models import MODELS, adapter_of, dit, published, unet
 from torch import Tensor
 
-from diffes.adapters import GroupSet
+from diffes.adapters import ModelAdapter
 from diffes.measure.evaluator import ScheduleEvaluator
 from diffes.measure.metrics import make_metric
-from diffes.pruning import METHODS, LayerWeights, build
-from diffes.pruning.bank import fingerprint, split_of
+from diffes.pruning import METHODS, build
 from diffes.pruning.calibration import CalibrationSet
 from diffes.pruning.damage import StageDamage
-from diffes.pruning.factors import ROWS, Factor
+from diffes.pruning.factors import ROWS, Factor, LayerStatistics
 from diffes.pruning.obs import OBS
 from diffes.runtime.apply import apply, remove
-from diffes.runtime.artifact import BANK, write_schedule
+from diffes.runtime.artifact import BANK
 from diffes.runtime.router import Router
 from diffes.search.loop import run_search
 from diffes.search.schedule import Stages
@@ -48,6 +48,8 @@ from diffes.search.space import SearchSpace
 from diffes.search.strategy import STRATEGIES
 from diffes.study.config import RunConfig
 from diffes.study.folder import config_record
+from diffes.study.run import write_result
+from diffes.study.workbench import Workbench
 
 
 def triangle_elements(d: int) -> int:
@@ -117,10 +119,14 @@ class Parts:
     def part(self, name: str) -> Iterator[None]:
         clock, own = time.perf_counter(), time.process_time()
         yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         row = self.found.setdefault(name, {"cpu_s": 0.0, "clock_s": 0.0, "calls": 0})
         row["cpu_s"] = round(row["cpu_s"] + time.process_time() - own, 2)
         row["clock_s"] = round(row["clock_s"] + time.perf_counter() - clock, 1)
         row["calls"] += 1
+        if torch.cuda.is_initialized():
+            row["device_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2)
         print(name, json.dumps(row), flush=True)
 
@@ -132,34 +138,41 @@ class Parts:
         return timed
 
 
-def first_ones(eliminate: int, factor: Callable[..., Factor]) -> Callable[..., Factor]:
+def first_ones(eliminate: int, parts: Parts) -> Callable[..., Iterator[Factor]]:
     """Eliminates so many layers of each shape, and hands out copies of what came out for the others."""
-    done: dict[tuple[int, int], list[Factor]] = {}
+    done: Counter[tuple[int, int]] = Counter()
+    like: dict[tuple[int, int], Factor] = {}
+    factors = OBS.factors
 
-    def copied(method: OBS, groups: GroupSet, weights: LayerWeights, inputs: Tensor) -> Factor:
-        found = done.setdefault((groups.n_groups, groups.size), [])
-        if len(found) < eliminate:
-            found.append(factor(method, groups, weights, inputs))
-        like = found[-1]
-        assert isinstance(like.triangle, Tensor)
-        return Factor(groups, like.order.clone(), like.triangle.clone())
+    def copied(method: OBS, layers: Iterable[LayerStatistics]) -> Iterator[Factor]:
+        waiting = list(layers)
+        shape = (waiting[0].groups.n_groups, waiting[0].groups.size)
+        n = min(len(waiting), eliminate - done[shape])
+        with parts.part("triangles"):
+            made = list(factors(method, waiting[:n]))
+        done[shape] += n
+        like[shape] = (made or [like[shape]])[0]
+        triangle = like[shape].triangle
+        assert isinstance(triangle, Tensor)
+        yield from made
+        for each in waiting[n:]:
+            yield Factor(each.groups, like[shape].order.clone(), triangle.clone())
 
     return copied
 
 
-def search(config: RunConfig, out: Path, blocks: int, eliminate: int) -> dict[str, Any]:
+def search(config: RunConfig, out: Path, make: Callable[[], ModelAdapter], eliminate: int) -> dict[str, Any]:
     """From calibration to a sampling run of the applied result."""
     parts = Parts()
     build.input_moments = parts.of("statistics", build.input_moments)  # type: ignore[attr-defined]
     StageDamage.measure = parts.of("damage", StageDamage.measure)  # type: ignore[method-assign]
-    OBS.factor = first_ones(eliminate, parts.of("triangles", OBS.factor))  # type: ignore[method-assign]
+    OBS.factors = first_ones(eliminate, parts)  # type: ignore[method-assign]
     with parts.part("model"):
-        adapter = adapter_of(dit(num_layers=blocks))
-        adapter.pipe.set_progress_bar_config(disable=True)
+        adapter = make()
     stages, n = Stages.equal(config.stages, adapter.n_timesteps), config.calibration_samples
     side = adapter.denoiser.config.sample_size
     latents = torch.randn(n, 4, side, side, generator=torch.Generator().manual_seed(0))
-    data = CalibrationSet(latents, tuple(range(n)), "noise")
+    data = CalibrationSet(latents, adapter.make_probes(n, 0, "calibration").conditions, "noise")
     top = adapter.max_level("width")
     steps = stages.count_steps(adapter.timesteps(config.steps))
     space = SearchSpace.mean_sparsity(stages, top, config.budget, steps)
@@ -179,16 +192,15 @@ def search(config: RunConfig, out: Path, blocks: int, eliminate: int) -> dict[st
     making = bank.workshop.seconds
     with parts.part("write the result"):
         best = result.best.schedule
-        chosen = bank.for_schedule(best)
-        facts = {"split": split_of(chosen, adapter.prunable("width")), "method": config.method, "steps": config.steps}
-        chosen.save(out / BANK, {"fingerprint": fingerprint(adapter.denoiser), **facts, **best.to_json()})
-        write_schedule(out, best, facts)
+        bench = Workbench(config, adapter, space, evaluator.router, evaluator.metric, [])
+        write_result(bench, best, out)
     with parts.part("apply, one image"), torch.no_grad():
         apply(adapter.pipe, out)
         adapter.sample(adapter.make_probes(1, 1), config.steps, config.guidance)
         remove(adapter.pipe)
     return {
-        "parts": parts.found, "triangles": len(adapter.group_sets()) * len(space.visited), "blocks": blocks,
+        "parts": parts.found, "triangles": len(adapter.group_sets()) * len(space.visited),
+        "blocks": len(adapter.blocks()),
         "stages": config.stages, "stages_visited": len(space.visited),
         "levels": top, "parameters": sum(p.numel() for p in adapter.denoiser.parameters()),
         "settings": {name: getattr(config, name) for name in (
@@ -203,9 +215,12 @@ def search(config: RunConfig, out: Path, blocks: int, eliminate: int) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("layers", "search", "all"), default="all")
-    parser.add_argument("--blocks", type=int, default=28, help="of DiT-XL/2")
+    parser.add_argument("--model", choices=MODELS, default="dit-xl", help="of the search")
+    parser.add_argument("--device", default="cpu", help="of the search")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the search")
     parser.add_argument("--stages", type=int, default=10)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--evals", type=int, default=3, help="of the search")
     parser.add_argument("--images", type=int, default=8, help="calibration latents of a stage")
     parser.add_argument("--eliminate", type=int, default=10**6, help="layers of each shape, of all stages together")
     parser.add_argument("--memory", type=float, default=2.0, help="GB, as --bank-memory")
@@ -213,23 +228,27 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="two blocks, two stages, narrow layers")
     args = parser.parse_args()
     if args.smoke:
-        args.blocks, args.stages, args.steps, args.images = 1, 2, 2, 1
+        args.stages, args.steps, args.images, args.eliminate = 2, 2, 1, 1
         args.out = Path("runs/smoke") if args.out == RESULTS else args.out
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    about = {"threads": 1, "device": "cpu", "versions": config_record(RunConfig())["versions"]}
+    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
+    about = {"threads": 1, "device": name, "dtype": args.dtype, "versions": config_record(RunConfig())["versions"]}
     if args.part != "search":
         data = layers(args.stages, args.smoke) | about
         (args.out / "full_size_layers.json").write_text(json.dumps(data, indent=1) + "\n")
         print(json.dumps(data["models"], indent=1))
     if args.part != "layers":
+        hub = {"dit-xl": "facebook/DiT-XL-2-256", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
         config = RunConfig(
-            stages=args.stages, steps=args.steps, guidance=1.0, probes=2, max_evals=3, bank_memory=args.memory,
-            calibration_samples=args.images,
+            model=hub[args.model], dtype=args.dtype, stages=args.stages, steps=args.steps, guidance=1.0, probes=2,
+            max_evals=args.evals, bank_memory=args.memory, calibration_samples=args.images,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
-            found = search(config, Path(folder), args.blocks, args.eliminate) | about
-        (args.out / "full_size_search.json").write_text(json.dumps(found, indent=1) + "\n")
+            make = partial(published, args.model, args.device, args.dtype, args.smoke)
+            found = {"model": args.model} | search(config, Path(folder), make, args.eliminate) | about
+        tag = "" if args.device == "cpu" and args.model == "dit-xl" else f"_{args.model}_{args.device}"
+        (args.out / f"full_size_search{tag}.json").write_text(json.dumps(found, indent=1) + "\n")
         print(json.dumps(found, indent=1))
 
 

@@ -27,8 +27,10 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffes.adapters import Kind, ModelAdapter, adapter_for
+from diffes.adapters.loading import SHIPPED
 from diffes.measure.currencies import prunable_fraction
 from diffes.pruning import METHODS, GroupWeights
 from diffes.pruning.bank import WeightBank
@@ -60,17 +62,47 @@ def unet(**changes: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(**SDXL_BASE | changes)
 
 
+MODELS = ("dit-xl", "sdxl")
+SMALL: dict[str, dict[str, Any]] = {
+    "dit-xl": {"num_layers": 2},
+    "sdxl": {"transformer_layers_per_block": [1, 1, 1], "layers_per_block": 1, "sample_size": 16},
+}
+
+
+def published(model: str, device: str, dtype: str, small: bool = False) -> ModelAdapter:
+    """One of `MODELS`, random weights, made where they stay; with two blocks a place where it is to be small."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with torch.device(device):
+            made = (dit if model == "dit-xl" else unet)(**SMALL[model] if small else {})
+    finally:
+        torch.set_default_dtype(before)
+    return adapter_of(made)
+
+
 def adapter_of(denoiser: DiTTransformer2DModel | UNet2DConditionModel) -> ModelAdapter:
-    """A pipeline around a denoiser; what only turns latents into pixels is as small as it can be."""
+    """A pipeline around a denoiser, on its device and in its dtype. What only turns latents into pixels, or prompts
+    into embeddings of the shapes that the U-Net reads, is as small as it can be."""
     vae = AutoencoderKL(latent_channels=4)
+    pipe: Any
     if isinstance(denoiser, DiTTransformer2DModel):
-        return adapter_for(DiTPipeline(denoiser, vae, DDIMScheduler()))
-    parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    return adapter_for(
-        StableDiffusionXLPipeline(
-            vae, unet=denoiser, scheduler=EulerDiscreteScheduler(), add_watermarker=False, **parts
-        )
-    )
+        pipe = DiTPipeline(denoiser, vae, DDIMScheduler())
+    else:
+        tokenizer = CLIPTokenizer.from_pretrained(SHIPPED / "emoji-sdxl" / "tokenizer", model_max_length=77)
+        pipe = StableDiffusionXLPipeline(
+            vae, CLIPTextModel(_text(tokenizer, 768)), CLIPTextModelWithProjection(_text(tokenizer, 1280)), tokenizer,
+            tokenizer, denoiser, EulerDiscreteScheduler(), add_watermarker=False,
+        )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return adapter_for(pipe if denoiser.device.type == "meta" else pipe.to(denoiser.device, denoiser.dtype))
+
+
+def _text(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        hidden_size=width, projection_dim=width, num_attention_heads=width // 64, num_hidden_layers=2,
+        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
 
 
 def call(adapter: ModelAdapter, side: int, timestep: int) -> torch.Tensor:
@@ -136,8 +168,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     parser.add_argument("--smoke", action="store_true", help="few blocks, into runs/smoke")
     args = parser.parse_args()
-    small_dit = {"num_layers": 2} if args.smoke else {}
-    small_unet = {"transformer_layers_per_block": [1, 1, 1], "layers_per_block": 1} if args.smoke else {}
+    small_dit, small_unet = (SMALL[model] if args.smoke else {} for model in MODELS)
     if args.smoke:
         args.out = Path("runs/smoke")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ other level, as in a run. The limit of a change in `stream` is what the thin ten
 
     python benchmarks/routing.py                       # both shipped models, batches 1 and 16; two minutes
     python benchmarks/routing.py --models dit-xl       # DiT-XL/2-256, random weights, 8 GB, batches 1 and 2
+    python benchmarks/routing.py --models dit-xl sdxl --device cuda --dtype float16
     python benchmarks/routing.py --smoke
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from published_models import adapter_of, dit
+from published_models import MODELS, published
 
 from diffes.adapters import ModelAdapter, adapter_for, load_pipeline, shipped_models
 from diffes.measure.currencies import interleaved_ms
@@ -93,7 +94,7 @@ def measure(adapter: ModelAdapter, batch: int, repeats: int) -> dict[str, Any]:
     assert torch.equal(call(SECOND), expected), "a routed call is not what the thin model predicts"
     ms = interleaved_ms([partial(call, SECOND)] * len(KINDS), repeats, adapter.device, before)
     dense()
-    tensors = [torch.ones(n_bytes // 4 // 64, device=adapter.device) for _ in range(64)]
+    tensors = [torch.ones(n_bytes // 64, dtype=torch.uint8, device=adapter.device) for _ in range(64)]
     copied = interleaved_ms([lambda: [tensor.clone() for tensor in tensors]], repeats, adapter.device)[0]
     return dict(zip(KINDS, (round(each, 3) for each in ms), strict=True)) | {
         "batch": batch, "level": half, "thin_mb": round(n_bytes / 1e6, 2), "copy_ms": round(copied, 3),
@@ -104,19 +105,29 @@ def line(row: dict[str, Any]) -> str:
     """A row of the table: times, then ratios."""
     static, same, ready, stream = (row[kind] for kind in KINDS[1:])
     cells = [
-        row["model"], str(row["batch"]), *(f"{row[kind]:.2f}" for kind in KINDS),
+        row["model"], row["device"], str(row["batch"]), *(f"{row[kind]:.2f}" for kind in KINDS),
         f"{ready / static:.3f}x", f"{(ready + same) / 2 / static:.3f}x", f"{stream / static:.3f}x",
         f"{stream - same:.2f}", f"{row['copy_ms']:.2f}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
 
+def table_of(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    head = ["model", "device", "batch", *(f"{kind}, ms" for kind in KINDS)]
+    head += ["change at every call / static", "at every second", "stream / static", "change in stream, ms"]
+    head += ["copy of its bytes, ms"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *map(line, rows)]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=shipped_models(), help="shipped ones, or dit-xl")
-    parser.add_argument("--batches", type=int, nargs="+", help="1 and 16; of dit-xl 1 and 2")
+    parser.add_argument("--models", nargs="+", default=shipped_models(), help="shipped ones, dit-xl, sdxl")
+    parser.add_argument("--batches", type=int, nargs="+", help="1 and 16; of dit-xl and sdxl 1 and 2")
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
@@ -126,26 +137,25 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "routing.jsonl"
     rows = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-    rows = [row for row in rows if row["model"] not in args.models]
+    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
+    rows = [row for row in rows if (row["model"], row["device"]) not in {(model, name) for model in args.models}]
     facts = {
-        "device": args.device,
+        "device": name,
+        "dtype": args.dtype,
         "threads": torch.get_num_threads(),
         "versions": config_record(RunConfig())["versions"],
     }
     for model in args.models:
-        if model == "dit-xl":
-            adapter = adapter_of(dit(**({"num_layers": 2} if args.smoke else {})).to(args.device))
+        if model in MODELS:
+            adapter = published(model, args.device, args.dtype, args.smoke)
         else:
-            adapter = adapter_for(load_pipeline(model, device=args.device))
+            adapter = adapter_for(load_pipeline(model, device=args.device, dtype=getattr(torch, args.dtype)))
         with torch.no_grad():
-            for batch in args.batches or ([1, 2] if model == "dit-xl" else [1, 16]):
+            for batch in args.batches or ([1, 2] if model in MODELS else [1, 16]):
                 rows.append({"model": model, **measure(adapter, batch, args.repeats), "repeats": args.repeats, **facts})
                 print(line(rows[-1]), flush=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    head = ["model", "batch", *(f"{kind}, ms" for kind in KINDS), "change at every call / static", "at every second"]
-    head += ["stream / static", "change in stream, ms", "copy of its bytes, ms"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *map(line, rows)]
-    (args.out / "routing.md").write_text("\n".join(lines) + "\n")
+                path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                (args.out / "routing.md").write_text(table_of(rows))
 
 
 if __name__ == "__main__":

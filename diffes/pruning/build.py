@@ -26,7 +26,7 @@ from diffes.pruning.base import (
 )
 from diffes.pruning.calibration import CalibrationSet, StagePass, block_changes, input_moments
 from diffes.pruning.damage import StageDamage
-from diffes.pruning.factors import MEMORY, Factor, FactoredMethod, FactoredWeights, Workshop
+from diffes.pruning.factors import MEMORY, Factor, FactoredMethod, FactoredWeights, LayerStatistics, Workshop
 from diffes.search.schedule import Allocation, Stages
 
 FINER = 2  # rungs of a set for each level, where it has groups enough
@@ -257,32 +257,35 @@ def thin_weights(
         _check_finite(rungs.groups.name, run, importance)
         return {rungs.groups.name: nested(importance, rungs.kept)}
     assert isinstance(method, WidthMethod)
-    thin = {}
+    thin = {p.groups.name: [GroupWeights(torch.arange(p.groups.n_groups, dtype=torch.int32))] for p in sets}
     for part in passes(method, sets, workshop.limit):
         groups_of = [rungs.groups for rungs in part if isinstance(rungs.groups, GroupSet)]
         moments = {} if run is None else input_moments(run, groups_of, full=method.needs == "second_moment")
+        for name, moment in moments.items():
+            _check_finite(name, run, moment)
+        of_shape: dict[tuple[int, ...], list[tuple[GroupSet, LayerWeights, Sequence[int]]]] = {}
         for groups, rungs in zip(groups_of, part, strict=True):
-            moment = moments.pop(groups.name, None)
-            if moment is not None:
-                _check_finite(groups.name, run, moment)
-            everything = GroupWeights(torch.arange(groups.n_groups, dtype=torch.int32))
             weights = LayerWeights.of(adapter.denoiser, groups)
-            thin[groups.name] = [everything, *_rungs(method, groups, weights, moment, rungs.kept[1:], workshop)]
+            shape = (groups.size, *weights.consumer.shape)
+            of_shape.setdefault(shape, []).append((groups, weights, rungs.kept[1:]))
+        for alike in of_shape.values():
+            if isinstance(method, FactoredMethod):
+                layers = (
+                    LayerStatistics(groups, weights, moments.pop(groups.name, None)) for groups, weights, _ in alike
+                )
+                for (groups, weights, n_kept), factor in zip(alike, method.factors(layers), strict=True):
+                    kept = workshop.keep(factor)
+                    thin[groups.name] += [FactoredWeights(kept, weights.consumer, n, workshop) for n in n_kept]
+                continue
+            for groups, weights, n_kept in alike:
+                thin[groups.name] += _rungs(method, groups, weights, moments.pop(groups.name, None), n_kept)
     return thin
 
 
 def _rungs(
-    method: WidthMethod,
-    groups: GroupSet,
-    weights: LayerWeights,
-    moment: Tensor | None,
-    n_kept: Sequence[int],
-    workshop: Workshop,
+    method: WidthMethod, groups: GroupSet, weights: LayerWeights, moment: Tensor | None, n_kept: Sequence[int]
 ) -> list[GroupWeights]:
     """What is left of one set at its rungs but the dense one."""
-    if isinstance(method, FactoredMethod):
-        factor = workshop.keep(method.factor(groups, weights, moment))
-        return [FactoredWeights(factor, weights.consumer, n, workshop) for n in n_kept]
     what = f"pruning method {type(method).__name__}"
     wanted = f"return GroupWeights for each of the {len(n_kept)} numbers of groups to keep of {groups.name}"
     with guarded(method, what, wanted):

@@ -6,7 +6,7 @@ import abc
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,12 +121,31 @@ def pack(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat(blocks)
 
 
+@dataclass(frozen=True, eq=False)
+class LayerStatistics:
+    """What a factor is made of, in one stage.
+
+    Args:
+        groups: the set.
+        weights: of the layers around it.
+        inputs: statistics of the consumer's inputs, as the method `needs` them.
+    """
+
+    groups: GroupSet
+    weights: LayerWeights
+    inputs: Tensor | None
+
+
 class FactoredMethod(WidthMethod):
     """A method whose rest makes up for what goes: a bank keeps one triangle for all its levels in a stage."""
 
     @abc.abstractmethod
+    def factors(self, layers: Iterable[LayerStatistics]) -> Iterator[Factor]:
+        """Order and triangle of each of some layers of one shape, in one stage; takes the layers as it goes."""
+
     def factor(self, groups: GroupSet, weights: LayerWeights, inputs: Tensor | None) -> Factor:
-        """Order and triangle of a group set in one stage; arguments as those of `prune`."""
+        """Order and triangle of one layer; arguments as those of `prune`."""
+        return next(iter(self.factors([LayerStatistics(groups, weights, inputs)])))
 
     def prune(
         self, groups: GroupSet, weights: LayerWeights, inputs: Tensor | None, n_kept: Sequence[int]

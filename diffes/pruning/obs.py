@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -10,8 +12,7 @@ from torch import Tensor
 
 from diffes.adapters import GroupSet
 from diffes.errors import DiffesError
-from diffes.pruning.base import LayerWeights
-from diffes.pruning.factors import Factor, FactoredMethod, pack
+from diffes.pruning.factors import Factor, FactoredMethod, LayerStatistics, pack
 
 BLOCK = 128  # single inputs dropped between two full updates
 
@@ -54,117 +55,150 @@ class OBS(FactoredMethod):
             return torch.ones_like(progress)
         return 1 - 0.5 * torch.log1p((math.e - 1) * progress)
 
-    def factor(self, groups: GroupSet, weights: LayerWeights, inputs: Tensor | None) -> Factor:
-        if inputs is None:
-            raise TypeError("OBS.factor needs the second moment of the consumer's inputs, got None")
-        triangle, failed = torch.linalg.cholesky_ex(damped(inputs, self.damping))
+    def factors(self, layers: Iterable[LayerStatistics]) -> Iterator[Factor]:
+        waiting = iter(layers)
+        for first in waiting:
+            part = [first, *itertools.islice(waiting, _at_once(first.weights.consumer) - 1)]
+            inverses = torch.stack([self._inverse(layer) for layer in part])
+            dense = torch.stack([layer.weights.consumer for layer in part])
+            dtype, groups = dense.dtype, first.groups
+            wide = torch.promote_types(dtype, torch.float32)
+            order, rows = eliminate(groups, dense.to(torch.float64, copy=True), inverses, wide)
+            del inverses, dense
+            for layer, gone, row in zip(part, order, rows, strict=True):
+                packed = pack(row[:, groups.features(gone)], dtype)
+                yield Factor(layer.groups, gone.to("cpu", torch.int32), packed)
+
+    def _inverse(self, layer: LayerStatistics) -> Tensor:
+        """(d, d) fp64 `H^-1` of one layer."""
+        if layer.inputs is None:
+            raise TypeError("OBS.factors needs the second moment of the consumer's inputs, got None")
+        triangle, failed = torch.linalg.cholesky_ex(damped(layer.inputs, self.damping))
         if failed:
             raise DiffesError(
-                f"the second moment of {groups.name} is not positive definite with damping {self.damping}: try more"
+                f"the second moment of {layer.groups.name} is not positive definite with damping {self.damping}: try "
+                "more"
             )
-        inverse = torch.cholesky_inverse(triangle)
-        del triangle
-        dtype = weights.consumer.dtype
-        order, rows = eliminate(
-            groups, weights.consumer.to(torch.float64, copy=True), inverse, torch.promote_types(dtype, torch.float32)
-        )
-        return Factor(groups, order.to("cpu", torch.int32), pack(rows[:, groups.features(order)], dtype))
+        return torch.cholesky_inverse(triangle)
+
+
+def _at_once(weight: Tensor) -> int:
+    """How many layers to eliminate side by side: on a GPU, which waits for launches, what half of its free memory
+    takes; on a CPU one."""
+    if weight.device.type != "cuda":
+        return 1
+    d_out, d = weight.shape
+    return max(1, torch.cuda.mem_get_info(weight.device)[0] // (2 * 8 * d * (2 * d + 2 * d_out)))
 
 
 def eliminate(groups: GroupSet, weight: Tensor, inverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Drops all groups, cheapest first.
+    """Drops all groups of layers of one shape, cheapest first, each layer for itself.
 
     Groups of one input go in blocks: their order is found first, then one matrix product each updates `W` and `H^-1`.
 
     Args:
-        groups: the set.
-        weight: (d_out, d) fp64 consumer weight, overwritten.
-        inverse: (d, d) fp64 `H^-1`, overwritten.
+        groups: the set, or one of the same shape.
+        weight: (layers, d_out, d) fp64 consumer weights, overwritten.
+        inverse: (layers, d, d) fp64 `H^-1`, overwritten.
         dtype: of the rows.
 
     Returns:
-        (n_groups,) indices of the groups, the first one dropped first; and rows (d, d), in that order, of `H^-1` at the
-        time over its diagonal: what dropping an input takes from the others in units of its own weights. Columns are in
-        the order of the layer, those of inputs that went before are not to be looked at.
+        (layers, n_groups) indices of the groups, the first one dropped first; and rows (layers, d, d), in that order,
+        of `H^-1` at the time over its diagonal: what dropping an input takes from the others in units of its own
+        weights. Columns are in the order of the layer, those of inputs that went before are not to be looked at.
     """
-    left = torch.arange(groups.n_groups, device=weight.device)
+    every = torch.arange(len(weight), device=weight.device)[:, None]
+    left = torch.arange(groups.n_groups, device=weight.device).repeat(len(weight), 1)
     rows = torch.zeros(inverse.shape, dtype=dtype, device=weight.device)
     order = torch.empty_like(left)
     done = 0
-    while len(left):
+    while left.shape[1]:
         if groups.size == 1:
-            dropped, taken = cheapest_inputs(weight, inverse, min(BLOCK, len(left)))
+            dropped, taken = cheapest_inputs(weight, inverse, min(BLOCK, left.shape[1]))
         else:
-            dropped = elimination_loss(weight, inverse, groups.size).argmin(0, keepdim=True)
-        gone = groups.features(dropped)
-        ours, weight_columns, inverse_columns = inverse[gone], weight[:, gone], inverse[:, gone]
-        factor = torch.linalg.solve(ours[:, gone], ours)  # (H^-1_DD)^-1 H^-1_D,: of both updates
-        order[done : done + len(dropped)] = left[dropped]
+            dropped = elimination_loss(weight, inverse, groups.size).argmin(1, keepdim=True)
+        gone = torch.stack([groups.features(each) for each in dropped])
+        ours, weight_columns = inverse[every, gone], weight.mT[every, gone].mT
+        inverse_columns = inverse.mT[every, gone].mT
+        corner = ours.gather(2, gone[:, None].expand(-1, gone.shape[1], -1))
+        factor = torch.linalg.solve(corner, ours)  # (H^-1_DD)^-1 H^-1_D,: of both updates
+        order[:, done : done + dropped.shape[1]] = left.gather(1, dropped)
         found = taken if groups.size == 1 else factor
-        rows[done * groups.size :][: len(gone), groups.features(left)] = found.to(dtype)
-        done += len(dropped)
+        places = torch.stack([groups.features(each) for each in left])[:, None].expand(found.shape)
+        rows[:, done * groups.size :][:, : gone.shape[1]].scatter_(2, places, found.to(dtype))
+        done += dropped.shape[1]
         # The last ones left move to the places of the dropped ones, so that nothing else has to be copied.
-        n_left = len(left) - len(dropped)
-        alive = torch.ones_like(left, dtype=torch.bool)
-        alive[dropped] = False
-        to = (~alive[:n_left]).nonzero()[:, 0]
-        origin = alive[n_left:].nonzero()[:, 0] + n_left
-        left = _moved(left, 0, origin, to, n_left)
-        to, origin, n_left = groups.features(to), groups.features(origin), n_left * groups.size
-        factor = _moved(factor, 1, origin, to, n_left)
-        weight = _moved(weight, 1, origin, to, n_left)
-        inverse = _moved(_moved(inverse, 0, origin, to, n_left), 1, origin, to, n_left)
-        weight.addmm_(weight_columns, factor, alpha=-1)
-        inverse.addmm_(_moved(inverse_columns, 0, origin, to, n_left), factor, alpha=-1)
+        n_left = left.shape[1] - dropped.shape[1]
+        alive = torch.ones_like(left, dtype=torch.bool).scatter_(1, dropped, False)
+        n = n_left * groups.size
+        for i in range(len(weight)):
+            to = (~alive[i, :n_left]).nonzero()[:, 0]
+            origin = alive[i, n_left:].nonzero()[:, 0] + n_left
+            _move(left[i], origin, to)
+            to, origin = groups.features(to), groups.features(origin)
+            for moved in (factor[i].T, weight[i].T, inverse[i], inverse[i].T, inverse_columns[i]):
+                _move(moved, origin, to)
+            weight[i, :, :n].addmm_(weight_columns[i], factor[i, :, :n], alpha=-1)
+            inverse[i, :n, :n].addmm_(inverse_columns[i, :n], factor[i, :, :n], alpha=-1)
+        left, weight, inverse = left[:, :n_left], weight[:, :, :n], inverse[:, :n, :n]
     return order, rows
 
 
 def cheapest_inputs(weight: Tensor, inverse: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The next inputs to go, without touching `W` and `H^-1`.
+    """The next inputs to go in each layer, without touching `W` and `H^-1`.
 
     The loss of input i is `S_ii / H^-1_ii` with `S = W^T W`. Dropping g takes `H^-1_gg f f^T` from `H^-1` and
     `f u^T + u f^T` from `S`, with `f = H^-1_g / H^-1_gg` and `u = S_g - S_gg f / 2`. So the diagonals are kept up to
     date, and a row is the one from before all drops less what the `f` and `u` since took from it.
 
     Args:
-        weight: (d_out, d).
-        inverse: (d, d) `H^-1`.
+        weight: (layers, d_out, d).
+        inverse: (layers, d, d) `H^-1`.
         count: how many, at most d.
 
     Returns:
-        (count,) indices, in the order of greedy elimination, and the f (count, d) of each.
+        (layers, count) indices, in the order of greedy elimination, and the f (layers, count, d) of each.
     """
-    diagonal, squares = inverse.diagonal().clone(), weight.square().sum(0)
+    n_layers, _, d = weight.shape
+    every = torch.arange(n_layers, device=weight.device)
+    diagonal, squares = inverse.diagonal(dim1=1, dim2=2).clone(), weight.square().sum(1)
     alive = torch.ones_like(diagonal, dtype=torch.bool)
-    f, u = weight.new_empty(count, len(diagonal)), weight.new_empty(count, len(diagonal))
-    pivots = weight.new_empty(count)
+    f, u = weight.new_empty(n_layers, count, d), weight.new_empty(n_layers, count, d)
+    pivots = weight.new_empty(n_layers, count)
     # rows of S of those likely to go, by one product; reading W for each takes longer
-    likely = (squares / diagonal).topk(min(2 * count, len(diagonal)), largest=False).indices
-    rows = dict(zip(likely.tolist(), weight[:, likely].T @ weight, strict=True))
+    likely = (squares / diagonal).topk(min(2 * count, d), largest=False).indices
+    products = weight.mT[every[:, None], likely] @ weight
+    place = torch.full_like(diagonal, -1, dtype=torch.long)
+    place.scatter_(1, likely, torch.arange(likely.shape[1], device=weight.device).expand_as(likely))
     order = []
     for k in range(count):
-        g = int(torch.where(alive, squares / diagonal, torch.inf).argmin())
-        row = rows[g] if g in rows else weight[:, g] @ weight
-        f_g = f[:k, g]
-        pivots[k] = diagonal[g]
-        f[k] = (inverse[g] - (pivots[:k] * f_g) @ f[:k]) / pivots[k]
-        u[k] = row - f_g @ u[:k] - u[:k, g] @ f[:k] - (squares[g] / 2) * f[k]
-        diagonal -= pivots[k] * f[k].square()
-        squares -= 2 * f[k] * u[k]
-        alive[g] = False
+        g = torch.where(alive, squares / diagonal, torch.inf).argmin(1)
+        known = place[every, g]
+        row = products[every, known] if bool((known >= 0).all()) else _times(weight[every, :, g], weight)
+        f_g, pivot = f[every, :k, g], diagonal[every, g]
+        pivots[:, k] = pivot
+        f[:, k] = (inverse[every, g] - _times(pivots[:, :k] * f_g, f[:, :k])) / pivot[:, None]
+        u[:, k] = row - _times(f_g, u[:, :k]) - _times(u[every, :k, g], f[:, :k])
+        u[:, k] -= squares[every, g, None] / 2 * f[:, k]
+        diagonal -= pivot[:, None] * f[:, k].square()
+        squares -= 2 * f[:, k] * u[:, k]
+        alive[every, g] = False
         order.append(g)
-    return torch.tensor(order, device=weight.device), f
+    return torch.stack(order, 1), f
+
+
+def _times(vectors: Tensor, matrices: Tensor) -> Tensor:
+    """(layers, d) products of vectors (layers, k) with matrices (layers, k, d)."""
+    return (vectors[:, None] @ matrices)[:, 0]
 
 
 def elimination_loss(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
-    """(n_groups,) `tr(W_g (H^-1_gg)^-1 W_g^T)`: added squared error if a group went next."""
-    blocks = inverse.unflatten(0, (-1, size)).unflatten(2, (-1, size)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    columns = weight.unflatten(1, (-1, size)).permute(1, 2, 0)  # (n_groups, size, d_out)
-    return torch.linalg.solve(blocks, columns @ columns.mT).diagonal(dim1=1, dim2=2).sum(1)
+    """(layers, n_groups) `tr(W_g (H^-1_gg)^-1 W_g^T)`: added squared error if a group went next."""
+    blocks = inverse.unflatten(1, (-1, size)).unflatten(3, (-1, size)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    columns = weight.unflatten(2, (-1, size)).permute(0, 2, 3, 1)  # (layers, n_groups, size, d_out)
+    return torch.linalg.solve(blocks, columns @ columns.mT).diagonal(dim1=2, dim2=3).sum(2)
 
 
-def _moved(tensor: Tensor, dim: int, origin: Tensor, to: Tensor, length: int) -> Tensor:
-    """The first `length` places of a dimension, once what stood at `origin` is moved to `to`; overwrites."""
-    view = tensor.transpose(0, dim)
-    view[to] = view[origin]  # index_select would copy the whole of a view
-    return tensor.narrow(dim, 0, length)
+def _move(tensor: Tensor, origin: Tensor, to: Tensor) -> None:
+    """Puts what stands at places of the first dimension to others."""
+    tensor[to] = tensor[origin]  # index_select would copy the whole of a view

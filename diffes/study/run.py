@@ -93,7 +93,7 @@ def _run_in(
     with pool_of(config, workers) as pool:
         bench = prepare(config, progress, known, pool=pool)
         result = _searched(out, bench, progress, overwrite=overwrite, resumes=resumes, on_evaluation=on_evaluation)
-    _write_result(bench, result.best.schedule, out)
+    write_result(bench, result.best.schedule, out)
     with progress.task("held-out probes, speed, figures", 3) as advance:
         report = _reported(bench, result, bench.heldout(), out, advance)
         _draw(bench, result, report, out)
@@ -142,7 +142,7 @@ def _own_seed(config: RunConfig, out: Path) -> int:
     return int.from_bytes(hashlib.sha256(f"{config.seed} {platform.node()} {out.resolve()}".encode()).digest()[:3])
 
 
-def _write_result(bench: Workbench, schedule: Schedule, out: Path) -> None:
+def write_result(bench: Workbench, schedule: Schedule, out: Path) -> None:
     """The bank of the schedule, then the schedule itself."""
     config = bench.config
     bank = bench.router.bank.for_schedule(schedule)

@@ -12,12 +12,12 @@ from test_methods import SETS, consumer_of, example
 
 from diffes.adapters import GroupSet, ModelAdapter
 from diffes.errors import DiffesError
-from diffes.pruning import METHODS, GroupWeights, LayerWeights, build, factors
+from diffes.pruning import METHODS, GroupWeights, LayerWeights, build, factors, obs
 from diffes.pruning.bank import WeightBank
 from diffes.pruning.build import build_bank
 from diffes.pruning.calibration import StagePass, load_calibration
 from diffes.pruning.damage import StageDamage
-from diffes.pruning.factors import FactoredWeights, Workshop
+from diffes.pruning.factors import FactoredWeights, LayerStatistics, Workshop
 from diffes.pruning.obs import OBS, damped
 from diffes.search.schedule import Stages
 
@@ -46,6 +46,20 @@ def test_every_number_of_groups_is_the_least_squares_optimum(
         assert (factor.consumer(weights.consumer, n) - wanted).norm() <= 1e-6 * wanted.norm()
     assert torch.equal(factor.consumer(weights.consumer, groups.n_groups), weights.consumer)
     assert factor.consumer(weights.consumer, 0).shape == (10, 0)
+
+
+@pytest.mark.parametrize("groups", SETS, ids=lambda groups: groups.name)
+def test_layers_side_by_side_are_each_as_if_alone(groups: GroupSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU eliminates them, in blocks that end in the middle."""
+    monkeypatch.setattr(obs, "BLOCK", 7)
+    layers = [LayerStatistics(groups, *example(groups, seed)) for seed in range(5)]
+    alone = [OBS().factor(each.groups, each.weights, each.inputs) for each in layers]
+    monkeypatch.setattr(obs, "_at_once", lambda _: 3)
+    together = list(OBS().factors(layers))
+    assert len({tuple(factor.order.tolist()) for factor in alone}) == 5
+    for one, other in zip(alone, together, strict=True):
+        assert one.order.tolist() == other.order.tolist()
+        torch.testing.assert_close(one.triangle, other.triangle, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), HALF)
