@@ -37,7 +37,7 @@ from diffes.measure.metrics import make_metric
 from diffes.pruning import METHODS, build
 from diffes.pruning.calibration import CalibrationSet
 from diffes.pruning.damage import StageDamage
-from diffes.pruning.factors import ROWS, Factor, LayerStatistics
+from diffes.pruning.factors import Factor, LayerStatistics, packed_size
 from diffes.pruning.obs import OBS
 from diffes.runtime.apply import apply, remove
 from diffes.runtime.artifact import BANK
@@ -50,11 +50,6 @@ from diffes.study.config import RunConfig
 from diffes.study.folder import config_record
 from diffes.study.run import write_result
 from diffes.study.workbench import Workbench
-
-
-def triangle_elements(d: int) -> int:
-    """Elements of a triangle as it is stored."""
-    return sum(min(ROWS, d - start) * (d - start) for start in range(0, d, ROWS))
 
 
 def measure_layer(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
@@ -98,7 +93,7 @@ def summed(counted: Counter[Shape], rows: dict[Shape, dict[str, Any]], stages: i
         n_groups, size, d_out, levels, _ = shape
         kept = sum(n_groups * size * (levels - level) / levels for level in range(1, levels + 1))
         every += int(2 * stages * n_sets * d_out * kept)
-        triangles += 2 * stages * n_sets * triangle_elements(n_groups * size)
+        triangles += 2 * stages * n_sets * packed_size(n_groups * size)
         for name, value in rows[shape].items():
             if name.endswith("_s"):
                 seconds[name] += value * n_sets

@@ -90,6 +90,25 @@ class Pruned(Form):
     split: Split | None = None
 
 
+class StageEntry(Form):
+    """What a stage has at a level: of each set, where its tensors are, and how many groups stay."""
+
+    stage: Count
+    level: Number
+    sets: dict[Text, Annotated[list[Text | Count], Field(min_length=2, max_length=2)]]
+
+
+class StageFile(Form):
+    """A calibrated stage, `calibration/stageN.json`."""
+
+    kind: Text
+    max_level: Number
+    calls: Count
+    entries: list[StageEntry]
+    sha256: Digest
+    checksum: Digest
+
+
 class Artifact(Pruned):
     """What `schedule.json` and `front.json` share."""
 

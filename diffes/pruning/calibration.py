@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +134,31 @@ def _check_labels(labels: Any, adapter: ModelAdapter) -> None:
 
 
 def sample_calibration(
-    adapter: ModelAdapter, n: int, *, n_steps: int, guidance: float, seed: int, batch: int = 32
+    adapter: ModelAdapter,
+    n: int,
+    *,
+    n_steps: int,
+    guidance: float,
+    seed: int,
+    batch: int = 32,
+    keep: Callable[[int, Callable[[], Tensor]], Tensor] | None = None,
 ) -> CalibrationSet:
-    """For models that come without images: latents that the dense model itself makes."""
+    """For models that come without images: latents that the dense model itself makes.
+
+    Args:
+        adapter: the model.
+        n: how many.
+        n_steps: sampling steps.
+        guidance: classifier-free guidance scale.
+        seed: of their noise and conditions.
+        batch: samples made together.
+        keep: given the number of a batch's first sample and what makes them, gives them.
+    """
     probes = adapter.make_probes(n, seed, "calibration")
-    latents = [adapter.sample(probes[i : i + batch], n_steps, guidance) for i in range(0, n, batch)]
+    latents = []
+    for i in range(0, n, batch):
+        make = partial(adapter.sample, probes[i : i + batch], n_steps, guidance)
+        latents.append((make() if keep is None else keep(i, make)).to(adapter.device))
     return CalibrationSet(torch.cat(latents), probes.conditions, "samples of the dense model")
 
 

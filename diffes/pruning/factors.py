@@ -136,6 +136,11 @@ class LayerStatistics:
     inputs: Tensor | None
 
 
+def packed_size(d: int) -> int:
+    """Elements of a triangle (d, d) as `pack` lays it out."""
+    return sum(min(ROWS, d - start) * (d - start) for start in range(0, d, ROWS))
+
+
 class FactoredMethod(WidthMethod):
     """A method whose rest makes up for what goes: a bank keeps one triangle for all its levels in a stage."""
 

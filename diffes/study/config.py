@@ -72,9 +72,9 @@ class RunConfig:
     """An .npz of images (n, channels, h, w) uint8 and labels (n,) or prompts (n,). Left out: calibration.npz in the
     model's folder if it has one, else samples of the dense model."""
     bank_memory: float = 4.0
-    """GB of host memory for the weights that OBS makes as a search asks for them, and for its statistics; larger banks
-    use a temporary file as well (in the folder that TMPDIR names). As much again may stay ready on the device. Results
-    do not depend on it."""
+    """GB of host memory for the weights that OBS makes as a search asks for them, and for its statistics. What it makes
+    them from lies in the run folder until the run is done; without one, what does not fit goes to a temporary file (in
+    the folder that TMPDIR names). As much again may stay ready on the device. Results do not depend on it."""
     prompts: str | None = None
     """Text-to-image models: a JSON file with lists of prompts `search`, `heldout` and `calibration`, none in two of
     them. Left out: prompts.json in the model's folder if it has one, else 64 of each that come with diffes."""

@@ -28,6 +28,7 @@ JOURNAL, REPORT, COSTS, LOGBOOK = "study.journal", "report.json", "costs.json", 
 FIGURES = ("schedule.png", "split.png", "convergence.png", "images.png")
 FRONT = "front.png"  # of strategies that search one, and of `diffes front`
 TABLE, JOURNALS = "table.npz", "journals"  # of `diffes front`
+CALIBRATION = "calibration"  # stages that are done, until the run is
 FRONT_FILES = (FRONT, PLANS, TABLE, "plans.png")
 LONGEST = 40  # characters of the longest name within a run folder, and more
 LIMITS = ("max_evals", "max_calls", "time_limit")  # of a search: raised, it goes on from what is there
@@ -142,10 +143,13 @@ def begin_run(
     resumes: bool,
     extra: Mapping[str, Any] | None = None,
     finished: str = REPORT,
-) -> None:
+) -> Path:
     """Clears the files of an earlier run, unless it is gone on with, and writes `config.json`.
 
     What says that a run is finished goes first, `config.json` last: a folder is a run at any moment.
+
+    Returns:
+        The folder of its calibration, which may have to be made.
     """
     folder.mkdir(exist_ok=True)
     clear_leftovers(folder)
@@ -154,8 +158,15 @@ def begin_run(
         for name in (*FILES, *FRONT_FILES, f"{JOURNAL}.lock"):
             if name != CONFIG:
                 (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / JOURNALS, ignore_errors=True)
+        for name in (JOURNALS, CALIBRATION):
+            shutil.rmtree(folder / name, ignore_errors=True)
     write_json(folder / CONFIG, config_record(config, extra))
+    return folder / CALIBRATION
+
+
+def end_run(folder: Path) -> None:
+    """Removes what only an unfinished run needs: of its calibration, a finished one has what it found."""
+    shutil.rmtree(folder / CALIBRATION, ignore_errors=True)
 
 
 def write_costs(folder: Path, cost: str, costs: Table) -> None:

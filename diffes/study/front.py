@@ -28,6 +28,7 @@ from diffes.search.schedule import Schedule
 from diffes.search.space import SearchSpace
 from diffes.search.store import EvaluationStore
 from diffes.study import charts, folder, plots
+from diffes.study.calibration import Keep
 from diffes.study.config import ALONE, RunConfig, WorkerOptions
 from diffes.study.heldout import finite
 from diffes.study.lock import held
@@ -131,11 +132,15 @@ def _front_in(
     resumes = folder.open_run(out, config, overwrite=overwrite, extra=extra, finished=FRONT)
     costs = folder.known_costs(out) if resumes else None
     settings = replace(config, budget=0.0 if config.cost == "level" else 1.0)  # of schedules, which are not searched
+
+    @functools.cache
+    def begin() -> Path:
+        return folder.begin_run(out, config, resumes=resumes, extra=extra, finished=FRONT)
+
     with pool_of(settings, workers) as pool:
-        plans = Plans(
-            prepare(settings, progress, costs, PLANNED, pool), extra["solver"], extra["nodes"], known_costs=costs
-        )
-        folder.begin_run(out, config, resumes=resumes, extra=extra, finished=FRONT)
+        bench = prepare(settings, progress, costs, PLANNED, pool, Keep(begin, resumes))
+        plans = Plans(bench, extra["solver"], extra["nodes"], known_costs=costs)
+        begin()
         folder.write_costs(out, config.cost, plans.call_costs)
         table = _table(plans, out / folder.TABLE, progress)
         points: list[Point] = []
@@ -152,6 +157,7 @@ def _front_in(
             files.write_safely(out / name, functools.partial(plots.save, figure))
         advance("figures")
         write_front(out, data)
+    folder.end_run(out)
     return read_front(out)
 
 

@@ -27,6 +27,7 @@ from diffes.search.schedule import Plan, Schedule
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation
 from diffes.study import charts, folder, plots
+from diffes.study.calibration import Keep
 from diffes.study.config import ALONE, RunConfig, WorkerOptions
 from diffes.study.heldout import HELDOUT_SEED, HeldOut, finite, record_of
 from diffes.study.lock import held
@@ -90,32 +91,30 @@ def _run_in(
         check_settings(config)
         fresh = not resumes and not overwrite and config.study is None
         check_owner(config.storage, *_study_of(config, out), fresh=fresh)
+
+    @functools.cache
+    def begin() -> Path:
+        if config.storage is not None and overwrite and not resumes:
+            EvaluationStore.forget(config.storage, *_study_of(config, out))
+        return folder.begin_run(out, config, resumes=resumes)
+
     with pool_of(config, workers) as pool:
-        bench = prepare(config, progress, known, pool=pool)
-        result = _searched(out, bench, progress, overwrite=overwrite, resumes=resumes, on_evaluation=on_evaluation)
+        bench = prepare(config, progress, known, pool=pool, keep=Keep(begin, resumes))
+        begin()
+        result = _searched(out, bench, progress, on_evaluation)
     write_result(bench, result.best.schedule, out)
     with progress.task("held-out probes, speed, figures", 3) as advance:
         report = _reported(bench, result, bench.heldout(), out, advance)
         _draw(bench, result, report, out)
         advance("figures")
     files.write_json(out / folder.REPORT, report.to_json())
+    folder.end_run(out)
     return report
 
 
-def _searched(
-    out: Path,
-    bench: Workbench,
-    progress: Progress,
-    *,
-    overwrite: bool,
-    resumes: bool,
-    on_evaluation: OnEvaluation | None,
-) -> SearchResult:
+def _searched(out: Path, bench: Workbench, progress: Progress, on_evaluation: OnEvaluation | None) -> SearchResult:
     """What a search finds that goes on over what is in the folder, or in the database."""
     config = bench.config
-    if config.storage is not None and overwrite and not resumes:
-        EvaluationStore.forget(config.storage, *_study_of(config, out))
-    folder.begin_run(out, config, resumes=resumes)
     store = (
         EvaluationStore(out / folder.JOURNAL, bench.space)
         if config.storage is None

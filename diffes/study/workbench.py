@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +32,7 @@ from diffes.measure.profile import damage_table, stage_profile
 from diffes.progress import Progress, RichProgress
 from diffes.pruning import make_method
 from diffes.pruning.allocation import allocation_of
+from diffes.pruning.bank import WeightBank
 from diffes.pruning.build import gathered
 from diffes.runtime.apply import pick_device
 from diffes.runtime.router import Router
@@ -43,7 +44,7 @@ from diffes.search.schedule import Plan, Schedule, Stages
 from diffes.search.space import SearchSpace, first_computes
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation, Evaluator, StageProfile
-from diffes.study.calibration import bank_of, calibration_of, uses_data
+from diffes.study.calibration import Keep, bank_of, calibration_of, uses_data
 from diffes.study.config import RunConfig, WorkerOptions
 from diffes.study.heldout import HELDOUT_SEED, HeldOut
 from diffes.study.settings import EXAMPLE, check_settings, check_visited, operators_of, try_adapter, try_metric
@@ -272,6 +273,7 @@ def prepare(
     costs: Table | None = None,
     example: SearchSpace = EXAMPLE,
     pool: Pool | None = None,
+    keep: Keep | None = None,
 ) -> Workbench:
     """Loads, checks every setting, then calibrates and prunes: the long part comes last.
 
@@ -281,6 +283,7 @@ def prepare(
         costs: those of an earlier workbench of the same settings; measured anew when left out.
         example: a small space of the kind that will be searched, on which the strategy and its operators are tried.
         pool: workers that calibrate, and measure later.
+        keep: keeps every stage as soon as it is calibrated.
 
     Raises:
         DiffesError: a name is unknown, the budget infeasible, the model or its calibration data unusable.
@@ -312,9 +315,19 @@ def prepare(
     try_metric(metric, adapter)
     memory, looks = config.bank_bytes, uses_data(config)
     with progress.task(f"calibrating {config.method}", len(space.visited) * len(method.parts)) as advance:
-        if pool is not None and looks:
-            banks = (done for done in pool.banks(stages, space.visited) if advance("", len(method.parts)) is None)
-            bank = gathered(adapter, banks, memory, alike=not method.needs_data)
+        if looks and (pool is not None or keep is not None):
+
+            def made(only: Sequence[int]) -> Iterator[WeightBank]:
+                if pool is not None:
+                    yield from pool.banks(stages, only)
+                    return
+                data = calibration_of(config, adapter, keep)
+                for stage in only:
+                    yield bank_of(config, adapter, stages, [stage], data)
+
+            found = made(space.visited) if keep is None else keep.stages(adapter, space.visited, made)
+            banks = (bank for bank in found if advance(f"stage {min(bank)[0]}", len(method.parts)) is None)
+            bank = gathered(adapter, banks, memory, held=keep is None, alike=not method.needs_data)
         else:
             data = calibration_of(config, adapter) if looks else None
             bank = bank_of(config, adapter, stages, space.visited, data, lambda stage: advance(f"stage {stage}"))

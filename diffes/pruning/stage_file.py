@@ -1,0 +1,108 @@
+"""A calibrated stage as files of its own, from which a calibration that was killed goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffes.adapters import GroupSet, ModelAdapter
+from diffes.errors import DiffesError
+from diffes.files import check_seal, file_sha256, read_json, write_safely, write_sealed
+from diffes.forms import AGAIN, StageFile
+from diffes.pruning.bank import Key, StageWeights, WeightBank, fingerprint
+from diffes.pruning.base import GroupWeights, LayerWeights, check_weights
+from diffes.pruning.factors import Factor, FactoredWeights, Workshop, packed_size
+
+
+def write_stage(path: Path, bank: WeightBank, adapter: ModelAdapter) -> None:
+    """Writes the bank of one stage: triangles, not the levels made from them; the tensors first, then `path`.
+
+    Args:
+        path: of the JSON; the tensors go beside it, as safetensors.
+        bank: of one stage.
+        adapter: the model that it was made for.
+    """
+    tensors: dict[str, Tensor] = {}
+    factors: dict[int, str] = {}
+    places: dict[int, str] = {}
+    entries: list[dict[str, Any]] = []
+    for (stage, level), entry in bank.items():
+        found: dict[str, Any] = {}
+        for name, weights in entry.items():
+            if isinstance(weights, FactoredWeights):
+                factor = weights.factor
+                place = factors.setdefault(id(factor), f"factor{len(factors)}")
+                if f"{place}:order" not in tensors:
+                    triangle = factor.triangle
+                    whole = triangle if isinstance(triangle, Tensor) else triangle[: triangle.size]
+                    tensors |= {f"{place}:order": factor.order, f"{place}:triangle": whole}
+                found[name] = [place, len(weights.kept)]
+                continue
+            if id(weights) not in places:
+                places[id(weights)] = place = f"set{len(places)}"
+                tensors[f"{place}:kept"] = weights.kept.clone()
+                if weights.consumer is not None:
+                    tensors[f"{place}:consumer"] = weights.consumer.contiguous()
+            found[name] = [places[id(weights)], len(weights.kept)]
+        entries.append({"stage": stage, "level": level, "sets": found})
+    beside = path.with_suffix(".safetensors")
+    write_safely(beside, lambda partial: save_file(tensors, partial))
+    facts = {"kind": bank.kind, "max_level": bank.max_level, "calls": bank.calls, "entries": entries}
+    write_sealed(path, {**facts, "sha256": file_sha256(beside), "fingerprint": fingerprint(adapter.denoiser)})
+
+
+def read_stage(path: Path, adapter: ModelAdapter) -> WeightBank:
+    """The bank of one stage that `write_stage` wrote; its triangles stay in the file, mapped.
+
+    Raises:
+        DiffesError: it is missing, damaged, or of another model.
+    """
+    data, beside = read_json(path, StageFile), path.with_suffix(".safetensors")
+    check_seal(path, data)
+    try:
+        if file_sha256(beside) != data["sha256"] or fingerprint(adapter.denoiser) != data["fingerprint"]:
+            raise ValueError("its tensors are not those that were written, or of another model")
+        with safe_open(beside, framework="pt") as file:
+            return _bank(data, file, adapter)
+    except Exception as error:  # safetensors' own error class, and whatever is not of the model leads to
+        raise DiffesError(f"{beside} is damaged ({error}): {AGAIN}") from error
+
+
+def _bank(data: dict[str, Any], file: Any, adapter: ModelAdapter) -> WeightBank:
+    sets = {prunable.name: prunable for prunable in adapter.prunable(data["kind"])}
+    names, workshop = set(file.keys()), Workshop()
+    factors: dict[str, Factor] = {}
+    known: dict[tuple[str, int], GroupWeights] = {}  # what was one object is one again
+    entries: dict[Key, StageWeights] = {}
+    for each in data["entries"]:
+        entry: dict[str, GroupWeights] = {}
+        for name, (place, n_kept) in each["sets"].items():
+            groups = sets[name]
+            if (place, n_kept) not in known:
+                if f"{place}:order" in names:
+                    assert isinstance(groups, GroupSet)
+                    if place not in factors:
+                        factors[place] = _factor(
+                            groups, *(file.get_tensor(f"{place}:{x}") for x in ("order", "triangle"))
+                        )
+                    dense = LayerWeights.of(adapter.denoiser, groups).consumer
+                    known[place, n_kept] = FactoredWeights(factors[place], dense, n_kept, workshop)
+                else:
+                    consumer = file.get_tensor(f"{place}:consumer") if f"{place}:consumer" in names else None
+                    known[place, n_kept] = GroupWeights(file.get_tensor(f"{place}:kept"), consumer)
+                    check_weights(groups, known[place, n_kept], n_kept)
+            entry[name] = known[place, n_kept]
+        entries[each["stage"], each["level"]] = entry
+    return WeightBank(entries, data["kind"], calls=data["calls"], max_level=data["max_level"])
+
+
+def _factor(groups: GroupSet, order: Tensor, triangle: Tensor) -> Factor:
+    if order.sort().values.tolist() != list(range(groups.n_groups)):
+        raise ValueError(f"the order of {groups.name} does not name each of its groups once")
+    if triangle.shape != (packed_size(groups.n_groups * groups.size),):
+        raise ValueError(f"the triangle of {groups.name} has {triangle.numel()} elements")
+    return Factor(groups, order, triangle)
