@@ -44,6 +44,7 @@ SPEEDS = 2  # seeds of one landscape on which speed is measured
 COMPARED = (8, 64)  # devices at which what is found is compared
 LAMBDAS = (16, 64, 256)  # schedules of a generation
 STRAGGLERS, SLOWER = 0.02, 5.0
+MOST = 10**6  # evaluations of the asynchronous mode, which ends when the generations do
 SETTINGS: dict[str, Any] = {
     "model": "fashion-dit", "method": "magnitude", "stages": 10, "steps": 10, "probes": 8, "metric": "latent_mse",
     "heldout": 8, "calibration_samples": 64, "threads": 1,
@@ -61,6 +62,7 @@ class Devices:
         ratios: measured times over what the calls of an evaluation take on average; drawn again for each.
         seed: of what is drawn.
         straggling: whether some evaluations take much longer.
+        until: on the clock, when `steady` ends.
 
     Attributes:
         clock: simulated seconds; one call of one row takes 1.
@@ -78,9 +80,10 @@ class Devices:
         ratios: Sequence[float],
         seed: int,
         straggling: bool,
+        until: float = math.inf,
     ) -> None:
         self.n, self.space, self.score, self.rows, self.ratios = n, space, score, rows, ratios
-        self.straggling = straggling
+        self.straggling, self.until = straggling, until
         self.rng = np.random.default_rng(seed)
         self.clock, self.busy, self.paid = 0.0, 0.0, 0
         self._alone: set[tuple[int, ...]] = set()
@@ -118,7 +121,7 @@ class Devices:
                     seconds = self._seconds(i, schedule)
                     heapq.heappush(running, (self.clock + seconds, i, schedule, seconds))
                     free.remove(i)
-            if not running:
+            if not running or running[0][0] > self.until:
                 return
             self.clock, i, schedule, seconds = heapq.heappop(running)
             free.add(i)
@@ -198,10 +201,9 @@ def simulated(
                 "paid over counted": devices.paid / one.paid,
             }  # fmt: skip
         if quality:
-            if asynchronous:  # it goes on until the generations end
-                found = curve(strategy, Devices(n, space, score, **options), seed, 4 * evaluations, True)
-            within = [best for clock, best in found if clock <= end or not asynchronous]
-            row[mode] |= {"best": worth(within[-1].schedule), "evaluations": len(within)}
+            if asynchronous:
+                found = curve(strategy, Devices(n, space, score, **options, until=end), seed, MOST, True)
+            row[mode] |= {"best": worth(found[-1][1].schedule), "evaluations": len(found)}
     return row
 
 

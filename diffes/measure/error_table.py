@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,9 +41,15 @@ class MeasuredTable:
     calls: int
 
 
+Runs = Callable[[slice], Iterable[tuple[Sequence[int], "DenseRun"]]]
+
+
 @torch.no_grad()
 def measure_table(
-    evaluator: PlanEvaluator, space: PlanSpace, advance: Callable[[str], object] | None = None
+    evaluator: PlanEvaluator,
+    space: PlanSpace,
+    advance: Callable[..., object] | None = None,
+    runs: Runs | None = None,
 ) -> MeasuredTable:
     """Samples the dense model on all nodes and calls it there at every allowed level; jumps cost no call.
 
@@ -57,20 +63,22 @@ def measure_table(
     Args:
         evaluator: the model, solver, guidance and probes.
         space: nodes and levels; its costs become the table's, in dense calls.
-        advance: told after each node.
+        advance: told after each node, or how many are done.
+        runs: makes `DenseRun.on` elsewhere, for some probes and all nodes, a part of the nodes at a time; what comes
+            out is the same.
 
     Source: the table of GITS, with a level for each jump, weights, and the solver's second order.
     """
     n, levels = space.n_stages, range(space.thinnest + 1)
-    parts = [evaluator.probes[rows] for rows in evaluator.parts()]
     errors = np.full((n, n + 1, len(levels)), np.nan)
     sums, starts, ratios, reaction, calls = np.zeros_like(errors), np.zeros(n), np.zeros(n + 1), np.zeros(n), 0
     reusing = [level for level in levels if level in space.reusing]
-    gaps = sorted({max(1, round(n / share)) for share in GAPS}) if reusing else []
+    gaps = gaps_of(space)
     again = n * len(reusing) * len(gaps)
     products = np.zeros(2 * [n + 1 + n * len(levels) + again])
-    for part in parts:
-        run = _DenseRun.on(evaluator, space, part, levels, gaps, advance)
+    for rows in evaluator.parts():
+        part = evaluator.probes[rows]
+        run = DenseRun.on(evaluator, space, rows, range(n), advance) if runs is None else _joined(runs(rows), advance)
         grown, reacts, paid = run.growth(evaluator, part)
         for i in range(n):
             sums[i, i + 1 :] += len(part) * run.errors_from(i)
@@ -79,7 +87,7 @@ def measure_table(
         reaction += len(part) * reacts
         products += len(part) * run.products()
         calls += paid + run.calls
-    total = sum(len(part) for part in parts)
+    total = len(evaluator.probes)
     growth = ratios / total
     for i in range(n):
         errors[i, i + 1 :] = sums[i, i + 1 :] / total * growth[i + 1 :, None]
@@ -97,6 +105,25 @@ def measure_table(
     )  # fmt: skip
     kept = replace(kept, reaction=_matched(kept, growth))
     return MeasuredTable(ErrorTable(errors, starts / total * growth[:-1], costs), growth, kept, calls)
+
+
+def gaps_of(space: PlanSpace) -> list[int]:
+    """Distances to an earlier node at which levels that reuse are measured; none where no level does."""
+    n = space.n_stages
+    return sorted({max(1, round(n / share)) for share in GAPS}) if space.reusing else []
+
+
+def _joined(runs: Iterable[tuple[Sequence[int], DenseRun]], advance: Callable[..., object] | None) -> DenseRun:
+    """One run of those that each have a part of the nodes."""
+    found: dict[int, DenseRun] = {}
+    for nodes, run in runs:
+        found |= dict.fromkeys(nodes, run)
+        if advance:
+            advance(f"{len(nodes)} timesteps", len(nodes))
+    whole = found[max(found)]  # it went on to the end
+    data, reused = (torch.stack([getattr(found[i], name)[i] for i in sorted(found)]) for name in ("data", "reused"))
+    calls = sum(run.calls for run in {id(run): run for run in found.values()}.values())
+    return replace(whole, data=data, reused=reused, calls=calls)
 
 
 def _matched(run: Trajectory, growth: Floats) -> Floats:
@@ -123,8 +150,9 @@ def _coordinates(products: Floats) -> Floats:
 
 
 @dataclass(frozen=True)
-class _DenseRun:
-    """States and predictions of a dense run over all nodes, in the order of sampling.
+class DenseRun:
+    """States and predictions of a dense run over all nodes, in the order of sampling; of one that has a part of the
+    nodes, those up to the last of them, and only what was predicted at these.
 
     Args:
         states: (N + 1, n, ...) latents at each node, and final ones.
@@ -151,35 +179,45 @@ class _DenseRun:
         cls,
         evaluator: PlanEvaluator,
         space: PlanSpace,
-        probes: Probes,
-        levels: Sequence[int],
-        gaps: Sequence[int],
-        advance: Callable[[str], object] | None,
-    ) -> _DenseRun:
+        rows: slice,
+        nodes: Sequence[int],
+        advance: Callable[[str], object] | None = None,
+    ) -> DenseRun:
+        """A dense run on some probes, with calls at every level at some nodes.
+
+        Args:
+            evaluator: the model, solver, guidance and probes.
+            space: nodes and levels.
+            rows: which of the probes.
+            nodes: at which of them levels are called, the noisiest first; it ends with the last.
+            advance: told after each node.
+        """
         adapter, guidance, router = evaluator.adapter, evaluator.guidance, evaluator.router
+        probes, levels, gaps = evaluator.probes[rows], range(space.thinnest + 1), gaps_of(space)
         plans = [evaluator.plan(space.any_schedule([level] * space.n_stages)) for level in levels]
         scheduler = evaluator.scheduler(plans[0].timesteps)
         state = adapter.start(probes, scheduler, guidance)
         states, data, reused, calls = [], [], [], 0
         memories: list[Memory | None] = []
-        for i, timestep in enumerate(plans[0].timesteps):
+        for i, timestep in enumerate(plans[0].timesteps[: nodes[-1] + 1]):
             states.append(adapter.finish(state, guidance).float().cpu())
-            by_level: list[Tensor] = []
-            for level, plan in zip(levels, plans, strict=True):
-                if level not in space.first_levels and level:
+            with router.routed(plans[0], keep=True):
+                prediction, latents, clean = _predicted(evaluator, state, probes)
+                memories.append(router.memory)
+            dense = prediction, latents
+            by_level, found = [clean], list[Tensor]()
+            if i in nodes:
+                calls += evaluator.rows(probes)
+            for level, plan in zip(levels[1:], plans[1:], strict=True):
+                if level not in space.first_levels or i not in nodes:
                     by_level.append(by_level[0])
                     continue
                 with router.routed(plan, keep=True):
-                    prediction, latents, clean = _predicted(evaluator, state, probes)
-                    if level == 0:
-                        dense = prediction, latents
-                        memories.append(router.memory)
-                by_level.append(clean)
+                    by_level.append(_predicted(evaluator, state, probes)[2])
                 calls += evaluator.rows(probes)
-            found: list[Tensor] = []
             for level in (level for level in levels if level in space.reusing):
                 for node in (max(i - gap, 0) for gap in gaps):
-                    if not i:  # nothing before it
+                    if not i or i not in nodes:  # nothing before it
                         found.append(by_level[0])
                         continue
                     called = ((plans[0].timesteps[node], 0), (timestep, level))

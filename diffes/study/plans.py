@@ -124,8 +124,10 @@ class Plans:
 
     def table(self, progress: Progress | None = None) -> MeasuredTable:
         """What every jump at every level adds to the error, on the search's probes: one table for all budgets."""
+        space, pool = self.space(None), self.bench.pool
+        runs = None if pool is None else functools.partial(pool.evaluator(self.searched).runs, space)
         with (progress or RichProgress()).task("errors of jumps", self.nodes) as advance:
-            return measure_table(self.searched, self.space(None), advance)
+            return measure_table(self.searched, space, advance, runs)
 
     def starts(
         self, table: MeasuredTable, calls: float, genes: Genes = "joint", known: Sequence[Sequence[int]] = ()

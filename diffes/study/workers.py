@@ -25,13 +25,16 @@ from torch import Tensor
 
 from diffes.adapters import adapter_for, load_pipeline, shipped_models
 from diffes.errors import DiffesError
+from diffes.measure.error_table import DenseRun
 from diffes.measure.evaluator import RoutedEvaluator, in_trie_order
 from diffes.measure.metrics import METRICS, Metric, make_metric
+from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.pruning.bank import WeightBank
 from diffes.pruning.build import gathered
 from diffes.pruning.calibration import CalibrationSet
 from diffes.runtime.apply import pick_device
 from diffes.runtime.router import Router
+from diffes.search.plan import PlanSpace
 from diffes.search.schedule import Schedule, Stages
 from diffes.search.strategy import Evaluation, Measured
 from diffes.study.calibration import bank_of, calibration_of, uses_data
@@ -93,6 +96,12 @@ class Worker:
             self._bank, self._router = name, Router(self._adapter, found, resident=self._config.bank_bytes)
         detached, recipe = _ray().get(sent[0])
         self._evaluator = unpacked(detached).attached(self._router, recipe(self._adapter.device))
+
+    def run(self, space: PlanSpace, rows: slice, nodes: Sequence[int]) -> DenseRun:
+        """A dense run on some probes, with calls at every level at some nodes."""
+        assert isinstance(self._evaluator, PlanEvaluator)
+        with torch.no_grad():
+            return DenseRun.on(self._evaluator, space, rows, nodes)
 
     def measure(self, schedule: Schedule, fidelity: float) -> tuple[float, int, float]:
         """Fitness of a schedule on a fraction of the probes, denoiser calls that were run for it, and seconds.
@@ -217,6 +226,22 @@ class Pool:
             yield bank
         while self._busy:  # what is timed next would share the machine with them
             self._settle(self._ray.wait(list(self._busy), timeout=POLL_SECONDS)[0])
+
+    def runs(
+        self, attached: tuple[Any, Any], space: PlanSpace, rows: slice
+    ) -> Iterator[tuple[Sequence[int], DenseRun]]:
+        """Dense runs with calls at every level, each at a part of the nodes, as soon as each is done.
+
+        Args:
+            attached: references of bank and evaluator.
+            space: nodes and levels.
+            rows: which probes.
+        """
+        now = time.perf_counter()
+        parts = np.array_split(np.arange(space.n_stages), min(self.options.workers, space.n_stages))
+        tasks = [_Task(part.tolist(), f"the table at nodes {part[0]} to {part[-1]}", now) for part in parts]
+        for task, _, run in self._done(tasks, lambda worker, nodes: worker.run.remote(space, rows, nodes), attached):
+            yield task.what, run
 
     def measured(
         self,
@@ -473,6 +498,10 @@ class Spread:
 
         for schedule, fitness, seconds, measured in self._pool.measured(*self._ready(), [], more=counted):
             yield Evaluation(schedule, fitness, calls.pop(schedule), seconds, measured=measured)
+
+    def runs(self, space: PlanSpace, rows: slice) -> Iterator[tuple[Sequence[int], DenseRun]]:
+        """Dense runs for a table of errors, each with a part of the nodes; see `Pool.runs`."""
+        return self._pool.runs(self._ready(), space, rows)
 
     def _ready(self) -> tuple[Any, Any]:
         """References of the bank and of the evaluator."""

@@ -115,7 +115,7 @@ def test_processors_of_perturbed_attention_are_kept(router: Router, stages: Stag
 @feature("PAG's processors, set and taken away by its pipeline in every run", "equal")
 def test_a_pag_pipeline_around_a_routed_model_is_guided(tiny_sdxl: ModelAdapter, stages: Stages) -> None:
     router = Router(tiny_sdxl, small_bank(tiny_sdxl, "magnitude", stages))
-    pipe = StableDiffusionXLPAGPipeline.from_pipe(tiny_sdxl.pipe, pag_applied_layers=["mid"])
+    pipe = StableDiffusionXLPAGPipeline.from_pipe(tiny_sdxl.pipe, pag_applied_layers=["down", "mid", "up"])
     for level in (2, 4):
         with router.routed(Schedule(stages, (level,) * 4, 4)):
             call(tiny_sdxl)
@@ -127,8 +127,10 @@ def test_a_pag_pipeline_around_a_routed_model_is_guided(tiny_sdxl: ModelAdapter,
                 for scale in (0.0, 3.0)
             ]
             assert pipe.unet.attn_processors == processors
-        # without a head every layer gives its bias, perturbed or not, and there is nothing that could guide
-        assert np.array_equal(*made) == (level == 4)
+        # without a head every layer gives its bias, perturbed or not, and there is nothing that could guide; runs with
+        # and without guidance are in batches of different sizes, which round differently
+        change = float(np.abs(made[1] - made[0]).max())
+        assert change < 1e-5 if level == 4 else change > 0.01, change
 
 
 @feature("fused projections made after `apply`", "refused")

@@ -5,11 +5,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -107,14 +108,23 @@ def test_workers_calibrate_what_one_process_does(factored: Workbench, method: st
     )  # fmt: skip
 
 
-def test_plans_are_searched_by_workers(factored: Workbench, pool: Pool) -> None:
-    found = []
+@pytest.mark.parametrize("method", ["obs", "obs+block_reuse"])
+def test_plans_are_searched_by_workers(factored: Workbench, pool: Pool, method: str) -> None:
+    """From a table that they measured, each at some of the nodes: the same to the bit, and for as many calls."""
+    bench = factored if method == "obs" else prepare(replace(factored.config, method=method), Counting())
+    found, tables = [], []
     for where in (None, pool):
-        plans = Plans(replace(factored, pool=where), nodes=8, reference_steps=10)
-        table = plans.table(Counting())
-        options: dict[str, Any] = {"table": table, "progress": Counting()}
+        plans = Plans(replace(bench, pool=where), nodes=9, reference_steps=10)
+        tables.append(plans.table(Counting()))
+        options: dict[str, Any] = {"table": tables[-1], "progress": Counting()}
         found.append([facts(plans.search(3.5, genes, **options)) for genes in ("joint", "levels")])  # type: ignore[arg-type]
     assert found[0] == found[1]
+    one, other = tables
+    assert one.calls == other.calls
+    for part in ("table", "run"):
+        mine, theirs = asdict(getattr(one, part)), asdict(getattr(other, part))
+        assert all(np.array_equal(mine[name], theirs[name], equal_nan=True) for name in mine)
+    assert np.array_equal(one.growth, other.growth)
 
 
 def test_a_worker_that_dies_is_replaced_and_its_evaluation_repeated(factored: Workbench, pool: Pool) -> None:
