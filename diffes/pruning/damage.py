@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffes.adapters import GroupSet, ModelAdapter
 from diffes.errors import DiffesError
@@ -21,6 +24,7 @@ DIRECTIONS = 4  # random ones, of each prediction
 BACKWARD = 2  # calls that a backward pass counts as
 OWN_STREAM = 1 << 40  # added to the seed: other timesteps and noise than calibration draws
 ELEMENTS = 1 << 26  # of the gradients that are held at once
+_SPARING: WeakSet[nn.Module] = WeakSet()  # models whose activations a device had no room for
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,27 @@ class StageDamage:
         self, paths: Sequence[str], drawn: _Drawn, *, backward: bool = False
     ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[tuple[Tensor, ...]]]:
         """First input and output of modules in one guided prediction, and if asked for, for each direction v, the
-        gradients of `v^T f` by these outputs."""
+        gradients of `v^T f` by these outputs.
+
+        Where the device has no room for what backward passes need of a model, it is computed again in each of them,
+        from then on: the gradients are the same.
+        """
+        denoiser = self.adapter.denoiser
+        able = backward and getattr(denoiser, "_supports_gradient_checkpointing", False)
+        if not able or denoiser in _SPARING:
+            with _checkpointing(denoiser) if able else nullcontext():
+                return self._observe(paths, drawn, backward)
+        try:
+            return self._observe(paths, drawn, backward)
+        except torch.OutOfMemoryError:
+            _SPARING.add(denoiser)
+        if torch.cuda.is_available():  # out here, where the error holds no tensors any more
+            torch.cuda.empty_cache()
+        return self._observed(paths, drawn, backward=backward)
+
+    def _observe(
+        self, paths: Sequence[str], drawn: _Drawn, backward: bool
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[tuple[Tensor, ...]]]:
         adapter, denoiser, n = self.adapter, self.adapter.denoiser, len(drawn.chosen)
         clean = self.data.latents[drawn.chosen].to(adapter.device, adapter.dtype)
         noisy, timesteps = adapter.add_noise(clean, drawn.noise, drawn.timesteps), drawn.timesteps
@@ -159,25 +183,36 @@ class StageDamage:
                 predicted = predicted[:, : drawn.noise.shape[1]].float()  # a learned variance, if any, is below
                 if self._branches == 2:
                     predicted = self.guidance * predicted[:n] + (1 - self.guidance) * predicted[n:]
-                outputs = [seen[path][1] for path in paths]
+                found = dict(seen)  # the same modules may be called again by what computes them again
+                outputs = [found[path][1] for path in paths]
                 for v in drawn.signs if backward else ():
                     along = (predicted * v.to(predicted.device)).sum()
                     by_direction.append(torch.autograd.grad(along, outputs, retain_graph=True))
         finally:
             for handle in handles:
                 handle.remove()
-        return seen, by_direction
+        return found, by_direction
 
-    def _seen(self, groups_of: Sequence[GroupSet], drawn: _Drawn) -> list[tuple[Tensor, Tensor]]:
+    def _seen(self, groups_of: Sequence[GroupSet], drawn: _Drawn) -> Iterator[tuple[Tensor, Tensor]]:
         """For each set, inputs (n, tokens, d_in) of its consumer and the gradients (directions, n, tokens, d_out) of
         `v^T f` by its outputs; the tokens of both branches are those of one sample."""
         seen, by_direction = self._observed([groups.consumer for groups in groups_of], drawn, backward=True)
-        found = []
-        for i, groups in enumerate(groups_of):
+        for i, groups in enumerate(groups_of):  # one after another: in single precision all together are large
             inputs = _side_by_side(seen[groups.consumer][0].float(), self._branches)
             backward = [_side_by_side(gradients[i].float(), self._branches) for gradients in by_direction]
-            found.append((inputs, torch.stack(backward)))
-        return found
+            yield inputs, torch.stack(backward)
+
+
+@contextmanager
+def _checkpointing(denoiser: Any) -> Iterator[None]:
+    """diffusers' gradient checkpointing."""
+    before = denoiser.is_gradient_checkpointing
+    denoiser.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if not before:
+            denoiser.disable_gradient_checkpointing()
 
 
 @dataclass(frozen=True)

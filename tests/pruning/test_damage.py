@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+from weakref import WeakSet
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,3 +122,44 @@ def test_gradients_that_overflow_are_refused(tiny: ModelAdapter) -> None:
     thin = {r.groups.name: [GroupWeights(torch.arange(n, dtype=torch.int32)) for n in r.kept] for r in sets}
     with pytest.raises(DiffesError, match=r"timesteps \[0, 250\) is not finite.*--allocation equal"):
         StageDamage(tiny, (0, 250), data, 2.0, 0).measure(sets, thin)
+
+
+def test_a_device_without_room_computes_activations_again(
+    untrained: ModelAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same gradients, for layers and for whole attentions and FFNs, and no other model does."""
+    monkeypatch.setattr(damage, "_SPARING", WeakSet())
+    measuring = StageDamage(untrained, (250, 500), calibration(untrained, 4), 3.0, 3)
+    sets = [Rungs(groups, 1, (groups.n_groups, groups.n_groups), 1.0) for groups in untrained.group_sets()]
+    thin = {g.name: a_little_thinner(untrained, g, SMALL) for g in untrained.group_sets()}
+    paths = untrained.branches().sources
+    wanted, also = measuring.measure(sets, thin), measuring.of_earlier_outputs(paths)
+    observe, asked = StageDamage._observe, list[bool]()
+
+    def full(self: StageDamage, paths: Any, drawn: Any, backward: bool) -> Any:
+        if backward:
+            asked.append(untrained.denoiser.is_gradient_checkpointing)
+            if not asked[-1]:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return observe(self, paths, drawn, backward)
+
+    monkeypatch.setattr(StageDamage, "_observe", full)
+    found, reused = measuring.measure(sets, thin), measuring.of_earlier_outputs(paths)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+    torch.testing.assert_close(reused, also, rtol=1e-5, atol=0)
+    assert asked[:2] == [False, True] and all(asked[1:]) and len(asked) > 2  # once is enough
+    assert not untrained.denoiser.is_gradient_checkpointing
+    assert list(damage._SPARING) == [untrained.denoiser]
+
+
+def test_a_device_without_room_at_all_says_so(tiny: ModelAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(damage, "_SPARING", WeakSet())
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(StageDamage, "_observe", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        StageDamage(tiny, (250, 500), calibration(tiny, 4), 3.0, 3).of_earlier_outputs(tiny.branches().sources)
+    assert not tiny.denoiser.is_gradient_checkpointing
