@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
@@ -30,6 +30,8 @@ from diffes.adapters.groups import (
 from diffes.errors import DiffesError
 from diffes.plugins import guarded, unexpected
 
+T = TypeVar("T")
+ANY = 2**30  # images
 Split = Literal["search", "heldout", "calibration"]  # of prompts: what one draws from, the others do not
 Condition = int | str | None  # a class id, a prompt, or the null condition of classifier-free guidance
 
@@ -80,10 +82,12 @@ class ModelAdapter(abc.ABC):
 
     Attributes:
         denoiser: the network that is called once per step.
+        room: how many images at a time its device was found to have room for.
     """
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.pipe = pipe
+        self.room = ANY
         self._checked_sampler: Any = None
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
@@ -355,10 +359,51 @@ class ModelAdapter(abc.ABC):
             steps: how many, by the pipeline's scheduler, or a scheduler that has its timesteps set.
             guidance: classifier-free guidance scale.
         """
-        state = self.start(probes, steps, guidance)
-        for _ in range(len(state.scheduler.timesteps)):
-            state = self.step(state, probes, guidance)
-        return self.finish(state, guidance)
+
+        def sampled(part: Probes) -> Tensor:
+            state = self.start(part, steps, guidance)
+            for _ in range(len(state.scheduler.timesteps)):
+                state = self.step(state, part, guidance)
+            return self.finish(state, guidance)
+
+        def run(n: int) -> Tensor:
+            return torch.cat([sampled(probes[i : i + n]) for i in range(0, len(probes), n)])
+
+        return self.within_room(run, len(probes))
+
+    def within_room(self, run: Callable[[int], T], batch: int, free: Callable[[], object] | None = None) -> T:
+        """What `run` gives, which is told how many images may go together: `batch`, or as many as the device has room
+        for.
+
+        Where it runs out of memory, it is run again with half of the images, and so on; what fits is known from then
+        on.
+
+        Args:
+            run: begins anew whenever it is called.
+            batch: images at a time where there is room for them.
+            free: gives memory back; called first, and then `run` with as many images as before.
+
+        Raises:
+            DiffesError: there is no room for a single one.
+        """
+        halves = free is None
+        while True:
+            n = max(1, min(batch, self.room))
+            try:
+                return run(n)
+            except torch.OutOfMemoryError as error:
+                said = " ".join(str(error).split())[:200]
+            if free is not None:  # out here, where the error holds no tensors any more
+                free()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if halves and n == 1:
+                raise DiffesError(
+                    f"the device has no room for a single image at a time ({said}): choose --dtype float16 or "
+                    "bfloat16, fewer workers on it, or another device"
+                )
+            self.room = n // 2 if halves else self.room
+            halves = True
 
     def unscale(self, latents: Tensor) -> Tensor:
         """Latents as the autoencoder reads them, by the family's own arithmetic, to the bit."""

@@ -200,6 +200,19 @@ def ms_by_level(
     a dense call, whose outputs a level may reuse. With `changing`, putting the level's weights in place of the dense
     ones is part of a call.
     """
+    every = (stages, visited, max_level)
+    return router.adapter.within_room(lambda n: _ms(router, *every, probes[:n], repeats, changing), len(probes))
+
+
+def _ms(
+    router: Router,
+    stages: Stages,
+    visited: Sequence[int],
+    max_level: int,
+    probes: Probes,
+    repeats: int,
+    changing: bool,
+) -> Table:
     adapter, bank = router.adapter, router.bank
     latents = probes.noise.to(adapter.device, adapter.dtype)
     sets, levels = adapter.prunable(bank.kind), range(1, max_level + 1)

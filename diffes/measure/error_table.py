@@ -69,6 +69,19 @@ def measure_table(
 
     Source: the table of GITS, with a level for each jump, weights, and the solver's second order.
     """
+    return evaluator.adapter.within_room(
+        lambda n: _measured(evaluator, space, evaluator.parts(n=n), advance, runs),
+        min(evaluator.batch, len(evaluator.probes)),
+    )
+
+
+def _measured(
+    evaluator: PlanEvaluator,
+    space: PlanSpace,
+    parts: Sequence[slice],
+    advance: Callable[..., object] | None,
+    runs: Runs | None,
+) -> MeasuredTable:
     n, levels = space.n_stages, range(space.thinnest + 1)
     errors = np.full((n, n + 1, len(levels)), np.nan)
     sums, starts, ratios, reaction, calls = np.zeros_like(errors), np.zeros(n), np.zeros(n + 1), np.zeros(n), 0
@@ -76,7 +89,7 @@ def measure_table(
     gaps = gaps_of(space)
     again = n * len(reusing) * len(gaps)
     products = np.zeros(2 * [n + 1 + n * len(levels) + again])
-    for rows in evaluator.parts():
+    for rows in parts:
         part = evaluator.probes[rows]
         run = DenseRun.on(evaluator, space, rows, range(n), advance) if runs is None else _joined(runs(rows), advance)
         grown, reacts, paid = run.growth(evaluator, part)

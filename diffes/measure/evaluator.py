@@ -92,15 +92,6 @@ class RoutedEvaluator(abc.ABC):
         made.final_reference, made.reference = self.final_reference.to(device), self.reference.to(device)
         return made
 
-    def take_less(self, halves: bool) -> bool:
-        """Drops cached states, and halves the probes of a denoiser call; False where there is but one. Scores stay what
-        they are, up to the rounding of another batch."""
-        self._cache = _StateCache(self._cache_bytes)
-        if halves and self.batch == 1:
-            return False
-        self.batch = min(self.batch, len(self.probes)) // 2 if halves else self.batch
-        return True
-
     @abc.abstractmethod
     def _reference_steps(self) -> int | Any:
         """Steps of the dense model that makes the reference, or its scheduler, ready."""
@@ -184,8 +175,22 @@ class RoutedEvaluator(abc.ABC):
     def latents(self, schedule: Schedule, fidelity: float = 1.0) -> Tensor:
         """Final latents (n, C, h, w) of the routed model."""
         self.denoiser_calls += self.count(schedule, fidelity)
-        with self.router.routed(self._routed(schedule), keep=True):
-            return torch.cat([self._run(part, schedule) for part in self.parts(fidelity)])
+
+        def run(n: int) -> Tensor:
+            with self.router.routed(self._routed(schedule), keep=True):
+                return torch.cat([self._run(part, schedule) for part in self.parts(fidelity, n)])
+
+        return self._within_room(run)
+
+    def _within_room(self, run: Callable[[int], Tensor]) -> Tensor:
+        """What `run` gives, told how many probes may share a denoiser call. Where the device has no room, cached states
+        and layers that stay ready go first. Scores stay what they are, up to the rounding of another batch."""
+
+        def free() -> None:
+            self._cache = _StateCache(self._cache_bytes)
+            self.router.resident.clear()
+
+        return self.adapter.within_room(run, min(self.batch, len(self.probes)), free)
 
     @torch.no_grad()
     def dense_latents(self, steps: int | Any) -> Tensor:
@@ -200,8 +205,11 @@ class RoutedEvaluator(abc.ABC):
     @torch.no_grad()
     def _measured_reference(self) -> Tensor:
         """Reference latents (n, C, h, w); on the way it is noted how large a state is, whatever the sampler keeps."""
+        return self._within_room(self._reference_in_parts)
+
+    def _reference_in_parts(self, n: int) -> Tensor:
         finals, dense = [], Schedule(self.stages, (0,) * len(self.stages), self.router.max_level)
-        for rows in self.parts():
+        for rows in self.parts(n=n):
             part = self.probes[rows]
             state = self.adapter.start(part, self._reference_steps(), self.guidance)
             self._fixed_bytes = max(self._fixed_bytes, size_of(state.scheduler))
@@ -224,10 +232,10 @@ class RoutedEvaluator(abc.ABC):
                 f"{timestep:g}: it has to give training timesteps, whatever its denoiser takes"
             )
 
-    def parts(self, fidelity: float = 1.0) -> list[slice]:
-        """Which probes share a denoiser call."""
-        n = math.ceil(fidelity * len(self.probes))
-        return [slice(i, min(i + self.batch, n)) for i in range(0, n, self.batch)]
+    def parts(self, fidelity: float = 1.0, n: int | None = None) -> list[slice]:
+        """Which probes share a denoiser call: `n` at a time, or a batch where there is room for it."""
+        last, n = math.ceil(fidelity * len(self.probes)), n or self.batch
+        return [slice(i, min(i + n, last)) for i in range(0, last, n)]
 
     def rows(self, probes: Probes) -> int:
         """What one denoiser call on these probes counts."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from diffes.adapters import ModelAdapter
 from diffes.measure.evaluator import ScheduleEvaluator
@@ -31,15 +32,19 @@ def stage_profile(adapter: ModelAdapter, data: CalibrationSet, stages: Stages, s
         generator = torch.Generator().manual_seed(seed * 100_003 + stage)
         timesteps = torch.linspace(lo, hi - 1, len(data)).round().long()
         noise = torch.randn(data.latents.shape, generator=generator)
-        errors = []
-        for rows in torch.arange(len(data)).split(BATCH):
-            clean, drawn, t = data.latents[rows], noise[rows], timesteps[rows]
-            noisy = adapter.add_noise(clean.to(adapter.device, adapter.dtype), drawn, t)
-            predicted = adapter.denoise_once(noisy, t, [data.conditions[i] for i in rows.tolist()]).float().cpu()
-            wanted = adapter.target(clean.float().cpu(), drawn, t)
-            predicted = predicted[:, : wanted.shape[1]]  # models that learn the variance as well have it below
-            errors.append((predicted - wanted).square().flatten(1).mean(1))
-        losses.append(float(torch.cat(errors).mean()))
+
+        def errors(n: int, timesteps: Tensor = timesteps, noise: Tensor = noise) -> Tensor:
+            found = []
+            for rows in torch.arange(len(data)).split(n):
+                clean, drawn, t = data.latents[rows], noise[rows], timesteps[rows]
+                noisy = adapter.add_noise(clean.to(adapter.device, adapter.dtype), drawn, t)
+                predicted = adapter.denoise_once(noisy, t, [data.conditions[i] for i in rows.tolist()]).float().cpu()
+                wanted = adapter.target(clean.float().cpu(), drawn, t)
+                predicted = predicted[:, : wanted.shape[1]]  # models that learn the variance as well have it below
+                found.append((predicted - wanted).square().flatten(1).mean(1))
+            return torch.cat(found)
+
+        losses.append(float(adapter.within_room(errors, BATCH).mean()))
         ratios.append(adapter.log_snr((lo + hi) // 2))
     return StageProfile(tuple(losses), tuple(ratios), len(data) * len(stages))
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from diffes.errors import DiffesError
 from diffes.plugins import guarded, unexpected
 from diffes.pruning.base import BlockChanges
 
+T = TypeVar("T")
 FORM = "expected an .npz with `images` (n, channels, h, w) uint8 and `labels` (n,) or `prompts` (n,)"
 
 
@@ -60,7 +61,8 @@ class StagePass:
         guided: whether sampling will use classifier-free guidance.
         seed: of timesteps, noise and the rows without condition.
         weigh: weights (n,) of samples at progress (n,) through the stage, from 0 where sampling enters it to 1.
-        batch: latents per denoiser call.
+        batch: latents whose timesteps, noise and conditions are drawn together.
+        at_once: of these, how many share a denoiser call.
     """
 
     adapter: ModelAdapter
@@ -70,10 +72,15 @@ class StagePass:
     seed: int
     weigh: Callable[[Tensor], Tensor] = torch.ones_like
     batch: int = 64
+    at_once: int = 64
+
+    def within_room(self, measure: Callable[[StagePass], T]) -> T:
+        """What is measured with this pass, or with one that makes smaller calls where the device has no room."""
+        return self.adapter.within_room(lambda n: measure(replace(self, at_once=n)), self.at_once)
 
     @torch.no_grad()
     def run(self) -> Iterator[Tensor]:
-        """Yields the weights (n,) of each batch before the denoiser is called on it."""
+        """Yields the weights (n,) of the latents of each denoiser call before it is made."""
         adapter, (lo, hi) = self.adapter, self.stage
         generator = torch.Generator().manual_seed(self.seed)
         for start in range(0, len(self.data), self.batch):
@@ -84,8 +91,12 @@ class StagePass:
             if self.guided:
                 dropped = (torch.rand(len(latents), generator=generator) < 0.5).tolist()
                 conditions = tuple(None if drop else c for c, drop in zip(conditions, dropped, strict=True))
-            yield self._weights((hi - timesteps) / (hi - lo)).to(adapter.device)
-            adapter.denoise_once(adapter.add_noise(latents, noise, timesteps), timesteps, conditions)
+            weights = self._weights((hi - timesteps) / (hi - lo)).to(adapter.device)
+            noisy = adapter.add_noise(latents, noise, timesteps)
+            for i in range(0, len(latents), self.at_once):
+                rows = slice(i, i + self.at_once)
+                yield weights[rows]
+                adapter.denoise_once(noisy[rows], timesteps[rows], conditions[rows])
 
     def _weights(self, progress: Tensor) -> Tensor:
         what, wanted = "timestep_weights of the pruning method", f"return {len(progress)} positive numbers in a tensor"
@@ -170,6 +181,10 @@ def input_moments(run: StagePass, sets: Sequence[GroupSet], *, full: bool) -> di
         sets: whose consumers.
         full: `E[x x^T]` (d, d), else its diagonal `E[x^2]` (d,).
     """
+    return run.within_room(lambda fitting: _input_moments(fitting, sets, full))
+
+
+def _input_moments(run: StagePass, sets: Sequence[GroupSet], full: bool) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     total: dict[str, float] = {}
     weights = torch.empty(0)
@@ -195,6 +210,10 @@ def input_moments(run: StagePass, sets: Sequence[GroupSet], *, full: bool) -> di
 
 def block_changes(run: StagePass, blocks: BlockSet) -> BlockChanges:
     """Weighted means over the tokens of a stage of what each block does to them."""
+    return run.within_room(lambda fitting: _block_changes(fitting, blocks))
+
+
+def _block_changes(run: StagePass, blocks: BlockSet) -> BlockChanges:
     cosine, squared = (torch.zeros(blocks.n_groups, dtype=torch.float64) for _ in range(2))
     total = torch.zeros(blocks.n_groups, dtype=torch.float64)
     weights = torch.empty(0)

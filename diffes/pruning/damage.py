@@ -75,11 +75,17 @@ class StageDamage:
         """
         groups_of = [rungs.groups for rungs in sets if isinstance(rungs.groups, GroupSet)]
         weights = [self.adapter.denoiser.get_submodule(groups.consumer).weight.detach() for groups in groups_of]
-        damage = [torch.zeros(len(rungs.kept), dtype=torch.float64) for rungs in sets]
-        for drawn in self._drawn(max(w.numel() for w in weights)):
-            found = self._seen(groups_of, drawn)
-            for i, (groups, weight, (inputs, backward)) in enumerate(zip(groups_of, weights, found, strict=True)):
-                damage[i] += _squares(groups, weight, thin[groups.name], inputs, backward).cpu()
+
+        def measured(n: int) -> list[Tensor]:
+            damage = [torch.zeros(len(rungs.kept), dtype=torch.float64) for rungs in sets]
+            for drawn in self._drawn(n):
+                found = self._seen(groups_of, drawn)
+                for i, (groups, weight, (inputs, backward)) in enumerate(zip(groups_of, weights, found, strict=True)):
+                    damage[i] += _squares(groups, weight, thin[groups.name], inputs, backward).cpu()
+            return damage
+
+        most = max(1, ELEMENTS // (DIRECTIONS * max(w.numel() for w in weights)))  # gradients that are held at once
+        damage = self.adapter.within_room(measured, min(most, SAMPLES))
         if not all(bool(torch.isfinite(each).all()) for each in damage):
             raise DiffesError(
                 f"the damage of thin layers at timesteps [{self.stage[0]}, {self.stage[1]}) is not finite: the "
@@ -98,17 +104,22 @@ class StageDamage:
             DiffesError: the gradients overflowed.
         """
         lo, hi = self.stage
-        damage = torch.zeros(len(paths), dtype=torch.float64)
-        for drawn in self._drawn(1):
-            noisier = (drawn.timesteps + (hi - lo)).clamp_max(self.adapter.n_timesteps - 1)
-            with torch.no_grad():
-                earlier, _ = self._observed(paths, replace(drawn, timesteps=noisier))
-            seen, gradients = self._observed(paths, drawn, backward=True)
-            for i, path in enumerate(paths):
-                change = (earlier[path][1] - seen[path][1]).detach().float().flatten(1)
-                for direction in gradients:
-                    along = (direction[i].float().flatten(1) * change).sum(1).unflatten(0, (self._branches, -1)).sum(0)
-                    damage[i] += along.double().square().sum().cpu()
+
+        def measured(n: int) -> Tensor:
+            damage = torch.zeros(len(paths), dtype=torch.float64)
+            for drawn in self._drawn(n):
+                noisier = (drawn.timesteps + (hi - lo)).clamp_max(self.adapter.n_timesteps - 1)
+                with torch.no_grad():
+                    earlier, _ = self._observed(paths, replace(drawn, timesteps=noisier))
+                seen, gradients = self._observed(paths, drawn, backward=True)
+                for i, path in enumerate(paths):
+                    change = (earlier[path][1] - seen[path][1]).detach().float().flatten(1)
+                    for direction in gradients:
+                        along = (direction[i].float().flatten(1) * change).sum(1)
+                        damage[i] += along.unflatten(0, (self._branches, -1)).sum(0).double().square().sum().cpu()
+            return damage
+
+        damage = self.adapter.within_room(measured, SAMPLES)
         if not torch.isfinite(damage).all():
             raise DiffesError(
                 f"the damage of reused outputs at timesteps [{self.stage[0]}, {self.stage[1]}) is not finite: the "
@@ -125,17 +136,16 @@ class StageDamage:
         """Of all predictions that are looked at, in all directions."""
         return self.data.latents[0].numel() * min(SAMPLES, len(self.data)) * DIRECTIONS
 
-    def _drawn(self, largest: int) -> Iterator[_Drawn]:
-        """What is predicted, in parts: gradients of `largest` elements a sample and direction are held at once."""
+    def _drawn(self, at_once: int) -> Iterator[_Drawn]:
+        """What is predicted, so many latents at a time."""
         lo, hi = self.stage
         generator = torch.Generator().manual_seed(self.seed + OWN_STREAM)
         chosen = torch.randperm(len(self.data), generator=generator)[:SAMPLES]
         timesteps = torch.randint(lo, hi, (len(chosen),), generator=generator)
         noise = torch.randn((len(chosen), *self.data.latents.shape[1:]), generator=generator)
-        at_once = max(1, ELEMENTS // (DIRECTIONS * largest))
+        signs = torch.randint(0, 2, (DIRECTIONS, *noise.shape), generator=generator) * 2.0 - 1
         for rows in torch.arange(len(chosen)).split(at_once):
-            signs = torch.randint(0, 2, (DIRECTIONS, *noise[rows].shape), generator=generator) * 2.0 - 1
-            yield _Drawn(chosen[rows], timesteps[rows], noise[rows], signs)
+            yield _Drawn(chosen[rows], timesteps[rows], noise[rows], signs[:, rows])
 
     def _observed(
         self, paths: Sequence[str], drawn: _Drawn, *, backward: bool = False

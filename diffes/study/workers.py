@@ -106,27 +106,14 @@ class Worker:
     def measure(self, schedule: Schedule, fidelity: float) -> tuple[float, int, float]:
         """Fitness of a schedule on a fraction of the probes, denoiser calls that were run for it, and seconds.
 
-        Where the device has no room, what is kept there goes first, then half of the probes of a call, and so on.
-
         Raises:
-            DiffesError: there is none for a single probe.
+            DiffesError: the device has no room for a single probe.
         """
         evaluator = self._evaluator
         assert evaluator is not None
         start, before = time.perf_counter(), evaluator.paid_calls
-        halved = -1
-        while True:
-            try:
-                fitness = float(evaluator.scores(schedule, fidelity).mean())
-                return fitness, evaluator.paid_calls - before, time.perf_counter() - start
-            except torch.OutOfMemoryError as error:
-                said = str(error)
-            halved += 1  # out here, where the error holds no tensors any more
-            evaluator.router.resident.clear()
-            if not evaluator.take_less(halves=halved > 0):
-                raise DiffesError(f"a worker's device has no room for a single probe ({said}): take fewer workers")
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        fitness = float(evaluator.scores(schedule, fidelity).mean())
+        return fitness, evaluator.paid_calls - before, time.perf_counter() - start
 
 
 @dataclass

@@ -297,7 +297,7 @@ def test_plans_of_a_sum_are_found_applied_and_exported(
     """From a front to pipelines: the applied plan equals the library's loop, an exported one equals the applied."""
     model = request.getfixturevalue(folder)
     config = small_config(model, method="magnitude+block_reuse", cost="macs", probes=2, heldout=2, max_evals=8)
-    data = complete_front(config, [3.0], tmp_path / "front", Counting(), nodes=8)
+    data = complete_front(config, [3.0], tmp_path / "front", Counting(), nodes=6)
     assert data["kind"] == "width+reuse" and verdicts(data)
     assert [p["kind"] for p in data["points"]][-1] == "joint"
     assert all(point["cost"] <= 3 + 1e-6 for point in data["points"])

@@ -37,7 +37,7 @@ print(json.dumps([result.best.schedule.levels, result.best.fitness, len(result.e
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "kills"), [("evolution:mu=4,lam=16", 6), ("evopress", 3)])
+@pytest.mark.parametrize(("strategy", "kills"), [("evolution:mu=4,lam=16", 4), ("evopress", 2)])
 def test_kills_change_nothing(strategy: str, kills: int, tmp_path: Path) -> None:
     def start(name: str) -> subprocess.Popen[str]:
         arguments = [str(tmp_path / f"{name}.journal"), str(tmp_path / f"{name}.started"), strategy]
