@@ -31,7 +31,6 @@ from diffes.errors import DiffesError
 from diffes.plugins import guarded, unexpected
 
 T = TypeVar("T")
-ANY = 2**30  # images
 Split = Literal["search", "heldout", "calibration"]  # of prompts: what one draws from, the others do not
 Condition = int | str | None  # a class id, a prompt, or the null condition of classifier-free guidance
 
@@ -82,12 +81,12 @@ class ModelAdapter(abc.ABC):
 
     Attributes:
         denoiser: the network that is called once per step.
-        room: how many images at a time its device was found to have room for.
+        room: how many images at a time its device was found to have room for, by what is done with them.
     """
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.pipe = pipe
-        self.room = ANY
+        self.room: dict[str, int] = {}
         self._checked_sampler: Any = None
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
@@ -371,7 +370,13 @@ class ModelAdapter(abc.ABC):
 
         return self.within_room(run, len(probes))
 
-    def within_room(self, run: Callable[[int], T], batch: int, free: Callable[[], object] | None = None) -> T:
+    def within_room(
+        self,
+        run: Callable[[int], T],
+        batch: int,
+        free: Callable[[], object] | None = None,
+        what: Literal["calls", "gradients"] = "calls",
+    ) -> T:
         """What `run` gives, which is told how many images may go together: `batch`, or as many as the device has room
         for.
 
@@ -382,13 +387,14 @@ class ModelAdapter(abc.ABC):
             run: begins anew whenever it is called.
             batch: images at a time where there is room for them.
             free: gives memory back; called first, and then `run` with as many images as before.
+            what: is done with them; gradients want more room than calls.
 
         Raises:
             DiffesError: there is no room for a single one.
         """
         halves = free is None
         while True:
-            n = max(1, min(batch, self.room))
+            n = max(1, min(batch, self.room.get(what, batch)))
             try:
                 return run(n)
             except torch.OutOfMemoryError as error:
@@ -402,7 +408,8 @@ class ModelAdapter(abc.ABC):
                     f"the device has no room for a single image at a time ({said}): choose --dtype float16 or "
                     "bfloat16, fewer workers on it, or another device"
                 )
-            self.room = n // 2 if halves else self.room
+            if halves:
+                self.room[what] = n // 2
             halves = True
 
     def unscale(self, latents: Tensor) -> Tensor:

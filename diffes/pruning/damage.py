@@ -85,7 +85,7 @@ class StageDamage:
             return damage
 
         most = max(1, ELEMENTS // (DIRECTIONS * max(w.numel() for w in weights)))  # gradients that are held at once
-        damage = self.adapter.within_room(measured, min(most, SAMPLES))
+        damage = self.adapter.within_room(measured, min(most, SAMPLES), what="gradients")
         if not all(bool(torch.isfinite(each).all()) for each in damage):
             raise DiffesError(
                 f"the damage of thin layers at timesteps [{self.stage[0]}, {self.stage[1]}) is not finite: the "
@@ -119,7 +119,7 @@ class StageDamage:
                         damage[i] += along.unflatten(0, (self._branches, -1)).sum(0).double().square().sum().cpu()
             return damage
 
-        damage = self.adapter.within_room(measured, SAMPLES)
+        damage = self.adapter.within_room(measured, SAMPLES, what="gradients")
         if not torch.isfinite(damage).all():
             raise DiffesError(
                 f"the damage of reused outputs at timesteps [{self.stage[0]}, {self.stage[1]}) is not finite: the "

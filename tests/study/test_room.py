@@ -86,7 +86,8 @@ def test_what_was_found_to_fit_is_known_from_then_on(tiny: ModelAdapter) -> None
 
     assert tiny.within_room(run, 32, lambda: freed.append(len(asked))) == 4
     assert (asked, freed) == ([32, 32, 16, 8, 4], [1, 2, 3, 4])
-    assert tiny.within_room(run, 64) == 4 and tiny.within_room(run, 3) == 3 and tiny.room == 4
+    assert tiny.within_room(run, 64) == 4 and tiny.within_room(run, 3) == 3
+    assert tiny.room == {"calls": 4} and tiny.within_room(lambda n: n, 32, what="gradients") == 32
 
 
 def test_no_room_for_a_single_image_is_said(tiny: ModelAdapter) -> None:
