@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from published_models import MODELS, published
+from published_models import MODELS, device_name, published
 from torch import Tensor
 
 from diffes.adapters import ModelAdapter
@@ -194,7 +194,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "call_times.jsonl"
     rows = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
+    name = device_name(args.device)
     facts = {"device": name, "dtype": args.dtype, "threads": torch.get_num_threads(), "repeats": args.repeats}
     facts |= {"versions": config_record(RunConfig())["versions"]}
     torch._dynamo.config.recompile_limit = 64

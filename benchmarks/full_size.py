@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from obs_calibration import RESULTS, Shape, layer, shapes_of
-from published_models import MODELS, adapter_of, dit, published, unet
+from published_models import MODELS, adapter_of, device_name, dit, published, unet
 from torch import Tensor
 
 from diffes.adapters import ModelAdapter
@@ -227,7 +227,7 @@ def main() -> None:
         args.out = Path("runs/smoke") if args.out == RESULTS else args.out
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
+    name = device_name(args.device)
     about = {"threads": 1, "device": name, "dtype": args.dtype, "versions": config_record(RunConfig())["versions"]}
     if args.part != "search":
         data = layers(args.stages, args.smoke) | about

@@ -69,6 +69,11 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
+def device_name(device: str) -> str:
+    """How results call a device."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
 def published(model: str, device: str, dtype: str, small: bool = False) -> ModelAdapter:
     """One of `MODELS`, random weights, made where they stay; with two blocks a place where it is to be small."""
     before = torch.get_default_dtype()

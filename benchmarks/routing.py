@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from published_models import MODELS, published
+from published_models import MODELS, device_name, published
 
 from diffes.adapters import ModelAdapter, adapter_for, load_pipeline, shipped_models
 from diffes.measure.currencies import interleaved_ms
@@ -137,7 +137,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "routing.jsonl"
     rows = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
+    name = device_name(args.device)
     rows = [row for row in rows if (row["model"], row["device"]) not in {(model, name) for model in args.models}]
     facts = {
         "device": name,

@@ -200,21 +200,7 @@ def ms_by_level(
     a dense call, whose outputs a level may reuse. With `changing`, putting the level's weights in place of the dense
     ones is part of a call.
     """
-    every = (stages, visited, max_level)
-    return router.adapter.within_room(lambda n: _ms(router, *every, probes[:n], repeats, changing), len(probes))
-
-
-def _ms(
-    router: Router,
-    stages: Stages,
-    visited: Sequence[int],
-    max_level: int,
-    probes: Probes,
-    repeats: int,
-    changing: bool,
-) -> Table:
     adapter, bank = router.adapter, router.bank
-    latents = probes.noise.to(adapter.device, adapter.dtype)
     sets, levels = adapter.prunable(bank.kind), range(1, max_level + 1)
 
     def shape(stage: int, level: int) -> list[object]:
@@ -227,24 +213,32 @@ def _ms(
     shapes = {stage: [shape(stage, level) for level in levels] for stage in visited}
     alike = all(each == shapes[visited[0]] for each in shapes.values())
     counted = visited[:1] if alike else visited
-    table = [[0.0] * (max_level + 1) for _ in range(len(stages))]
 
-    def call(timestep: int) -> None:
-        adapter.denoise_once(latents, torch.full((len(probes),), timestep), probes.conditions)
+    def measured(n_probes: int) -> Table:
+        """Of the stages that are counted, on as many probes as there is room for."""
+        part = probes[:n_probes]
+        latents = part.noise.to(adapter.device, adapter.dtype)
 
-    def enter(plan: Plan, n: int) -> None:
-        router.install(plan, keep=True)
-        for timestep in plan.timesteps[:n]:
-            call(timestep)
+        def call(timestep: int) -> None:
+            adapter.denoise_once(latents, torch.full((len(part),), timestep), part.conditions)
 
-    for stage in counted:
-        plans = [_after_dense(router, stages, stage, level) for level in range(max_level + 1)]
-        timed = [functools.partial(call, plan.timesteps[-1]) for plan in plans]
-        before = [functools.partial(enter, plan, len(plan.calls) - changing) for plan in plans]
-        try:
-            table[stage] = interleaved_ms(timed, repeats, adapter.device, before)
-        finally:
-            router.remove()
+        def enter(plan: Plan, n: int) -> None:
+            router.install(plan, keep=True)
+            for timestep in plan.timesteps[:n]:
+                call(timestep)
+
+        table = [[0.0] * (max_level + 1) for _ in range(len(stages))]
+        for stage in counted:
+            plans = [_after_dense(router, stages, stage, level) for level in range(max_level + 1)]
+            timed = [functools.partial(call, plan.timesteps[-1]) for plan in plans]
+            before = [functools.partial(enter, plan, len(plan.calls) - changing) for plan in plans]
+            try:
+                table[stage] = interleaved_ms(timed, repeats, adapter.device, before)
+            finally:
+                router.remove()
+        return table
+
+    table = adapter.within_room(measured, len(probes))
     for stage in range(len(stages)):
         if stage not in counted:
             table[stage] = list(table[counted[0]])

@@ -27,32 +27,30 @@ def write_stage(path: Path, bank: WeightBank, adapter: ModelAdapter) -> None:
         adapter: the model that it was made for.
     """
     tensors: dict[str, Tensor] = {}
-    factors: dict[int, str] = {}
-    places: dict[int, str] = {}
+    places: dict[int, str] = {}  # of triangles, and of weights without one, by their id
     entries: list[dict[str, Any]] = []
     for (stage, level), entry in bank.items():
         found: dict[str, Any] = {}
         for name, weights in entry.items():
-            if isinstance(weights, FactoredWeights):
-                factor = weights.factor
-                place = factors.setdefault(id(factor), f"factor{len(factors)}")
-                if f"{place}:order" not in tensors:
-                    triangle = factor.triangle
-                    whole = triangle if isinstance(triangle, Tensor) else triangle[: triangle.size]
-                    tensors |= {f"{place}:order": factor.order, f"{place}:triangle": whole}
-                found[name] = [place, len(weights.kept)]
-                continue
-            if id(weights) not in places:
-                places[id(weights)] = place = f"set{len(places)}"
-                tensors[f"{place}:kept"] = weights.kept.clone()
-                if weights.consumer is not None:
-                    tensors[f"{place}:consumer"] = weights.consumer.contiguous()
-            found[name] = [places[id(weights)], len(weights.kept)]
+            source = weights.factor if isinstance(weights, FactoredWeights) else weights
+            if id(source) not in places:
+                places[id(source)] = place = f"set{len(places)}"
+                tensors |= {f"{place}:{part}": tensor for part, tensor in _tensors(source).items()}
+            found[name] = [places[id(source)], len(weights.kept)]
         entries.append({"stage": stage, "level": level, "sets": found})
     beside = path.with_suffix(".safetensors")
     write_safely(beside, lambda partial: save_file(tensors, partial))
     facts = {"kind": bank.kind, "max_level": bank.max_level, "calls": bank.calls, "entries": entries}
     write_sealed(path, {**facts, "sha256": file_sha256(beside), "fingerprint": fingerprint(adapter.denoiser)})
+
+
+def _tensors(source: Factor | GroupWeights) -> dict[str, Tensor]:
+    if isinstance(source, Factor):
+        triangle = source.triangle
+        whole = triangle if isinstance(triangle, Tensor) else triangle[: triangle.size]
+        return {"order": source.order, "triangle": whole}
+    consumer = {} if source.consumer is None else {"consumer": source.consumer.contiguous()}
+    return {"kept": source.kept.clone(), **consumer}
 
 
 def read_stage(path: Path, adapter: ModelAdapter) -> WeightBank:

@@ -79,9 +79,12 @@ class Keep:
         """
         missing = list(only)
         for stage in only if self.resumes else ():
-            with suppress(DiffesError):
-                yield read_stage(self._file(stage), adapter)
-                missing.remove(stage)
+            try:
+                bank = read_stage(self._file(stage), adapter)
+            except DiffesError:
+                continue
+            missing.remove(stage)
+            yield bank
         for bank in make(missing) if missing else ():
             path = self._file(min(bank)[0])
             write_stage(path, bank, adapter)
