@@ -69,10 +69,7 @@ def measure_table(
 
     Source: the table of GITS, with a level for each jump, weights, and the solver's second order.
     """
-    return evaluator.adapter.within_room(
-        lambda n: _measured(evaluator, space, evaluator.parts(n=n), advance, runs),
-        min(evaluator.batch, len(evaluator.probes)),
-    )
+    return evaluator.within_room(lambda n: _measured(evaluator, space, evaluator.parts(n=n), advance, runs))
 
 
 def _measured(

@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from diffes.runtime.router import Router
 from diffes.search.schedule import Plan, Schedule, Stages
 from diffes.search.strategy import Evaluation
 
+T = TypeVar("T")
 BATCH = 32
 CACHE_BYTES = 1 << 28
 REUSE_CACHE_BYTES = 1 << 30  # states are larger where they hold what later calls reuse
@@ -180,9 +181,9 @@ class RoutedEvaluator(abc.ABC):
             with self.router.routed(self._routed(schedule), keep=True):
                 return torch.cat([self._run(part, schedule) for part in self.parts(fidelity, n)])
 
-        return self._within_room(run)
+        return self.within_room(run)
 
-    def _within_room(self, run: Callable[[int], Tensor]) -> Tensor:
+    def within_room(self, run: Callable[[int], T]) -> T:
         """What `run` gives, told how many probes may share a denoiser call. Where the device has no room, cached states
         and layers that stay ready go first. Scores stay what they are, up to the rounding of another batch."""
 
@@ -205,7 +206,7 @@ class RoutedEvaluator(abc.ABC):
     @torch.no_grad()
     def _measured_reference(self) -> Tensor:
         """Reference latents (n, C, h, w); on the way it is noted how large a state is, whatever the sampler keeps."""
-        return self._within_room(self._reference_in_parts)
+        return self.within_room(self._reference_in_parts)
 
     def _reference_in_parts(self, n: int) -> Tensor:
         finals, dense = [], Schedule(self.stages, (0,) * len(self.stages), self.router.max_level)

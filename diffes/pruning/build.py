@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -261,25 +261,33 @@ def thin_weights(
     for part in passes(method, sets, workshop.limit):
         groups_of = [rungs.groups for rungs in part if isinstance(rungs.groups, GroupSet)]
         moments = {} if run is None else input_moments(run, groups_of, full=method.needs == "second_moment")
-        for name, moment in moments.items():
-            _check_finite(name, run, moment)
-        of_shape: dict[tuple[int, ...], list[tuple[GroupSet, LayerWeights, Sequence[int]]]] = {}
-        for groups, rungs in zip(groups_of, part, strict=True):
-            weights = LayerWeights.of(adapter.denoiser, groups)
-            shape = (groups.size, *weights.consumer.shape)
-            of_shape.setdefault(shape, []).append((groups, weights, rungs.kept[1:]))
-        for alike in of_shape.values():
-            if isinstance(method, FactoredMethod):
-                layers = (
-                    LayerStatistics(groups, weights, moments.pop(groups.name, None)) for groups, weights, _ in alike
-                )
-                for (groups, weights, n_kept), factor in zip(alike, method.factors(layers), strict=True):
-                    kept = workshop.keep(factor)
-                    thin[groups.name] += [FactoredWeights(kept, weights.consumer, n, workshop) for n in n_kept]
-                continue
-            for groups, weights, n_kept in alike:
-                thin[groups.name] += _rungs(method, groups, weights, moments.pop(groups.name, None), n_kept)
+        for name, values in moments.items():
+            _check_finite(name, run, values)
+        n_kept = {rungs.groups.name: rungs.kept[1:] for rungs in part}
+        if isinstance(method, FactoredMethod):
+            for dense, factor in _factors(adapter, method, groups_of, moments):
+                name, kept = factor.groups.name, workshop.keep(factor)
+                thin[name] += [FactoredWeights(kept, dense, n, workshop) for n in n_kept[name]]
+            continue
+        for groups in groups_of:
+            weights, moment = LayerWeights.of(adapter.denoiser, groups), moments.pop(groups.name, None)
+            thin[groups.name] += _rungs(method, groups, weights, moment, n_kept[groups.name])
     return thin
+
+
+def _factors(
+    adapter: ModelAdapter, method: FactoredMethod, sets: Sequence[GroupSet], moments: dict[str, Tensor]
+) -> Iterator[tuple[Tensor, Factor]]:
+    """The consumer's dense weight and the factor of each set, those of one shape together; moments go as they are
+    used."""
+    of_shape: dict[tuple[int, ...], list[tuple[GroupSet, LayerWeights]]] = {}
+    for groups in sets:
+        weights = LayerWeights.of(adapter.denoiser, groups)
+        of_shape.setdefault((groups.size, *weights.consumer.shape), []).append((groups, weights))
+    for alike in of_shape.values():
+        layers = (LayerStatistics(groups, weights, moments.pop(groups.name, None)) for groups, weights in alike)
+        for (_, weights), factor in zip(alike, method.factors(layers), strict=True):
+            yield weights.consumer, factor
 
 
 def _rungs(
