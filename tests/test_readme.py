@@ -6,12 +6,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from diffes.search.loop import run_search
 from diffes.search.schedule import Schedule, Stages
 from diffes.search.space import SearchSpace
 from diffes.search.strategy import STRATEGIES, Evaluation
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_strategy_of_the_readme_searches() -> None:
@@ -33,4 +36,17 @@ def test_the_strategy_of_the_readme_searches() -> None:
 def test_ci_runs_the_command_of_the_readme() -> None:
     blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
     assert blocks[0].strip().endswith("diffes search") and blocks[1].strip().endswith("-m pytest -n 2 --dist loadfile")
-    assert "@@" not in README
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
+    assert links and "@@" not in text
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            heads = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.M)
+            assert anchor in {head.lower().replace(" ", "-") for head in heads}, link
