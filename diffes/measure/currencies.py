@@ -197,8 +197,10 @@ def ms_by_level(
     """(S, H + 1) median milliseconds of one denoiser call on the probes' batch, levels taking turns.
 
     Measured in one stage where levels remove the same from all layers in all of them, else in every visited one, after
-    a dense call, whose outputs a level may reuse. With `changing`, putting the level's weights in place of the dense
-    ones is part of a call.
+    a dense call, whose outputs a level may reuse. A dense call does the same in all stages: what a level takes is its
+    share of the dense calls between which it was timed, of the median dense call, so that a machine that slows down on
+    the way makes no stage dearer. With `changing`, putting the level's weights in place of the dense ones is part of a
+    call.
     """
     adapter, bank = router.adapter, router.bank
     sets, levels = adapter.prunable(bank.kind), range(1, max_level + 1)
@@ -239,6 +241,9 @@ def ms_by_level(
         return table
 
     table = adapter.within_room(measured, len(probes))
+    dense = statistics.median(table[stage][0] for stage in counted)
+    for stage in counted:
+        table[stage] = [ms / table[stage][0] * dense for ms in table[stage]]
     for stage in range(len(stages)):
         if stage not in counted:
             table[stage] = list(table[counted[0]])

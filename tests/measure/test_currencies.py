@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffes.adapters import ModelAdapter
 from diffes.adapters.macs import macs_per_call
+from diffes.measure import currencies
 from diffes.measure.currencies import interleaved_ms, macs_fraction
 from diffes.pruning import METHODS
 from diffes.runtime.router import Router
@@ -98,3 +99,20 @@ def test_a_lora_is_counted_with_its_layers(untrained: ModelAdapter, stages: Stag
 def test_interleaved_times_are_medians_in_milliseconds() -> None:
     fast, slow = interleaved_ms([lambda: time.sleep(0.002), lambda: time.sleep(0.02)], 3, torch.device("cpu"))
     assert 2 <= fast < slow < 200 and slow >= 20
+
+
+def test_a_machine_that_slows_down_on_the_way_makes_no_stage_dearer(
+    untrained: ModelAdapter, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = iter([1.0, 3.0, 2.0])
+    timed = [8.0, 4.0, 2.0]
+
+    def drifting(runs: Sequence[object], *_: object) -> list[float]:
+        speed = next(speeds)
+        return [speed * ms for ms in timed[: len(runs)]]
+
+    monkeypatch.setattr(currencies, "interleaved_ms", drifting)
+    router = Router(untrained, small_bank(untrained, "magnitude", stages))
+    table = currencies.ms_by_level(router, stages, [0, 1, 3], 2, untrained.make_probes(1, 0), 1)
+    assert table == [[16.0, 8.0, 4.0]] * 4
+    assert next(speeds, None) is None  # stages were timed one by one: they leave different widths
