@@ -129,8 +129,8 @@ class Registry(Generic[T]):
             raise DiffesError(f"{self.kind} {spec!r}: an option is not of its type ({error})") from error
 
     def is_known_elsewhere(self, spec: str) -> bool:
-        """Whether other processes find the same by the name in a spec, and by names that come with a package: a
-        decorator gave none of them to something in this one."""
+        """Whether other processes find the same by the name in a spec, and by all names that packages offer, of which
+        one may be a default: none was registered in this process alone."""
         return self._local.isdisjoint({spec.partition(":")[0], *self._entry_points()})
 
     def names(self) -> list[str]:

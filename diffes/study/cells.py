@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def finished(
         All records in the folder, by key, and the cells that failed.
 
     Raises:
-        DiffesError: as `grid.run_cells`.
+        DiffesError: a setting is unusable, or `out` cannot be written or holds something else.
         OSError: likewise.
     """
     for cell in cells:
@@ -86,7 +86,9 @@ def finished(
     done = {key_of(record.settings): record for record in _read(out / CELLS)}
     unlike = {key_of(cell.to_json()): cell for cell in cells}
     left = [cell for key, cell in unlike.items() if above or key not in done]
-    run = _Run(out, progress, seed, workers, equal_calls, above, done)
+    costs: dict[str, Any] = read_json(out / COSTS) if (out / COSTS).exists() else {}
+    checked(CellCosts, costs, out / COSTS)
+    run = _Run(out, progress, seed, workers, equal_calls, above, done, costs)
     with progress.task(f"{len(cells)} cells" + " at the budget above" * above, len(cells)) as advance, run.pools:
         advance("", len(cells) - len(left))
         for _, of_one_model in itertools.groupby(left, _model_of):
@@ -117,6 +119,7 @@ def whole_in_workers(group: Sequence[RunConfig], workers: WorkerOptions) -> list
     return able[: len(able) // workers.workers * workers.workers]
 
 
+@dataclass
 class _Run:
     """A command's cells: what they share, what is done, and what failed.
 
@@ -128,39 +131,34 @@ class _Run:
         equal_calls: as of `run_cell`.
         above: whether cells are run at the budget above.
         done: records by key, those that are added included.
-
-    Attributes:
+        costs: what budgets count, by key of the settings that they depend on, likewise.
         failed: cells that failed, by key.
         pools: ends the workers.
+        bench: the calibrated model of the cell before.
+        heldout: what measured it on held-out probes.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        progress: Progress,
-        seed: int,
-        workers: WorkerOptions,
-        equal_calls: bool,
-        above: bool,
-        done: dict[str, RunRecord],
-    ) -> None:
-        self._out, self._progress, self._seed, self._workers = out, progress, seed, workers
-        self._equal_calls, self._above, self._done = equal_calls, above, done
-        self.failed: dict[str, Failure] = {}
-        self.pools = ExitStack()
-        self._bench: Workbench | None = None
-        self._heldout: HeldOut | None = None
-        self._costs: dict[str, Any] = read_json(out / COSTS) if (out / COSTS).exists() else {}
-        checked(CellCosts, self._costs, out / COSTS)
+    out: Path
+    progress: Progress
+    seed: int
+    workers: WorkerOptions
+    equal_calls: bool
+    above: bool
+    done: dict[str, RunRecord]
+    costs: dict[str, Any]
+    failed: dict[str, Failure] = field(default_factory=dict)
+    pools: ExitStack = field(default_factory=ExitStack)
+    bench: Workbench | None = None
+    heldout: HeldOut | None = None
 
     def one(self, cell: RunConfig) -> None:
         """Runs a cell in this process, its evaluations on the workers where there are any."""
         with self._noted(cell):
             bench = self._ready(cell)
-            if self._heldout is None or not self._heldout.serves(bench):
-                self._heldout = HeldOut(bench)
+            if self.heldout is None or not self.heldout.serves(bench):
+                self.heldout = HeldOut(bench)
             journal = self._journal(bench)
-            record = run_cell(bench, self._heldout, journal, self._progress, equal_calls=self._equal_calls)
+            record = run_cell(bench, self.heldout, journal, self.progress, equal_calls=self.equal_calls)
             self._keep(cell, record)
 
     def side_by_side(self, cells: Sequence[RunConfig], advance: Callable[..., None]) -> None:
@@ -176,15 +174,15 @@ class _Run:
             with self._noted(cell):
                 bench = self._ready(cell)
                 journal = self._journal(bench)
-                jobs[journal] = Job(bench.config, bench.space, bench.costs, journal, self._equal_calls)
+                jobs[journal] = Job(bench.config, bench.space, bench.costs, journal, self.equal_calls)
                 left.setdefault(journal, []).append(cell)
         advance("", len(cells) - sum(map(len, left.values())))
         if not jobs:
             return
-        doing = f"{self._workers.workers} workers, a cell each"
+        doing = f"{self.workers.workers} workers, a cell each"
         advance(doing, 0)
         try:
-            bench = self._bench or self._ready(next(itertools.chain(*left.values())))
+            bench = self.bench or self._ready(next(itertools.chain(*left.values())))
             assert bench.pool is not None
             for job, found in bench.pool.cells(bench.router.bank, list(jobs.values())):
                 for cell in left[job.journal]:
@@ -200,32 +198,32 @@ class _Run:
 
     def _ready(self, cell: RunConfig) -> Workbench:
         """The calibrated model with the settings of a cell, at the budget above where that is what runs."""
-        if self._bench is None or _model_of(self._bench.config) != _model_of(cell):
-            self._bench = None  # two calibrated models at a time may be too many
+        if self.bench is None or _model_of(self.bench.config) != _model_of(cell):
+            self.bench = None  # two calibrated models at a time may be too many
             self.pools.close()
-            settings = replace(cell, **_ONLY_CALIBRATED, seed=self._seed)
-            pool = self.pools.enter_context(pool_of(settings, self._workers, CellWorker))
-            self._bench = prepare(settings, self._progress, pool=pool)
+            settings = replace(cell, **_ONLY_CALIBRATED, seed=self.seed)
+            pool = self.pools.enter_context(pool_of(settings, self.workers, CellWorker))
+            self.bench = prepare(settings, self.progress, pool=pool)
         priced = key_of(replace(cell, **_UNPRICED).to_json())
-        self._bench = vary(self._bench, cell, self._progress, self._costs.get(priced))
-        if priced not in self._costs:
-            self._costs[priced] = self._bench.costs
-            write_json(self._out / COSTS, self._costs)
-        if self._above:
-            cell = denser(cell, self._bench.space)
-            self._bench = vary(self._bench, cell, self._progress, self._costs[priced])
-        return self._bench
+        self.bench = vary(self.bench, cell, self.progress, self.costs.get(priced))
+        if priced not in self.costs:
+            self.costs[priced] = self.bench.costs
+            write_json(self.out / COSTS, self.costs)
+        if self.above:
+            cell = denser(cell, self.bench.space)
+            self.bench = vary(self.bench, cell, self.progress, self.costs[priced])
+        return self.bench
 
     def _journal(self, bench: Workbench) -> Path:
-        return (self._out / JOURNALS / f"{key_of(bench.config.to_json())}.journal").absolute()
+        return (self.out / JOURNALS / f"{key_of(bench.config.to_json())}.journal").absolute()
 
     def _keep(self, cell: RunConfig, record: RunRecord) -> None:
         """Adds the record of a cell to the folder."""
         key = key_of(cell.to_json())
-        record = replace(self._done[key], above=record) if self._above else record
-        with (self._out / CELLS).open("a", encoding="utf-8") as file:
+        record = replace(self.done[key], above=record) if self.above else record
+        with (self.out / CELLS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record.to_json()) + "\n")
-        self._done[key] = RunRecord.from_json(record.to_json())
+        self.done[key] = RunRecord.from_json(record.to_json())
 
     @contextmanager
     def _noted(self, cell: RunConfig) -> Iterator[None]:
@@ -234,7 +232,7 @@ class _Run:
             yield
         except Exception as error:
             self._note(cell, error)
-            self._bench = self._bench if isinstance(error, DiffesError) else None  # whatever state it is in
+            self.bench = self.bench if isinstance(error, DiffesError) else None  # whatever state it is in
 
     def _note(self, cell: RunConfig, error: Exception) -> None:
         """Notes that a cell failed.
