@@ -23,6 +23,14 @@ class Progress(Protocol):
         """Starts a bar; the function it gives, `advance(note, amount=1)`, moves it on and shows a note."""
 
 
+class Silent:
+    """`Progress` that nobody sees, of a process that works for another."""
+
+    @contextmanager
+    def task(self, title: str, total: int) -> Iterator[Callable[..., None]]:
+        yield lambda note, amount=1: None
+
+
 class RichProgress:
     """`Progress` as bars in the terminal or the notebook; one line a finished task where there is neither.
 

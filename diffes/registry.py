@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from diffes.errors import DiffesError, unknown_name
-from diffes.plugins import guarded, unexpected
+from diffes.plugins import guarded, is_ours, unexpected
 
 T = TypeVar("T")
 
@@ -34,12 +34,15 @@ class Registry(Generic[T]):
         self.group = group
         self._base = base
         self._registered: dict[str, T] = {}
+        self._local: set[str] = set()  # names that other processes do not know, or know as something else
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that gives a thing its name; the last one of a name wins, so a notebook cell can be run again."""
 
         def add(thing: T) -> T:
             self._registered[name] = thing
+            if not is_ours(thing) or getattr(thing, "__name__", None) != name:
+                self._local.add(name)
             return thing
 
         return add
@@ -47,6 +50,7 @@ class Registry(Generic[T]):
     def unregister(self, name: str) -> None:
         """Takes a registered name back; names from entry points stay."""
         self._registered.pop(name, None)
+        self._local.discard(name)
 
     def get(self, name: str) -> T:
         """The thing of that name.
@@ -123,6 +127,11 @@ class Registry(Generic[T]):
             if ":" not in spec:
                 raise
             raise DiffesError(f"{self.kind} {spec!r}: an option is not of its type ({error})") from error
+
+    def is_known_elsewhere(self, spec: str) -> bool:
+        """Whether other processes find the same by the name in a spec, and by all names that packages offer, of which
+        one may be a default: none was registered in this process alone."""
+        return self._local.isdisjoint({spec.partition(":")[0], *self._entry_points()})
 
     def names(self) -> list[str]:
         """All names, sorted; nothing is imported for it."""

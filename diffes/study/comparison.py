@@ -41,7 +41,7 @@ class Comparison:
 
     Args:
         varied: names of the settings in which they differ, besides the seed.
-        records: one for each cell, as `diffes.study.grid.run_cell` makes them.
+        records: one for each cell, as `diffes.study.cell.run_cell` makes them.
         failed: cells that have none.
     """
 

@@ -140,7 +140,8 @@ class WorkerOptions:
 
     workers: int = 1
     """Processes that measure side by side, on Ray (pip install "diffes[ray]"), each with the model and the bank; 1 is
-    this process alone. What is found and the denoiser calls counted are the same for any number."""
+    this process alone. Of compare and ablate each runs a cell at a time, where they are on this machine. What is found
+    and the denoiser calls counted are the same for any number."""
     ray_address: str | None = None
     """Of a Ray cluster that is running: auto, HOST:PORT or ray://HOST:PORT. Left out: one is started on this machine
     and ends with the command."""
@@ -148,7 +149,7 @@ class WorkerOptions:
     """Share of a GPU that each worker takes, for instance 0.5. Left out: 1 where the device is cuda."""
     evaluation_timeout: float | None = None
     """Seconds after which a worker that has not finished an evaluation is ended, and the evaluation repeated on
-    another. Left out: no limit."""
+    another; workers then share the evaluations of a cell. Left out: no limit."""
 
     def __post_init__(self) -> None:
         at_least("workers", self.workers, 1)

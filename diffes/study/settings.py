@@ -12,8 +12,9 @@ from torch import Tensor
 from diffes.adapters import ModelAdapter, SamplingState
 from diffes.errors import DiffesError, PluginError
 from diffes.measure.currencies import CURRENCIES
-from diffes.measure.metrics import Metric
+from diffes.measure.metrics import METRICS, Metric
 from diffes.plugins import guarded, is_ours, unexpected
+from diffes.registry import Registry
 from diffes.search.genome import Genome
 from diffes.search.operators import CROSSOVERS, MUTATIONS, BoundOperator, OperatorRegistry
 from diffes.search.plan import PlanSpace
@@ -61,6 +62,16 @@ def check_settings(config: RunConfig, space: SearchSpace = EXAMPLE) -> None:
     for name, spec in (STRATEGIES.parse(config.strategy)[1] | given).items():
         if name in strategy.operators:
             _try_operator(OPERATORS[name], spec, space)
+
+
+def are_known_elsewhere(config: RunConfig) -> bool:
+    """Whether another process finds by their names what a search is made of, as this one does."""
+    options = STRATEGIES.parse(config.strategy)[1] | operators_of(config)
+    named: list[tuple[Registry[Any], str]] = [
+        (STRATEGIES, config.strategy), (METRICS, config.metric), (CURRENCIES, config.cost),
+        *((registry, str(options.get(name, ""))) for name, registry in OPERATORS.items()),
+    ]  # fmt: skip
+    return all(registry.is_known_elsewhere(spec) for registry, spec in named)
 
 
 def check_visited(space: SearchSpace, config: RunConfig) -> None:

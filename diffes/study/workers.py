@@ -1,5 +1,5 @@
-"""Calibration and evaluations on many workers: processes of Ray, each with the model and the bank. Strategy, store and
-counting stay with the process that searches."""
+"""Calibration, evaluations and whole cells on many workers: processes of Ray, each with the model and the bank. Where
+evaluations are spread, strategy, store and counting stay with the process that searches."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ from diffes.study.config import RunConfig, WorkerOptions
 
 log = logging.getLogger(__name__)
 LIVES = 3  # workers that may die of one evaluation before it is given up
+NAMED = ("model", "prompts", "calibration_data")  # settings that may be paths
 POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 600.0  # until some worker has begun something
 
@@ -80,12 +81,13 @@ class Worker:
             self._data = calibration_of(self._config, self._adapter)
         return bank_of(self._config, self._adapter, stages, [stage], self._data)
 
-    def attach(self, bank: list[Any], sent: list[Any]) -> None:
+    def attach(self, bank: list[Any], sent: list[Any] | None = None) -> None:
         """Gets ready to measure, with a bank and an evaluator in place of those before.
 
         Args:
             bank: `packed`, as a list of one reference, so that it is fetched once.
-            sent: what `evaluator.detached()` gave, packed, and a recipe of its metric, likewise.
+            sent: what `evaluator.detached()` gave, packed, and a recipe of its metric, likewise; left out, none is
+                needed.
         """
         name = bank[0].hex()
         self._evaluator = None
@@ -94,6 +96,8 @@ class Worker:
             found = unpacked(_ray().get(bank[0]))
             found = gathered(self._adapter, [found], self._config.bank_bytes, held=False)
             self._bank, self._router = name, Router(self._adapter, found, resident=self._config.bank_bytes)
+        if sent is None:
+            return
         detached, recipe = _ray().get(sent[0])
         self._evaluator = unpacked(detached).attached(self._router, recipe(self._adapter.device))
 
@@ -121,7 +125,7 @@ class _Task:
     """Something for a worker to do.
 
     Args:
-        what: a schedule to measure, or a stage to calibrate.
+        what: a schedule to measure, a stage to calibrate, a cell to run.
         name: how a message names it.
         asked: when it was asked for.
         begun: when a worker took it.
@@ -146,24 +150,30 @@ class _Dead:
     why: str
 
 
+class CausedError(Exception):
+    """An error and what it was raised from, which Ray loses; both are its arguments."""
+
+
 class Pool:
     """Workers of one model, and what they were sent. They start with the first thing that they are given to do.
 
     Args:
         config: the settings of the run.
         options: how many workers, and where.
+        kind: their class.
 
     Raises:
         DiffesError: Ray is not installed.
     """
 
-    def __init__(self, config: RunConfig, options: WorkerOptions) -> None:
-        named = {name: getattr(config, name) for name in ("model", "prompts", "calibration_data")}
+    def __init__(self, config: RunConfig, options: WorkerOptions, kind: type[Worker] = Worker) -> None:
+        named = {name: getattr(config, name) for name in NAMED}
         found: dict[str, Any] = {
             name: str(Path(path).resolve())
             for name, path in named.items() if path and path not in shipped_models() and Path(path).exists()
         }  # fmt: skip
         self.config, self.options = replace(config, **found), options  # workers have a working directory of their own
+        self._kind = kind
         self._ray = _ray()
         self._ours = False
         self._threads = config.threads or torch.get_num_threads()
@@ -211,8 +221,7 @@ class Pool:
         tasks = [_Task(stage, f"the calibration of stage {stage}", now) for stage in only]
         for _, _, bank in self._done(tasks, lambda worker, stage: worker.calibrate.remote(stages, stage)):
             yield bank
-        while self._busy:  # what is timed next would share the machine with them
-            self._settle(self._ray.wait(list(self._busy), timeout=POLL_SECONDS)[0])
+        self._rest()
 
     def runs(
         self, attached: tuple[Any, Any], space: PlanSpace, rows: slice
@@ -229,6 +238,20 @@ class Pool:
         tasks = [_Task(part.tolist(), f"the table at nodes {part[0]} to {part[-1]}", now) for part in parts]
         for task, _, run in self._done(tasks, lambda worker, nodes: worker.run.remote(space, rows, nodes), attached):
             yield task.what, run
+
+    def cells(self, bank: WeightBank, jobs: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+        """Whole cells, each with its record, or what was raised in it, as soon as it is done.
+
+        Args:
+            bank: of their model.
+            jobs: what `cell` of the workers is given, in an order in which neighbours share most.
+        """
+        now = time.perf_counter()
+        tasks = [_Task(job, f"the cell of seed {job.config.seed} with {job.config.strategy}", now) for job in jobs]
+        attached = (self.send_bank(bank),)
+        for task, _, found in self._done(tasks, lambda worker, job: worker.cell.remote(job), attached, tolerant=True):
+            yield task.what, found
+        self._rest()
 
     def measured(
         self,
@@ -266,9 +289,10 @@ class Pool:
         self,
         tasks: Sequence[_Task],
         begin: Callable[[Any, Any], Any],
-        attached: tuple[Any, Any] | None = None,
+        attached: tuple[Any, ...] | None = None,
         limit: float = math.inf,
         more: Callable[[], Sequence[_Task]] | None = None,
+        tolerant: bool = False,
     ) -> Iterator[tuple[_Task, int, Any]]:
         """Tasks, who did them and what came out, as soon as each is done.
 
@@ -278,9 +302,10 @@ class Pool:
         Args:
             tasks: in an order in which neighbours share most.
             begin: gives a worker a task; returns the reference of what comes out.
-            attached: bank and evaluator that a worker needs first.
+            attached: the bank, and the evaluator, that a worker needs first.
             limit: seconds that a task may take.
             more: gives more tasks; asked where a worker has none, and after an empty answer not before one is done.
+            tolerant: what a task raised is what came out of it, and the others go on.
 
         Raises:
             Exception: what the task raised.
@@ -296,7 +321,7 @@ class Pool:
                 for i in sorted(set(range(n)) - taken):
                     if attached is not None and self._attached[i] != attached:
                         self._attached[i] = attached
-                        self._busy[self._workers[i].attach.remote([attached[0]], [attached[1]])] = i, True
+                        self._busy[self._workers[i].attach.remote(*([each] for each in attached))] = i, True
                         continue
                     if more is not None and not dry and not any(rows):
                         rows[i] = list(more())
@@ -314,12 +339,19 @@ class Pool:
                     if reference not in running:
                         continue
                     i, task = running.pop(reference)
-                    found = self._outcome(reference, task.name)
-                    if isinstance(found, _Dead):
-                        rows[i].insert(0, self._died(i, task, found.why))
-                    else:
-                        yield task, i, found
-                        dry = more is None
+                    try:
+                        found = self._outcome(reference, task.name)
+                        if isinstance(found, _Dead):
+                            rows[i].insert(0, self._died(i, task, found.why))
+                            continue
+                    except Exception as error:
+                        if not tolerant:
+                            raise
+                        if not isinstance(error, DiffesError):
+                            self._wake(i)  # whatever state it is in
+                        found = error
+                    yield task, i, found
+                    dry = more is None
                 if running:
                     unready = self._ray.wait(list(running), num_returns=len(running), timeout=0)[1]
                     for reference in unready:
@@ -344,6 +376,8 @@ class Pool:
         except (errors.RayTaskError, errors.UnserializableException, errors.RaySystemError) as error:
             cause = getattr(error, "cause", None)
             log.error("%s failed in a worker: %s", name, error)
+            if isinstance(cause, CausedError):
+                raise cause.args[0] from cause.args[1]
             if isinstance(cause, DiffesError):
                 raise cause from None
             if isinstance(cause, Exception) and not isinstance(cause, errors.RayError):
@@ -351,6 +385,11 @@ class Pool:
             raise DiffesError(f"{name} failed in a worker: {' '.join(str(error).split())[-300:]}") from error
         except errors.RayError as error:
             return _Dead(" ".join(str(error).split())[:200])
+
+    def _rest(self) -> None:
+        """Waits until no worker has anything to do: what is timed next would share the machine with it."""
+        while self._busy:
+            self._settle(self._ray.wait(list(self._busy), timeout=POLL_SECONDS)[0])
 
     def _settle(self, done: Sequence[Any]) -> None:
         """Takes workers that are ready; starts others where they are not.
@@ -429,7 +468,7 @@ class Pool:
         cpus = 0 if options.ray_address is None else 1  # here as many as were asked for, there as many as have room
         _check_room(self._ray.cluster_resources(), {"CPU": cpus, "GPU": gpus}, options.workers)
         variables = {"OMP_NUM_THREADS": str(self._threads)}
-        self._made = self._ray.remote(Worker).options(
+        self._made = self._ray.remote(self._kind).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": variables}
         )
         for i in range(options.workers):
@@ -510,14 +549,22 @@ def check_asynchronous(config: RunConfig, options: WorkerOptions) -> None:
         )
 
 
+def are_here(options: WorkerOptions) -> bool:
+    """Whether there are several workers, and all are to be on this machine, where they see its files."""
+    if options.workers == 1 or options.ray_address is not None:
+        return False
+    ray = _ray()
+    return not ray.is_initialized() or sum(node["Alive"] for node in ray.nodes()) == 1
+
+
 @contextmanager
-def pool_of(config: RunConfig, options: WorkerOptions) -> Iterator[Pool | None]:
+def pool_of(config: RunConfig, options: WorkerOptions, kind: type[Worker] = Worker) -> Iterator[Pool | None]:
     """Workers for a while; None where this process is to measure alone."""
     check_asynchronous(config, options)
     if options.workers == 1:
         yield None
         return
-    pool = Pool(config, options)
+    pool = Pool(config, options, kind)
     try:
         yield pool
     finally:

@@ -16,6 +16,7 @@ from diffes import terminal
 from diffes.errors import DiffesError
 from diffes.measure.metrics import METRICS, latent_mse
 from diffes.study import grid
+from diffes.study.cells import CELLS
 from diffes.study.config import ALONE, RunConfig
 from diffes.study.equal_cost import TOLERANCE, at_budget, calls_of, same
 
@@ -103,7 +104,7 @@ def test_results_are_written_for_people_and_machines(base: RunConfig, tmp_path: 
 def test_a_cell_cut_off_by_a_kill_runs_again(base: RunConfig, tmp_path: Path) -> None:
     cells = grid.grid(base, {"strategy": ["random"]}, 2)
     rows = grid.run_cells(cells, tmp_path, Counting())
-    path = tmp_path / grid.CELLS
+    path = tmp_path / CELLS
     path.write_text(path.read_text()[:-20])
     again = Counting()
     found = grid.run_cells(cells, tmp_path, again)

@@ -1,0 +1,85 @@
+"""One cell of a grid, in this process or whole in a worker: a search and what it found on held-out probes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from diffes.measure.currencies import Table
+from diffes.measure.metrics import Metric, make_metric
+from diffes.progress import Progress, Silent
+from diffes.search.space import SearchSpace
+from diffes.search.store import EvaluationStore
+from diffes.study.config import RunConfig
+from diffes.study.equal_cost import calls_of
+from diffes.study.heldout import HeldOut, record_of
+from diffes.study.record import RunRecord
+from diffes.study.workbench import Workbench, search_on
+from diffes.study.workers import NAMED, CausedError, Worker
+
+
+def run_cell(bench: Workbench, heldout: HeldOut, journal: Path, progress: Progress, *, equal_calls: bool) -> RunRecord:
+    """One search and what it found, beside uniform pruning and fewer dense steps at the same cost.
+
+    Args:
+        bench: the calibrated model with the settings of the cell.
+        heldout: what measures on held-out probes.
+        journal: of the evaluations.
+        progress: told of the search.
+        equal_calls: whether it may spend the denoiser calls of `calls_of`, however many schedules those measure.
+    """
+    store = EvaluationStore(journal, bench.space)
+    limited = bench
+    if equal_calls:
+        limited = replace(bench, config=replace(bench.config, max_evals=10**9, max_calls=calls_of(bench.config)))
+    return record_of(bench, heldout, search_on(limited, progress, store))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell as a worker is given it.
+
+    Args:
+        config: its settings.
+        space: feasible schedules.
+        costs: what the budget counts.
+        journal: of its evaluations.
+        equal_calls: as of `run_cell`.
+    """
+
+    config: RunConfig
+    space: SearchSpace
+    costs: Table
+    journal: Path
+    equal_calls: bool
+
+
+class CellWorker(Worker):
+    """A worker that runs whole cells, too."""
+
+    def __init__(self, config: RunConfig, threads: int) -> None:
+        super().__init__(config, threads)
+        self._metric: Metric | None = None
+        self._heldout: HeldOut | None = None
+
+    def cell(self, job: Job) -> RunRecord:
+        """Runs a cell.
+
+        Raises:
+            CausedError: an error that came of an `OSError`.
+            Exception: any other that the cell raised.
+        """
+        assert self._router is not None
+        config = replace(job.config, **{name: getattr(self._config, name) for name in NAMED})
+        try:
+            if self._metric is None or self._metric.name != config.metric:
+                self._metric = make_metric(config.metric, self._adapter.device)
+            bench = Workbench(config, self._adapter, job.space, self._router, self._metric, job.costs)
+            if self._heldout is None or not self._heldout.serves(bench):
+                self._heldout = HeldOut(bench)
+            record = run_cell(bench, self._heldout, job.journal, Silent(), equal_calls=job.equal_calls)
+        except Exception as error:
+            if isinstance(error.__cause__, OSError):
+                raise CausedError(error, error.__cause__) from error
+            raise
+        return replace(record, settings=job.config.to_json())

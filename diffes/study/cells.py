@@ -1,0 +1,285 @@
+"""Cells in a folder: each a search and what it found on held-out probes, one after the other or whole in workers."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from diffes.errors import DiffesError
+from diffes.files import checksum, parse_json, read_json, write_json
+from diffes.forms import Cell, CellCosts, checked
+from diffes.progress import Progress
+from diffes.study.cell import CellWorker, Job, run_cell
+from diffes.study.comparison import Failure
+from diffes.study.config import ALONE, LATER, RunConfig, WorkerOptions
+from diffes.study.equal_cost import config_of, denser
+from diffes.study.heldout import HeldOut
+from diffes.study.lock import clear_leftovers, is_unused
+from diffes.study.record import RunRecord
+from diffes.study.settings import are_known_elsewhere, check_settings
+from diffes.study.workbench import Workbench, prepare, vary
+from diffes.study.workers import are_here, check_asynchronous, pool_of
+
+log = logging.getLogger(__name__)
+CELLS, COSTS, JOURNALS = "cells.jsonl", "costs.json", "journals"
+SHARED = {  # settings that differ between cells of one calibrated model
+    "strategy", "mutation", "crossover", "budget", "cost", "metric", "max_evals", "max_calls", "probes", "heldout",
+    "seed", "storage", "asynchronous", "study",
+}  # fmt: skip
+
+_UNPRICED: dict[str, Any] = {  # settings that costs do not depend on
+    name: getattr(RunConfig(), name) for name in SHARED - {"cost", "probes"}
+}
+
+_ONLY_CALIBRATED: dict[str, Any] = {
+    "strategy": "uniform", "mutation": None, "crossover": None, "cost": "level", "budget": 0.5,
+    "asynchronous": False, "study": None,
+}  # fmt: skip
+
+
+def finished(
+    out: Path,
+    cells: Sequence[RunConfig],
+    progress: Progress,
+    *,
+    seed: int,
+    equal_calls: bool = True,
+    above: bool = False,
+    workers: WorkerOptions = ALONE,
+) -> tuple[dict[str, RunRecord], list[Failure]]:
+    """Runs cells in a folder that this process holds.
+
+    Args:
+        out: as of `grid.run_cells`.
+        cells: likewise.
+        progress: likewise.
+        seed: of the calibration.
+        equal_calls: as of `grid.run_cells`.
+        above: the cells are done; run each again at the budget above.
+        workers: who measures.
+
+    Returns:
+        All records in the folder, by key, and the cells that failed.
+
+    Raises:
+        DiffesError: a setting is unusable, or `out` cannot be written or holds something else.
+        OSError: likewise.
+    """
+    for cell in cells:
+        check_settings(cell)
+        if cell.study is not None:
+            raise DiffesError(f"each search here has a journal of its own: leave --study {cell.study} out")
+        check_asynchronous(cell, workers)
+        if equal_calls and cell.time_limit is not None:
+            raise DiffesError(
+                f"all searches here spend equally many denoiser calls, which --time-limit {cell.time_limit:g} would "
+                "cut; leave it out, and set --max-calls or --max-evals"
+            )
+    _open(out)
+    done = {key_of(record.settings): record for record in _read(out / CELLS)}
+    unlike = {key_of(cell.to_json()): cell for cell in cells}
+    left = [cell for key, cell in unlike.items() if above or key not in done]
+    costs: dict[str, Any] = read_json(out / COSTS) if (out / COSTS).exists() else {}
+    checked(CellCosts, costs, out / COSTS)
+    run = _Run(out, progress, seed, workers, equal_calls, above, done, costs)
+    with progress.task(f"{len(cells)} cells" + " at the budget above" * above, len(cells)) as advance, run.pools:
+        advance("", len(cells) - len(left))
+        for _, of_one_model in itertools.groupby(left, _model_of):
+            group = list(of_one_model)
+            whole = whole_in_workers(group, workers)
+            run.side_by_side(whole, advance)
+            for cell in group:
+                if all(cell is not each for each in whole):
+                    run.one(cell)
+                    advance("")
+    return done, [run.failed[key] for key in unlike if key in run.failed]
+
+
+def whole_in_workers(group: Sequence[RunConfig], workers: WorkerOptions) -> list[RunConfig]:
+    """Cells that workers run whole, one each at a time.
+
+    Evaluations of the others are spread over all workers: of the last ones, fewer than there are workers; of cells that
+    are asynchronous, or of which only this process knows something; of all where workers do not see the folder, or an
+    evaluation has its time.
+
+    Args:
+        group: cells of one calibrated model that are left to do.
+        workers: who measures.
+    """
+    if not are_here(workers) or workers.evaluation_timeout is not None:
+        return []
+    able = [cell for cell in group if not cell.asynchronous and are_known_elsewhere(cell)]
+    return able[: len(able) // workers.workers * workers.workers]
+
+
+@dataclass
+class _Run:
+    """A command's cells: what they share, what is done, and what failed.
+
+    Args:
+        out: the folder.
+        progress: told of the long parts.
+        seed: of the calibration.
+        workers: who measures.
+        equal_calls: as of `run_cell`.
+        above: whether cells are run at the budget above.
+        done: records by key, those that are added included.
+        costs: what budgets count, by key of the settings that they depend on, likewise.
+        failed: cells that failed, by key.
+        pools: ends the workers.
+        bench: the calibrated model of the cell before.
+        heldout: what measured it on held-out probes.
+    """
+
+    out: Path
+    progress: Progress
+    seed: int
+    workers: WorkerOptions
+    equal_calls: bool
+    above: bool
+    done: dict[str, RunRecord]
+    costs: dict[str, Any]
+    failed: dict[str, Failure] = field(default_factory=dict)
+    pools: ExitStack = field(default_factory=ExitStack)
+    bench: Workbench | None = None
+    heldout: HeldOut | None = None
+
+    def one(self, cell: RunConfig) -> None:
+        """Runs a cell in this process, its evaluations on the workers where there are any."""
+        with self._noted(cell):
+            bench = self._ready(cell)
+            if self.heldout is None or not self.heldout.serves(bench):
+                self.heldout = HeldOut(bench)
+            journal = self._journal(bench)
+            record = run_cell(bench, self.heldout, journal, self.progress, equal_calls=self.equal_calls)
+            self._keep(cell, record)
+
+    def side_by_side(self, cells: Sequence[RunConfig], advance: Callable[..., None]) -> None:
+        """Runs cells of one model whole in the workers, once all of them are priced.
+
+        Args:
+            cells: the cells.
+            advance: moves the bar on.
+        """
+        jobs: dict[Path, Job] = {}
+        left: dict[Path, list[RunConfig]] = {}  # by journal: two cells may have one budget above
+        for cell in cells:
+            with self._noted(cell):
+                bench = self._ready(cell)
+                journal = self._journal(bench)
+                jobs[journal] = Job(bench.config, bench.space, bench.costs, journal, self.equal_calls)
+                left.setdefault(journal, []).append(cell)
+        advance("", len(cells) - sum(map(len, left.values())))
+        if not jobs:
+            return
+        doing = f"{self.workers.workers} workers, a cell each"
+        advance(doing, 0)
+        try:
+            bench = self.bench or self._ready(next(itertools.chain(*left.values())))
+            assert bench.pool is not None
+            for job, found in bench.pool.cells(bench.router.bank, list(jobs.values())):
+                for cell in left[job.journal]:
+                    if isinstance(found, Exception):
+                        self._note(cell, found)
+                    else:
+                        self._keep(cell, found)
+                advance(f"{doing}, {bench.pool.waiting} waiting", len(left.pop(job.journal)))
+        except Exception as error:  # of workers that do not start
+            for cell in itertools.chain(*left.values()):
+                self._note(cell, error)
+                advance("")
+
+    def _ready(self, cell: RunConfig) -> Workbench:
+        """The calibrated model with the settings of a cell, at the budget above where that is what runs."""
+        if self.bench is None or _model_of(self.bench.config) != _model_of(cell):
+            self.bench = None  # two calibrated models at a time may be too many
+            self.pools.close()
+            settings = replace(cell, **_ONLY_CALIBRATED, seed=self.seed)
+            pool = self.pools.enter_context(pool_of(settings, self.workers, CellWorker))
+            self.bench = prepare(settings, self.progress, pool=pool)
+        priced = key_of(replace(cell, **_UNPRICED).to_json())
+        self.bench = vary(self.bench, cell, self.progress, self.costs.get(priced))
+        if priced not in self.costs:
+            self.costs[priced] = self.bench.costs
+            write_json(self.out / COSTS, self.costs)
+        if self.above:
+            cell = denser(cell, self.bench.space)
+            self.bench = vary(self.bench, cell, self.progress, self.costs[priced])
+        return self.bench
+
+    def _journal(self, bench: Workbench) -> Path:
+        return (self.out / JOURNALS / f"{key_of(bench.config.to_json())}.journal").absolute()
+
+    def _keep(self, cell: RunConfig, record: RunRecord) -> None:
+        """Adds the record of a cell to the folder."""
+        key = key_of(cell.to_json())
+        record = replace(self.done[key], above=record) if self.above else record
+        with (self.out / CELLS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record.to_json()) + "\n")
+        self.done[key] = RunRecord.from_json(record.to_json())
+
+    @contextmanager
+    def _noted(self, cell: RunConfig) -> Iterator[None]:
+        """Notes that a cell failed where the block raises."""
+        try:
+            yield
+        except Exception as error:
+            self._note(cell, error)
+            self.bench = self.bench if isinstance(error, DiffesError) else None  # whatever state it is in
+
+    def _note(self, cell: RunConfig, error: Exception) -> None:
+        """Notes that a cell failed.
+
+        Raises:
+            Exception: the error, where there is no room or no access: the next cell would not fare better.
+        """
+        if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
+            raise error
+        log.error("a cell failed: %s", cell, exc_info=error)
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        self.failed[key_of(cell.to_json())] = Failure(cell.to_json(), text)
+
+
+def key_of(settings: Mapping[str, Any]) -> str:
+    """What a cell of these settings is known by; settings that came later had their defaults, and levels were equal in
+    all layers."""
+    known = dataclasses.asdict(RunConfig()) | {"allocation": "equal"} | dict(settings)
+    for name, default in LATER.items():
+        if known[name] == default:  # so that keys of before are found
+            del known[name]
+    return checksum(known)[:16]
+
+
+def _model_of(config: RunConfig) -> list[Any]:
+    """Settings that are the same in all cells of one calibrated model."""
+    return [getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in SHARED]
+
+
+def _open(out: Path) -> None:
+    if not is_unused(out) and not (out / CELLS).exists() and not (out / JOURNALS).exists():
+        raise DiffesError(f"--out {out} is not empty and holds no comparison of diffes; name another folder")
+    clear_leftovers(out)
+    (out / JOURNALS).mkdir(parents=True, exist_ok=True)
+
+
+def _read(path: Path) -> list[RunRecord]:
+    """Records of finished cells; a line that a kill cut off is dropped, so that its cell runs again."""
+    if not path.exists():
+        return []
+    content = path.read_text(encoding="utf-8")
+    whole = content[: content.rfind("\n") + 1]
+    if whole != content:
+        path.write_text(whole, encoding="utf-8")
+    try:
+        rows = [parse_json(line) for line in whole.splitlines()]
+        records = [RunRecord.from_json(checked(Cell, row, f"line {i}", "")) for i, row in enumerate(rows, 1)]
+        return [replace(record, settings=config_of(record.settings).to_json()) for record in records]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DiffesError(f"{path} is damaged ({error}); restore it, or move it away to run its cells again") from error
