@@ -2,8 +2,9 @@
 
 One denoiser call at half of the levels, kinds taking turns: dense; statically thin (the layers cut, no hook on the
 model); routed, in the stage of the last call; routed, coming from another level, so that every layer changes, with thin
-layers ready on the device (`resident="all"`) and cut when they are needed (`"stream"`). Each follows a call of the
-other level, as in a run. The limit of a change in `stream` is what the thin tensors' bytes take to copy.
+layers ready on the device (`resident="all"`) and made when they are needed (`"stream"`). Each follows a call of the
+other level, as in a run. The limit of a change in `stream` is what the thin tensors' bytes take to copy. And what does
+the device hold in `stream`, relative to the dense model, at mean sparsity 0.3 and 0.5?
 
     python benchmarks/routing.py                       # both shipped models, batches 1 and 16; two minutes
     python benchmarks/routing.py --models dit-xl       # DiT-XL/2-256, random weights, 8 GB, batches 1 and 2
@@ -38,10 +39,24 @@ RESULTS = Path(__file__).parent / "results"
 KINDS = ("dense", "static", "routed, same level", "routed, all", "routed, stream")
 STAGES = Stages.equal(2)
 FIRST, SECOND = 900, 100  # timesteps of the two stages
+SPARSITIES = (0.3, 0.5)
+
+
+def device_bytes(adapter: ModelAdapter, router: Router) -> int:
+    """Bytes on the device: of all memory that the model's parameters lie in, and of dense tensors beside it. Where the
+    device is the CPU, dense consumers do not count: beside a GPU they wait in host memory, as the bank does."""
+    tensors = list(adapter.denoiser.parameters())
+    for part in router._parts.values():
+        if isinstance(part, WidthPart):
+            waiting = [held.dense for held in part._away if held.dense.device.type != "cpu"]
+            tensors += [*waiting, *(held.dense for held in part._by_row)]
+    memory = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    return sum(each.nbytes() for each in memory.values() if each.device == adapter.device)
 
 
 def measure(adapter: ModelAdapter, batch: int, repeats: int) -> dict[str, Any]:
-    """Milliseconds of a call, by kind, and of a copy of as many bytes as the thin layers have."""
+    """Milliseconds of a call, by kind, and of a copy of as many bytes as the thin layers have; by sparsity, what the
+    device holds in `stream`, relative to the dense model."""
     magnitude = METHODS.make("magnitude")
     bank = build_bank(adapter, magnitude, STAGES, None, guidance=1.0, seed=0, allocation="equal")
     half = bank.max_level // 2
@@ -94,10 +109,17 @@ def measure(adapter: ModelAdapter, batch: int, repeats: int) -> dict[str, Any]:
     assert torch.equal(call(SECOND), expected), "a routed call is not what the thin model predicts"
     ms = interleaved_ms([partial(call, SECOND)] * len(KINDS), repeats, adapter.device, before)
     dense()
+    stream, held, dense_bytes = routers["stream"], {}, sum(p.nbytes for p in adapter.denoiser.parameters())
+    for sparsity in SPARSITIES:
+        level = round(sparsity * bank.max_level)
+        with stream.routed(Schedule(STAGES, (level, level), bank.max_level)):
+            call(FIRST)
+            held[str(sparsity)] = round(device_bytes(adapter, stream) / dense_bytes, 3)
     tensors = [torch.ones(n_bytes // 64, dtype=torch.uint8, device=adapter.device) for _ in range(64)]
     copied = interleaved_ms([lambda: [tensor.clone() for tensor in tensors]], repeats, adapter.device)[0]
     return dict(zip(KINDS, (round(each, 3) for each in ms), strict=True)) | {
         "batch": batch, "level": half, "thin_mb": round(n_bytes / 1e6, 2), "copy_ms": round(copied, 3),
+        "held": held,
     }  # fmt: skip
 
 
@@ -108,6 +130,7 @@ def line(row: dict[str, Any]) -> str:
         row["model"], row["device"], str(row["batch"]), *(f"{row[kind]:.2f}" for kind in KINDS),
         f"{ready / static:.3f}x", f"{(ready + same) / 2 / static:.3f}x", f"{stream / static:.3f}x",
         f"{stream - same:.2f}", f"{row['copy_ms']:.2f}",
+        *(f"{row['held'][str(each)]:.3f}x" if "held" in row else "" for each in SPARSITIES),
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -116,7 +139,7 @@ def table_of(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     head = ["model", "device", "batch", *(f"{kind}, ms" for kind in KINDS)]
     head += ["change at every call / static", "at every second", "stream / static", "change in stream, ms"]
-    head += ["copy of its bytes, ms"]
+    head += ["copy of its bytes, ms", *(f"device in stream / dense at {each}" for each in SPARSITIES)]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *map(line, rows)]
     return "\n".join(lines) + "\n"
 

@@ -46,7 +46,8 @@ def apply(pipe: P, run: str | Path, *, calls: float | None = None, resident: str
         calls: of a front, what the plan may cost, in dense denoiser calls; the best one within is taken, and of all
             plans where it is left out.
         resident: which thin layers stay ready on the device: "all" of this schedule, so that a change of stage or level
-            moves nothing, "stream" none but those in use, or "auto", what goes into half of the memory that is free.
+            moves nothing, "stream" none but those in use, in the memory of the dense weights (see `Router`), or "auto",
+            what goes into half of the memory that is free.
 
     Returns:
         The same pipeline.

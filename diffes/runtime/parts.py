@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from diffes.adapters import BlockSet, GroupSet, ModelAdapter
 from diffes.errors import DiffesError
 from diffes.pruning.base import GroupWeights
 from diffes.runtime.checks import check_attention, is_fused, replaced, written
+from diffes.runtime.in_place import Held, in_place, streamed
 from diffes.runtime.resident import Resident
 
 
@@ -29,6 +30,13 @@ class Part:
 
     def note(self) -> None:
         """Takes the layers as they are now for those that were loaded."""
+
+    def check_dense(self) -> None:
+        """Refuses layers whose dense tensors another router has changed the order of.
+
+        Raises:
+            DiffesError: their rows lie elsewhere.
+        """
 
     def check_unchanged(self) -> None:
         """Refuses what would be computed wrongly, or lost, because the layers are not as they were loaded.
@@ -49,20 +57,10 @@ class Part:
         """Whether something wrote to the layers since they were loaded."""
         return False
 
-
-class _Held:
-    """A parameter of a layer, and its dense tensor."""
-
-    def __init__(self, layer: nn.Module, name: str) -> None:
-        if name not in layer._parameters:
-            raise DiffesError(
-                f"the {name} of {type(layer).__name__} is no plain parameter, so it cannot be cut to thin layers; load "
-                "the pipeline without what computes it"
-            )
-        self.layer = layer
-        self.name = name
-        self.parameter = cast(nn.Parameter, layer._parameters[name])
-        self.dense = self.parameter.data
+    @property
+    def spoilt(self) -> bool:
+        """Whether it wrote to thin layers whose memory is that of dense ones."""
+        return False
 
 
 class WidthPart(Part):
@@ -75,12 +73,17 @@ class WidthPart(Part):
         adapter: the model.
         groups: the set.
         resident: keeps thin layers ready.
+        alone: where memory starts in which rows of producers may change places (see `diffes.runtime.in_place`), so that
+            thin ones are no copies.
 
     Attributes:
         modules: those whose parameters are swapped.
+        in_place: what has rows change places; None where thin layers are copies.
     """
 
-    def __init__(self, adapter: ModelAdapter, groups: GroupSet, resident: Resident) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, groups: GroupSet, resident: Resident, alone: frozenset[int] = frozenset()
+    ) -> None:
         self.groups = groups
         self._resident = resident
         self._adapter = adapter
@@ -89,10 +92,12 @@ class WidthPart(Part):
         consumer = denoiser.get_submodule(groups.consumer)
         layers = [layer for layer in (*producers, consumer) if hasattr(layer, "base_layer")]  # others have no adapters
         self._adapters = [(layer, _adapters(layer)) for layer in layers]
-        self.consumer = _Held(_base(consumer), "weight")
+        self.consumer = Held(_base(consumer), "weight")
         by_row = [held for layer in producers for held in (*_own(layer), *_lora(layer, "lora_B"))]
         self._by_row, self._by_column = by_row, _lora(consumer, "lora_A")
         self._held = (self.consumer, *self._by_row, *self._by_column)
+        self._away = (self.consumer, *self._by_column)  # while rows are first in place
+        self.in_place = in_place(by_row, self._away, groups.n_groups, groups.size, alone)
         self._parameters = [held.parameter for held in self._held]
         self._places: list[Any] = [(held.layer._parameters, held.name, held.parameter) for held in self._held]
         self.note()
@@ -107,11 +112,18 @@ class WidthPart(Part):
     def note(self) -> None:
         self._versions, self._pointers = _versions(self._parameters), [p.data_ptr() for p in self._parameters]
 
+    def check_dense(self) -> None:
+        if any(held.is_part() for held in self._by_row):
+            raise DiffesError(
+                "another schedule is routed through this model, with resident='stream', so that its dense weights are "
+                "not in order: remove that one first"
+            )
+
     def check_unchanged(self) -> None:
         if self._cast:
-            now, then = self.consumer.parameter, self.consumer.dense
+            now, then = self.consumer.parameter, self.consumer.dense.dtype
             raise DiffesError(
-                f"the model was moved or cast, from {then.dtype} on {then.device} to {now.dtype} on {now.device}, "
+                f"the model was moved or cast, from {then} on {self.consumer.device} to {now.dtype} on {now.device}, "
                 "while a schedule was routed through it: call diffes.remove(pipe), move it, call diffes.apply again"
             )
         if any(_adapters(layer) != known for layer, known in self._adapters):
@@ -123,8 +135,8 @@ class WidthPart(Part):
 
     @property
     def _cast(self) -> bool:
-        now, then = self.consumer.parameter, self.consumer.dense
-        return bool(now.dtype != then.dtype or now.device != then.device)
+        now, then = self.consumer.parameter, self.consumer
+        return bool(now.dtype != then.dense.dtype or now.device != then.device)
 
     @property
     def changed(self) -> bool:
@@ -138,6 +150,11 @@ class WidthPart(Part):
             self.note()  # they were moved to another device and back
             return False
         return True
+
+    @property
+    def spoilt(self) -> bool:
+        rows = [held.parameter for held in self._by_row]
+        return self.in_place is not None and _versions(rows) != self._versions[1 : 1 + len(rows)]
 
     def outdated(self) -> bool:
         return self._bypassed is not None and self.attention.processor is not self._bypassed
@@ -159,6 +176,9 @@ class WidthPart(Part):
         try:
             for parameter, tensor in zip(self._parameters, self._tensors(thin), strict=True):
                 parameter.data = tensor
+            if self.in_place is not None and thin is not None:
+                for held in self._away:
+                    held.put_away()
         finally:
             self.note()
 
@@ -176,28 +196,36 @@ class WidthPart(Part):
     def _tensors(self, thin: GroupWeights | None) -> list[Tensor]:
         """What each parameter holds where these groups are left; all, where there is None."""
         if thin is None:  # the dense tensor itself, unless the model was moved since
+            if self.in_place is not None:
+                self.in_place.dense()
+            for held in self._away:
+                held.put_back()
             return [held.dense.to(held.parameter.device, held.parameter.dtype) for held in self._held]
-        if not thin.kept.numel():  # goes by the processor that is there
+        if self.in_place is not None or not thin.kept.numel():  # the latter goes by the processor that is there
             return self._cut(thin)
         return self._resident.get(self.groups.name, thin, lambda: self._cut(thin))
 
     def _cut(self, thin: GroupWeights) -> list[Tensor]:
         """What each parameter holds where some of the groups are left, made anew."""
-        dense = self.consumer.dense
-        kept = thin.kept.to(dense.device, torch.long)
+        device, width = self.consumer.device, self.consumer.dense.shape[1]
         silent = self._bypassed is not None and "forward" not in self.attention.__dict__
-        features = self.groups.features(kept.new_zeros(1) if silent else kept)
-        width = dense.shape[1]
-        gated = torch.cat([features, features + width])  # value rows lie over gate rows
-        rows = [h.dense.index_select(0, gated if len(h.dense) == 2 * width else features) for h in self._by_row]
-        columns = [held.dense.index_select(1, features) for held in self._by_column]
+        kept = thin.kept.new_zeros(1) if silent else thin.kept
+        features = self.groups.features(kept.to(device, torch.long))
+        if self.in_place is not None:
+            rows = self.in_place.first(kept.cpu().numpy())
+        else:
+            gated = torch.cat([features, features + width])  # value rows lie over gate rows
+            rows = [h.dense.index_select(0, gated if len(h.dense) == 2 * width else features) for h in self._by_row]
+        columns = [held.dense.to(device).index_select(1, features) for held in self._by_column]
         if silent:
             columns = [torch.zeros_like(tensor) for tensor in columns]
-            consumer = dense.new_zeros(len(dense), len(features))
+            consumer = self.consumer.dense.new_zeros(len(self.consumer.dense), len(features), device=device)
         elif thin.consumer is None:
-            consumer = dense.index_select(1, features)
+            consumer = self.consumer.dense.to(device).index_select(1, features)
+        elif self.in_place is not None:
+            consumer = streamed(thin.consumer, device)
         else:
-            consumer = thin.consumer.to(dense.device)
+            consumer = thin.consumer.to(device)
         return [consumer, *rows, *columns]
 
 
@@ -251,13 +279,13 @@ def _base(layer: Any) -> Any:
     return getattr(layer, "base_layer", layer)
 
 
-def _own(layer: Any) -> list[_Held]:
+def _own(layer: Any) -> list[Held]:
     """Weight and bias of a layer, without its adapters'."""
     base = _base(layer)
-    return [_Held(base, name) for name in ("weight", "bias") if getattr(base, name, None) is not None]
+    return [Held(base, name) for name in ("weight", "bias") if getattr(base, name, None) is not None]
 
 
-def _lora(layer: Any, part: str) -> list[_Held]:
+def _lora(layer: Any, part: str) -> list[Held]:
     """The LoRA matrices that peft put beside a layer.
 
     Raises:
@@ -272,7 +300,7 @@ def _lora(layer: Any, part: str) -> list[_Held]:
             f"{type(layer).__name__} carries an adapter that is no plain LoRA, or one that is fused, which cannot be "
             "cut to thin layers; unfuse or unload it, or save the fused model and search on that"
         )
-    return [_Held(matrix, "weight") for matrix in matrices]
+    return [Held(matrix, "weight") for matrix in matrices]
 
 
 def _adapters(layer: Any) -> tuple[bool, tuple[str, ...]]:

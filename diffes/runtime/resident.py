@@ -60,8 +60,8 @@ def limit_of(mode: str, device: torch.device) -> int | None:
     """How many bytes of thin layers may stay on a device.
 
     Args:
-        mode: "all" keeps whatever is used, "stream" nothing but the layers in use, "auto" what goes into half of the
-            memory that is free now.
+        mode: "all" keeps whatever is used, "stream" nothing (layers in use are then in the memory of the dense ones),
+            "auto" what goes into half of the memory that is free now.
         device: where the model is.
 
     Raises:

@@ -18,10 +18,13 @@ from diffes.adapters.groups import REUSE_SETS
 from diffes.errors import DiffesError
 from diffes.pruning.bank import StageWeights, WeightBank
 from diffes.runtime.checks import check_cuttable, check_not_offloaded, replaced, tree_of, written
+from diffes.runtime.in_place import copied, unshared
 from diffes.runtime.memory import Memory, ReusePart
 from diffes.runtime.parts import DepthPart, Part, WidthPart
 from diffes.runtime.resident import Resident, limit_of
 from diffes.search.schedule import Plan, Schedule
+
+SPOILT = "is in rows of the dense ones, because resident='stream' makes no copies of them: load the model again"
 
 
 class Router:
@@ -33,13 +36,17 @@ class Router:
     Depth: skipped blocks hand their input on. Reuse: layers give again what they gave in the last call of the run that
     computed them; the first call of a run computes everything. The dense tensors themselves are kept and put back, so
     restoration is exact. The bank stays in host memory; the device holds the dense weights, the present stage's thin
-    ones, and those that stay ready there.
+    ones, and those that stay ready there. With "stream" it holds no more than the dense weights and one layer: thin
+    rows are the first ones of dense tensors, whose rows change places in their memory and are put back; thin consumers
+    take the place of dense ones, which wait in host memory. What else reads that memory, a `state_dict` from before,
+    sees rows in another order for as long as they are thin; where the model itself does, thin layers are copies.
 
     Args:
         adapter: the model, dense.
         bank: thin weights, at least those of the schedules routed.
         resident: which thin layers stay ready on the device: "all" that were used, so that a change of stage or level
-            moves nothing, "stream" none, or "auto": what goes into half of the memory that is free now; or bytes.
+            moves nothing, "stream" (or 0) none, in the memory of the dense weights, or "auto": what goes into half of
+            the memory that is free now; or bytes.
 
     Attributes:
         schedule: what is routed now; None while the model is dense.
@@ -66,21 +73,24 @@ class Router:
         check_cuttable(adapter)
         device = next(adapter.denoiser.parameters()).device
         self.resident = Resident(resident if isinstance(resident, int) else limit_of(resident, device))
-        self._parts = {p.name: self._part(p) for p in adapter.prunable(bank.kind)}
+        alone = unshared(adapter.denoiser) if self.resident.limit == 0 else frozenset()
+        self._parts = {p.name: self._part(p, alone) for p in adapter.prunable(bank.kind)}
         self._tree = list(tree_of(adapter.denoiser, [p for p in adapter.prunable("width") if isinstance(p, GroupSet)]))
         self._reuse = [part for part in self._parts.values() if isinstance(part, ReusePart)]
         self._keeps = False  # outputs that this schedule does not reuse
         self._wanted: frozenset[str] = frozenset()  # modules whose outputs are kept
         self._reused_until = math.inf  # the lowest timestep at which outputs are reused
-        self._saved = list(_owners(adapter.denoiser, [p for p in self._parts.values() if isinstance(p, WidthPart)]))
+        parts = [part for part in self._parts.values() if isinstance(part, WidthPart)]
+        self._saved = list(_owners(adapter.denoiser, parts))
+        self._in_place = {module for part in parts if part.in_place for module in part.in_place.modules}
         self._current: StageWeights | None = None
         self._watching = False
         self._swapping = False  # an interrupted swap leaves it True: what is loaded is then unknown
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-    def _part(self, prunable: AnySet) -> Part:
+    def _part(self, prunable: AnySet, alone: frozenset[int]) -> Part:
         if isinstance(prunable, GroupSet):
-            return WidthPart(self.adapter, prunable, self.resident)
+            return WidthPart(self.adapter, prunable, self.resident, alone)
         if isinstance(prunable, BlockSet):
             return DepthPart(self.adapter, prunable)
         return ReusePart(self.adapter, prunable, self._remembered)
@@ -97,7 +107,8 @@ class Router:
             keep: also keeps outputs in `memory` that this schedule does not reuse, for others that go on from here.
 
         Raises:
-            DiffesError: the bank lacks a stage and level of the schedule, or the schedule is for another model.
+            DiffesError: the bank lacks a stage and level of the schedule, the schedule is for another model, or another
+                router has rows of this one's weights in an order of its own.
         """
         if schedule.max_level != self.max_level:
             raise DiffesError(
@@ -105,6 +116,9 @@ class Router:
                 "pruning: it was made for another model"
             )
         reused = [key for key in schedule.thin() if not REUSE_SETS.isdisjoint(self.bank[key])]
+        if not self._hooks:
+            for part in self._parts.values():
+                part.check_dense()
         self.schedule, self.memory, self._keeps = schedule, None, keep
         self._wanted = frozenset(itertools.chain(*map(self._recalled, self.bank if keep and self._reuse else reused)))
         self._reused_until = min((_lowest(schedule, key) for key in reused), default=math.inf)
@@ -119,23 +133,26 @@ class Router:
                 *([denoiser.register_forward_hook(self._after_call)] if self._reuse else []),
                 *(module.register_state_dict_pre_hook(self._before_state) for module in self._saved),
                 *(module.register_load_state_dict_pre_hook(self._before_state) for module in self._saved),
+                *(module.register_state_dict_post_hook(copied) for module in self._in_place),
             ]
 
     def remove(self) -> None:
-        """Takes the hooks away and makes the denoiser dense again, bit for bit. What was written to thin weights is
-        lost, with a warning."""
+        """Makes the denoiser dense again, bit for bit, and takes the hooks away. What was written to thin weights is
+        lost, with a warning; where thin rows are those of the dense weights, it is in these, and the warning says so.
+        """
+        parts = self._parts.values() if self._current is not None else ()
+        lost, spoilt = any(part.changed for part in parts), any(part.spoilt for part in parts)
+        self._load(None)
         for hook in self._hooks:
             hook.remove()
         self._hooks, self.schedule, self.memory = [], None, None
-        lost = self._current is not None and any(part.changed for part in self._parts.values())
-        self._load(None)
         for part in self._parts.values():
             part.released()
         if lost:
             self.resident.clear()
             warnings.warn(
                 "weights of the model were written to while a schedule was routed through it, and what was written to "
-                "thin layers is lost: write again, now that it is dense",
+                f"thin layers {SPOILT if spoilt else 'is lost: write again, now that it is dense'}",
                 stacklevel=2,
             )
 
@@ -183,6 +200,7 @@ class Router:
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         for part in made._parts.values():
             part.note()
+        made._swapping |= self._current is not None  # thin rows were copied apart from the dense ones
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
