@@ -1,7 +1,8 @@
 """Real workers on this machine: what two are worth, what kills do, and whether memory stays flat.
 
 `speed`: a search and a calibration with one thread a process, alone and with two workers, in turns; workers are started
-before the clock. `faults`: one search by the command line whose workers are killed 20 times and whose driver 5 times,
+before the clock. `cells`: a comparison of eight searches likewise, from its calibration to its table, start of the
+workers included. `faults`: one search by the command line whose workers are killed 20 times and whose driver 5 times,
 beside the same search left alone. `memory`: resident memory of driver and workers over 5,000 evaluations.
 
     python benchmarks/workers.py                        # a quarter of an hour on two CPU cores that have nothing else
@@ -30,7 +31,8 @@ import torch
 
 from diffes.progress import RichProgress
 from diffes.search.strategy import Evaluation
-from diffes.study.config import RunConfig, WorkerOptions
+from diffes.study.config import ALONE, RunConfig, WorkerOptions
+from diffes.study.grid import run_experiment
 from diffes.study.workbench import prepare, search_on
 from diffes.study.workers import Pool
 
@@ -69,6 +71,24 @@ def speed(evaluations: int, repeats: int) -> dict[str, Any]:
     medians = {name: statistics.median(seconds) for name, seconds in found.items()}
     ratios = {what: medians[f"{what}, alone"] / medians[f"{what}, 2 workers"] for what in ("search", "calibration")}
     return {"evaluations": evaluations, "seconds": found, "times as fast": ratios}
+
+
+def cells(evaluations: int, repeats: int) -> dict[str, Any]:
+    """Seconds of a comparison, alone and by two workers, in turns."""
+    config = RunConfig(**SETTINGS | {"heldout": 64}, max_evals=evaluations)
+    varied = {"strategy": [config.strategy, "random"]}
+    found: dict[str, list[float]] = {"alone": [], "2 workers": []}
+    scores = []
+    for name, options in (("alone", ALONE), ("2 workers", TWO)) * repeats:
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            comparison = run_experiment(config, varied, 4, Path(folder) / "out", RichProgress(), options)
+            found[name].append(time.perf_counter() - start)
+        scores.append([(record.schedule, record.searched.heldout_mean) for record in comparison.records])
+    if any(each != scores[0] for each in scores):
+        raise SystemExit("workers found other schedules")
+    medians = {name: statistics.median(seconds) for name, seconds in found.items()}
+    return {"seconds": found, "times as fast": medians["alone"] / medians["2 workers"]}
 
 
 def faults(evaluations: int, worker_kills: int, driver_kills: int, seed: int = 0) -> dict[str, Any]:
@@ -169,6 +189,9 @@ def text_of(data: dict[str, Any]) -> str:
             f"| {what} | {seconds[f'{what}, alone']:.1f} | {seconds[f'{what}, 2 workers']:.1f} | {ratio:.2f} |"
             for what, ratio in data["speed"]["times as fast"].items()
         ]
+    if "cells" in data:
+        alone, two = (statistics.median(data["cells"]["seconds"][name]) for name in ("alone", "2 workers"))
+        lines += [f"| comparison | {alone:.1f} | {two:.1f} | {data['cells']['times as fast']:.2f} |"]
     if "faults" in data:
         lines += ["", *(f"- {name}: {value}" for name, value in data["faults"].items())]
     if "memory" in data:
@@ -182,7 +205,7 @@ def text_of(data: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("speed", "faults", "memory")
+    parts = ("speed", "cells", "faults", "memory")
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
@@ -197,6 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for part in args.parts:
         if part == "speed":
             data[part] = speed(*((20, 1) if args.smoke else (400, 3)))
+        elif part == "cells":
+            data[part] = cells(*((4, 1) if args.smoke else (40, 3)))
         elif part == "faults":
             data[part] = faults(*((60, 1, 1) if args.smoke else (1500, 20, 5)))
         else:
