@@ -154,7 +154,7 @@ def _workers(driver: int) -> list[psutil.Process]:
 
 def memory(evaluations: int) -> dict[str, Any]:
     """MB of driver and workers over a search."""
-    config = RunConfig(**SETTINGS | {"steps": 4, "probes": 2, "max_evals": evaluations})
+    config = RunConfig(**SETTINGS | {"steps": min(SETTINGS["steps"], 8), "probes": 2, "max_evals": evaluations})
     bench = prepare(config, RichProgress())
     rows: list[dict[str, float]] = []
     count = 0
@@ -176,6 +176,8 @@ def memory(evaluations: int) -> dict[str, Any]:
                 )  # fmt: skip
 
         search_on(replace(bench, pool=pool), RichProgress(), on_evaluation=note)
+    if count < evaluations:
+        raise SystemExit(f"the search ended after {count} evaluations: there are no more schedules")
     return {"rows": rows}
 
 
