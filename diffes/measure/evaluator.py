@@ -402,4 +402,11 @@ class _StateCache:
 
 
 def _copied(state: SamplingState | None) -> SamplingState | None:
-    return state and replace(state, scheduler=copy.deepcopy(state.scheduler))
+    """A state that later steps leave as it is. Configuration and tables of the noise process, which no step writes to,
+    are shared: they are larger than most latents."""
+    if state is None:
+        return None
+    scheduler, shared = state.scheduler, [state.scheduler.config]
+    n_timesteps = scheduler.config.num_train_timesteps
+    shared += [each for each in vars(scheduler).values() if isinstance(each, Tensor) and each.shape == (n_timesteps,)]
+    return replace(state, scheduler=copy.deepcopy(scheduler, {id(each): each for each in shared}))

@@ -10,7 +10,7 @@ from conftest import open_adapter, small_bank
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 
 from diffes.adapters import ModelAdapter, SamplingState
-from diffes.measure.evaluator import ScheduleEvaluator, size_of
+from diffes.measure.evaluator import ScheduleEvaluator, _copied, size_of
 from diffes.measure.metrics import make_metric
 from diffes.pruning import GroupWeights
 from diffes.pruning.bank import WeightBank
@@ -186,3 +186,20 @@ def test_sizes_count_everything_once() -> None:
             self.held, self.itself = [torch.zeros(1000)], self
 
     assert 4000 < size_of(Holder()) < 5500
+
+
+def test_cached_states_share_the_tables_of_the_noise_process_and_nothing_that_steps_write_to(
+    untrained: ModelAdapter,
+) -> None:
+    """Of 5,000 evaluations those tables were most of what a worker held."""
+    probes = untrained.make_probes(2, 0)
+    state = untrained.step(untrained.start(probes, 6, 1.0), probes, 1.0)
+    kept = _copied(state)
+    assert kept is not None and kept.scheduler is not state.scheduler
+    assert kept.scheduler.alphas_cumprod is state.scheduler.alphas_cumprod
+    assert kept.scheduler.alphas_cumprod.nbytes > 1000
+    ended = [state, kept]
+    for i in range(2):
+        while ended[i].index < 6:
+            ended[i] = untrained.step(ended[i], probes, 1.0)
+    assert torch.equal(ended[0].latents, ended[1].latents)
