@@ -14,7 +14,7 @@ import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +87,15 @@ def table(records: Sequence[RunRecord]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def tabled(cells: Sequence[RunConfig], out: Path, table: Callable[[Sequence[RunRecord]], str]) -> str:
+    """Runs cells that are not in a folder yet, and writes the table of all that are."""
+    run_cells(cells, out, RichProgress(), equal_calls=False)
+    lines = (out / "cells.jsonl").read_text().splitlines()
+    text = table([RunRecord.from_json(json.loads(line)) for line in lines])
+    (out / "table.md").write_text(text)
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=shipped_models())
@@ -107,10 +116,7 @@ def main() -> None:
     for seed, model, method, allocation in itertools.product(args.seeds, args.models, args.methods, allocations):
         settings = replace(config, model=model, method=method, allocation=allocation, seed=seed)
         cells = cells_of(settings, reachable[model], args.max_evals)
-        run_cells(cells, args.out, RichProgress(), equal_calls=False)
-        lines = (args.out / "cells.jsonl").read_text().splitlines()
-        text = table([RunRecord.from_json(json.loads(line)) for line in lines])
-        (args.out / "table.md").write_text(text)
+        text = tabled(cells, args.out, table)
     print(text)
 
 

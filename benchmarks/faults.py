@@ -13,7 +13,6 @@ what is torn beyond mending has to be refused.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 import math
@@ -26,7 +25,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 
 from diffes.errors import DiffesError
 from diffes.measure.metrics import METRICS, latent_mse
+from diffes.progress import Silent
 from diffes.runtime.artifact import BANK, SCHEDULE, read_schedule
 from diffes.search.operators import MUTATIONS
 from diffes.search.schedule import Stages
@@ -85,14 +85,6 @@ def _raises(_: Any) -> Any:
 
 def _leaves(_: Any) -> Any:
     sys.exit(0)
-
-
-class Silent:
-    """Progress that is not shown."""
-
-    @contextlib.contextmanager
-    def task(self, title: str, total: int) -> Iterator[Callable[..., None]]:
-        yield lambda note, amount=1: None
 
 
 def tiny_pipeline(to: Path) -> None:

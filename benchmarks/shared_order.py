@@ -1,7 +1,7 @@
 """What does one order of groups for all stages cost, against an order of each stage's own?
 
 With one order, rows of the producing layers would be prefixes of one arrangement in every stage, and a change of stage
-would touch consumers only. Here the order comes of the mean over stages of what the layers see (each stage's second
+would touch consumers only. Here the order comes of the sum over stages of what the layers see (each stage's second
 moment at trace 1); what OBS makes up for stays each stage's own. Uniform and searched schedules, levels shared out by
 damage, latent MSE on held-out probes. Finished cells are lines of `cells.jsonl` and are not run again.
 
@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from allocation import tabled
 from torch import Tensor
 
 from diffes.adapters import GroupSet, adapter_for, load_pipeline, shipped_models
-from diffes.progress import RichProgress
 from diffes.pruning import METHODS
 from diffes.pruning.base import GroupWeights, LayerWeights
 from diffes.pruning.build import stage_seed
@@ -34,12 +33,11 @@ from diffes.pruning.wanda import Wanda
 from diffes.search.schedule import Stages
 from diffes.study.calibration import calibration_of
 from diffes.study.config import RunConfig
-from diffes.study.grid import run_cells
 from diffes.study.record import RunRecord
 
 RESULTS = Path(__file__).parent / "results" / "shared_order"
 SHARED = "_shared_order"  # what a method's name ends with here
-POOLED: dict[str, Tensor] = {}  # (d, d) of each layer of the model at hand: the mean of its second moments over stages
+POOLED: dict[str, Tensor] = {}  # (d, d) of each layer of the model at hand: its second moments, summed over stages
 
 
 @METHODS.register("obs" + SHARED)
@@ -127,10 +125,7 @@ def main() -> None:
             cells = [replace(settings, strategy="uniform", budget=budget) for budget in args.budgets]
             if method == "obs":
                 cells += [replace(settings, budget=budget) for budget in args.budgets]
-            run_cells(cells, args.out, RichProgress(), equal_calls=False)
-            lines = (args.out / "cells.jsonl").read_text().splitlines()
-            text = table([RunRecord.from_json(json.loads(line)) for line in lines])
-            (args.out / "table.md").write_text(text)
+            text = tabled(cells, args.out, table)
     print(text)
 
 

@@ -131,7 +131,7 @@ class Registry(Generic[T]):
     def is_known_elsewhere(self, spec: str) -> bool:
         """Whether other processes find the same by the name in a spec, and by all names that packages offer, of which
         one may be a default: none was registered in this process alone."""
-        return self._local.isdisjoint({spec.partition(":")[0], *self._entry_points()})
+        return not self._local or self._local.isdisjoint({spec.partition(":")[0], *self._entry_points()})
 
     def names(self) -> list[str]:
         """All names, sorted; nothing is imported for it."""
