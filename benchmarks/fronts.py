@@ -43,7 +43,7 @@ RESULTS = Path(__file__).parent / "results" / "fronts"
 BATCHES = (1, 16)  # at which whole runs are timed
 ALONE = {"dense-planned, table alone": "steps", "joint, table alone": "joint"}
 KINDS = ("dense", "dense-planned, table alone", "dense-planned", "levels", "joint, table alone", "joint")
-SETTINGS = ("model", "method", "guidance", "solver", "currency", "batch", "probes")
+SETTINGS = ("model", "method", "guidance", "solver", "currency", "batch", "probes", "strategy")
 BEYOND = (14.0, 16.0, 20.0, 24.0)  # dense calls, to see how many are as good as a plan
 
 
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of calibration and search probes")
     parser.add_argument("--solver", default="dpmsolver++")
+    parser.add_argument("--strategy", default="evopress", help="of the searches of plans")
     parser.add_argument("--cost", choices=("macs", "latency"), default="macs")
     parser.add_argument("--batch", type=int, default=16, help="at which calls are timed")
     parser.add_argument("--nodes", type=int, default=64)
@@ -147,7 +148,7 @@ def main() -> None:
     args = parser.parse_args()
     config = RunConfig(
         cost=args.cost, budget=1.0, metric="latent_mse", guidance=args.guidance, max_evals=args.max_evals,
-        method=args.method, probes=args.probes,
+        method=args.method, probes=args.probes, strategy=args.strategy,
     )  # fmt: skip
     if args.smoke:
         config = replace(config, stages=2, steps=4, probes=2, heldout=4, calibration_samples=8, max_evals=8)
@@ -160,7 +161,7 @@ def main() -> None:
         for seed in args.seeds:
             settings = {"model": model, "method": args.method, "guidance": args.guidance, "seed": seed}
             settings |= {"solver": args.solver, "currency": args.cost, "batch": args.batch}
-            settings["probes"] = config.probes
+            settings |= {"probes": config.probes, "strategy": config.strategy}
             same = [each for each in rows if all(each[name] == value for name, value in settings.items())]
             done = {each["budget"] for each in same}
             left = [budget for budget in args.budgets if budget not in done]

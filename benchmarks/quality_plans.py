@@ -98,7 +98,7 @@ def row_of(bench: Workbench, judge: Judge, point: dict[str, Any]) -> dict[str, A
 def chosen(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     """The points of `fronts.py` with seed 0 in MACs, and the reference."""
     wanted = {"model": model, "guidance": GUIDANCE[model], "method": "obs", "solver": "dpmsolver++", "seed": 0}
-    wanted |= {"currency": "macs", "probes": args.probes}
+    wanted |= {"currency": "macs", "probes": args.probes, "strategy": args.strategy}
     rows = [json.loads(line) for line in args.points.read_text().splitlines()]
     rows = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
     rows = [row for row in rows if row["budget"] in args.budgets and row["kind"] in KINDS]
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[4, 6, 8], help="of the points, in dense calls")
     parser.add_argument("--points", type=Path, default=FRONTS / "points.jsonl", help="what `fronts.py` wrote")
     parser.add_argument("--probes", type=int, default=32, help="of the searches that found the points")
+    parser.add_argument("--strategy", default="evolution", help="likewise")
     parser.add_argument("--n-images", type=int, default=2000, help="images of each plan, a multiple of 10")
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="folder of the four Fashion-MNIST idx files")
     parser.add_argument("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf")

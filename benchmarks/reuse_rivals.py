@@ -344,15 +344,16 @@ def reuses(changes: np.ndarray[Any, np.dtype[np.float64]], threshold: float) -> 
 
 
 def joint(model: str, guidance: float, budget: float) -> dict[str, float]:
-    """Latent MSE of the searched plans of `benchmarks/fronts.py`, mean over seeds: of pruning, of reuse, of both."""
+    """Latent MSE of the searched plans of `benchmarks/fronts.py`, mean over seeds: of pruning, of reuse, of both, each
+    by the better strategy."""
     lines = FRONTS.read_text().splitlines() if FRONTS.exists() else []
-    by_method: dict[str, list[float]] = {}
+    by_search: dict[tuple[str, str], list[float]] = {}
     for row in map(json.loads, lines):
         where = tuple(row[name] for name in ("model", "guidance", "budget", "kind", "currency", "solver"))
         if where == (model, guidance, budget, "joint", "macs", "dpmsolver++"):
-            by_method.setdefault(row["method"], []).append(row["latent_mse"])
+            by_search.setdefault((row["method"], row["strategy"]), []).append(row["latent_mse"])
     found: dict[str, float] = {}
-    for method, errors in by_method.items():
+    for (method, _), errors in by_search.items():
         name = "sum" if "obs" in method and "reuse" in method else "reuse" if "reuse" in method else method
         found[name] = min(found.get(name, float("inf")), statistics.mean(errors))
     return found

@@ -20,7 +20,8 @@ class EvoPress(Strategy):
     Args:
         space: the feasible schedules.
         seed: the only source of randomness.
-        lam: lambda, offspring of a generation, at least 1; also the size of the hybrid first population.
+        lam: lambda, offspring of a generation, at least 1; also the size of the hybrid first population, which is
+            larger where the space has more starts: on few probes they are cheap to tell apart.
         fidelities: the fraction of the probes of each rung, rising, the last one 1.
         survivors: how many go on from each rung but the last, falling.
         mutation: a registered mutation or one of DEAP's, with options after a colon; None takes the space's own of
@@ -87,5 +88,6 @@ class EvoPress(Strategy):
     def _offspring(self) -> list[Genome]:
         """Lambda distinct unseen genomes (S,), mutants of the parent as far as there are new ones; fewer at the end."""
         if self._parent is None:
-            return [Genome(levels) for levels in hybrid(self.space, self._rng, self.lam)]
+            size = max(self.lam, len(self.space.starts))
+            return [Genome(levels) for levels in hybrid(self.space, self._rng, size)]
         return vary([self._parent], self._toolbox, self.lam, space=self.space, rng=self._rng, seen=self._seen)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffes.errors import at_least
-from diffes.search.frontier import Floats, Forecast, called, counted, genomes, undominated
+from diffes.search.frontier import Floats, Forecast, called, counted, genomes, in_turn, undominated
 
 Ints = NDArray[np.int_]
 CLASSES = 3  # partial plans that are told apart by how many calls ago one computed everything
@@ -99,29 +99,34 @@ class Trajectory:
             grows = ratio + (self.signals[j] - self.signals[i] * ratio) * (1 + reach) * self.reaction[i]
             alone[on] = grows**2 * alone[on] + np.square(off).sum(1)
             at[on], clean[on], dense[on] = self.step(i, j, at[on], new, reach, clean[on]), new, self.data[i, 0]
-            before[on], computed[on] = i, np.where(np.isin(k, self.reusing), computed[on], i)
+            before[on] = i
+            computed[on] = np.where(np.isin(k, self.reusing), computed[on], i * self.costs.shape[1] + k)
         return np.square(at - self.states[-1]).sum(1) + caution * alone
 
     def data_at(self, i: Ints, k: Ints, computed: Ints) -> Floats:
         """Clean latents (C, R) predicted at the dense run's latents at nodes i, levels k.
 
         What reuses depends on how far back the last call lay that computed everything: between the gaps that were
-        measured, and none, it is interpolated.
+        measured, and none, it is interpolated. If that call was thin, what it predicted wrong is taken over by as much
+        as is not computed again.
 
         Args:
             i: (C,).
             k: (C,).
-            computed: (C,) nodes of those calls; not looked at where nothing is reused.
+            computed: (C,) `node * K + level` of those calls; not looked at where nothing is reused.
         """
         found = self.data[i, k]
         again = np.isin(k, self.reusing)
         if again.any():
-            node, row = i[again], np.searchsorted(self.reusing, k[again])
-            place = np.interp(node - computed[again], [0, *self.gaps], np.arange(len(self.gaps) + 1))
-            low = np.minimum(place.astype(int), len(self.gaps) - 1)
+            node, level = i[again], k[again]
+            source, thin = np.divmod(computed[again], self.costs.shape[1])
+            place = np.interp(node - source, [0, *self.gaps], np.arange(len(self.gaps) + 1))
+            low, row = np.minimum(place.astype(int), len(self.gaps) - 1), np.searchsorted(self.reusing, level)
             share = (place - low)[:, None]
             nearer = np.where(low[:, None] > 0, self.reused[node, row, low - 1], self.data[node, 0])
-            found[again] = (1 - share) * nearer + share * self.reused[node, row, low]
+            taken = np.maximum(1 - self.costs[node, level] / self.costs[node, 0], 0.0)
+            wrong = self.data[source, thin] - self.data[source, 0]
+            found[again] = (1 - share) * nearer + share * self.reused[node, row, low] + taken[:, None] * wrong
         return found
 
     def reach(self, i: int | Ints, j: int | Ints, before: int | Ints) -> Floats:
@@ -187,8 +192,7 @@ def variants(
     at_least("count", count, 1)
     runs = [replace(run, reaction=run.reaction * scale) for scale in SCALES]
     fronts = [front(each, budget, resolution=resolution, allowed=allowed)[::-1] for each in runs]
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*fronts))
-    found = dict.fromkeys(forecast.levels for forecast in turns if forecast is not None)
+    found = dict.fromkeys(forecast.levels for forecast in in_turn(fronts))
     return [run.predict(levels) for levels in itertools.islice(found, count)]
 
 
@@ -202,7 +206,7 @@ class _Partial:
     Args:
         value: (rows, limit + 1) error of a run that would end there from the dense run; infinite where there is none.
         origin: (rows, limit + 1) `row * L + level` of the call before; -1 at a start.
-        computed: (rows, limit + 1) node of the last call that computed everything; -1 at a start.
+        computed: (rows, limit + 1) `node * K + level` of the last call that computed everything; -1 at a start.
         at: (rows, limit + 1, R) latents.
     """
 
@@ -273,7 +277,8 @@ def _programme(run: Trajectory, levels: Sequence[int], units: Ints, limit: int) 
         at, computed = best.at[row, spent], best.computed[row, spent]
         errors = _errors(run, i, run.data[i, known[fresh], None], at, node, clean)
         for column, level in enumerate(fresh.tolist()):
-            enter(row, level, spent, errors[:, column], 0, np.full(len(spent), i))
+            computing = np.full(len(spent), i * run.costs.shape[1] + known[level])
+            enter(row, level, spent, errors[:, column], 0, computing)
         some = np.flatnonzero(computed >= 0)
         for level in reusing.tolist() if len(some) else ():
             x = run.data_at(np.full(len(some), i), np.full(len(some), known[level]), computed[some])

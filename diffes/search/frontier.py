@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +13,14 @@ from numpy.typing import NDArray
 from diffes.errors import DiffesError, at_least
 
 Floats = NDArray[np.float64]
+T = TypeVar("T")
 PENALTY = 1.15  # factor on the errors of a call that a plan found before has made
 TRIES = 4  # programmes solved for each plan of `variants`
+
+
+def in_turn(lists: Iterable[Sequence[T]]) -> list[T]:
+    """The first of each list, then the second of each, as long as there are any."""
+    return [each for turn in itertools.zip_longest(*lists) for each in turn if each is not None]
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ def run_search(
     Where a limit in calls or seconds may end within a batch, its schedules are measured one by one in the order asked:
     what the strategy wanted first is measured, whatever order suits the evaluator.
 
+    Where a limit is reached before anything was measured on all probes, the fittest is, beyond the limit.
+
     Where it is asynchronous, it asks as soon as a worker is free, and tells each result when it comes: no worker waits
     for the others of a generation, and what is found depends on who is faster. Run again over its store, the strategy
     is told all that is there, in the order in which it came, and goes on; what was open is lost. Over a store that is
@@ -71,6 +73,7 @@ def run_search(
         _search_steadily(strategy, ledger, limits, store)
     else:
         _search_in_batches(strategy, ledger, limits)
+    ledger.settle()
     return ledger.result()
 
 

@@ -135,6 +135,11 @@ class SearchSpace:
         return [s for s, n in enumerate(self.steps) if n]
 
     @property
+    def starts(self) -> tuple[tuple[int, ...], ...]:
+        """Genomes (S,) that a search begins with, the most promising first, where some are known."""
+        return ()
+
+    @property
     def forecasts(self) -> Forecasts | None:
         """Errors (n,) that genomes (n, S) are believed to make, lower is better, where they are foretold."""
         return None

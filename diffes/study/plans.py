@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +18,7 @@ from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.progress import Progress, RichProgress
 from diffes.runtime.solver import SPACINGS, solver_named, spaced
 from diffes.search import carried, foretold
-from diffes.search.frontier import variants
+from diffes.search.frontier import in_turn, variants
 from diffes.search.ledger import OnEvaluation, SearchResult
 from diffes.search.loop import run_search
 from diffes.search.plan import PlanSpace, trailing
@@ -136,8 +135,8 @@ class Plans:
         forecasts find, then those of the programmes, in turn of each way to foretell an error: with latents carried
         along, by adding errors up as squares and as roots.
 
-        Where some levels reuse and others are thin, plans that do without the one or the other are among them: with
-        more to choose from, the programme that carries latents need not find what it finds with less.
+        Where some levels reuse and others are thin, plans that do without the one or the other are found apart, each in
+        its turn: forecasts are not as good for both, and the search is to see the best of each.
         """
         space = self.space(calls, genes)
         alphabets = [space.allowed, tuple(space.first_levels), (space.allowed[0], *space.reusing)]
@@ -145,12 +144,14 @@ class Plans:
             alphabets = alphabets[:1]
         ways = [carried.variants(table.run, calls, VARIANTS, allowed=allowed) for allowed in alphabets]
         ways += [variants(table.table, calls, VARIANTS, power=p, allowed=space.first_levels) for p in POWERS]
-        turns = itertools.chain.from_iterable(itertools.zip_longest(*ways))
-        distinct = dict.fromkeys(forecast.levels for forecast in turns if forecast is not None)
         first = [tuple(levels) for levels in known if space.is_feasible(levels)]
-        solved = [levels for levels in distinct if space.is_feasible(levels)]
-        found = foretold.evolved(table.run, replace(space, starts=(*first, *solved)))
-        return list(dict.fromkeys([*first, *found, *solved]))
+        solved = [levels for forecast in in_turn(ways) if space.is_feasible(levels := forecast.levels)]
+        found = []
+        for allowed in alphabets:
+            part = replace(space, allowed=allowed, reusing=tuple(k for k in space.reusing if k in allowed))
+            starts = tuple(dict.fromkeys(levels for levels in [*first, *solved] if part.is_feasible(levels)))
+            found.append(foretold.evolved(table.run, replace(part, starts=starts)))
+        return list(dict.fromkeys([*first, *in_turn(found), *solved]))
 
     def dense(self, calls: float) -> tuple[Schedule, float]:
         """As many dense calls as a budget pays, evenly spaced: of diffusers' spacings the best on the search's probes.

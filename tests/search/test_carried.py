@@ -50,13 +50,16 @@ def reusing(seed: int, n: int = 6) -> Trajectory:
     )  # fmt: skip
 
 
-def reused_by_hand(run: Trajectory, i: int, level: int, computed: int) -> np.ndarray:
-    """Between the gaps that were measured on a straight line, none being the dense prediction."""
+def reused_by_hand(run: Trajectory, i: int, level: int, source: int, thin: int) -> np.ndarray:
+    """Between the gaps that were measured on a straight line, none being the dense prediction; and what a thin call
+    predicted wrong, by as much as is taken of it."""
     known = {0: run.data[i, 0], **{int(gap): run.reused[i, level - 2, g] for g, gap in enumerate(run.gaps)}}
-    low = max(gap for gap in known if gap <= i - computed)
-    high = min((gap for gap in known if gap >= i - computed), default=low)
-    share = (i - computed - low) / (high - low) if high > low else 0.0
-    return np.asarray((1 - share) * known[low] + share * known[high])
+    low = max(gap for gap in known if gap <= i - source)
+    high = min((gap for gap in known if gap >= i - source), default=low)
+    share = (i - source - low) / (high - low) if high > low else 0.0
+    taken = max(1 - run.costs[i, level] / run.costs[i, 0], 0)
+    wrong = run.data[source, thin] - run.data[source, 0]
+    return np.asarray((1 - share) * known[low] + share * known[high] + taken * wrong)
 
 
 def by_hand(run: Trajectory, levels: tuple[int, ...]) -> tuple[float, float]:
@@ -65,12 +68,12 @@ def by_hand(run: Trajectory, levels: tuple[int, ...]) -> tuple[float, float]:
     path = [(i, level) for i, level in enumerate(levels[::-1]) if level < k]
     times = trailing(n, 1000)
     scheduler = scheduler_for(BASE, "dpmsolver++" if run.second else "ddim", [times[i] for i, _ in path])
-    at, computed = torch.tensor(run.states[0]), -1
+    at, computed = torch.tensor(run.states[0]), (-1, -1)
     for (i, level), timestep in zip(path, scheduler.timesteps, strict=True):
         off = at - torch.tensor(run.states[i])
         again = level in run.reusing
-        predicted = reused_by_hand(run, i, level, computed) if again else run.data[i, level]
-        computed = computed if again else i
+        predicted = reused_by_hand(run, i, level, *computed) if again else run.data[i, level]
+        computed = computed if again else (i, level)
         clean = torch.tensor(predicted) + float(run.reaction[i]) * off
         at = scheduler.step(clean, timestep, at).prev_sample
     error = float(np.square(at.numpy() - run.states[-1]).sum())
@@ -160,7 +163,7 @@ def test_it_is_quick() -> None:
     assert time.process_time() - begun < 10
 
 
-def test_forecasts_of_what_reuses_know_how_long_ago_a_call_computed_everything() -> None:
+def test_forecasts_of_what_reuses_know_which_call_computed_everything_and_how_thin() -> None:
     for seed in range(3):
         run = reusing(seed, n=5)
         for plan in every_plan(run)[::7]:

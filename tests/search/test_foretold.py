@@ -36,7 +36,8 @@ def alone_by_hand(run: Trajectory, plan: tuple[int, ...]) -> float:
             + (run.signals[j] - run.signals[i] * run.noises[j] / run.noises[i]) * (1 + reach) * run.reaction[i]
         )
         total = grows**2 * total + np.square(off).sum()
-        before, computed, dense = i, computed if k in run.reusing else i, run.data[i, 0]
+        before, dense = i, run.data[i, 0]
+        computed = computed if k in run.reusing else i * run.costs.shape[1] + k
     return float(total)
 
 

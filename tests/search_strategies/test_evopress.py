@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from diffes.errors import DiffesError
 from diffes.search.initial import hybrid
 from diffes.search.loop import run_search
 from diffes.search.strategy import STRATEGIES, Evaluation, Proposal
-from diffes.testing import SPACES, StrategyConformance, answer, evaluate, separable
+from diffes.testing import PLANS, SPACES, StrategyConformance, answer, evaluate, separable
 from search_strategies.evopress import EvoPress
 
 PAPER = SPACES["paper"]
@@ -85,6 +86,17 @@ def test_survivors_are_measured_on_all_probes() -> None:
     assert strategy._parent is not None and strategy.best is not None
     assert strategy._parent.fitness.values == (strategy.best.fitness,)
     assert strategy.best.fitness >= separable(best[0].schedule)
+
+
+def test_it_begins_with_all_starts_of_a_space_however_many() -> None:
+    space = PLANS["plans"]
+    starts = [tuple(space.sample(np.random.default_rng(i))) for i in range(12)]
+    strategy = EvoPress(replace(space, starts=tuple(dict.fromkeys(starts))), seed=0, lam=4)
+    first = strategy.ask()
+    assert levels(first) == list(dict.fromkeys(starts)) and {proposal.fidelity for proposal in first} == {0.25}
+    tell(strategy, first, 1.0)
+    tell(strategy, strategy.ask(), 1.0)
+    assert len(strategy.ask()) == 4
 
 
 def test_the_fittest_go_on_from_each_rung() -> None:

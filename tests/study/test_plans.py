@@ -53,6 +53,17 @@ def test_one_table_starts_every_budget(plans: Plans) -> None:
         assert found and all(plans.space(calls).is_feasible(levels) for levels in found)
 
 
+def test_starts_of_a_sum_do_without_one_part_in_turn(tiny_folder: Path) -> None:
+    """Forecasts are not as good for thin and reusing calls together, so the best of each alone comes early."""
+    config = small_config(tiny_folder, method="magnitude+block_reuse", cost="macs", metric="latent_mse")
+    plans = Plans(prepare(config, Counting()), nodes=12)
+    space = plans.space(3.0)
+    found = plans.starts(plans.table(Counting()), 3.0)[:9]
+    levels = [{level for level in plan if level < space.skip} for plan in found]
+    assert any(each <= set(space.first_levels) and each != {0} for each in levels)
+    assert any(each <= {0, *space.reusing} and each != {0} for each in levels)
+
+
 def test_the_same_seed_finds_the_same_plan(plans: Plans) -> None:
     one, other = (plans.search(2.5, strategy="evolution", max_evals=20, progress=Counting()) for _ in range(2))
     assert [e.schedule for e in one.evaluations] == [e.schedule for e in other.evaluations]
