@@ -17,11 +17,12 @@ SETTINGS |= dict(method="magnitude", stages=2, steps=4, probes=2, heldout=2, cal
 EVALUATIONS, SEEDS = 3, 1
 """
 ALSO = {"01": 'STRATEGIES = ["evolution", "uniform"]', "03": "STAGES = [1, 2]; SETTINGS['budget'] = 0.8",
-        "04": 'METRICS = ["ssim", "latent_mse"]', "06": "GENERATIONS = 2"}  # fmt: skip
+        "04": 'METRICS = ["ssim", "latent_mse"]', "06": "GENERATIONS = 2",
+        "07": "BUDGETS, NODES = [2], 8"}  # fmt: skip
 
 
-def test_all_seven_are_there() -> None:
-    assert [path.name[:2] for path in NOTEBOOKS] == ["00", "01", "02", "03", "04", "05", "06"]
+def test_all_eight_are_there() -> None:
+    assert [path.name[:2] for path in NOTEBOOKS] == ["00", "01", "02", "03", "04", "05", "06", "07"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
