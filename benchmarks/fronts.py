@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of calibration and search probes")
     parser.add_argument("--solver", default="dpmsolver++")
-    parser.add_argument("--strategy", default="evopress", help="of the searches of plans")
+    parser.add_argument("--strategy", default="evolution", help="of the searches of plans")
     parser.add_argument("--cost", choices=("macs", "latency"), default="macs")
     parser.add_argument("--batch", type=int, default=16, help="at which calls are timed")
     parser.add_argument("--nodes", type=int, default=64)

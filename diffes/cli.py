@@ -17,8 +17,8 @@ from diffes.study.config import ALONE, RunConfig, WorkerOptions
 
 app = tyro.extras.SubcommandApp()
 _DEFAULT = RunConfig()
-_SEARCH = RunConfig(metric="auto", strategy="auto")
-_PLANNED = RunConfig(cost="macs", max_evals=80, metric="latent_mse", strategy="auto")
+_SEARCH = RunConfig(metric="auto")
+_PLANNED = RunConfig(cost="macs", max_evals=80, metric="latent_mse")
 _EQUAL_MACS = RunConfig(cost="macs", budget=0.7)  # levels cost something else with another method or number of stages
 WRITE_ERRORS = {
     errno.ENOSPC,
@@ -54,8 +54,7 @@ def search(
             timesteps, all calls dense. levels: the paper's, a level for each stage at the pipeline's own steps.
         calls: what a plan may cost, in dense denoiser calls, by --cost (level, the paper's, stands for macs here).
             Left out: 6. Schedules of levels have --budget instead.
-        config: settings of the run; --metric auto is latent_mse for plans and ssim for levels, --strategy auto is
-            evopress for plans and evolution, the paper's, for levels and with --asynchronous or --crossover.
+        config: settings of the run; --metric auto is latent_mse for plans and ssim for levels.
         workers: who measures.
         solver: of plans: dpmsolver++ (second order) or ddim (first order, no noise).
         nodes: of plans: candidate timesteps.
@@ -65,7 +64,6 @@ def search(
     """
     if config.metric == "auto":
         config = replace(config, metric="ssim" if genes == "levels" else "latent_mse")
-    config = _with_strategy(config, genes != "levels")
     if genes != "levels":
         if config.budget != RunConfig().budget:
             raise DiffesError(
@@ -106,7 +104,7 @@ def front(
 
     Args:
         budgets: what a plan may cost, in dense denoiser calls, by --cost.
-        config: settings; --max-evals is of each search, --budget is not used; --strategy auto as of diffes search.
+        config: settings; --max-evals is of each search, --budget is not used.
         workers: who measures.
         solver: dpmsolver++ (second order) or ddim (first order, no noise).
         nodes: candidate timesteps.
@@ -114,18 +112,9 @@ def front(
         overwrite: replace a front that is already there.
         log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
-    config = _with_strategy(config, plans=True)
     out = out or _named(f"{config.method}-front-{config.cost}", config)
     with _terminal(log_file) as terminal:
         terminal.front(config, budgets, out, overwrite, genes="joint", solver=solver, nodes=nodes, workers=workers)
-
-
-def _with_strategy(config: RunConfig, plans: bool) -> RunConfig:
-    """The settings with a strategy in place of auto."""
-    if config.strategy != "auto":
-        return config
-    few_first = plans and not config.asynchronous and config.crossover is None
-    return replace(config, strategy="evopress" if few_first else "evolution")
 
 
 def _named(name: str, config: RunConfig, seed: bool = True) -> Path:

@@ -50,7 +50,6 @@ def test_shipped_model_search_and_sample(tmp_path: Path, capsys: pytest.CaptureF
     assert schedule["stages"] == [[0, 250], [250, 500], [500, 750], [750, 1000]]
     assert sum(schedule["levels"]) == 0.5 * 8 * 4 and schedule["max_level"] == 8
     assert (schedule["method"], schedule["kind"], schedule["model"]) == ("obs", "width", "fashion-dit")
-    assert report["strategy"] == "evolution"
     assert report["levels"] == schedule["levels"] and report["nominal_sparsity"] == 0.5
     assert 0.5 < report["macs_fraction"] == schedule["macs_fraction"] < 0.6
     assert report["evaluations"] == 20 and 0 < report["denoiser_calls"] <= 20 * 8 * 4 * 2
@@ -383,7 +382,6 @@ def test_front_then_sample_by_cost(tiny_folder: Path, tmp_path: Path, capsys: py
     main(["front", *options, "--out", str(out)])
     shown = capsys.readouterr().out
     assert shown.count("joint") == 2 + 2 and "--calls 3" in " ".join(shown.split())
-    assert json.loads((out / "config.json").read_text())["settings"]["strategy"] == "evopress"
     with Image.open(out / folder.FRONT) as image:
         assert image.width > image.height > 200
     main(["sample", str(out), "--calls", "2", "--out", str(tmp_path / "grid.png")])
