@@ -125,7 +125,7 @@ def test_what_an_earlier_process_measured_is_counted_as_if_it_had_gone_on(
     it counts what it pays; in which order those of a batch are measured changes nothing."""
     tiny.pipe.scheduler = scheduler.from_config(tiny.pipe.scheduler.config)
     cache_bytes = states * make(tiny, stages)._state_bytes(slice(0, 3))
-    schedules = some_schedules(stages, 20)
+    schedules = some_schedules(stages, 14)
     whole = make(tiny, stages, cache_bytes=cache_bytes)
     before = [only(whole, schedule) for schedule in schedules]
     assert whole.paid_calls == whole.denoiser_calls == sum(evaluation.denoiser_calls for evaluation in before)

@@ -290,13 +290,12 @@ def test_a_bank_of_a_sum_is_saved_and_opened(adapter: ModelAdapter, bank: Weight
             assert torch.equal(loaded[key][name].kept, weights.kept)
 
 
-@pytest.mark.parametrize("folder", ["tiny_folder", "tiny_sdxl_folder"])
-def test_plans_of_a_sum_are_found_applied_and_exported(
-    folder: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_plans_of_a_sum_are_found_applied_and_exported(tiny_sdxl_folder: Path, tmp_path: Path) -> None:
     """From a front to pipelines: the applied plan equals the library's loop, an exported one equals the applied."""
-    model = request.getfixturevalue(folder)
-    config = small_config(model, method="magnitude+block_reuse", cost="macs", probes=2, heldout=2, max_evals=8)
+    model = str(tiny_sdxl_folder)
+    config = small_config(
+        tiny_sdxl_folder, method="magnitude+block_reuse", cost="macs", probes=2, heldout=2, max_evals=8
+    )
     data = complete_front(config, [3.0], tmp_path / "front", Counting(), nodes=6)
     assert data["kind"] == "width+reuse" and verdicts(data)
     assert [p["kind"] for p in data["points"]][-1] == "joint"
