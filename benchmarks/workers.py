@@ -3,7 +3,8 @@
 `speed`: a search and a calibration with one thread a process, alone and with two workers, in turns; workers are started
 before the clock. `cells`: a comparison of eight searches likewise, from its calibration to its table, start of the
 workers included. `faults`: one search by the command line whose workers are killed 20 times and whose driver 5 times,
-beside the same search left alone. `memory`: resident memory of driver and workers over 5,000 evaluations.
+beside the same search left alone. `memory`: resident memory of driver and workers over 5,000 evaluations; `small`: the
+same where the workers' caches of sampling states are soon full.
 
     python benchmarks/workers.py                        # a quarter of an hour on two CPU cores that have nothing else
     python benchmarks/workers.py --parts faults
@@ -29,11 +30,12 @@ from typing import Any
 import psutil
 import torch
 
+from diffes.measure.evaluator import CACHE_BYTES, ScheduleEvaluator
 from diffes.progress import RichProgress
-from diffes.search.strategy import Evaluation
+from diffes.search.strategy import Evaluation, Evaluator
 from diffes.study.config import ALONE, RunConfig, WorkerOptions
 from diffes.study.grid import run_experiment
-from diffes.study.workbench import prepare, search_on
+from diffes.study.workbench import Workbench, prepare, search_on
 from diffes.study.workers import Pool
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,6 +44,7 @@ SETTINGS: dict[str, Any] = {
     "heldout": 8, "calibration_samples": 64, "threads": 1, "strategy": "evolution:mu=4,lam=16",
 }  # fmt: skip
 TWO = WorkerOptions(workers=2)
+SMALL_CACHE = 1 << 24
 
 
 def speed(evaluations: int, repeats: int) -> dict[str, Any]:
@@ -152,10 +155,20 @@ def _workers(driver: int) -> list[psutil.Process]:
         time.sleep(0.02)
 
 
-def memory(evaluations: int) -> dict[str, Any]:
-    """MB of driver and workers over a search."""
+def memory(evaluations: int, cache_bytes: int = CACHE_BYTES) -> dict[str, Any]:
+    """MB of driver and workers over a search, whose workers keep so many bytes of sampling states each."""
     config = RunConfig(**SETTINGS | {"steps": min(SETTINGS["steps"], 8), "probes": 2, "max_evals": evaluations})
-    bench = prepare(config, RichProgress())
+
+    def evaluator(bench: Workbench) -> Evaluator:
+        probes = bench.adapter.make_probes(config.probes, config.seed, "search")
+        return bench.measuring(
+            ScheduleEvaluator(
+                bench.router, bench.space.stages, probes, n_steps=config.steps, guidance=config.guidance,
+                metric=bench.metric, cache_bytes=cache_bytes,
+            )
+        )  # fmt: skip
+
+    bench = replace(prepare(config, RichProgress()), make_evaluator=evaluator)
     rows: list[dict[str, float]] = []
     count = 0
     start = time.perf_counter()
@@ -196,18 +209,21 @@ def text_of(data: dict[str, Any]) -> str:
         lines += [f"| comparison | {alone:.1f} | {two:.1f} | {data['cells']['times as fast']:.2f} |"]
     if "faults" in data:
         lines += ["", *(f"- {name}: {value}" for name, value in data["faults"].items())]
-    if "memory" in data:
-        lines += ["", "| evaluations | s | driver, MB | workers, MB |", "|---|---|---|---|"]
+    for part, kept in (("memory", CACHE_BYTES), ("small", SMALL_CACHE)):
+        if part not in data:
+            continue
+        lines += ["", f"States up to {kept / 1e6:.0f} MB a worker:", ""]
+        lines += ["| evaluations | s | driver, MB | workers, MB |", "|---|---|---|---|"]
         lines += [
             f"| {row['evaluations']} | {row['seconds']:.0f} | {row['driver']:.0f} | {row['workers']:.0f} |"
-            for row in data["memory"]["rows"]
+            for row in data[part]["rows"]
         ]
     return "\n".join(lines) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("speed", "cells", "faults", "memory")
+    parts = ("speed", "cells", "faults", "memory", "small")
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
@@ -227,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif part == "faults":
             data[part] = faults(*((60, 1, 1) if args.smoke else (1500, 20, 5)))
         else:
-            data[part] = memory(40 if args.smoke else 5000)
+            data[part] = memory(40 if args.smoke else 5000, CACHE_BYTES if part == "memory" else SMALL_CACHE)
         path.write_text(json.dumps(data) + "\n")
     (args.out / "workers.md").write_text(text_of(data))
     print(text_of(data))
