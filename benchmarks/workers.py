@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 import torch
 
-from diffes.measure.evaluator import CACHE_BYTES, ScheduleEvaluator
+from diffes.measure.evaluator import CACHE_BYTES
 from diffes.progress import RichProgress
 from diffes.search.strategy import Evaluation, Evaluator
 from diffes.study.config import ALONE, RunConfig, WorkerOptions
@@ -44,7 +44,7 @@ SETTINGS: dict[str, Any] = {
     "heldout": 8, "calibration_samples": 64, "threads": 1, "strategy": "evolution:mu=4,lam=16",
 }  # fmt: skip
 TWO = WorkerOptions(workers=2)
-SMALL_CACHE = 1 << 24
+CACHES = {"memory": CACHE_BYTES, "small": 1 << 24}  # bytes of sampling states that a worker keeps, by part
 
 
 def speed(evaluations: int, repeats: int) -> dict[str, Any]:
@@ -155,18 +155,12 @@ def _workers(driver: int) -> list[psutil.Process]:
         time.sleep(0.02)
 
 
-def memory(evaluations: int, cache_bytes: int = CACHE_BYTES) -> dict[str, Any]:
+def memory(evaluations: int, cache_bytes: int) -> dict[str, Any]:
     """MB of driver and workers over a search, whose workers keep so many bytes of sampling states each."""
     config = RunConfig(**SETTINGS | {"steps": min(SETTINGS["steps"], 8), "probes": 2, "max_evals": evaluations})
 
     def evaluator(bench: Workbench) -> Evaluator:
-        probes = bench.adapter.make_probes(config.probes, config.seed, "search")
-        return bench.measuring(
-            ScheduleEvaluator(
-                bench.router, bench.space.stages, probes, n_steps=config.steps, guidance=config.guidance,
-                metric=bench.metric, cache_bytes=cache_bytes,
-            )
-        )  # fmt: skip
+        return bench.measuring(bench.evaluator(config.probes, config.seed, cache_bytes=cache_bytes))
 
     bench = replace(prepare(config, RichProgress()), make_evaluator=evaluator)
     rows: list[dict[str, float]] = []
@@ -209,7 +203,7 @@ def text_of(data: dict[str, Any]) -> str:
         lines += [f"| comparison | {alone:.1f} | {two:.1f} | {data['cells']['times as fast']:.2f} |"]
     if "faults" in data:
         lines += ["", *(f"- {name}: {value}" for name, value in data["faults"].items())]
-    for part, kept in (("memory", CACHE_BYTES), ("small", SMALL_CACHE)):
+    for part, kept in CACHES.items():
         if part not in data:
             continue
         lines += ["", f"States up to {kept / 1e6:.0f} MB a worker:", ""]
@@ -223,7 +217,7 @@ def text_of(data: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("speed", "cells", "faults", "memory", "small")
+    parts = ("speed", "cells", "faults", *CACHES)
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
@@ -243,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif part == "faults":
             data[part] = faults(*((60, 1, 1) if args.smoke else (1500, 20, 5)))
         else:
-            data[part] = memory(40 if args.smoke else 5000, CACHE_BYTES if part == "memory" else SMALL_CACHE)
+            data[part] = memory(40 if args.smoke else 5000, CACHES[part])
         path.write_text(json.dumps(data) + "\n")
     (args.out / "workers.md").write_text(text_of(data))
     print(text_of(data))

@@ -146,10 +146,10 @@ class Plans:
         ways += [variants(table.table, calls, VARIANTS, power=p, allowed=space.first_levels) for p in POWERS]
         first = [tuple(levels) for levels in known if space.is_feasible(levels)]
         solved = [levels for forecast in in_turn(ways) if space.is_feasible(levels := forecast.levels)]
-        found = []
+        distinct, found = dict.fromkeys([*first, *solved]), []
         for allowed in alphabets:
             part = replace(space, allowed=allowed, reusing=tuple(k for k in space.reusing if k in allowed))
-            starts = tuple(dict.fromkeys(levels for levels in [*first, *solved] if part.is_feasible(levels)))
+            starts = tuple(filter(part.is_feasible, distinct))
             found.append(foretold.evolved(table.run, replace(part, starts=starts)))
         return list(dict.fromkeys([*first, *in_turn(found), *solved]))
 

@@ -26,7 +26,7 @@ from diffes.measure.currencies import (
     macs_by_level,
     macs_fraction,
 )
-from diffes.measure.evaluator import RoutedEvaluator, ScheduleEvaluator
+from diffes.measure.evaluator import CACHE_BYTES, RoutedEvaluator, ScheduleEvaluator
 from diffes.measure.metrics import Metric, make_metric
 from diffes.measure.profile import damage_table, stage_profile
 from diffes.progress import Progress, RichProgress
@@ -178,8 +178,10 @@ class Workbench:
         """What scores schedules on held-out probes, which no search sees."""
         return HeldOut(self)
 
-    def evaluator(self, n_probes: int, seed: int, split: Split = "search") -> ScheduleEvaluator:
-        """An evaluator in this process, on probes of its own."""
+    def evaluator(
+        self, n_probes: int, seed: int, split: Split = "search", cache_bytes: int = CACHE_BYTES
+    ) -> ScheduleEvaluator:
+        """An evaluator in this process, on probes of its own, which keeps so many bytes of sampling states."""
         return ScheduleEvaluator(
             self.router,
             self.space.stages,
@@ -187,6 +189,7 @@ class Workbench:
             n_steps=self.config.steps,
             guidance=self.config.guidance,
             metric=self.metric,
+            cache_bytes=cache_bytes,
         )
 
     def search_evaluator(self) -> Evaluator:
