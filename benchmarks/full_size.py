@@ -1,4 +1,4 @@
-"""Does a search with OBS run over the published models: how much memory, how long does each part take?
+r"""Does a search with OBS run over the published models: how much memory, how long does each part take?
 
 `--part layers`: one layer of every shape of DiT-XL/2-256 and SDXL base 1.0, random weights, correlated inputs. Order
 and triangle are made, then levels from them; sizes of banks are arithmetic. `--part search`: DiT-XL/2-256 with random
@@ -9,6 +9,8 @@ multiplied. Seconds are of this process's own processor time, which other proces
 
     python benchmarks/full_size.py                          # all of it: one thread, 12 GB, about an hour of a free core
     python benchmarks/full_size.py --eliminate 1            # the same in a quarter of the time
+    python benchmarks/full_size.py --part search --small --probes 16 --guidance 2 --steps 20 --evals 40 --eliminate 1 \
+        --memory 0.29                                       # what share of a real search goes to making levels
     python benchmarks/full_size.py --smoke                  # two blocks, a quarter of the width, into runs/smoke
 """
 
@@ -216,6 +218,9 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=10)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--evals", type=int, default=3, help="of the search")
+    parser.add_argument("--probes", type=int, default=2, help="of the search")
+    parser.add_argument("--guidance", type=float, default=1.0, help="of the search")
+    parser.add_argument("--small", action="store_true", help="search with two blocks a place")
     parser.add_argument("--images", type=int, default=8, help="calibration latents of a stage")
     parser.add_argument("--eliminate", type=int, default=10**6, help="layers of each shape, of all stages together")
     parser.add_argument("--memory", type=float, default=2.0, help="GB, as --bank-memory")
@@ -236,13 +241,15 @@ def main() -> None:
     if args.part != "layers":
         hub = {"dit-xl": "facebook/DiT-XL-2-256", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
         config = RunConfig(
-            model=hub[args.model], dtype=args.dtype, stages=args.stages, steps=args.steps, guidance=1.0, probes=2,
-            max_evals=args.evals, bank_memory=args.memory, calibration_samples=args.images,
+            model=hub[args.model], dtype=args.dtype, stages=args.stages, steps=args.steps, guidance=args.guidance,
+            probes=args.probes, max_evals=args.evals, bank_memory=args.memory, calibration_samples=args.images,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
-            make = partial(published, args.model, args.device, args.dtype, args.smoke)
+            small = args.small or args.smoke
+            make = partial(published, args.model, args.device, args.dtype, small)
             found = {"model": args.model} | search(config, Path(folder), make, args.eliminate) | about
         tag = "" if args.device == "cpu" and args.model == "dit-xl" else f"_{args.model}_{args.device}"
+        tag += "_small" if args.small else ""
         (args.out / f"full_size_search{tag}.json").write_text(json.dumps(found, indent=1) + "\n")
         print(json.dumps(found, indent=1))
 

@@ -10,6 +10,7 @@ import ast
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
@@ -60,6 +61,8 @@ class Registry(Generic[T]):
                 or is something else.
         """
         if name not in self._registered:
+            if name not in self._entry_points():
+                _offered.cache_clear()  # its package may have been installed meanwhile
             offered = self._entry_points()
             if name not in offered:
                 raise unknown_name(self.kind, name, self.names())
@@ -138,4 +141,10 @@ class Registry(Generic[T]):
         return sorted({*self._registered, *self._entry_points()})
 
     def _entry_points(self) -> dict[str, EntryPoint]:
-        return {point.name: point for point in entry_points(group=self.group)}
+        return _offered(self.group, tuple(sys.path))
+
+
+@functools.cache
+def _offered(group: str, _path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    """What the packages of a path offer, by name: to read it takes some 25 ms."""
+    return {point.name: point for point in entry_points(group=group)}

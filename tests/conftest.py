@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -35,7 +36,7 @@ from diffes.pruning.build import build_bank
 from diffes.pruning.calibration import load_calibration
 from diffes.runtime.router import Router
 from diffes.search.schedule import Allocation, Stages
-from diffes.study import plans
+from diffes.study import plans, plots
 from diffes.study.config import RunConfig
 from diffes.study.run import complete_run
 from diffes.study.workbench import Workbench, prepare
@@ -116,10 +117,19 @@ def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+_PIPES: dict[str, DiffusionPipeline] = {}
+
+
+def open_pipe(model: Path | str) -> DiffusionPipeline:
+    """A fresh pipeline: each is loaded once a session, and copied."""
+    if str(model) not in _PIPES:
+        _PIPES[str(model)] = load_pipeline(str(model))
+        _PIPES[str(model)].set_progress_bar_config(disable=True)
+    return copy.deepcopy(_PIPES[str(model)])
+
+
 def open_adapter(model: str) -> ModelAdapter:
-    pipe = load_pipeline(model)
-    pipe.set_progress_bar_config(disable=True)
-    return adapter_for(pipe)
+    return adapter_for(open_pipe(model))
 
 
 @pytest.fixture(params=["tiny-dit", "tiny-sdxl", *shipped_models()])
@@ -159,10 +169,12 @@ def stages() -> Stages:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def near_references() -> Iterator[None]:
-    """Dense references of fewer steps than a front has: what is tested does not depend on how converged they are."""
+def quicker() -> Iterator[None]:
+    """Dense references of fewer steps than a front has, and figures of fewer pixels: nothing that is tested depends on
+    how converged the ones are, or how sharp the others."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "REFERENCE_STEPS", REFERENCE_STEPS)
+        patch.setattr(plots, "DPI", 70)
         yield
 
 
@@ -284,7 +296,7 @@ def any_run(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: 
     return make_run(tmp_path_factory, tiny_model, request.param)
 
 
-def images(pipe: DiffusionPipeline, steps: int = 8, guidance: float = 2.0) -> np.ndarray:
+def images(pipe: DiffusionPipeline, steps: int = 5, guidance: float = 2.0) -> np.ndarray:
     """Two images (2, height, width, channels) of a pipeline, always from the same noise and conditions."""
     pipe.set_progress_bar_config(disable=True)
     conditions = [0, 3] if isinstance(pipe, DiTPipeline) else ["h a", "h c"]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import images, small_config
+from conftest import images, open_pipe, small_config
 from diffusers import DiTPipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -142,7 +142,7 @@ class Check:
 
 @pytest.fixture
 def check_applied(tiny_folder: Path, run: Path) -> Check:
-    return Check(DiTPipeline.from_pretrained(tiny_folder), run)
+    return Check(open_pipe(tiny_folder), run)
 
 
 def test_schedules(run: Path, fuzzed: Path, check_applied: Check) -> None:

@@ -20,15 +20,20 @@ ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 
 
 
 @torch.no_grad()
+def call_once(adapter: ModelAdapter, timestep: int) -> None:
+    """One denoiser call on a batch of one."""
+    probe = adapter.make_probes(1, 0)
+    latents = probe.noise.to(adapter.device, adapter.dtype)
+    adapter.denoise_once(latents, torch.tensor([timestep]), probe.conditions)
+
+
 def macs_by_module(adapter: ModelAdapter, timestep: int = 0) -> dict[str, int]:
     """Multiply-accumulates in each module of the denoiser, by path, of one call on a batch of one; "" is all of it.
 
     Counted over every matrix product, convolution and attention, with the weights that the timestep is routed to.
     """
-    probe = adapter.make_probes(1, 0)
-    latents = probe.noise.to(adapter.device, adapter.dtype)
     with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
-        adapter.denoise_once(latents, torch.tensor([timestep]), probe.conditions)
+        call_once(adapter, timestep)
     root = type(adapter.denoiser).__name__  # text encoders may have run as well
     counts = {name: sum(by_operator.values()) // 2 for name, by_operator in counter.get_flop_counts().items()}
     return {"": counts[root]} | {n.removeprefix(f"{root}."): c for n, c in counts.items() if n.startswith(f"{root}.")}

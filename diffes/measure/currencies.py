@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,10 +12,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 
 from diffes.adapters import BlockSet, GroupSet, ModelAdapter, Probes
-from diffes.adapters.macs import macs_by_module, macs_per_call, macs_per_group
+from diffes.adapters.macs import call_once, macs_by_module, macs_per_call, macs_per_group
+from diffes.progress import Progress, Silent
 from diffes.registry import Registry
 from diffes.runtime.router import Router
 from diffes.search.schedule import Plan, Schedule, Stages
@@ -22,6 +25,11 @@ from diffes.search.space import SearchSpace
 
 LATENCY_REPEATS = 5
 Table = list[list[float]]
+Advance = Callable[[str], None]
+
+
+def _silent(note: str) -> None:
+    """Nobody is told."""
 
 
 class Currency(abc.ABC):
@@ -32,11 +40,13 @@ class Currency(abc.ABC):
         timed: whether it depends on the number of probes, as time does.
         changing: whether the weights of a level are put in place for every call, as plans do, and that is paid for, or
             once a stage.
+        advance: told of each stage that is done.
     """
 
     counted: ClassVar[bool] = True
     timed: ClassVar[bool] = False
     changing: bool = False
+    advance: Advance = staticmethod(_silent)
 
     @abc.abstractmethod
     def table(self, router: Router, stages: Stages, visited: Sequence[int], max_level: int, probes: Probes) -> Table:
@@ -71,7 +81,7 @@ class Macs(Currency):
     """Multiply-accumulates of the whole denoiser."""
 
     def table(self, router: Router, stages: Stages, visited: Sequence[int], max_level: int, probes: Probes) -> Table:
-        return macs_by_level(router, stages, visited, max_level)
+        return macs_by_level(router, stages, visited, max_level, self.advance)
 
 
 class Latency(Currency):
@@ -80,10 +90,39 @@ class Latency(Currency):
     timed = True
 
     def table(self, router: Router, stages: Stages, visited: Sequence[int], max_level: int, probes: Probes) -> Table:
-        return ms_by_level(router, stages, visited, max_level, probes, LATENCY_REPEATS, self.changing)
+        return ms_by_level(router, stages, visited, max_level, probes, LATENCY_REPEATS, self.changing, self.advance)
 
 
 CURRENCIES: Registry[type[Currency]] = Registry("cost", "diffes.costs", Currency)
+
+
+def costs_of(
+    name: str, router: Router, space: SearchSpace, probes: Probes, progress: Progress, changing: bool
+) -> Table:
+    """(S, H + 1) cost of a call, in a currency, in the stages of a space; behind a bar where that takes a while.
+
+    Args:
+        name: of the currency.
+        router: the model with its bank.
+        space: its stages and levels.
+        probes: the batch of a call that is timed.
+        progress: told of each stage.
+        changing: whether the level's weights are put in place before every call.
+    """
+    currency: Currency = CURRENCIES.make(name)
+    currency.changing = changing
+    total, told = len(space.visited), 0
+    with (progress if currency.counted else Silent()).task(f"{name} by level", total) as advance:
+
+        def tell(note: str) -> None:
+            nonlocal told
+            told += 1
+            advance(note)
+
+        currency.advance = tell
+        table = currency.table(router, space.stages, space.visited, space.max_level, probes)
+        advance("", total - told)
+    return table
 
 
 def macs_fraction(router: Router, schedule: Schedule, steps: Sequence[int]) -> float:
@@ -101,7 +140,9 @@ def macs_fraction(router: Router, schedule: Schedule, steps: Sequence[int]) -> f
     return total / (sum(steps) * dense)
 
 
-def macs_by_level(router: Router, stages: Stages, visited: Sequence[int], max_level: int) -> Table:
+def macs_by_level(
+    router: Router, stages: Stages, visited: Sequence[int], max_level: int, advance: Advance = _silent
+) -> Table:
     """(S, H + 1) multiply-accumulates of one denoiser call on a batch of one; in stages not visited those when dense.
 
     Of width they are the dense model's less what the missing groups would have taken, which is exact; of depth and
@@ -109,9 +150,9 @@ def macs_by_level(router: Router, stages: Stages, visited: Sequence[int], max_le
     """
     macs_of = _macs(router, stages)
     table = [[macs_of(0, 0)] * (max_level + 1) for _ in range(len(stages))]
-    for level in range(1, max_level + 1):
-        for stage in visited:
-            table[stage][level] = macs_of(stage, level)
+    for stage in visited:
+        table[stage][1:] = [macs_of(stage, level) for level in range(1, max_level + 1)]
+        advance(f"stage {stage}")
     return table
 
 
@@ -172,9 +213,10 @@ def macs_at(router: Router, stages: Stages, stage: int, level: int) -> int:
     """Multiply-accumulates of one denoiser call on a batch of one, in a stage at a level; after a dense call, where it
     reuses something of that."""
     plan = _after_dense(router, stages, stage, level)
-    called = plan.timesteps if level in router.bank.reusing else plan.timesteps[-1:]
     with router.routed(plan):
-        return [macs_per_call(router.adapter, timestep) for timestep in called][-1]
+        for timestep in plan.timesteps[:-1] if level in router.bank.reusing else ():
+            call_once(router.adapter, timestep)
+        return macs_per_call(router.adapter, plan.timesteps[-1])
 
 
 def _after_dense(router: Router, stages: Stages, stage: int, level: int) -> Plan:
@@ -193,14 +235,16 @@ def ms_by_level(
     probes: Probes,
     repeats: int,
     changing: bool = False,
+    advance: Advance = _silent,
 ) -> Table:
     """(S, H + 1) median milliseconds of one denoiser call on the probes' batch, levels taking turns.
 
-    Measured in one stage where levels remove the same from all layers in all of them, else in every visited one, after
-    a dense call, whose outputs a level may reuse. A dense call does the same in all stages: what a level takes is its
-    share of the dense calls between which it was timed, of the median dense call, so that a machine that slows down on
-    the way makes no stage dearer. With `changing`, putting the level's weights in place of the dense ones is part of a
-    call.
+    Measured in one stage where levels remove the same from all layers in all of them, else in every visited one, with
+    fewer repeats; after a dense call, whose outputs a level may reuse. A dense call does the same in all stages: what a
+    level takes is its share of the dense calls between which it was timed, of the median dense call, so that a machine
+    that slows down on the way makes no stage dearer. For each of its multiply-accumulates it takes the same share in
+    all stages, the median: a search would else choose the stages in which a level happened to be timed short. With
+    `changing`, putting the level's weights in place of the dense ones is part of a call.
     """
     adapter, bank = router.adapter, router.bank
     sets, levels = adapter.prunable(bank.kind), range(1, max_level + 1)
@@ -215,9 +259,10 @@ def ms_by_level(
     shapes = {stage: [shape(stage, level) for level in levels] for stage in visited}
     alike = all(each == shapes[visited[0]] for each in shapes.values())
     counted = visited[:1] if alike else visited
+    rounds = repeats if len(counted) == 1 else max(2, math.ceil(2 * repeats / len(counted)))
 
     def measured(n_probes: int) -> Table:
-        """Of the stages that are counted, on as many probes as there is room for."""
+        """(C, H + 1) of the stages that are counted, on as many probes as there is room for."""
         part = probes[:n_probes]
         latents = part.noise.to(adapter.device, adapter.dtype)
 
@@ -229,24 +274,23 @@ def ms_by_level(
             for timestep in plan.timesteps[:n]:
                 call(timestep)
 
-        table = [[0.0] * (max_level + 1) for _ in range(len(stages))]
+        table = []
         for stage in counted:
             plans = [_after_dense(router, stages, stage, level) for level in range(max_level + 1)]
             timed = [functools.partial(call, plan.timesteps[-1]) for plan in plans]
             before = [functools.partial(enter, plan, len(plan.calls) - changing) for plan in plans]
             try:
-                table[stage] = interleaved_ms(timed, repeats, adapter.device, before)
+                table.append(interleaved_ms(timed, rounds, adapter.device, before))
             finally:
                 router.remove()
+            advance(f"stage {stage}")
         return table
 
-    table = adapter.within_room(measured, len(probes))
-    dense = statistics.median(table[stage][0] for stage in counted)
-    for stage in counted:
-        table[stage] = [ms / table[stage][0] * dense for ms in table[stage]]
-    for stage in range(len(stages)):
-        if stage not in counted:
-            table[stage] = list(table[counted[0]])
+    times = np.array(adapter.within_room(measured, len(probes)))
+    macs = np.array(macs_by_level(router, stages, visited, max_level))
+    macs /= macs[:, :1]
+    slowness = np.median(times / times[:, :1] / macs[list(counted)], axis=0)
+    table: Table = (np.median(times[:, 0]) * slowness * macs).tolist()
     return table
 
 

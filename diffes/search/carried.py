@@ -100,8 +100,12 @@ class Trajectory:
             alone[on] = grows**2 * alone[on] + np.square(off).sum(1)
             at[on], clean[on], dense[on] = self.step(i, j, at[on], new, reach, clean[on]), new, self.data[i, 0]
             before[on] = i
-            computed[on] = np.where(np.isin(k, self.reusing), computed[on], i * self.costs.shape[1] + k)
+            computed[on] = np.where(np.isin(k, self.reusing), computed[on], self.packed(i, k))
         return np.square(at - self.states[-1]).sum(1) + caution * alone
+
+    def packed(self, i: int | Ints, k: int | Ints) -> int | Ints:
+        """A call as one number, `node * K + level`."""
+        return i * self.costs.shape[1] + k
 
     def data_at(self, i: Ints, k: Ints, computed: Ints) -> Floats:
         """Clean latents (C, R) predicted at the dense run's latents at nodes i, levels k.
@@ -113,7 +117,7 @@ class Trajectory:
         Args:
             i: (C,).
             k: (C,).
-            computed: (C,) `node * K + level` of those calls; not looked at where nothing is reused.
+            computed: (C,) those calls, `packed`; not looked at where nothing is reused.
         """
         found = self.data[i, k]
         again = np.isin(k, self.reusing)
@@ -206,7 +210,7 @@ class _Partial:
     Args:
         value: (rows, limit + 1) error of a run that would end there from the dense run; infinite where there is none.
         origin: (rows, limit + 1) `row * L + level` of the call before; -1 at a start.
-        computed: (rows, limit + 1) `node * K + level` of the last call that computed everything; -1 at a start.
+        computed: (rows, limit + 1) the last call that computed everything, `packed`; -1 at a start.
         at: (rows, limit + 1, R) latents.
     """
 
@@ -277,7 +281,7 @@ def _programme(run: Trajectory, levels: Sequence[int], units: Ints, limit: int) 
         at, computed = best.at[row, spent], best.computed[row, spent]
         errors = _errors(run, i, run.data[i, known[fresh], None], at, node, clean)
         for column, level in enumerate(fresh.tolist()):
-            computing = np.full(len(spent), i * run.costs.shape[1] + known[level])
+            computing = np.full(len(spent), run.packed(i, known[level]))
             enter(row, level, spent, errors[:, column], 0, computing)
         some = np.flatnonzero(computed >= 0)
         for level in reusing.tolist() if len(some) else ():

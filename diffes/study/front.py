@@ -32,7 +32,7 @@ from diffes.study.calibration import Keep
 from diffes.study.config import ALONE, RunConfig, WorkerOptions
 from diffes.study.heldout import finite
 from diffes.study.lock import held
-from diffes.study.plans import Genes, Plans
+from diffes.study.plans import Genes, Plans, call_costs
 from diffes.study.settings import PLANNED
 from diffes.study.workbench import prepare
 from diffes.study.workers import pool_of
@@ -139,9 +139,10 @@ def _front_in(
 
     with pool_of(settings, workers) as pool:
         bench = prepare(settings, progress, costs, PLANNED, pool, Keep(begin, resumes))
-        plans = Plans(bench, extra["solver"], extra["nodes"], known_costs=costs)
+        known = costs or call_costs(bench, progress)
+        plans = Plans(bench, extra["solver"], extra["nodes"], known_costs=known)
         begin()
-        folder.write_costs(out, config.cost, plans.call_costs)
+        folder.write_costs(out, config.cost, known)
         table = _table(plans, out / folder.TABLE, progress)
         points: list[Point] = []
         for budget in extra["budgets"]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from diffes.adapters import Split
 from diffes.errors import DiffesError, at_least
-from diffes.measure.currencies import CURRENCIES, Currency, Table
+from diffes.measure.currencies import CURRENCIES, Table, costs_of
 from diffes.measure.error_table import MeasuredTable, measure_table
 from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.progress import Progress, RichProgress
@@ -34,6 +34,15 @@ Genes = Literal["levels", "steps", "joint"]
 REFERENCE_STEPS = 200
 POWERS = (1.0, 0.5)  # errors of a plan add up as squares or as roots: which is nearer to the truth differs
 VARIANTS = 4  # plans of the table from each, and with latents carried along
+
+
+def call_costs(bench: Workbench, progress: Progress, timed_at: int | None = None) -> Table:
+    """(S, H + 1) cost of a call in each stage at each level: the workbench's, where time is counted with the change of
+    weights before the call, measured on as many images a call as a search has probes where nothing else is said."""
+    if not CURRENCIES.get(bench.config.cost).timed:
+        return bench.costs
+    probes = bench.adapter.make_probes(timed_at or bench.config.probes, HELDOUT_SEED, "heldout")
+    return costs_of(bench.config.cost, bench.router, bench.space, probes, progress, changing=True)
 
 
 @dataclass(frozen=True)
@@ -68,15 +77,8 @@ class Plans:
 
     @cached_property
     def call_costs(self) -> Table:
-        """(S, H + 1) cost of a call in each stage at each level: the workbench's, where time is counted with the change
-        of weights before the call."""
-        currency: Currency = CURRENCIES.make(self.bench.config.cost)
-        if self.known_costs or not currency.timed:
-            return self.known_costs or self.bench.costs
-        currency.changing = True
-        space, batch = self.bench.space, self.timed_at or self.bench.config.probes
-        probes = self.bench.adapter.make_probes(batch, HELDOUT_SEED, "heldout")
-        return currency.table(self.bench.router, space.stages, space.visited, space.max_level, probes)
+        """(S, H + 1) what `call_costs` says, or what was known."""
+        return self.known_costs or call_costs(self.bench, RichProgress(), self.timed_at)
 
     @cached_property
     def costs(self) -> list[list[float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from numpy.typing import ArrayLike
 from torch import Tensor
+from torch.nn.functional import pad
 
 from diffes.adapters import AnySet
 from diffes.search.schedule import Schedule, Stages
@@ -34,12 +36,13 @@ _LOOKS = {  # colour and marker of what is drawn in several figures
     "searched": ("#0b6e99", "o"), "dense, fewer steps": ("#b23a48", "h"),
     "dense": ("#444444", "X"), "dense-planned": ("#d1603d", "s"), "levels": ("#6a994e", "^"), "joint": ("#0b6e99", "o"),
 }  # fmt: skip
+DPI = 150
 _OTHERS = tuple(dict.fromkeys(_LOOKS.values()))
 
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a figure as a PNG, whatever the ending of the name."""
-    figure.savefig(path, format="png", dpi=150, bbox_inches="tight")
+    figure.savefig(path, format="png", dpi=DPI, bbox_inches="tight")
 
 
 def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -252,35 +255,45 @@ def image_grid(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None,
             channels, all on one scale.
     """
     n = max(len(images) for images in rows.values())
-    size, beside = (1.3, [0.3] + [1.0] * n) if differences else (1.08, [])  # a gap, then the differences
-    widths = [1.0] * n + beside
-    spaces = {"wspace": 0.05, "hspace": 0.05, "width_ratios": widths}
+    size, halves = (1.3, 2) if differences else (1.08, 1)
+    width = next(iter(rows.values())).shape[-1]
+    gap = max(width // 20, 1)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.5 + size * sum(widths), size * len(rows)))
-        grid = figure.subplots(len(rows), len(widths), squeeze=False, gridspec_kw=spaces)
+        figure = Figure(figsize=(1.5 + size * (halves * (n + 0.3) - 0.3), size * len(rows)))
+        spaces = {"wspace": 0.6 / (2 * n + 0.3), "hspace": 0.05}
+        grid = figure.subplots(len(rows), halves, squeeze=False, gridspec_kw=spaces)
         for axes in grid.flat:
-            axes.set(xticks=[], yticks=[])
+            axes.set(xticks=[], yticks=[], anchor="E" if axes in grid[:, 0] else "W")
             axes.spines[:].set_visible(False)
-        for row, (name, images) in zip(grid, rows.items(), strict=True):
-            for axes, image in zip(row, images.float().cpu().permute(0, 2, 3, 1).numpy(), strict=False):
-                axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)
-            row[0].set_ylabel(name, rotation=0, ha="right", va="center")
-        for axes, title in zip(grid[0], columns or (), strict=False):
-            axes.set_title(textwrap.fill(title, 15), fontsize=7)
+        for axes, (name, images) in zip(grid[:, 0], rows.items(), strict=True):
+            _strip(axes, images, gap, n)
+            axes.set_ylabel(name, rotation=0, ha="right", va="center")
+        named = [((width + gap) * i + (width - 1) / 2, textwrap.fill(c, 15)) for i, c in enumerate(columns or ())]
+        grid[0, 0].set_xticks([at for at, _ in named], [name for _, name in named], fontsize=7)
+        grid[0, 0].tick_params(axis="x", top=True, bottom=False, labeltop=True, labelbottom=False, length=0)
         if differences:
-            _differences(figure, grid[:, n + 1 :], rows)
+            _differences(figure, grid[:, 1], rows, gap, n)
         return figure
 
 
-def _differences(figure: Figure, grid: np.ndarray, rows: Mapping[str, Tensor]) -> None:
+def _strip(axes: Axes, images: Tensor, gap: int, n: int, cmap: str = "gray", vmax: float = 1.0) -> None:
+    """Up to n images (m, channels, h, w) beside each other, so many pixels apart; one channel is a map."""
+    rows, value = images.float().cpu(), 1.0 if images.shape[1] == 3 else math.nan
+    strip = pad(rows, (0, gap), value=value).permute(2, 0, 3, 1).flatten(1, 2)[:, :-gap]
+    axes.imshow(strip.squeeze(2).numpy(), cmap=cmap, vmin=0, vmax=vmax)
+    axes.set_xlim(-0.5, n * (images.shape[-1] + gap) - gap - 0.5)
+
+
+def _differences(figure: Figure, column: np.ndarray, rows: Mapping[str, Tensor], gap: int, n: int) -> None:
     """How far images are from those of the first row, below a bar that says how much; the first row is empty."""
     (name, first), *others = ((name, images.float().cpu()) for name, images in rows.items())
-    distances = [(images - first[: len(images)]).abs().mean(1).numpy() for _, images in others]
+    distances = [(images - first[: len(images)]).abs().mean(1, keepdim=True) for _, images in others]
     most = max((float(values.max()) for values in distances), default=0.0) or 1.0
-    for row, values in zip(grid[1:], distances, strict=True):
-        for axes, value in zip(row, values, strict=False):
-            axes.imshow(value, cmap="inferno", vmin=0, vmax=most)
-    left, right = grid[0, 0].get_position(), grid[0, -1].get_position()
-    bar = figure.add_axes((left.x0, left.y0 + 0.55 * left.height, right.x1 - left.x0, 0.15 * left.height))
+    for axes, values in zip(column[1:], distances, strict=True):
+        _strip(axes, values, gap, n, "inferno", most)
+    column[-1].apply_aspect()
+    top, beneath = column[0].get_position(), column[-1].get_position()
+    column[0].remove()
+    bar = figure.add_axes((beneath.x0, top.y0 + 0.55 * top.height, beneath.width, 0.15 * top.height))
     figure.colorbar(ScalarMappable(Normalize(0, most), "inferno"), cax=bar, orientation="horizontal")
     bar.set_title(f"mean absolute difference to {name}", fontsize=9)

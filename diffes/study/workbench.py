@@ -22,6 +22,7 @@ from diffes.measure.currencies import (
     LATENCY_REPEATS,
     Currency,
     Table,
+    costs_of,
     interleaved_ms,
     macs_by_level,
     macs_fraction,
@@ -339,7 +340,10 @@ def prepare(
         macs = np.array(macs_by_level(router, stages, space.visited, space.max_level))[space.visited].mean(0)
         cheaper = sorted(range(1, space.max_level + 1), key=lambda k: -macs[k])
         router = Router(adapter, bank.in_order(cheaper), resident=memory)
-    return _priced(Workbench(config, adapter, space, router, metric, costs or [], pool=pool), progress)
+    bench = Workbench(config, adapter, space, router, metric, costs or [], pool=pool)
+    if isinstance(example, PlanSpace) and not costs and CURRENCIES.get(config.cost).timed:
+        return bench  # plans time their own calls
+    return _priced(bench, progress)
 
 
 def vary(bench: Workbench, config: RunConfig, progress: Progress, costs: Table | None = None) -> Workbench:
@@ -367,16 +371,14 @@ def vary(bench: Workbench, config: RunConfig, progress: Progress, costs: Table |
 
 def _priced(bench: Workbench, progress: Progress) -> Workbench:
     """The workbench with its costs, measured where they are not known, and the space of its budget."""
-    config, space = bench.config, bench.space
-    currency: Currency = CURRENCIES.make(config.cost)
-    costs = bench.costs
+    config, space, costs = bench.config, bench.space, bench.costs
     if costs and [len(row) for row in costs] != [space.max_level + 1] * space.n_stages:
         raise DiffesError(f"the known costs are no table of {space.n_stages} stages by {space.max_level + 1} levels")
     if not costs:
         probes = bench.adapter.make_probes(config.probes, HELDOUT_SEED, "heldout")
-        with progress.task(f"{config.cost} by level", 1) if currency.counted else nullcontext():
-            costs = currency.table(bench.router, space.stages, space.visited, space.max_level, probes)
+        costs = costs_of(config.cost, bench.router, space, probes, progress, changing=False)
     counted = first_computes(costs, space.steps, bench.router.bank.reusing)
+    currency: Currency = CURRENCIES.make(config.cost)
     return replace(bench, costs=costs, space=currency.space(space.stages, space.steps, counted, config.budget))
 
 

@@ -12,11 +12,10 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import altered, images, make_run, open_adapter, small_bank
+from conftest import altered, images, make_run, open_adapter, open_pipe, small_bank
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
-    DiTPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -85,7 +84,7 @@ def check_routing(pipe: DiffusionPipeline, run: Path, steps: int, guidance: floa
 
 @pytest.mark.feature("DDIM, DPM-Solver++, Euler, Heun, UniPC, with and without guidance", "equal")
 def test_one_schedule_serves_all_samplers_with_and_without_guidance(any_run: Path, tiny_model: Path) -> None:
-    pipe = DiffusionPipeline.from_pretrained(tiny_model)
+    pipe = open_pipe(tiny_model)
     for scheduler, guidance in zip([*SCHEDULERS, DDIMScheduler], itertools.cycle([1.0, 3.0]), strict=False):
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
         dense = images(pipe, 6, guidance)
@@ -94,7 +93,7 @@ def test_one_schedule_serves_all_samplers_with_and_without_guidance(any_run: Pat
 
 
 def test_one_schedule_serves_all_numbers_of_steps(any_run: Path, tiny_model: Path) -> None:
-    pipe = DiffusionPipeline.from_pretrained(tiny_model)
+    pipe = open_pipe(tiny_model)
     for steps in (5, 20, 25):
         check_routing(pipe, any_run, steps, 3.0)
 
@@ -106,7 +105,7 @@ def test_half_precision(any_run: Path, tiny_model: Path, dtype: torch.dtype) -> 
     diffes.apply(pipe, any_run)
     pruned = images(pipe)
     assert np.isfinite(pruned).all() and not np.array_equal(pruned, before)
-    full = diffes.apply(DiffusionPipeline.from_pretrained(tiny_model), any_run)
+    full = diffes.apply(open_pipe(tiny_model), any_run)
     assert np.abs(pruned - images(full)).mean() < 0.02
     diffes.remove(pipe)
     np.testing.assert_array_equal(images(pipe), before)
@@ -151,17 +150,17 @@ def test_a_lora_of_diffusers_is_loaded_before_apply_not_after(
     tiny_sdxl_folder: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     run = make_run(tmp_path_factory, tiny_sdxl_folder, "obs")
-    source = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl_folder)
+    source = open_pipe(tiny_sdxl_folder)
     add_lora(adapter_for(source))
     StableDiffusionXLPipeline.save_lora_weights(tmp_path, peft.get_peft_model_state_dict(source.unet))
-    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl_folder)
+    pipe = open_pipe(tiny_sdxl_folder)
     without = images(diffes.apply(pipe, run))
     diffes.remove(pipe)
     diffes.apply(pipe, run)
     pipe.load_lora_weights(tmp_path)
     with pytest.raises(DiffesError, match="a LoRA loaded, fused or unloaded"):
         images(pipe)
-    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl_folder)
+    pipe = open_pipe(tiny_sdxl_folder)
     pipe.load_lora_weights(tmp_path)
     dense = images(pipe)
     pruned = images(diffes.apply(pipe, run))
@@ -169,7 +168,7 @@ def test_a_lora_of_diffusers_is_loaded_before_apply_not_after(
     pipe.fuse_lora()
     with pytest.raises(DiffesError, match="a LoRA loaded, fused or unloaded"):
         images(pipe)
-    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl_folder)
+    pipe = open_pipe(tiny_sdxl_folder)
     pipe.load_lora_weights(tmp_path)
     diffes.remove(diffes.apply(pipe, run))
     np.testing.assert_array_equal(images(pipe), dense)
@@ -188,7 +187,7 @@ def test_adapters_that_cannot_be_cut_are_refused(untrained: ModelAdapter, stages
 
 @pytest.mark.feature("`save_pretrained` while routed", "equal")
 def test_what_is_saved_while_applied_is_the_dense_model(any_run: Path, tiny_model: Path, tmp_path: Path) -> None:
-    pipe = DiffusionPipeline.from_pretrained(tiny_model)
+    pipe = DiffusionPipeline.from_pretrained(tiny_model)  # not copied: where weights lie decides on the last bits
     dense = images(pipe)
     pruned = images(diffes.apply(pipe, any_run))
     pipe.save_pretrained(tmp_path)
@@ -198,12 +197,12 @@ def test_what_is_saved_while_applied_is_the_dense_model(any_run: Path, tiny_mode
 
 @pytest.mark.feature("`remove` after the pipeline was cast", "equal")
 def test_a_pipeline_moved_while_applied_is_whole_again_after_remove(any_run: Path, tiny_model: Path) -> None:
-    pipe = DiffusionPipeline.from_pretrained(tiny_model)
+    pipe = open_pipe(tiny_model)
     images(diffes.apply(pipe, any_run))
     pipe.to(torch.float64)
     diffes.remove(pipe)
     assert {p.dtype for p in adapter_for(pipe).denoiser.parameters()} == {torch.float64}
-    untouched = DiffusionPipeline.from_pretrained(tiny_model).to(torch.float64)
+    untouched = open_pipe(tiny_model).to(torch.float64)
     np.testing.assert_array_equal(images(pipe), images(untouched))
 
 
@@ -225,7 +224,7 @@ def test_compile_after_apply(
     torch.compiler.reset()
     tiny_model = request.getfixturevalue(folder)
     any_run = make_run(tmp_path_factory, tiny_model, method)
-    pipe = DiffusionPipeline.from_pretrained(tiny_model)
+    pipe = open_pipe(tiny_model)
     name = "unet" if hasattr(pipe, "unet") else "transformer"
     dense = images(pipe, 4)
     expected = images(diffes.apply(pipe, any_run), 4)
@@ -241,7 +240,7 @@ def test_compile_after_apply(
 
 @pytest.mark.feature("offloading (model, group) before or after `apply`", "refused")
 def test_offloaded_pipelines_are_refused(any_run: Path, tiny_model: Path) -> None:
-    pipe = DiffusionPipeline.from_pretrained(tiny_model)
+    pipe = open_pipe(tiny_model)
     pipe.enable_model_cpu_offload(device="cpu")
     with pytest.raises(DiffesError, match=r"is offloaded .*remove_all_hooks"):
         diffes.apply(pipe, any_run)
@@ -285,7 +284,7 @@ def test_damaged_runs_are_refused_and_leave_the_pipeline_alone(
     run: Path, tiny_folder: Path, tmp_path: Path, name: str, change: Callable[[Path], object], message: str
 ) -> None:
     damaged = altered(run, tmp_path, name, change)
-    pipe = DiTPipeline.from_pretrained(tiny_folder)
+    pipe = open_pipe(tiny_folder)
     before = images(pipe)
     with pytest.raises(DiffesError, match=message):
         diffes.apply(pipe, damaged)
@@ -300,13 +299,13 @@ def test_a_run_of_another_model_is_refused(run: Path) -> None:
 
 
 def test_a_run_of_the_other_family_is_refused(run: Path, tiny_sdxl_folder: Path) -> None:
-    pipe = DiffusionPipeline.from_pretrained(tiny_sdxl_folder)
+    pipe = open_pipe(tiny_sdxl_folder)
     with pytest.raises(DiffesError, match="another model"):
         diffes.apply(pipe, run)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
-    pipe = DiTPipeline.from_pretrained(tiny_folder)
+    pipe = open_pipe(tiny_folder)
     with pytest.raises(DiffesError, match="no run folder"):
         diffes.apply(pipe, tmp_path)
     with pytest.raises(DiffesError, match="no folder"):

@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import images, make_run, small_bank
+from conftest import images, make_run, open_pipe, small_bank
 from diffusers import (
-    DiTPipeline,
     StableDiffusionXLPAGPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import (
@@ -180,7 +178,7 @@ def test_an_ip_adapter_loaded_while_applied_is_refused_and_remove_works(
     made = []
     for applied in (False, True):
         torch.manual_seed(0)
-        pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl_folder)
+        pipe = open_pipe(tiny_sdxl_folder)
         weights = ip_adapter(pipe.unet)
         if applied:
             images(diffes.apply(pipe, run))
@@ -231,7 +229,7 @@ def parametrise(adapter: ModelAdapter) -> None:
 def test_models_that_cannot_be_cut_are_refused_by_what_they_are(
     run: Path, tiny_folder: Path, change: Callable[[ModelAdapter], None], message: str
 ) -> None:
-    pipe = DiTPipeline.from_pretrained(tiny_folder)
+    pipe = open_pipe(tiny_folder)
     change(diffes.adapters.adapter_for(pipe))
     with pytest.raises(DiffesError, match=message):
         diffes.apply(pipe, run)
@@ -240,8 +238,8 @@ def test_models_that_cannot_be_cut_are_refused_by_what_they_are(
 
 @feature("projections that were fused before `apply` and are so no more", "equal")
 def test_projections_that_were_fused_once_do_no_harm(run: Path, tiny_folder: Path) -> None:
-    expected = images(diffes.apply(DiTPipeline.from_pretrained(tiny_folder), run))
-    pipe = DiTPipeline.from_pretrained(tiny_folder)
+    expected = images(diffes.apply(open_pipe(tiny_folder), run))
+    pipe = open_pipe(tiny_folder)
     adapter = diffes.adapters.adapter_for(pipe)
     fuse(adapter)
     set_processors(adapter, AttnProcessor2_0())

@@ -157,7 +157,8 @@ def test_blocks_that_change_least_are_reused_first(adapter: ModelAdapter, stages
 def test_costs_add_up_to_what_a_routed_run_counts(adapter: ModelAdapter, bank: WeightBank) -> None:
     stages, router = Stages.equal(N_STAGES), Router(adapter, bank)
     table = macs_by_level(router, stages, range(N_STAGES), bank.max_level)
-    for levels in sequences(bank):
+    every = list(sequences(bank))
+    for levels in every if "tiny" in adapter.pipe.config._name_or_path else every[-1:]:
         called = plan(bank, *levels)
         with router.routed(called):
             counted = sum(macs_per_call(adapter, timestep) for timestep in called.timesteps)
@@ -261,6 +262,7 @@ def test_latency_is_measured_after_a_call_to_reuse_of(untrained: ModelAdapter, s
     """Not a test of speed: the layers that the last level leaves out are not called while it is timed."""
     bank = small_bank(untrained, "block_reuse", stages)
     top = bank.max_level
+    macs_by_level(Router(untrained, bank), stages, [1], top)  # counted once: what is called below is timed
     calls: list[int] = []
     path = untrained.branches().sources[0]
     layer = untrained.denoiser.get_submodule(path).to_out[0]
@@ -324,10 +326,10 @@ def test_a_search_of_levels_that_reuse_keeps_its_budget(tiny_sdxl_folder: Path) 
     found = bench.search(progress=Counting())
     adapter = bench.adapter
     timesteps = [int(t) for t in adapter.timesteps(config.steps)]
+    dense = macs_per_call(adapter)
     for evaluation in found.evaluations:
         with bench.router.routed(evaluation.schedule):
             counted = sum(macs_per_call(adapter, timestep) for timestep in timesteps)
-        dense = macs_per_call(adapter)
         assert counted <= 0.7 * dense * len(timesteps) * (1 + 1e-6)
         assert bench.macs_fraction(evaluation.schedule) == pytest.approx(counted / (dense * len(timesteps)), rel=1e-9)
 

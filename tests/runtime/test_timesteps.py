@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import images, open_adapter, small_bank
+from conftest import images, open_adapter, open_pipe, small_bank
 from diffusers import (
-    DiTPipeline,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
@@ -53,7 +52,7 @@ OTHER = [
 def test_samplers_that_do_not_count_in_training_timesteps_are_refused(
     run: Path, tiny_folder: Path, stages: Stages, scheduler: Any
 ) -> None:
-    pipe = DiTPipeline.from_pretrained(tiny_folder)
+    pipe = open_pipe(tiny_folder)
     own, other = pipe.scheduler, scheduler(pipe)
     before = images(pipe)
     pipe.scheduler = other

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import images, small_bank
+from conftest import images, open_pipe, small_bank
 from diffusers import (
     ControlNetModel,
-    DiffusionPipeline,
     UNet2DConditionModel,
 )
 from masking import assert_dense, state
@@ -153,7 +152,7 @@ def consumer_path(adapter: ModelAdapter) -> str:
 
 @feature("a deep copy of a routed model or pipeline", "equal")
 def test_a_deep_copy_of_an_applied_pipeline_is_one_of_its_own(any_run: Path, tiny_model: Path) -> None:
-    pipe = DiffusionPipeline.from_pretrained(tiny_model)
+    pipe = open_pipe(tiny_model)
     dense = images(pipe, 4)
     pruned = images(diffes.apply(pipe, any_run), 4)
     copied = copy.deepcopy(pipe)

@@ -26,7 +26,7 @@ for name in sys.argv[1:]:
     pipe = diffes.load(name)
     pipe.set_progress_bar_config(disable=True)
     conditions = [0, 3] if hasattr(pipe, "transformer") else ["h a", "h c"]
-    options = dict(generator=torch.Generator().manual_seed(5), num_inference_steps=8, output_type="np")
+    options = dict(generator=torch.Generator().manual_seed(5), num_inference_steps=5, output_type="np")
     numpy.save(name + ".npy", pipe(conditions, guidance_scale=2.0, **options).images)
 """
 

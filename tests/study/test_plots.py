@@ -82,12 +82,12 @@ def test_damage_is_on_a_logarithmic_scale_and_what_costs_nothing_is_explained() 
 def test_differences_are_beside_the_images_on_one_scale() -> None:
     first = torch.zeros(2, 3, 4, 4)
     figure = plots.image_grid({"dense": first, "near": first + 0.1, "far": first + 0.3}, differences=True)
-    images = [axes.images[0] for axes in figure.axes if axes.images]
-    differences = [image for image in images if image.get_cmap().name == "inferno"]
-    assert len(images) == 6 + 4 == 6 + len(differences)
-    values = [float(np.max(np.asarray(image.get_array()))) for image in differences]
-    assert values == pytest.approx([0.1, 0.1, 0.3, 0.3])
-    assert all(image.get_clim() == pytest.approx((0, 0.3)) for image in differences)
+    strips = [axes.images[0] for axes in figure.axes if axes.images]
+    differences = [strip for strip in strips if strip.get_cmap().name == "inferno"]
+    assert sorted(np.asarray(strip.get_array()).shape for strip in strips) == [(4, 9)] * 2 + [(4, 9, 3)] * 3
+    values = [np.asarray(strip.get_array())[:, [0, 8]].ravel() for strip in differences]
+    assert np.concatenate(values) == pytest.approx([0.1] * 8 + [0.3] * 8)
+    assert all(strip.get_clim() == pytest.approx((0, 0.3)) for strip in differences)
     assert "mean absolute difference to dense" in [axes.get_title() for axes in figure.axes]
 
 
