@@ -16,7 +16,7 @@ from conftest import Counting, small_config
 
 import diffes
 from diffes.search.operators import MUTATIONS
-from diffes.study import cells, grid, workers
+from diffes.study import cells, grid
 from diffes.study.cell import CellWorker
 from diffes.study.config import ALONE, RunConfig, WorkerOptions
 from diffes.study.record import RunRecord
@@ -107,7 +107,7 @@ def test_a_cell_goes_on_from_its_journal_where_a_worker_died(
     model: RunConfig, one_pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lives: int
 ) -> None:
     """Past the lock that the worker left on it; at once, or by the next command where too many died of it."""
-    monkeypatch.setattr(workers, "LIVES", lives)
+    monkeypatch.setattr("diffes.study.workers.pool.LIVES", lives)
     base, varied = replace(model, max_evals=100), {"strategy": ["random"]}
     name = f"{cells.key_of(replace(base, strategy='random').to_json())}.journal"
     journal = tmp_path / "spread" / cells.JOURNALS / name

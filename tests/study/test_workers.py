@@ -20,12 +20,12 @@ from torch import Tensor
 from diffes.errors import DiffesError, PluginError
 from diffes.measure.metrics import METRICS
 from diffes.search.ledger import SearchResult
-from diffes.study import workers
 from diffes.study.config import WorkerOptions
 from diffes.study.plans import Plans
 from diffes.study.run import complete_run
 from diffes.study.workbench import Workbench, prepare, search_on, vary
-from diffes.study.workers import Pool, Worker, packed, pool_of
+from diffes.study.workers import Pool, Worker, pool_of
+from diffes.study.workers.packing import packed
 
 ray = pytest.importorskip("ray", reason='several workers need Ray: pip install "diffes[ray]"')
 HASTY = WorkerOptions(workers=2, evaluation_timeout=0.5)
@@ -189,7 +189,9 @@ def test_a_device_that_is_full_gets_fewer_probes_at_a_time(
         def hex(self) -> str:
             return str(id(self))
 
-    monkeypatch.setattr(workers, "_ray", lambda: SimpleNamespace(get=lambda reference: reference.thing))
+    monkeypatch.setattr(
+        "diffes.study.workers.worker.the_ray", lambda: SimpleNamespace(get=lambda reference: reference.thing)
+    )
     worker.attach([Reference(bank)], [Reference(sent)])
     assert worker.measure(schedule, 1.0)[0] == expected[0]
     step, asked = worker._adapter.step, []
@@ -280,7 +282,7 @@ def test_an_evaluation_that_hangs_is_given_up_after_some_workers(
             time.sleep(10_000)
         return outputs.flatten(1).mean(1)
 
-    monkeypatch.setattr(workers, "LIVES", 1)
+    monkeypatch.setattr("diffes.study.workers.pool.LIVES", 1)
     monkeypatch.setattr(pool, "options", HASTY)
     try:
         bench = replace(factored, metric=replace(factored.metric, name="endless", function=endless))

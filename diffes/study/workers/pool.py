@@ -1,123 +1,38 @@
-"""Calibration, evaluations and whole cells on many workers: processes of Ray, each with the model and the bank. Where
-evaluations are spread, strategy, store and counting stay with the process that searches."""
+"""Who does what: workers that are given tasks, replaced where they die, and ended with the pool."""
 
 from __future__ import annotations
 
-import io
 import logging
 import math
-import os
-import pickle
-import signal
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from diffes.adapters import adapter_for, load_pipeline, shipped_models
+from diffes.adapters import shipped_models
 from diffes.errors import DiffesError
 from diffes.measure.error_table import DenseRun
-from diffes.measure.evaluator import RoutedEvaluator, in_trie_order
-from diffes.measure.metrics import METRICS, Metric, make_metric
-from diffes.measure.plan_evaluator import PlanEvaluator
+from diffes.measure.evaluator import RoutedEvaluator
 from diffes.pruning.bank import WeightBank
-from diffes.pruning.build import gathered
-from diffes.pruning.calibration import CalibrationSet
 from diffes.runtime.apply import pick_device
-from diffes.runtime.router import Router
 from diffes.search.plan import PlanSpace
 from diffes.search.schedule import Schedule, Stages
-from diffes.search.strategy import Evaluation, Measured
-from diffes.study.calibration import bank_of, calibration_of, uses_data
+from diffes.search.strategy import Measured
 from diffes.study.config import RunConfig, WorkerOptions
+from diffes.study.workers.cluster import check_asynchronous, check_room, connect, the_ray
+from diffes.study.workers.packing import packed
+from diffes.study.workers.spread import Spread
+from diffes.study.workers.worker import NAMED, CausedError, Worker
 
 log = logging.getLogger(__name__)
 LIVES = 3  # workers that may die of one evaluation before it is given up
-NAMED = ("model", "prompts", "calibration_data")  # settings that may be paths
 POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 600.0  # until some worker has begun something
-
-
-class Worker:
-    """What runs in a process of its own. It keeps nothing that it could not be given again, so that any other can take
-    the place of one that died.
-
-    Args:
-        config: the settings; the model is loaded as they say.
-        threads: of torch, the same in all.
-    """
-
-    def __init__(self, config: RunConfig, threads: int) -> None:
-        torch.set_num_threads(threads)
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to it
-        device = pick_device(config.device)
-        device = "cuda" if device.startswith("cuda") else device  # Ray shows each worker its own GPUs alone
-        pipe = load_pipeline(config.model, device=device, dtype=getattr(torch, config.dtype))
-        pipe.set_progress_bar_config(disable=True)
-        self._adapter = adapter_for(pipe)
-        if config.prompts is not None:
-            self._adapter.use_prompts(Path(config.prompts))
-        self._config = config
-        self._data: CalibrationSet | None = None
-        self._bank = ""  # the name that Ray gave the bank of the router
-        self._router: Router | None = None
-        self._evaluator: RoutedEvaluator | None = None
-
-    def ready(self) -> None:
-        """Returns once the model is loaded."""
-
-    def calibrate(self, stages: Stages, stage: int) -> WeightBank:
-        """The bank of one stage, which depends on no other. It is copied: what Ray maps goes when Ray does."""
-        if self._data is None and uses_data(self._config):
-            self._data = calibration_of(self._config, self._adapter)
-        return bank_of(self._config, self._adapter, stages, [stage], self._data)
-
-    def attach(self, bank: list[Any], sent: list[Any] | None = None) -> None:
-        """Gets ready to measure, with a bank and an evaluator in place of those before.
-
-        Args:
-            bank: `packed`, as a list of one reference, so that it is fetched once.
-            sent: what `evaluator.detached()` gave, packed, and a recipe of its metric, likewise; left out, none is
-                needed.
-        """
-        name = bank[0].hex()
-        self._evaluator = None
-        if self._router is None or name != self._bank:
-            self._router = None  # there may be no room for two
-            found = unpacked(_ray().get(bank[0]))
-            found = gathered(self._adapter, [found], self._config.bank_bytes, held=False)
-            self._bank, self._router = name, Router(self._adapter, found, resident=self._config.bank_bytes)
-        if sent is None:
-            return
-        detached, recipe = _ray().get(sent[0])
-        self._evaluator = unpacked(detached).attached(self._router, recipe(self._adapter.device))
-
-    def run(self, space: PlanSpace, rows: slice, nodes: Sequence[int]) -> DenseRun:
-        """A dense run on some probes, with calls at every level at some nodes."""
-        assert isinstance(self._evaluator, PlanEvaluator)
-        with torch.no_grad():
-            return DenseRun.on(self._evaluator, space, rows, nodes)
-
-    def measure(self, schedule: Schedule, fidelity: float) -> tuple[float, int, float]:
-        """Fitness of a schedule on a fraction of the probes, denoiser calls that were run for it, and seconds.
-
-        Raises:
-            DiffesError: the device has no room for a single probe.
-        """
-        evaluator = self._evaluator
-        assert evaluator is not None
-        start, before = time.perf_counter(), evaluator.paid_calls
-        fitness = float(evaluator.scores(schedule, fidelity).mean())
-        return fitness, evaluator.paid_calls - before, time.perf_counter() - start
 
 
 @dataclass
@@ -150,10 +65,6 @@ class _Dead:
     why: str
 
 
-class CausedError(Exception):
-    """An error and what it was raised from, which Ray loses; both are its arguments."""
-
-
 class Pool:
     """Workers of one model, and what they were sent. They start with the first thing that they are given to do.
 
@@ -174,7 +85,7 @@ class Pool:
         }  # fmt: skip
         self.config, self.options = replace(config, **found), options  # workers have a working directory of their own
         self._kind = kind
-        self._ray = _ray()
+        self._ray = the_ray()
         self._ours = False
         self._threads = config.threads or torch.get_num_threads()
         self._workers: list[Any] = []
@@ -455,7 +366,7 @@ class Pool:
             return
         options = self.options
         if not self._ray.is_initialized():
-            _connect(self._ray, options)
+            connect(self._ray, options)
             self._ours = True
         elif options.ray_address is not None:
             raise DiffesError(
@@ -466,7 +377,7 @@ class Pool:
         if gpus is None:
             gpus = 1.0 if pick_device(self.config.device).startswith("cuda") else 0.0
         cpus = 0 if options.ray_address is None else 1  # here as many as were asked for, there as many as have room
-        _check_room(self._ray.cluster_resources(), {"CPU": cpus, "GPU": gpus}, options.workers)
+        check_room(self._ray.cluster_resources(), {"CPU": cpus, "GPU": gpus}, options.workers)
         variables = {"OMP_NUM_THREADS": str(self._threads)}
         self._made = self._ray.remote(self._kind).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": variables}
@@ -483,80 +394,6 @@ class Pool:
         self._busy[self._workers[i].ready.remote()] = i, True
 
 
-class Spread:
-    """An `Evaluator` on the workers of a pool; counts denoiser calls as the evaluator of this process would.
-
-    Args:
-        pool: the workers.
-        local: the evaluator; it counts, and measures nothing.
-    """
-
-    def __init__(self, pool: Pool, local: RoutedEvaluator) -> None:
-        self._pool, self._local = pool, local
-        name = local.metric.name
-        recipe: Callable[[torch.device], Metric] = partial(make_metric, name)
-        if name in METRICS.names():  # maybe of a notebook, of which workers know nothing
-            recipe = partial(_metric, name, local.metric.function)
-        self._recipe = recipe
-        self._sent: Any = None
-
-    def expect(
-        self, schedules: Sequence[Schedule], fidelity: float = 1.0, paid: Mapping[Schedule, int] | None = None
-    ) -> None:
-        """As of the evaluator of this process."""
-        self._local.expect(schedules, fidelity, paid)
-
-    def __call__(self, schedules: Sequence[Schedule], fidelity: float = 1.0) -> Iterator[Evaluation]:
-        """Evaluates a batch; yields each when it is done, in whatever order."""
-        ordered = in_trie_order(schedules)
-        calls = {schedule: self._local.count(schedule, fidelity) for schedule in ordered}
-        for schedule, fitness, seconds, measured in self._pool.measured(*self._ready(), ordered, fidelity):
-            yield Evaluation(schedule, fitness, calls[schedule], seconds, fidelity, measured)
-
-    def steady(self, more: Callable[[], Sequence[Schedule]]) -> Iterator[Evaluation]:
-        """Evaluates what `more` gives whenever a worker is free; see `Evaluator`."""
-        calls: dict[Schedule, int] = {}
-
-        def counted() -> list[Schedule]:
-            ordered = in_trie_order(more())
-            calls.update((schedule, self._local.count(schedule)) for schedule in ordered)
-            return ordered
-
-        for schedule, fitness, seconds, measured in self._pool.measured(*self._ready(), [], more=counted):
-            yield Evaluation(schedule, fitness, calls.pop(schedule), seconds, measured=measured)
-
-    def runs(self, space: PlanSpace, rows: slice) -> Iterator[tuple[Sequence[int], DenseRun]]:
-        """Dense runs for a table of errors, each with a part of the nodes; see `Pool.runs`."""
-        return self._pool.runs(self._ready(), space, rows)
-
-    def _ready(self) -> tuple[Any, Any]:
-        """References of the bank and of the evaluator."""
-        bank = self._pool.send_bank(self._local.router.bank)
-        if self._sent is None:
-            self._sent = self._pool.send((packed(self._local.detached()), self._recipe))
-        return bank, self._sent
-
-
-def check_asynchronous(config: RunConfig, options: WorkerOptions) -> None:
-    """Refuses an asynchronous search that nobody could be faster in.
-
-    Raises:
-        DiffesError: it is asynchronous, with one worker and no study to share.
-    """
-    if config.asynchronous and config.study is None and options.workers == 1:
-        raise DiffesError(
-            "asynchronous is of several workers, and workers is 1: raise it, share a study, or leave this out"
-        )
-
-
-def are_here(options: WorkerOptions) -> bool:
-    """Whether there are several workers, and all are to be on this machine, where they see its files."""
-    if options.workers == 1 or options.ray_address is not None:
-        return False
-    ray = _ray()
-    return not ray.is_initialized() or sum(node["Alive"] for node in ray.nodes()) == 1
-
-
 @contextmanager
 def pool_of(config: RunConfig, options: WorkerOptions, kind: type[Worker] = Worker) -> Iterator[Pool | None]:
     """Workers for a while; None where this process is to measure alone."""
@@ -569,70 +406,3 @@ def pool_of(config: RunConfig, options: WorkerOptions, kind: type[Worker] = Work
         yield pool
     finally:
         pool.close()
-
-
-def _metric(name: str, function: Any, _device: torch.device) -> Metric:
-    return Metric(name, "latent", True, function)
-
-
-def _ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise DiffesError('several workers need Ray, which does not import: pip install "diffes[ray]"') from error
-    return ray
-
-
-def _connect(ray: Any, options: WorkerOptions) -> None:
-    """Joins the cluster that is named, or starts one on this machine."""
-    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}.items():  # it would report home
-        os.environ.setdefault(name, value)
-    of_ours = {"include_dashboard": False} if options.ray_address is None else {}
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        address = options.ray_address or "local"
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **of_ours)
-    except Exception as error:
-        where = "on this machine" if options.ray_address is None else f"at {options.ray_address}"
-        reason = " ".join(str(error).split())[:200]
-        raise DiffesError(f"there is no Ray cluster {where} ({type(error).__name__}: {reason})") from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray's own would end in `sys.exit`
-
-
-def _check_room(there: Mapping[str, float], each: Mapping[str, float], workers: int) -> None:
-    """Refuses more workers than a cluster will ever have room for."""
-    for name, wanted in each.items():
-        if wanted * workers > there.get(name, 0.0):
-            raise DiffesError(
-                f"{workers} workers of {wanted:g} {name} each want more than the Ray cluster's {there.get(name, 0):g}: "
-                f"take fewer{', or lower gpus_per_worker' if name == 'GPU' else ''}"
-            )
-
-
-class _Packer(pickle.Pickler):
-    """Puts the bytes of tensors beside the pickle."""
-
-    def reducer_override(self, thing: Any) -> Any:
-        if type(thing) is not Tensor:
-            return NotImplemented
-        whole = thing.detach().cpu().contiguous()
-        flat: Any = whole.reshape(-1).view(torch.uint8).numpy()
-        return _tensor, (pickle.PickleBuffer(flat), whole.dtype, whole.shape)
-
-
-def packed(thing: object) -> tuple[bytes, list[Any]]:
-    """A thing as a pickle, and the bytes of its tensors as arrays, which Ray's object store maps."""
-    file, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
-    _Packer(file, protocol=5, buffer_callback=buffers.append).dump(thing)
-    return file.getvalue(), [np.asarray(memoryview(buffer)) for buffer in buffers]
-
-
-def unpacked(packed: tuple[bytes, list[Any]]) -> Any:
-    """The thing; its tensors are those of the arrays."""
-    return pickle.loads(packed[0], buffers=packed[1])
-
-
-def _tensor(data: Any, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    return torch.from_numpy(np.asarray(memoryview(data))).view(dtype).reshape(shape)

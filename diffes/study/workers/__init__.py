@@ -1,0 +1,8 @@
+"""Calibration, evaluations and whole cells on many workers: processes of Ray, each with the model and the bank. Where
+evaluations are spread, strategy, store and counting stay with the process that searches."""
+
+from diffes.study.workers.cluster import are_here, check_asynchronous
+from diffes.study.workers.pool import Pool, pool_of
+from diffes.study.workers.worker import NAMED, CausedError, Worker
+
+__all__ = ["NAMED", "CausedError", "Pool", "Worker", "are_here", "check_asynchronous", "pool_of"]

@@ -1,0 +1,74 @@
+"""Ray: whether it is there, whom it joins, what it has room for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from diffes.errors import DiffesError
+from diffes.study.config import RunConfig, WorkerOptions
+
+
+def check_asynchronous(config: RunConfig, options: WorkerOptions) -> None:
+    """Refuses an asynchronous search that nobody could be faster in.
+
+    Raises:
+        DiffesError: it is asynchronous, with one worker and no study to share.
+    """
+    if config.asynchronous and config.study is None and options.workers == 1:
+        raise DiffesError(
+            "asynchronous is of several workers, and workers is 1: raise it, share a study, or leave this out"
+        )
+
+
+def are_here(options: WorkerOptions) -> bool:
+    """Whether there are several workers, and all are to be on this machine, where they see its files."""
+    if options.workers == 1 or options.ray_address is not None:
+        return False
+    ray = the_ray()
+    return not ray.is_initialized() or sum(node["Alive"] for node in ray.nodes()) == 1
+
+
+def the_ray() -> Any:
+    """Ray, which is an extra.
+
+    Raises:
+        DiffesError: it does not import.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise DiffesError('several workers need Ray, which does not import: pip install "diffes[ray]"') from error
+    return ray
+
+
+def connect(ray: Any, options: WorkerOptions) -> None:
+    """Joins the cluster that is named, or starts one on this machine."""
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}.items():  # it would report home
+        os.environ.setdefault(name, value)
+    of_ours = {"include_dashboard": False} if options.ray_address is None else {}
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        address = options.ray_address or "local"
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **of_ours)
+    except Exception as error:
+        where = "on this machine" if options.ray_address is None else f"at {options.ray_address}"
+        reason = " ".join(str(error).split())[:200]
+        raise DiffesError(f"there is no Ray cluster {where} ({type(error).__name__}: {reason})") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray's own would end in `sys.exit`
+
+
+def check_room(there: Mapping[str, float], each: Mapping[str, float], workers: int) -> None:
+    """Refuses more workers than a cluster will ever have room for."""
+    for name, wanted in each.items():
+        if wanted * workers > there.get(name, 0.0):
+            raise DiffesError(
+                f"{workers} workers of {wanted:g} {name} each want more than the Ray cluster's {there.get(name, 0):g}: "
+                f"take fewer{', or lower gpus_per_worker' if name == 'GPU' else ''}"
+            )

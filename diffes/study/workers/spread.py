@@ -1,0 +1,78 @@
+"""Evaluators on the workers of a pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffes.measure.error_table import DenseRun
+from diffes.measure.evaluator import RoutedEvaluator, in_trie_order
+from diffes.measure.metrics import METRICS, Metric, make_metric
+from diffes.search.plan import PlanSpace
+from diffes.search.schedule import Schedule
+from diffes.search.strategy import Evaluation
+from diffes.study.workers.packing import packed
+
+if TYPE_CHECKING:
+    from diffes.study.workers.pool import Pool
+
+
+class Spread:
+    """An `Evaluator` on the workers of a pool; counts denoiser calls as the evaluator of this process would.
+
+    Args:
+        pool: the workers.
+        local: the evaluator; it counts, and measures nothing.
+    """
+
+    def __init__(self, pool: Pool, local: RoutedEvaluator) -> None:
+        self._pool, self._local = pool, local
+        name = local.metric.name
+        recipe: Callable[[torch.device], Metric] = partial(make_metric, name)
+        if name in METRICS.names():  # maybe of a notebook, of which workers know nothing
+            recipe = partial(_metric, name, local.metric.function)
+        self._recipe = recipe
+        self._sent: Any = None
+
+    def expect(
+        self, schedules: Sequence[Schedule], fidelity: float = 1.0, paid: Mapping[Schedule, int] | None = None
+    ) -> None:
+        """As of the evaluator of this process."""
+        self._local.expect(schedules, fidelity, paid)
+
+    def __call__(self, schedules: Sequence[Schedule], fidelity: float = 1.0) -> Iterator[Evaluation]:
+        """Evaluates a batch; yields each when it is done, in whatever order."""
+        ordered = in_trie_order(schedules)
+        calls = {schedule: self._local.count(schedule, fidelity) for schedule in ordered}
+        for schedule, fitness, seconds, measured in self._pool.measured(*self._ready(), ordered, fidelity):
+            yield Evaluation(schedule, fitness, calls[schedule], seconds, fidelity, measured)
+
+    def steady(self, more: Callable[[], Sequence[Schedule]]) -> Iterator[Evaluation]:
+        """Evaluates what `more` gives whenever a worker is free; see `Evaluator`."""
+        calls: dict[Schedule, int] = {}
+
+        def counted() -> list[Schedule]:
+            ordered = in_trie_order(more())
+            calls.update((schedule, self._local.count(schedule)) for schedule in ordered)
+            return ordered
+
+        for schedule, fitness, seconds, measured in self._pool.measured(*self._ready(), [], more=counted):
+            yield Evaluation(schedule, fitness, calls.pop(schedule), seconds, measured=measured)
+
+    def runs(self, space: PlanSpace, rows: slice) -> Iterator[tuple[Sequence[int], DenseRun]]:
+        """Dense runs for a table of errors, each with a part of the nodes; see `Pool.runs`."""
+        return self._pool.runs(self._ready(), space, rows)
+
+    def _ready(self) -> tuple[Any, Any]:
+        """References of the bank and of the evaluator."""
+        bank = self._pool.send_bank(self._local.router.bank)
+        if self._sent is None:
+            self._sent = self._pool.send((packed(self._local.detached()), self._recipe))
+        return bank, self._sent
+
+
+def _metric(name: str, function: Any, _device: torch.device) -> Metric:
+    return Metric(name, "latent", True, function)
