@@ -287,7 +287,9 @@ def ms_by_level(
         return table
 
     times = np.array(adapter.within_room(measured, len(probes)))
-    macs = np.array(macs_by_level(router, stages, visited, max_level))
+    macs = np.ones((len(stages), max_level + 1))
+    if not alike:
+        macs = np.array(macs_by_level(router, stages, visited, max_level))
     macs /= macs[:, :1]
     slowness = np.median(times / times[:, :1] / macs[list(counted)], axis=0)
     table: Table = (np.median(times[:, 0]) * slowness * macs).tolist()

@@ -268,7 +268,7 @@ def image_grid(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None,
         for axes, (name, images) in zip(grid[:, 0], rows.items(), strict=True):
             _strip(axes, images, gap, n)
             axes.set_ylabel(name, rotation=0, ha="right", va="center")
-        named = [((width + gap) * i + (width - 1) / 2, textwrap.fill(c, 15)) for i, c in enumerate(columns or ())]
+        named = [((width + gap) * i + (width - 1) / 2, textwrap.fill(c, 15)) for i, c in enumerate((columns or ())[:n])]
         grid[0, 0].set_xticks([at for at, _ in named], [name for _, name in named], fontsize=7)
         grid[0, 0].tick_params(axis="x", top=True, bottom=False, labeltop=True, labelbottom=False, length=0)
         if differences:

@@ -262,7 +262,6 @@ def test_latency_is_measured_after_a_call_to_reuse_of(untrained: ModelAdapter, s
     """Not a test of speed: the layers that the last level leaves out are not called while it is timed."""
     bank = small_bank(untrained, "block_reuse", stages)
     top = bank.max_level
-    macs_by_level(Router(untrained, bank), stages, [1], top)  # counted once: what is called below is timed
     calls: list[int] = []
     path = untrained.branches().sources[0]
     layer = untrained.denoiser.get_submodule(path).to_out[0]
