@@ -25,7 +25,7 @@ from published_models import MODELS, device_name, published
 from torch import Tensor
 
 from diffes.adapters import ModelAdapter
-from diffes.measure.currencies import interleaved_ms, macs_by_level
+from diffes.measure.currencies import clock_of, interleaved_ms, macs_by_level
 from diffes.pruning import GroupWeights
 from diffes.pruning.bank import WeightBank
 from diffes.runtime.router import Router
@@ -76,9 +76,12 @@ class Calls:
         self.batch = batch
         self.probes = adapter.make_probes(batch, 0)
         self.latents = self.probes.noise.to(adapter.device, adapter.dtype)
+        self.clock = clock_of(adapter, plan_of(0))
 
     def call(self, timestep: int = SECOND) -> Tensor:
-        return self.adapter.denoise_once(self.latents, torch.full((self.batch,), timestep), self.probes.conditions)
+        self.clock.index = self.clock.plan.index(timestep)
+        with self.adapter.counted_by(self.clock):
+            return self.adapter.denoise_once(self.latents, torch.full((self.batch,), timestep), self.probes.conditions)
 
     def enter(self, level: int) -> None:
         """Up to the call at a level."""

@@ -1,17 +1,18 @@
-"""Dense calls at chosen timesteps against plans that choose timesteps and levels together, at equal cost.
+"""What a fitted solver gains: dense calls and plans with pruned calls, at equal cost, over seeds, on held-out probes.
 
-One calibration and one table of local errors a model and seed serve all budgets. At each, in dense calls by
-multiply-accumulates or by measured milliseconds: the four kinds of `diffes front`, the search of plans with no more
-denoiser calls than that of dense ones, and the plans that the table alone makes. Scores are latent MSE and SSIM on
-held-out probes against the dense model at 200 steps; whole runs are timed at batches 1 and 16, all kinds of a budget
-taking turns. Beside each plan stands how many dense calls are as good, on the lines through the points of `dense`,
-which go on beyond the budgets, and of `dense-planned`. `--method` takes what reuses as well. Finished points are lines
-of `points.jsonl` and are not run again.
+One calibration a model and seed serves all budgets. At each, in dense calls by multiply-accumulates or by measured
+milliseconds: the kinds of `diffes front`. Scores are on 256 held-out probes against the dense model at 200 steps of
+DPM-Solver++ 2M: latent MSE (mean, median, bootstrap interval, and of every probe, so that plans are compared in pairs),
+MSE and SSIM of images, variance of latents. Whole runs are timed at batches 1 and 16, all kinds of a budget taking
+turns. Beside each plan stands how many dense calls are as good, on the lines through the points of `dense` and of
+`dense-planned`, which go on beyond the budgets. `--method` takes what reuses as well. Finished points are lines of
+`points.jsonl` and are not run again; seed 0 comes first.
 
-    python benchmarks/fronts.py --models fashion-dit --budgets 4 6 8 --seeds 0 1 2    # an hour on two CPU cores
-    python benchmarks/fronts.py --cost latency --batch 1                              # for the time of one image
-    python benchmarks/fronts.py --models emoji-sdxl --guidance 1 --method obs+deep_reuse
-    python benchmarks/fronts.py --smoke                                               # tiny
+    python benchmarks/fronts.py --models fashion-dit --seeds 0 1 2      # an hour and a half on one CPU core
+    python benchmarks/fronts.py --models emoji-sdxl --method obs+block_reuse
+    python benchmarks/fronts.py --cost latency --batch 1                # for the time of one image
+    python benchmarks/fronts.py --table                                 # the table of what was measured
+    python benchmarks/fronts.py --smoke                                 # tiny
 """
 
 from __future__ import annotations
@@ -20,65 +21,59 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from diffes.adapters import shipped_models
-from diffes.measure.error_table import MeasuredTable
-from diffes.measure.metrics import make_metric
+from diffes.measure.plan_evaluator import PlanEvaluator
+from diffes.measure.quality import Quality
 from diffes.progress import RichProgress
-from diffes.search.schedule import Schedule
-from diffes.study import front
+from diffes.study import charts, front, plots
 from diffes.study.config import RunConfig
 from diffes.study.folder import config_record
+from diffes.study.front import KINDS
 from diffes.study.plans import Plans
 from diffes.study.settings import PLANNED
 from diffes.study.workbench import prepare
 
 RESULTS = Path(__file__).parent / "results" / "fronts"
 BATCHES = (1, 16)  # at which whole runs are timed
-ALONE = {"dense-planned, table alone": "steps", "joint, table alone": "joint"}
-KINDS = ("dense", "dense-planned, table alone", "dense-planned", "levels", "joint, table alone", "joint")
-SETTINGS = ("model", "method", "guidance", "solver", "currency", "batch", "probes", "strategy")
-BEYOND = (14.0, 16.0, 20.0, 24.0)  # dense calls, to see how many are as good as a plan
+GUIDANCE = {"fashion-dit": 2.0, "emoji-sdxl": 1.0}  # what each model is sampled at
+SETTINGS = ("model", "method", "guidance", "currency", "batch")
+BEYOND = {"dense": (12.0, 16.0, 20.0, 24.0, 32.0), "dense-planned": (12.0, 16.0)}  # dense calls, to see what is as good
+WITH_LEVELS = (4.0, 6.0, 8.0)  # budgets at which the paper's search is run, on seed 0
+DIGITS = 4  # of the errors of single probes
 
 
-def points(plans: Plans, table: MeasuredTable, budget: float, repeats: int) -> list[dict[str, Any]]:
-    """A row for each kind at one budget, and for the plans that the table alone makes."""
-    found = front.searched(plans, table, budget)
-    for kind, genes in ALONE.items():
-        space = plans.space(budget, genes)  # type: ignore[arg-type]
-        start = plans.starts(table, budget, genes)[0]  # type: ignore[arg-type]
-        found.append(front.Point(kind, budget, space.any_schedule(start), table.calls))
-    rows = [row(plans, point.kind, point.genome, point.calls_spent) for point in found]
-    routed = [plans.heldout.plan(point.genome) for point in found]
+def jobs(budgets: Sequence[float], seed: int, method: str) -> Iterator[tuple[float, tuple[str, ...]]]:
+    """Budgets and kinds of one seed, the points that the README needs first."""
+    first = [budget for budget in (4.0, 6.0, 8.0, 3.0) if budget in budgets]
+    for budget in (*first, *(budget for budget in budgets if budget not in first)):
+        levels = seed == 0 and method == "obs" and budget in WITH_LEVELS
+        yield budget, tuple(kind for kind in KINDS if kind != "levels" or levels)
+    if seed == 0:
+        for budget in sorted({*BEYOND["dense"], *BEYOND["dense-planned"]}):
+            yield budget, tuple(kind for kind in KINDS[:3] if budget in BEYOND.get(kind, ()))
+
+
+def points(plans: Plans, quality: Quality, budget: float, kinds: Sequence[str], repeats: int) -> list[dict[str, Any]]:
+    """A row for each kind at one budget."""
+    found, rows = front.searched(plans, budget, kinds=kinds), []
+    for point in found:
+        row, latents = front.row_of(plans, point.kind, budget, point.final, quality)
+        errors = (latents.float() - plans.heldout.final_reference).square().flatten(1).mean(1).tolist()
+        rounded = [float(f"{error:.{DIGITS}g}") for error in errors]
+        rows.append(row | {"calls_spent": point.calls_spent, "errors": rounded})
     for batch in BATCHES:
-        for each, ms in zip(rows, plans.bench.milliseconds(routed, batch, repeats), strict=True):
-            each[f"ms_{batch}"] = round(ms, 2)
+        plain = [point.plan for point in found]
+        for row, ms in zip(rows, plans.bench.milliseconds(plain, batch, repeats), strict=True):
+            row[f"ms_{batch}"] = round(ms, 2)
     return rows
-
-
-def beyond(plans: Plans) -> list[dict[str, Any]]:
-    """Rows of evenly spaced dense calls at more than any budget."""
-    return [row(plans, "dense", plans.dense(calls)[0], 0) | {"budget": calls} for calls in BEYOND]
-
-
-def row(plans: Plans, kind: str, genome: Schedule, spent: int) -> dict[str, Any]:
-    """One plan on held-out probes."""
-    heldout, decode = plans.heldout, plans.bench.adapter.decode
-    latents = heldout.latents(genome)
-    scores = -heldout.scored(latents)
-    ssim = make_metric("ssim", plans.bench.adapter.device)(decode(latents), decode(heldout.final_reference))
-    plan = heldout.plan(genome)
-    return {
-        "kind": kind, "dense_calls": round(plans.cost(genome), 4), "n_calls": len(plan.calls),
-        "latent_mse": float(scores.mean()), "std": float(scores.std()), "ssim": float(ssim.mean()),
-        "timesteps": list(plan.timesteps), "levels": list(plan.levels), "calls_spent": spent,
-    }  # fmt: skip
 
 
 def as_good(mse: float, curve: Sequence[tuple[float, float]]) -> str:
@@ -93,37 +88,66 @@ def as_good(mse: float, curve: Sequence[tuple[float, float]]) -> str:
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: mean ± standard deviation over seeds, a line for each setting and budget."""
-    columns = [*SETTINGS, "budget", "seeds", *KINDS, "over dense", "over dense-planned", "as good: dense"]
-    columns += ["as good: dense-planned", "ms at 1 and 16: dense-planned", "joint"]
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    """Markdown, two tables: latent MSE of every kind, and what the best plan gains over its rivals."""
     groups: dict[tuple[Any, ...], dict[float, dict[str, list[dict[str, Any]]]]] = {}
     for each in rows:
         at = groups.setdefault(tuple(each[name] for name in SETTINGS), {}).setdefault(each["budget"], {})
         at.setdefault(each["kind"], []).append(each)
+    head = [*SETTINGS, "budget", "seeds"]
+    lines = [_line([*head, *KINDS]), "|" + "---|" * (len(head) + len(KINDS))]
+    columns = [
+        "best", "median", "over dense-planned", "over dense", "as good: dense-planned", "dense",
+        "joint over dense-fitted", "SSIM", "variance", "ms at 1 and 16: dense-planned", "best",
+    ]  # fmt: skip
+    gains = [_line([*head, *columns]), "|" + "---|" * (len(head) + len(columns))]
     for setting, budgets in sorted(groups.items()):
-        curves: dict[str, list[tuple[float, float]]] = {}
-        for budget, kinds in budgets.items():
-            for kind, points in kinds.items():
-                curves.setdefault(kind, []).append((budget, statistics.mean(p["latent_mse"] for p in points)))
+        curves = {
+            kind: [(budget, _mean(kinds[kind], "latent_mse")) for budget, kinds in budgets.items() if kind in kinds]
+            for kind in KINDS
+        }
         for budget, kinds in sorted(budgets.items()):
-            if "joint" not in kinds:
-                continue
-            mean = {kind: dict(curve)[budget] for kind, curve in curves.items() if kind in kinds}
-            cells = [_spread([p["latent_mse"] for p in kinds.get(kind, [])]) for kind in KINDS]
-            gains = [f"{mean[rival] / mean['joint']:.2f}x" for rival in ("dense", "dense-planned")]
-            good = [as_good(mean["joint"], curves[rival]) for rival in ("dense", "dense-planned")]
-            ms = [
-                " and ".join(f"{statistics.mean(p[f'ms_{b}'] for p in kinds[kind]):.0f}" for b in BATCHES)
-                for kind in ("dense-planned", "joint")
-            ]
-            start = [*map(str, setting), f"{budget:g}", str(len(kinds["joint"]))]
-            lines.append(f"| {' | '.join([*start, *cells, *gains, *good, *ms])} |")
-    return "\n".join(lines) + "\n"
+            start = [*map(str, setting), f"{budget:g}", str(max(map(len, kinds.values())))]
+            lines.append(_line([*start, *(_spread([p["latent_mse"] for p in kinds.get(kind, [])]) for kind in KINDS)]))
+            if {"dense", "dense-planned", "dense-fitted"} <= set(kinds):
+                gains.append(_line([*start, *_gains(kinds, curves)]))
+    return "\n".join(lines) + "\n\n" + "\n".join(gains) + "\n"
+
+
+def _gains(kinds: dict[str, list[dict[str, Any]]], curves: dict[str, list[tuple[float, float]]]) -> list[str]:
+    """Cells of what the best plan gains; which is best is decided by the final fit."""
+    ranked = {kind: _mean(kinds[kind], "fit_mean") for kind in ("dense-fitted", "joint") if kind in kinds}
+    best = max(ranked, key=ranked.__getitem__)
+    mse = _mean(kinds[best], "latent_mse")
+    good = [as_good(mse, curves[kind]) for kind in ("dense-planned", "dense")]
+    ms = [" and ".join(f"{_mean(kinds[kind], f'ms_{b}'):.0f}" for b in BATCHES) for kind in ("dense-planned", best)]
+    joint = _paired(kinds["dense-fitted"], kinds["joint"]) if "joint" in kinds else ""
+    return [
+        best, f"{_mean(kinds[best], 'latent_median'):.5f}", _paired(kinds["dense-planned"], kinds[best]),
+        _paired(kinds["dense"], kinds[best]), *good, joint, f"{_mean(kinds[best], 'ssim'):.3f}",
+        f"{_mean(kinds[best], 'variance'):.3f}", *ms,
+    ]  # fmt: skip
+
+
+def _paired(rival: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> str:
+    """How many times less error than a rival, with the 95 % interval over probes that both were measured on."""
+    by_seed = {each["seed"]: each["errors"] for each in rival}
+    pairs = [(by_seed[each["seed"]], each["errors"]) for each in found if each["seed"] in by_seed]
+    theirs, ours = (np.mean([pair[i] for pair in pairs], axis=0) for i in (0, 1))
+    picks = np.random.default_rng(0).integers(len(ours), size=(2000, len(ours)))
+    low, high = np.quantile(theirs[picks].mean(1) / ours[picks].mean(1), (0.025, 0.975))
+    return f"{theirs.mean() / ours.mean():.2f}x ({low:.2f}-{high:.2f})"
+
+
+def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
+    return statistics.mean(row[name] if row[name] is not None else float("nan") for row in rows)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation."""
+    """Mean ± standard deviation over seeds."""
     if not values:
         return ""
     return " ± ".join([f"{statistics.mean(values):.5f}", *([f"{statistics.stdev(values):.5f}"] if values[1:] else [])])
@@ -132,60 +156,92 @@ def _spread(values: Sequence[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=shipped_models())
-    parser.add_argument("--budgets", type=float, nargs="+", default=[3, 4, 5, 6, 8, 10, 12], help="in dense calls")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[2, 3, 4, 5, 6, 8, 10], help="in dense calls")
     parser.add_argument("--method", default="obs", help="what levels do: a pruning method, one that reuses, or a sum")
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance", type=float, help="left out: what each model is sampled at")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of calibration and search probes")
-    parser.add_argument("--solver", default="dpmsolver++")
-    parser.add_argument("--strategy", default="evolution", help="of the searches of plans")
     parser.add_argument("--cost", choices=("macs", "latency"), default="macs")
     parser.add_argument("--batch", type=int, default=16, help="at which calls are timed")
-    parser.add_argument("--nodes", type=int, default=64)
-    parser.add_argument("--probes", type=int, default=32, help="of the table and the searches")
+    parser.add_argument("--probes", type=int, default=32, help="of the searches")
+    parser.add_argument("--fit-probes", type=int, default=128, help="of the final fit")
+    parser.add_argument("--heldout", type=int, default=256)
+    parser.add_argument("--strategy", default="evopress", help="of the searches")
     parser.add_argument("--max-evals", type=int, default=80, help="of each search")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--table", action="store_true", help="only make the table of what was measured")
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     config = RunConfig(
-        cost=args.cost, budget=1.0, metric="latent_mse", guidance=args.guidance, max_evals=args.max_evals,
-        method=args.method, probes=args.probes, strategy=args.strategy,
+        cost=args.cost, budget=1.0, metric="latent_mse", max_evals=args.max_evals, method=args.method,
+        probes=args.probes, heldout=args.heldout, strategy=args.strategy,
     )  # fmt: skip
     if args.smoke:
         config = replace(config, stages=2, steps=4, probes=2, heldout=4, calibration_samples=8, max_evals=8)
-        args.models, args.budgets, args.seeds, args.nodes = ["fashion-dit"], [3], [0], 8
+        args.models, args.budgets, args.seeds, args.fit_probes = ["fashion-dit"], [3], [0], 4
         args.out = Path("runs/smoke/fronts") if args.out == RESULTS else args.out
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "points.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for model in args.models:
-        for seed in args.seeds:
-            settings = {"model": model, "method": args.method, "guidance": args.guidance, "seed": seed}
-            settings |= {"solver": args.solver, "currency": args.cost, "batch": args.batch}
-            settings |= {"probes": config.probes, "strategy": config.strategy}
-            same = [each for each in rows if all(each[name] == value for name, value in settings.items())]
-            done = {each["budget"] for each in same}
-            left = [budget for budget in args.budgets if budget not in done]
-            if not left:
-                continue
-            bench = prepare(replace(config, model=model, seed=seed), RichProgress(), example=PLANNED)
-            plans = Plans(bench, args.solver, args.nodes, 20 if args.smoke else 200, timed_at=args.batch)
-            table = plans.table()
-            leaves = np.array(plans.call_costs)[bench.space.visited].mean(0)
-            settings |= {"leaves": [round(float(share), 4) for share in leaves / leaves[0]]}
-            if not (args.smoke or done & set(BEYOND)):
-                rows += (made := [each | settings for each in beyond(plans)])
-                with path.open("a") as file:
-                    file.writelines(json.dumps(each) + "\n" for each in made)
-            for budget in left:
-                start = time.perf_counter()
-                made = points(plans, table, budget, 1 if args.smoke else 5)
-                facts = settings | {"budget": budget, "evals": config.max_evals, "nodes": args.nodes}
-                facts |= {"seconds": round(time.perf_counter() - start, 1), **config_record(bench.config)}
-                rows += [each | facts for each in made]
-                with path.open("a") as file:
-                    file.writelines(json.dumps(each | facts) + "\n" for each in made)
-                (args.out / "table.md").write_text(table_of(rows))
+    for model in () if args.table else args.models:
+        run(args, replace(config, model=model, guidance=args.guidance or GUIDANCE.get(model, 1.0)))
+    rows = [row for path in sorted(args.out.glob("points*.jsonl")) for row in read(path)]
+    (args.out / "table.md").write_text(table_of(rows))
+    for model in sorted({row["model"] for row in rows}):
+        draw(args.out / f"{model}.png", [row for row in rows if row["model"] == model])
     print(table_of(rows))
+
+
+def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The front of seed 0 in multiply-accumulates, and its milliseconds at batch 16."""
+    shown = [row | {"ms": row["ms_16"]} for row in rows if row["seed"] == 0 and row["currency"] == "macs"]
+    if shown:
+        timing = {"batch": 16, "device": "cpu", "threads": shown[0]["threads"]}
+        plots.save(charts.fronts(shown, "macs", timing), path)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Finished points."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run(args: argparse.Namespace, config: RunConfig) -> None:
+    """All points of a model that are not there yet; the held-out reference is sampled once."""
+    heldout: PlanEvaluator | None = None
+    path = args.out / f"points-{config.model}.jsonl"
+    for seed in args.seeds:
+        settings = {"model": config.model, "method": args.method, "guidance": config.guidance, "seed": seed}
+        settings |= {"currency": args.cost, "batch": args.batch, "probes": config.probes}
+        same = [row for row in read(path) if all(row[name] == value for name, value in settings.items())]
+        done = {(row["budget"], row["kind"]) for row in same}
+        left = [
+            (budget, kinds) for budget, kinds in jobs(args.budgets, seed, args.method)
+            if not (args.smoke and budget not in args.budgets) and not {(budget, kind) for kind in kinds[:3]} <= done
+        ]  # fmt: skip
+        if not left:
+            continue
+        bench = prepare(replace(config, seed=seed), RichProgress(), example=PLANNED)
+        steps, nodes = (20, 8) if args.smoke else (200, 64)
+        plans = Plans(bench, nodes=nodes, reference_steps=steps, timed_at=args.batch, fit_probes=args.fit_probes)
+        if heldout is not None:
+            plans.__dict__["heldout"] = heldout.detached().attached(bench.router, bench.metric)
+        heldout = plans.heldout
+        quality = Quality(bench.adapter, heldout.final_reference)
+        leaves = np.array(plans.call_costs)[bench.space.visited].mean(0)
+        settings |= {"leaves": [round(float(share), 4) for share in leaves / leaves[0]]}
+        for budget, kinds in left:
+            start = time.perf_counter()
+            made = points(plans, quality, budget, kinds, 1 if args.smoke else 5)
+            facts = settings | {
+                "budget": budget,
+                "evals": config.max_evals,
+                "nodes": nodes,
+                "strategy": config.strategy,
+            }
+            facts |= {"fit_probes": args.fit_probes, "threads": args.threads, "reference": steps}
+            versions = {"versions": config_record(bench.config)["versions"]}
+            facts |= {"seconds": round(time.perf_counter() - start, 1), "reference_calls": plans.reference_calls}
+            with path.open("a") as file:
+                file.writelines(json.dumps(row | facts | versions) + "\n" for row in made)
 
 
 if __name__ == "__main__":

@@ -84,11 +84,10 @@ def main() -> None:
     bench = prepare(config, RichProgress(), example=PLANNED)
     costs = [shares["ms, changing"]] * len(bench.space.stages)
     plans = Plans(bench, nodes=nodes, reference_steps=reference, known_costs=costs)
-    table, points = plans.table(), []
+    points = []
     for budget in args.budgets:
-        for point in front.searched(plans, table, budget):
-            mse = -float(plans.heldout.scores(point.genome).mean())
-            plan = plans.heldout.plan(point.genome)
+        for point in front.searched(plans, budget):
+            plan, mse = point.plan, -float(plans.heldout.scores(point.plan).mean())
             points.append(
                 {"budget": budget, "kind": point.kind, "n_calls": len(plan.calls), "latent_mse": mse}
                 | {"timesteps": list(plan.timesteps), "levels": list(plan.levels)}

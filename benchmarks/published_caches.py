@@ -25,8 +25,8 @@ from diffusers.hooks.mag_cache import MagCacheConfig, apply_mag_cache
 from diffusers.hooks.sea_cache import SeaCacheConfig, apply_sea_cache
 
 from diffes.adapters import ModelAdapter, Probes
-from diffes.runtime.solver import scheduler_for
 from diffes.search.plan import trailing
+from diffes.solvers.scheduler import PlanScheduler
 
 EVERYWHERE = (-1, 1001)  # timesteps
 BRANCHES = [r".*attn\d", r".*\.ff"]
@@ -142,7 +142,7 @@ def _mag_ratios(adapter: ModelAdapter, probes: Probes, guidance: float) -> list[
     """What MagCache wants to know of a model, as its own documentation measures it: a run of it prints them."""
     measured = Published("", (), lambda at, _: apply_mag_cache(at.denoiser, MagCacheConfig(
         calibrate=True, num_inference_steps=MAG_STEPS)))  # fmt: skip
-    steps = scheduler_for(adapter.pipe.scheduler, "dpmsolver++", trailing(MAG_STEPS, adapter.n_timesteps))
+    steps = PlanScheduler.of(adapter.pipe.scheduler, trailing(MAG_STEPS, adapter.n_timesteps), "dpmsolver++")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), cached(measured, {}, adapter, steps, probes, guidance):
         adapter.sample(probes, steps, guidance)

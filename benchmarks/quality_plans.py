@@ -1,10 +1,12 @@
-"""Do plans draw what is asked for? Right classes or objects and the Fréchet distance of the plans of `fronts.py`.
+"""Do plans draw what is asked for? Right classes or objects, Fréchet distance and variance of features.
 
-The judges and distances are those of `quality_fashion_dit.py` and `quality_emoji_sdxl.py`; each plan draws as many
+The judges are those of `quality_fashion_dit.py` and `quality_emoji_sdxl.py`; each plan draws as many
 images from the same noise through the diffusers pipeline, with the weights that it was found with (calibrated
-again: the same seed gives the same). The dense model at 50 evenly spaced steps stands beside them.
+again: the same seed gives the same). The plans are those of `fronts.py`, seed 0. The dense model at 100 evenly spaced
+steps stands beside them. The variance is that of the features, summed: a least-squares fit shrinks images towards their
+mean where there are too few calls.
 
-    python benchmarks/quality_plans.py            # 2,000 images of each of 18 plans; an hour on two CPU cores
+    python benchmarks/quality_plans.py            # 2,000 images of each plan; an hour on two CPU cores
     python benchmarks/quality_plans.py --smoke    # a few images
 """
 
@@ -21,22 +23,22 @@ import quality_emoji_sdxl as emoji
 import quality_fashion_dit as fashion
 import torch
 from emoji_world import FONT, caption, compose, splits
+from fronts import GUIDANCE, read
 from fronts import RESULTS as FRONTS
 from train_fashion_dit import DATA_DIR
 
 from diffes.adapters import shipped_models
 from diffes.progress import RichProgress
-from diffes.runtime.solver import scheduler_for
+from diffes.runtime.artifact import plan_of
 from diffes.search.plan import trailing
-from diffes.search.schedule import Plan
+from diffes.solvers.scheduler import PlanScheduler
 from diffes.study.config import RunConfig
 from diffes.study.settings import PLANNED
 from diffes.study.workbench import Workbench, prepare
 
 RESULTS = Path(__file__).parent / "results"
-KINDS = ("dense", "dense-planned", "joint")
-GUIDANCE = {"fashion-dit": 2.0, "emoji-sdxl": 1.0}
-REFERENCE = 50  # dense steps of what stands beside the plans
+KINDS = ("dense", "dense-planned", "dense-fitted", "joint")
+REFERENCE = 100  # dense steps of what stands beside the plans
 
 
 class Judge(NamedTuple):
@@ -44,7 +46,8 @@ class Judge(NamedTuple):
 
     draw: Callable[[Any, int], torch.Tensor]  # the pipeline and its number of calls to uint8 images
     right: Callable[[torch.Tensor], float]  # share of images that show what was asked for
-    distance: Callable[[torch.Tensor], float]  # Fréchet distance of their features to real ones
+    features: Callable[[torch.Tensor], torch.Tensor]  # of images
+    real: torch.Tensor  # features of real images
 
 
 def fashion_judge(args: argparse.Namespace) -> Judge:
@@ -54,7 +57,8 @@ def fashion_judge(args: argparse.Namespace) -> Judge:
     return Judge(
         lambda pipe, calls: fashion.generate(pipe, args.n_images, calls, GUIDANCE["fashion-dit"], args.seed),
         lambda images: fashion.agreement(classifier.judge(images).assigned, asked)["overall"],
-        lambda images: fashion.frechet(classifier.judge(images).features, real.reference),
+        lambda images: classifier.judge(images).features,
+        real.reference,
     )
 
 
@@ -70,7 +74,8 @@ def emoji_judge(args: argparse.Namespace) -> Judge:
     return Judge(
         lambda pipe, calls: emoji.generate(pipe, prompts, calls, GUIDANCE["emoji-sdxl"], args.seed),
         lambda images: (judge.assigned(images) == wanted).double().mean().item(),
-        lambda images: fashion.frechet(judge.features(images), reference),
+        judge.features,
+        reference,
     )
 
 
@@ -79,27 +84,28 @@ JUDGES = {"fashion-dit": fashion_judge, "emoji-sdxl": emoji_judge}
 
 def row_of(bench: Workbench, judge: Judge, point: dict[str, Any]) -> dict[str, Any]:
     """What the judge says of the images of a plan."""
-    pipe, stages = bench.adapter.pipe, bench.space.stages
-    calls = tuple(zip(point["timesteps"], point["levels"], strict=True))
-    plan = Plan(stages, calls, bench.space.max_level, point["solver"])
-    own, pipe.scheduler = pipe.scheduler, scheduler_for(pipe.scheduler, plan.solver, plan.timesteps)
+    pipe, space = bench.adapter.pipe, bench.space
+    facts = {"stages": space.stages.ranges, "max_level": space.max_level, "solver": "dpmsolver++"}
+    plan = plan_of(facts, point)
+    rows = plan.solver if plan.coefficients is None else plan.coefficients
+    own, pipe.scheduler = pipe.scheduler, PlanScheduler.of(pipe.scheduler, plan.timesteps, rows)
     try:
         with bench.router.routed(plan):
             images = judge.draw(pipe, len(plan.calls))
     finally:
         pipe.scheduler = own
+    features = judge.features(images)
     kept = ("model", "kind", "budget", "n_calls", "latent_mse")
     return {name: point[name] for name in kept} | {
-        "right": round(judge.right(images), 4), "frechet": round(judge.distance(images), 3),
-        "images": len(images),
+        "right": round(judge.right(images), 4), "frechet": round(fashion.frechet(features, judge.real), 3),
+        "variance": round(float(features.var(0).sum()), 2), "images": len(images),
     }  # fmt: skip
 
 
 def chosen(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     """The points of `fronts.py` with seed 0 in MACs, and the reference."""
-    wanted = {"model": model, "guidance": GUIDANCE[model], "method": "obs", "solver": "dpmsolver++", "seed": 0}
-    wanted |= {"currency": "macs", "probes": args.probes, "strategy": args.strategy}
-    rows = [json.loads(line) for line in args.points.read_text().splitlines()]
+    wanted = {"model": model, "guidance": GUIDANCE[model], "method": "obs", "seed": 0, "currency": "macs"}
+    rows = read(args.points / f"points-{model}.jsonl")
     rows = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
     rows = [row for row in rows if row["budget"] in args.budgets and row["kind"] in KINDS]
     steps = 2 if args.smoke else REFERENCE
@@ -110,10 +116,11 @@ def chosen(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
 
 def table_of(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line for each plan."""
-    lines = ["| model | dense calls | plan | calls | latent MSE | right | Fréchet distance |", "|" + "---|" * 7]
+    head = "| model | dense calls | plan | calls | latent MSE | right | Fréchet distance | variance of features |"
+    lines = [head, "|" + "---|" * 8]
     lines += [
         f"| {row['model']} | {row['budget']:g} | {row['kind']} | {row['n_calls']} | {row['latent_mse']:.4f} "
-        f"| {row['right']:.1%} | {row['frechet']:.2f} |"
+        f"| {row['right']:.1%} | {row['frechet']:.2f} | {row['variance']:.1f} |"
         for row in rows
     ]
     return "\n".join(lines) + "\n"
@@ -122,10 +129,11 @@ def table_of(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=shipped_models())
-    parser.add_argument("--budgets", type=float, nargs="+", default=[4, 6, 8], help="of the points, in dense calls")
-    parser.add_argument("--points", type=Path, default=FRONTS / "points.jsonl", help="what `fronts.py` wrote")
+    parser.add_argument(
+        "--budgets", type=float, nargs="+", default=[2, 3, 4, 6, 8], help="of the points, in dense calls"
+    )
+    parser.add_argument("--points", type=Path, default=FRONTS, help="folder that `fronts.py` wrote")
     parser.add_argument("--probes", type=int, default=32, help="of the searches that found the points")
-    parser.add_argument("--strategy", default="evolution", help="likewise")
     parser.add_argument("--n-images", type=int, default=2000, help="images of each plan, a multiple of 10")
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="folder of the four Fashion-MNIST idx files")
     parser.add_argument("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf")

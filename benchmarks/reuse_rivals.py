@@ -1,13 +1,15 @@
 """What others do to call less of a denoiser, at equal cost: plain alternation, thresholds, published caches.
 
 At each budget, in dense calls by multiply-accumulates, every rival is tuned on the 16 probes of a search, with at most
-as many evaluations as a search has, and scored on 64 held-out probes: latent MSE to the dense model at 200 steps of the
-same solver. All take as many calls as the budget pays, evenly spaced: each setting is tried with the spacing that is
-best for dense calls, the best few settings with all four. `alternation` computes every m-th call and is at one reusing
-level in between; `smoothcache` reuses an attention or FFN until its changes between neighbouring calls, measured on
-calibration probes, add up to a threshold, the least that meets the budget. Costs are counted by torch over the whole
-held-out run; runs at batch 16 are timed, the rivals of a budget taking turns. What `benchmarks/fronts.py` found stands
-beside them. Finished rivals are lines of `rows.jsonl` and are not run again.
+as many evaluations as a search has, and scored on 64 held-out probes: latent MSE to the dense model at 200 steps of
+DPM-Solver++ 2M. Every rival has a fitted solver, as our plans have: its coefficients are fitted along its run, with the
+cache in place, on the search's probes for each setting and on those of the final fit for the best. All take as many
+calls as the budget pays, evenly spaced: each setting is tried with the spacing that is best for dense calls, the best
+few settings with all four. `alternation` computes every m-th call and is at one reusing level in between; `smoothcache`
+reuses an attention or FFN until its changes between neighbouring calls, measured on calibration probes, add up to a
+threshold, the least that meets the budget. Costs are counted by torch over the whole held-out run; runs at batch 16 are
+timed, the rivals of a budget taking turns. What `benchmarks/fronts.py` found stands beside them. Finished rivals are
+lines of `rows.jsonl` and are not run again.
 
     python benchmarks/reuse_rivals.py                                      # some hours on two CPU cores
     python benchmarks/reuse_rivals.py --models fashion-dit --budgets 6
@@ -31,20 +33,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from fronts import read as points_of
 from published_caches import PUBLISHED, Published, cached
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffes.adapters.macs import ATTENTION_ON_CPU, macs_by_module
 from diffes.measure.currencies import interleaved_ms
-from diffes.measure.error_table import MeasuredTable, measure_table
 from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.progress import RichProgress
 from diffes.pruning.bank import WeightBank
 from diffes.pruning.base import GroupWeights
 from diffes.runtime.router import Router
-from diffes.runtime.solver import SPACINGS, spaced
 from diffes.search.schedule import Plan, Stages
+from diffes.search.strategy import Rows
+from diffes.solvers.offtheshelf import SPACINGS, spaced
 from diffes.study import front
 from diffes.study.config import RunConfig
 from diffes.study.folder import config_record
@@ -54,7 +57,8 @@ from diffes.study.settings import PLANNED
 from diffes.study.workbench import prepare
 
 RESULTS = Path(__file__).parent / "results" / "reuse_rivals"
-FRONTS = Path(__file__).parent / "results" / "fronts" / "points.jsonl"
+FRONTS = Path(__file__).parent / "results" / "fronts"
+SEARCHED = "dense-fitted"  # the rival without a cache
 MODELS = {"emoji-sdxl": (1.0, "deep_reuse+block_reuse"), "fashion-dit": (2.0, "block_reuse")}  # guidance and method
 INTERVALS = (2, 3, 4)  # every so many calls everything is computed
 LONGEST = 4  # times the budget, calls of a run
@@ -75,12 +79,14 @@ class Candidate:
         timesteps: of the calls, the noisiest first.
         entered: puts it in place for one run by a scheduler.
         cost: in dense calls, where it is known before a run.
+        coefficients: of the solver; None before they are fitted.
     """
 
     knob: str
     timesteps: tuple[int, ...]
     entered: Callable[[Any], AbstractContextManager[None]]
     cost: float | None = None
+    coefficients: Rows | None = None
 
 
 Tried = tuple[float, Candidate]  # fitness on the search's probes, higher is better
@@ -100,6 +106,7 @@ class Rivals:
         spent: evaluations of the present rival.
         reason: why its last setting did not run.
         spacing: of dense calls, the best.
+        solver: of all rivals.
     """
 
     plans: Plans
@@ -108,6 +115,7 @@ class Rivals:
     spent: int = 0
     reason: str = ""
     spacing: str = "trailing"
+    solver: str = "fitted"
 
     def __post_init__(self) -> None:
         self.bench, self.adapter = self.plans.bench, self.plans.bench.adapter
@@ -119,23 +127,37 @@ class Rivals:
         """At most `n`, evenly spaced, the noisiest first."""
         return tuple(spaced(self.adapter.pipe.scheduler, n, spacing))
 
-    def measured(self, candidate: Candidate, evaluator: PlanEvaluator, count: bool) -> tuple[Tensor, float]:
-        """Scores (n,) on an evaluator's probes, and cost in dense calls where it is counted, else 0."""
-        finals, macs, rows = [], 0.0, 0
-        for part in (evaluator.probes[rows] for rows in evaluator.parts()):
-            scheduler = evaluator.scheduler(candidate.timesteps)
+    def plan(self, candidate: Candidate) -> Plan:
+        """The timesteps and the solver of a candidate."""
+        return replace(self.plans.of_dense(candidate.timesteps, self.solver), coefficients=candidate.coefficients)
+
+    def measured(
+        self, candidate: Candidate, evaluator: PlanEvaluator, count: bool
+    ) -> tuple[Tensor, float, Rows | None]:
+        """Scores (n,) on an evaluator's probes, cost in dense calls where it is counted, else 0, and coefficients.
+
+        Where the candidate has none, the solver is fitted as for a plan: along the run, with the cache in place.
+        """
+        finals, macs, rows, fitted = [], 0.0, 0, candidate.coefficients
+        parts = evaluator.parts(n=len(evaluator.probes) if fitted is None else None)  # a fit is over all probes
+        for part in parts:
+            probes, scheduler = evaluator.probes[part], evaluator.scheduler(self.plan(candidate))
             counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) if count else None
-            with candidate.entered(scheduler), counter or nullcontext():
-                finals.append(self.adapter.sample(part, scheduler, self.guidance))
-            rows += evaluator.rows(part)
+            with torch.no_grad(), candidate.entered(scheduler), counter or nullcontext():
+                state = self.adapter.start(probes, scheduler, self.guidance)
+                for _ in candidate.timesteps:
+                    (state,) = evaluator.stepped((state,), [part])
+                finals.append(self.adapter.finish(state, self.guidance))
+            fitted = tuple(state.scheduler.coefficients)
+            rows += evaluator.rows(probes)
             if counter is not None:
                 macs += sum(counter.get_flop_counts()[type(self.adapter.denoiser).__name__].values()) / 2
-        return evaluator.scored(torch.cat(finals)), macs / rows / self.macs[""]
+        return evaluator.scored(torch.cat(finals)), macs / rows / self.macs[""], fitted
 
     def tried(self, candidate: Candidate) -> tuple[float, float]:
         """Fitness on the search's probes, and cost where it is counted."""
         self.spent += 1
-        scores, cost = self.measured(candidate, self.plans.searched, candidate.cost is None)
+        scores, cost, _ = self.measured(candidate, self.plans.searched, candidate.cost is None)
         return float(scores.mean()), cost
 
     def known(self, candidate: Candidate | None) -> list[Tried]:
@@ -157,21 +179,23 @@ class Rivals:
 
     def dense(self) -> Candidate:
         """Evenly spaced dense calls; their spacing is the first that the settings of other rivals are tried with."""
-        plan = self.plans.searched.plan(self.plans.dense(self.budget)[0])
-        named = {self.timesteps(int(self.budget + 1e-9), name): name for name in reversed(SPACINGS)}
-        self.spacing, self.spent = named[plan.timesteps], len(SPACINGS)
-        return self.routed(self.spacing, plan)
+        options = {name: self.timesteps(int(self.budget + 1e-9), name) for name in SPACINGS}
+        tried = {name: self.routed(name, self.plans.of_dense(each, self.solver)) for name, each in options.items()}
+        self.spacing = max(tried, key=lambda name: self.tried(tried[name])[0])
+        self.spent = len(SPACINGS)
+        return tried[self.spacing]
 
-    def planned(self, table: Callable[[], MeasuredTable]) -> Candidate:
-        """Dense calls at timesteps of the table and a search."""
-        point = front.searched(self.plans, table(), self.budget, "steps")[1]
+    def searched(self) -> Candidate:
+        """Dense calls at searched timesteps: the rival of all that reuse or prune."""
+        kind = "dense-fitted" if self.plans.fits else "dense-planned"
+        point = front.searched(self.plans, self.budget, "steps", kinds=(kind,))[0]
         self.spent = len(point.found.evaluations) if point.found else 0
-        return self.routed("", self.plans.searched.plan(point.genome))
+        return self.routed("", point.plan)
 
     def routed(self, knob: str, plan: Plan) -> Candidate:
         """A plan of the workbench's own levels."""
-        cost = self.plans.cost(self.plans.genome(plan))
-        return Candidate(knob, plan.timesteps, lambda _: self.bench.router.routed(plan), cost)
+        cost = self.plans.cost(plan)
+        return Candidate(knob, plan.timesteps, lambda _: self.bench.router.routed(plan), cost, plan.coefficients)
 
     def alternation(self, method: str) -> Candidate | None:
         """Everything in every m-th call, and one level of a method that reuses in the others."""
@@ -184,7 +208,7 @@ class Rivals:
             fitting = None
             for n in range(int(self.budget), int(LONGEST * self.budget) + 1):
                 calls = [(t, level if i % interval else 0) for i, t in enumerate(self.timesteps(n, spacing))]
-                plan = Plan(space.stages, tuple(calls), space.max_level, self.plans.solver)
+                plan = Plan(space.stages, tuple(calls), space.max_level, self.solver)
                 candidate = self.routed(
                     f"1 in {interval}, level {levels.index(level) + 1} of {len(levels)}, {spacing}", plan
                 )
@@ -206,7 +230,8 @@ class Rivals:
         modules = [(path, self.adapter.denoiser.get_submodule(path)) for path in self.branches]
         hooks = [m.register_forward_hook(lambda _m, _a, out, path=p: seen[path].append(out)) for p, m in modules]
         try:
-            self.adapter.sample(self.probes, self.plans.searched.scheduler(timesteps), self.guidance)
+            steps = self.plans.searched.scheduler(self.plans.of_dense(timesteps, "dpmsolver++"))
+            self.adapter.sample(self.probes, steps, self.guidance)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -244,7 +269,7 @@ class Rivals:
             if reused[i].any():
                 entries[n - 1 - i, 1] = {"branches": GroupWeights(kept)}
         router = Router(self.adapter, WeightBank(entries, "reuse", max_level=1))
-        plan = Plan(stages, tuple(calls), 1, self.plans.solver)
+        plan = Plan(stages, tuple(calls), 1, self.solver)
         return Candidate(knob, timesteps, lambda _: router.routed(plan), cost)
 
     def published(self, cache: Published) -> Candidate | None:
@@ -282,16 +307,14 @@ class Rivals:
 
         return self.best(cache.knobs, tries)
 
-    def rows(
-        self, table: Callable[[], MeasuredTable], caches: Sequence[Published], done: Sequence[str], repeats: int
-    ) -> Iterator[dict[str, Any]]:
+    def rows(self, caches: Sequence[Published], done: Sequence[str], repeats: int) -> Iterator[dict[str, Any]]:
         """A row for each rival that is not done, scored on held-out probes, then their times, taking turns."""
         rivals: dict[str, Callable[[], Candidate | None]] = {"dense": self.dense}
         for method in self.bench.config.method.split("+"):
             rivals[f"alternation {method}"] = functools.partial(self.alternation, method)
         rivals["smoothcache"] = self.smoothcache
         rivals |= {cache.name: functools.partial(self.published, cache) for cache in caches}
-        rivals["dense-planned"] = lambda: self.planned(table)
+        rivals[SEARCHED] = self.searched
         running = {}
         for kind, tune in rivals.items():
             if kind in done and kind != "dense":
@@ -302,8 +325,10 @@ class Rivals:
                 reason = self.reason or "no setting meets the budget"
                 yield {"kind": kind, "evals": self.spent, "latent_mse": None, "reason": reason}
                 continue
+            if candidate.coefficients is None:  # on more probes, for as many as the plans are fitted on
+                candidate = replace(candidate, coefficients=self.measured(candidate, self.plans.refitted, False)[2])
             running[kind] = candidate
-            scores, cost = self.measured(candidate, self.plans.heldout, True)
+            scores, cost, _ = self.measured(candidate, self.plans.heldout, True)
             assert candidate.cost is None or abs(cost - candidate.cost) < 1e-3
             yield {
                 "kind": kind, "evals": self.spent, "knob": candidate.knob, "dense_calls": round(cost, 4),
@@ -317,15 +342,18 @@ class Rivals:
     def milliseconds(self, candidates: Sequence[Candidate], repeats: int) -> list[float]:
         """Median milliseconds of whole runs, noise to pixels, taking turns; putting a cache in place is not timed."""
         probes = self.adapter.make_probes(min(BATCH, len(self.plans.heldout.probes)), HELDOUT_SEED, "heldout")
-        scheduler = self.plans.searched.scheduler
+
+        def scheduler(candidate: Candidate) -> Any:
+            return self.plans.searched.scheduler(self.plan(candidate))
+
         with ExitStack() as stack:
 
             def enter(candidate: Candidate) -> None:
                 stack.close()
-                stack.enter_context(candidate.entered(scheduler(candidate.timesteps)))
+                stack.enter_context(candidate.entered(scheduler(candidate)))
 
             def run(candidate: Candidate) -> Tensor:
-                steps = scheduler(candidate.timesteps)
+                steps = scheduler(candidate)
                 return self.adapter.decode(self.adapter.sample(probes, steps, self.guidance))
 
             before = [functools.partial(enter, each) for each in candidates]
@@ -344,16 +372,14 @@ def reuses(changes: np.ndarray[Any, np.dtype[np.float64]], threshold: float) -> 
 
 
 def joint(model: str, guidance: float, budget: float) -> dict[str, float]:
-    """Latent MSE of the searched plans of `benchmarks/fronts.py`, mean over seeds: of pruning, of reuse, of both, each
-    by the better strategy."""
-    lines = FRONTS.read_text().splitlines() if FRONTS.exists() else []
-    by_search: dict[tuple[str, str], list[float]] = {}
-    for row in map(json.loads, lines):
-        where = tuple(row[name] for name in ("model", "guidance", "budget", "kind", "currency", "solver"))
-        if where == (model, guidance, budget, "joint", "macs", "dpmsolver++"):
-            by_search.setdefault((row["method"], row["strategy"]), []).append(row["latent_mse"])
+    """Latent MSE of the plans of `benchmarks/fronts.py` at a budget, mean over seeds: of pruning, of reuse, of both."""
+    by_method: dict[str, list[float]] = {}
+    wanted = {"guidance": guidance, "budget": budget, "kind": "joint", "currency": "macs"}
+    for row in points_of(FRONTS / f"points-{model}.jsonl"):
+        if all(row[name] == value for name, value in wanted.items()):
+            by_method.setdefault(row["method"], []).append(row["latent_mse"])
     found: dict[str, float] = {}
-    for (method, _), errors in by_search.items():
+    for method, errors in by_method.items():
         name = "sum" if "obs" in method and "reuse" in method else "reuse" if "reuse" in method else method
         found[name] = min(found.get(name, float("inf")), statistics.mean(errors))
     return found
@@ -405,7 +431,7 @@ def main() -> None:
         timed = {
             row["budget"]
             for row in rows
-            if is_of(row, model, args.seed) and row["kind"] == "dense-planned" and f"ms_{BATCH}" in row
+            if is_of(row, model, args.seed) and row["kind"] == SEARCHED and f"ms_{BATCH}" in row
         }
         left = [budget for budget in args.budgets if budget not in timed]
         if not left:
@@ -413,13 +439,12 @@ def main() -> None:
         config = replace(config, model=model, guidance=guidance, method=method)
         bench = prepare(config, RichProgress(), example=PLANNED)
         plans = Plans(bench, nodes=8 if args.smoke else 64, reference_steps=20 if args.smoke else 200)
-        table = functools.cache(functools.partial(measure_table, plans.searched, plans.space(None, "steps")))
         for budget in left:
             done = [row["kind"] for row in rows if is_of(row, model, args.seed) and row["budget"] == budget]
             facts = {"model": model, "guidance": guidance, "budget": budget, "seed": args.seed, "solver": plans.solver}
             facts |= config_record(bench.config)
             start = time.perf_counter()
-            for row in Rivals(plans, budget, config.max_evals).rows(table, caches, done, args.repeats):
+            for row in Rivals(plans, budget, config.max_evals, solver=plans.solver).rows(caches, done, args.repeats):
                 row["seconds"] = round(time.perf_counter() - start, 1)
                 with path.open("a") as file:
                     file.write(json.dumps(facts | row) + "\n")

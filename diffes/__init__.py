@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from diffes.runtime.apply import apply, load, remove
     from diffes.search.operators import crossover, mutation
     from diffes.search.strategy import Strategy, strategy
+    from diffes.solvers import Solver, solver
+    from diffes.solvers.scheduler import PlanScheduler
     from diffes.study.config import RunConfig
+    from diffes.study.fit import fit
     from diffes.study.workbench import workbench
 
 __all__ = [
-    "DiffesError", "RunConfig", "Strategy", "apply", "crossover", "load", "load_pipeline", "mutation", "remove",
-    "strategy", "workbench",
+    "DiffesError", "PlanScheduler", "RunConfig", "Solver", "Strategy", "apply", "crossover", "fit", "load",
+    "load_pipeline", "mutation", "remove", "solver", "strategy", "workbench",
 ]  # fmt: skip
 
 try:
@@ -35,14 +38,18 @@ except PackageNotFoundError as error:
     ) from error
 
 _LAZY = {
+    "PlanScheduler": "diffes.solvers.scheduler",
     "RunConfig": "diffes.study.config",
+    "Solver": "diffes.solvers",
     "Strategy": "diffes.search.strategy",
     "apply": "diffes.runtime.apply",
     "crossover": "diffes.search.operators",
+    "fit": "diffes.study.fit",
     "load": "diffes.runtime.apply",
     "load_pipeline": "diffes.adapters",
     "mutation": "diffes.search.operators",
     "remove": "diffes.runtime.apply",
+    "solver": "diffes.solvers",
     "strategy": "diffes.search.strategy",
     "workbench": "diffes.study.workbench",
 }

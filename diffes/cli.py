@@ -1,4 +1,4 @@
-"""The command line: `diffes search`, `front`, `sample`, `export`, `compare` and `ablate`, and what they take."""
+"""The command line: `diffes search`, `front`, `fit`, `sample`, `export`, `compare`, `ablate`, and what they take."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from diffes.study.config import ALONE, RunConfig, WorkerOptions
 
 app = tyro.extras.SubcommandApp()
 _DEFAULT = RunConfig()
-_SEARCH = RunConfig(metric="auto")
-_PLANNED = RunConfig(cost="macs", max_evals=80, metric="latent_mse")
+_SEARCH = RunConfig(metric="auto", strategy="auto")
+_PLANNED = RunConfig(cost="macs", max_evals=80, metric="latent_mse", probes=32, strategy="evopress")
 _EQUAL_MACS = RunConfig(cost="macs", budget=0.7)  # levels cost something else with another method or number of stages
 WRITE_ERRORS = {
     errno.ENOSPC,
@@ -38,8 +38,9 @@ def search(
     calls: float | None = None,
     config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _SEARCH,
     workers: Annotated[WorkerOptions, tyro.conf.OmitArgPrefixes] = ALONE,
-    solver: str = "dpmsolver++",
+    solver: str = "fitted",
     nodes: int = 64,
+    fit_probes: int | None = None,
     out: Path | None = None,
     overwrite: bool = False,
     log_file: Path | None = None,
@@ -54,16 +55,23 @@ def search(
             timesteps, all calls dense. levels: the paper's, a level for each stage at the pipeline's own steps.
         calls: what a plan may cost, in dense denoiser calls, by --cost (level, the paper's, stands for macs here).
             Left out: 6. Schedules of levels have --budget instead.
-        config: settings of the run; --metric auto is latent_mse for plans and ssim for levels.
+        config: settings of the run; --metric auto is latent_mse for plans and ssim for levels, and --strategy auto is
+            evopress for plans and evolution, the paper's, for levels.
         workers: who measures.
-        solver: of plans: dpmsolver++ (second order) or ddim (first order, no noise).
+        solver: of plans: fitted (coefficients by least squares to the reference, found with the timesteps), dpmsolver++
+            (second order), dpmsolver++3m, unipc, ddim (first order, no noise) or one of your own by entry point.
+            Options follow a colon: fitted:memory=2.
         nodes: of plans: candidate timesteps.
+        fit_probes: of plans: images on which the best few are fitted and compared again, which no search sees. Left
+            out: 48.
         out: run folder. Left out: runs/ and a name of the model, method, what is searched and the seed.
         overwrite: replace a run that is already there.
         log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
     if config.metric == "auto":
         config = replace(config, metric="ssim" if genes == "levels" else "latent_mse")
+    if config.strategy == "auto":
+        config = replace(config, strategy="evolution" if genes == "levels" else "evopress")
     if genes != "levels":
         if config.budget != RunConfig().budget:
             raise DiffesError(
@@ -73,9 +81,10 @@ def search(
         if config.cost == "level":
             config = replace(config, cost="macs")
         budget = 6.0 if calls is None else calls
+        plans: dict[str, Any] = {"solver": solver, "nodes": nodes, "fit_probes": fit_probes}
         out = out or _named(f"{config.method}-{genes}-{budget:g}-{config.cost}", config)
         with _terminal(log_file) as terminal:
-            terminal.front(config, [budget], out, overwrite, genes=genes, solver=solver, nodes=nodes, workers=workers)
+            terminal.front(config, [budget], out, overwrite, genes=genes, workers=workers, **plans)
         return
     if calls is not None:
         raise DiffesError(f"--calls {calls:g} is of plans; schedules of --genes levels have --budget, got no plan")
@@ -89,32 +98,36 @@ def front(
     budgets: list[float] = [3, 4, 5, 6, 8, 10],  # noqa: B006
     config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _PLANNED,
     workers: Annotated[WorkerOptions, tyro.conf.OmitArgPrefixes] = ALONE,
-    solver: str = "dpmsolver++",
+    solver: str = "fitted",
     nodes: int = 64,
+    fit_probes: int | None = None,
     out: Path | None = None,
     overwrite: bool = False,
     log_file: Path | None = None,
 ) -> None:
-    """Find plans, which timesteps to call and how thin, at several budgets beside well-chosen dense steps.
+    """Find plans, which timesteps to call, at which level each, and how to step between them, at several budgets.
 
-    One calibration and one table of local errors serve all budgets. For each, dense calls are evenly spaced, then
-    planned (timesteps by the table and a search), then planned together with levels by a search of as many evaluations
-    that begins with the best of the dense ones. All are measured on held-out probes, against the dense model at 200
-    steps of the same solver. The same command run again on an unfinished folder goes on where it stopped.
+    One calibration serves all budgets. For each, dense calls are evenly spaced, by DPM-Solver++ 2M and by the best of
+    diffusers' solvers; their timesteps are searched for 2M; searched with the coefficients fitted inside; and searched
+    together with levels. The best few plans of each search are fitted and compared on further probes. All are measured
+    on held-out probes, against the dense model at 200 steps of 2M. The same command run again on an unfinished folder
+    goes on where it stopped.
 
     Args:
         budgets: what a plan may cost, in dense denoiser calls, by --cost.
         config: settings; --max-evals is of each search, --budget is not used.
         workers: who measures.
-        solver: dpmsolver++ (second order) or ddim (first order, no noise).
+        solver: fitted, dpmsolver++, dpmsolver++3m, unipc, ddim or one of your own (see `diffes search --help`).
         nodes: candidate timesteps.
+        fit_probes: images on which the best few plans of each search are fitted and compared again. Left out: 48.
         out: folder. Left out: runs/MODEL-METHOD-front-COST-SEED.
         overwrite: replace a front that is already there.
         log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
     out = out or _named(f"{config.method}-front-{config.cost}", config)
     with _terminal(log_file) as terminal:
-        terminal.front(config, budgets, out, overwrite, genes="joint", solver=solver, nodes=nodes, workers=workers)
+        plans: dict[str, Any] = {"solver": solver, "nodes": nodes, "fit_probes": fit_probes}
+        terminal.front(config, budgets, out, overwrite, genes="joint", workers=workers, **plans)
 
 
 def _named(name: str, config: RunConfig, seed: bool = True) -> Path:
@@ -167,6 +180,46 @@ def sample(
         terminal.sample(
             run, conditions, out, seed=seed, steps=steps, guidance=guidance, device=device, calls=calls,
             resident=resident,
+        )  # fmt: skip
+
+
+@app.command
+def fit(
+    run: tyro.conf.Positional[Path],
+    out: tyro.conf.Positional[Path],
+    calls: float | None = None,
+    guidance: float | None = None,
+    prompts: Path | None = None,
+    model: str | None = None,
+    solver: str = "fitted",
+    probes: int = 64,
+    heldout: int = 64,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Fit the coefficients of a plan again, without a search: for another guidance, your own prompts, another model.
+
+    It takes the timesteps and levels of a plan, samples the dense model at 200 steps on as many images, fits, and
+    writes a folder that `sample`, `export` and `diffes.apply` take, with the error before and after on held-out images.
+
+    Args:
+        run: folder that `diffes search`, `diffes front`, `diffes export` or `diffes fit` wrote.
+        out: folder to write.
+        calls: what the plan may cost, in dense calls; the best within is taken. Left out: the best of all.
+        guidance: classifier-free guidance scale. Left out: as in the run.
+        prompts: text-to-image models: a JSON file with lists of prompts `search` and `heldout`. Left out: the model's.
+        model: another pipeline of the same kind, by name, folder or hub id. Left out: the run's own. Plans with pruned
+            calls need the model that they were found on.
+        solver: whose coefficients are fitted, with options after a colon.
+        probes: images that are fitted on.
+        heldout: images of the report.
+        seed: of the noise.
+        device: cpu, cuda or cuda:1; auto takes cuda where there is one.
+    """
+    with _terminal() as terminal:
+        terminal.fit(
+            run, out, calls=calls, guidance=guidance, prompts=prompts, model=model, solver=solver, probes=probes,
+            heldout=heldout, seed=seed, device=device,
         )  # fmt: skip
 
 

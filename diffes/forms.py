@@ -22,6 +22,7 @@ Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_leng
 Prompt = Annotated[str, StringConstraints(pattern=r"\S")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Range = Annotated[list[Count], Field(min_length=2, max_length=2)]
+Coefficients = Annotated[list[Annotated[list[float], Field(min_length=2, max_length=1001)]], Field(min_length=1)]
 CostTable = Annotated[list[Annotated[list[Amount], Field(min_length=1)]], Field(min_length=1)]
 
 
@@ -143,6 +144,16 @@ class FrontPoint(Form):
     levels: Annotated[list[Count], Field(min_length=1)]
     calls_spent: Count
     ms: Positive
+    solver: Text = "dpmsolver++"  # this, and what follows, since format 2
+    coefficients: Coefficients | None = None
+    fit_mean: float | None = None
+    latent_median: Amount | None = None
+    latent_interval: Annotated[list[Amount], Field(min_length=2, max_length=2)] | None = None
+    image_mse: Amount | None = None
+    image_mse_error: Amount | None = None
+    ssim: float | None = None
+    ssim_error: Amount | None = None
+    variance: Amount | None = None
 
 
 class Reference(Form):
@@ -150,6 +161,8 @@ class Reference(Form):
 
     solver: Text
     steps: Number
+    spacing: Text = "trailing"
+    final_sigma: Amount = 0.0
 
 
 class FrontFile(Artifact):
@@ -160,6 +173,9 @@ class FrontFile(Artifact):
     currency: Text
     metric: Text
     nodes: Number
+    prediction_type: Text = "epsilon"
+    search_probes: Number = 1
+    fit_probes: Number = 1
     heldout: Number = 1
     timing: dict[Text, Number | Text] = {}
     points: Annotated[list[FrontPoint], Field(min_length=1)]
@@ -326,6 +342,7 @@ class Paid(Form):
     denoiser_calls: Count
     seconds: Amount
     fidelity: Annotated[float, Field(gt=0, le=1)] = 1.0
+    coefficients: Coefficients | None = None
     digest: Digest | None = None
     worker: str | None = None
     waited: Amount = 0.0

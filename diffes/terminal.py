@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from diffes import files
@@ -97,19 +98,37 @@ def front(config: RunConfig, budgets: Sequence[float], out: Path, overwrite: boo
     from diffes.study import front as fronts
 
     data = fronts.complete_front(config, budgets, out, RichProgress(), overwrite=overwrite, **options)
-    table = Table(
-        title=f"{config.model}, {config.method}: {config.metric} and latent MSE over {config.heldout} held-out probes, "
-        f"against {data['reference']['steps']} dense steps"
+    _show_front(
+        data["points"],
+        f"{config.model}, {config.method}, guidance {config.guidance:g}: {config.heldout} held-out probes, against "
+        f"{data['reference']['steps']} dense steps of {data['reference']['solver']}; cost by {config.cost}",
     )
-    for name in fronts.COLUMNS:
-        table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
-    for row in fronts.rows_of(data):
-        table.add_row(*row)
-    console.print(table)
     for line in fronts.verdicts(data):
         console.print(line, highlight=False)
     _list(out, "*")
     console.print(f"next: diffes sample {out} --calls {max(budgets):g} --out grid.png", highlight=False)
+
+
+def fit(run: Path, out: Path, **options: Any) -> None:
+    """A plan, fitted again, and what that changed."""
+    from diffes.study.fit import fit_run
+
+    found = fit_run(run, out, progress=RichProgress(), **options)
+    _show_front([found.before, found.after], f"{len(found.plan.calls)} calls, {options['heldout']} held-out probes")
+    _list(out, "*")
+    console.print(f"next: diffes sample {out} --out grid.png", highlight=False)
+
+
+def _show_front(points: Sequence[Mapping[str, Any]], title: str) -> None:
+    """The table of some plans; it fits 80 columns."""
+    from diffes.study import front as fronts
+
+    table = Table(title=title, box=SIMPLE_HEAD)
+    for name in fronts.COLUMNS:
+        table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
+    for row in fronts.rows_of({"points": points}):
+        table.add_row(*row)
+    console.print(table)
 
 
 def sample(run: Path, conditions: Sequence[int] | Sequence[str] | None, out: Path, **options: Any) -> None:

@@ -43,6 +43,7 @@ from diffes.study.workbench import Workbench, prepare
 
 N_STAGES = 4
 REFERENCE_STEPS = 60
+FIT_PROBES = 4
 WEIGHT = 16  # of the last layers of untrained blocks, relative to their initialisation
 
 
@@ -170,10 +171,11 @@ def stages() -> Stages:
 
 @pytest.fixture(scope="session", autouse=True)
 def quicker() -> Iterator[None]:
-    """Dense references of fewer steps than a front has, and figures of fewer pixels: nothing that is tested depends on
-    how converged the ones are, or how sharp the others."""
+    """Dense references of fewer steps and probes than a front has, and figures of fewer pixels: nothing that is
+    tested depends on how converged the ones are, or how sharp the others."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "REFERENCE_STEPS", REFERENCE_STEPS)
+        patch.setattr(plans, "FIT_PROBES", FIT_PROBES)
         patch.setattr(plots, "DPI", 70)
         yield
 

@@ -388,7 +388,9 @@ def test_front_then_sample_by_cost(tiny_folder: Path, tmp_path: Path, capsys: py
     assert (tmp_path / "grid.png").stat().st_size > 1000
     other = str(tmp_path / "other.png")
     assert "they cost" in fails(capsys, "sample", str(out), "--calls", "0.01", "--out", other)
-    assert "num_inference_steps=" in fails(capsys, "sample", str(out), "--steps", "33", "--out", other)
+    assert "3 denoiser calls, got steps 33: leave it out" in fails(
+        capsys, "sample", str(out), "--steps", "33", "--out", other
+    )
     assert "pass --overwrite" in fails(capsys, "front", *options, "--out", str(out))
     assert "unknown solver" in fails(capsys, "front", *options, "--solver", "pndm", "--out", str(tmp_path / "x"))
     assert "set cost to macs" in fails(capsys, "front", *options, "--cost", "level", "--out", str(tmp_path / "x"))

@@ -24,11 +24,12 @@ ANYONE = {
 }  # modules at the root that every folder may use
 MAY_IMPORT = {  # folder of diffes/: the other folders that its files may import
     "search": set(),
-    "adapters": set(),
+    "solvers": {"search"},
+    "adapters": {"solvers"},
     "pruning": {"search", "adapters"},
-    "runtime": {"search", "adapters", "pruning"},
-    "measure": {"search", "adapters", "pruning", "runtime"},
-    "study": {"search", "adapters", "pruning", "runtime", "measure"},
+    "runtime": {"search", "solvers", "adapters", "pruning"},
+    "measure": {"search", "solvers", "adapters", "pruning", "runtime"},
+    "study": {"search", "solvers", "adapters", "pruning", "runtime", "measure"},
 }
 
 

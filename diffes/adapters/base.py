@@ -88,6 +88,7 @@ class ModelAdapter(abc.ABC):
         self.pipe = pipe
         self.room: dict[str, int] = {}
         self._checked_sampler: Any = None
+        self._clock: Any = None
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
                 component.eval()
@@ -116,7 +117,7 @@ class ModelAdapter(abc.ABC):
                 "layers are those of one stage: call it with rows at one timestep, or diffes.remove(pipe) first"
             )
         if not timestep >= 0:
-            raise _no_training_timestep(type(self.pipe.scheduler).__name__, f"the denoiser was called at {timestep:g}")
+            raise _no_training_timestep(type(self.own_scheduler).__name__, f"the denoiser was called at {timestep:g}")
         return timestep
 
     @abc.abstractmethod
@@ -146,13 +147,36 @@ class ModelAdapter(abc.ABC):
 
     def step(self, state: SamplingState, probes: Probes, guidance: float) -> SamplingState:
         """One denoiser call and one scheduler step, exactly as the family's pipeline does them."""
+        prediction, latents = self.predicted(state, probes, guidance)
+        return self.advance(state, prediction, state.scheduler.timesteps[state.index], latents)
+
+    def predicted(self, state: SamplingState, probes: Probes, guidance: float) -> tuple[Tensor, Tensor]:
+        """What `predict` says, checked; the state's scheduler counts the call."""
         what, wanted = f"adapter {type(self).__qualname__}", "return prediction and latents, two tensors, from predict"
-        with guarded(self, what, wanted):
+        with guarded(self, what, wanted), self.counted_by(state.scheduler):
             found = self.predict(state, probes, guidance)
         if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(each, Tensor) for each in found):
             raise unexpected(what, wanted, found)
-        prediction, latents = found
-        return self.advance(state, prediction, state.scheduler.timesteps[state.index], latents)
+        return found
+
+    @property
+    def own_scheduler(self) -> Any:
+        """The scheduler that the pipeline has, or had before a plan's took its place."""
+        return getattr(self.pipe.scheduler, "replaces", None) or self.pipe.scheduler
+
+    @property
+    def clock(self) -> Any:
+        """The scheduler that counts the calls of the run that is being sampled; the pipeline's own in its own calls."""
+        return self.pipe.scheduler if self._clock is None else self._clock
+
+    @contextmanager
+    def counted_by(self, scheduler: Any) -> Iterator[None]:
+        """Calls the denoiser inside the context as part of a run of this scheduler."""
+        before, self._clock = self._clock, scheduler
+        try:
+            yield
+        finally:
+            self._clock = before
 
     @abc.abstractmethod
     def finish(self, state: SamplingState, guidance: float) -> Tensor:
@@ -243,7 +267,7 @@ class ModelAdapter(abc.ABC):
         It is the forward process of the scheduler's own noise schedule. Samplers that count in sigmas (Euler, Heun)
         add noise at the timesteps of a run only and scale afterwards, to the same result.
         """
-        process = DDPMScheduler.from_config(self.pipe.scheduler.config)
+        process = DDPMScheduler.from_config(self.own_scheduler.config)
         # in fp32: bf16 has no number between 0.996 and 1, and the cleanest timesteps would get no noise at all
         noisy = process.add_noise(latents.float(), noise.to(latents.device).float(), timesteps.to(latents.device))
         return noisy.to(latents.dtype)
@@ -254,7 +278,7 @@ class ModelAdapter(abc.ABC):
         Raises:
             DiffesError: the scheduler's prediction type is none of epsilon, v_prediction and sample.
         """
-        kind = self.pipe.scheduler.config.prediction_type
+        kind = self.own_scheduler.config.prediction_type
         if kind == "epsilon":
             return noise
         if kind == "sample":
@@ -271,7 +295,7 @@ class ModelAdapter(abc.ABC):
 
     def _signal(self, timesteps: Tensor) -> Tensor:
         """Variance of what is left of the image (n,) at timesteps (n,): alpha-bar."""
-        return self.pipe.scheduler.alphas_cumprod.float().cpu()[timesteps]
+        return self.own_scheduler.alphas_cumprod.float().cpu()[timesteps]
 
     def advance(self, state: SamplingState, prediction: Tensor, timestep: Tensor, latents: Tensor) -> SamplingState:
         """The scheduler's step. Samplers that add noise draw the same for every schedule, so that schedules compare."""
@@ -294,7 +318,7 @@ class ModelAdapter(abc.ABC):
     @property
     def n_timesteps(self) -> int:
         """T, the number of training timesteps."""
-        return int(self.pipe.scheduler.config.num_train_timesteps)
+        return int(self.own_scheduler.config.num_train_timesteps)
 
     def timesteps(self, n_steps: int) -> list[float]:
         """The timesteps of a sampling run, one per denoiser call (Heun makes two a step), noisiest first."""
@@ -306,14 +330,14 @@ class ModelAdapter(abc.ABC):
         Raises:
             DiffesError: its timesteps are something else (logarithms of sigmas, fractions of the way).
         """
-        if self.pipe.scheduler is self._checked_sampler or self.device.type == "meta":
+        if self.own_scheduler is self._checked_sampler or self.device.type == "meta":
             return
         visited = self.timesteps(min(10, self.n_timesteps))
         if min(visited) < 0 or 2 * max(visited) < self.n_timesteps:
             raise _no_training_timestep(
-                type(self.pipe.scheduler).__name__, f"it goes from {max(visited):.4g} to {min(visited):.4g}"
+                type(self.own_scheduler).__name__, f"it goes from {max(visited):.4g} to {min(visited):.4g}"
             )
-        self._checked_sampler = self.pipe.scheduler
+        self._checked_sampler = self.own_scheduler
 
     def unusual(self) -> list[str]:
         """What diffusers can sample with, but `start`, `step` and `finish` cannot."""
@@ -339,9 +363,9 @@ class ModelAdapter(abc.ABC):
         """
         if not 1 <= n_steps <= self.n_timesteps:
             raise DiffesError(f"steps must be in [1, {self.n_timesteps}], got {n_steps}")
-        if not hasattr(self.pipe.scheduler, "alphas_cumprod"):
-            raise _no_training_timestep(type(self.pipe.scheduler).__name__)
-        scheduler = copy.deepcopy(self.pipe.scheduler)
+        if not hasattr(self.own_scheduler, "alphas_cumprod"):
+            raise _no_training_timestep(type(self.own_scheduler).__name__)
+        scheduler = copy.deepcopy(self.own_scheduler)
         scheduler.set_timesteps(n_steps, device=self.device)
         return scheduler
 

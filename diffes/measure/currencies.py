@@ -22,6 +22,7 @@ from diffes.registry import Registry
 from diffes.runtime.router import Router
 from diffes.search.schedule import Plan, Schedule, Stages
 from diffes.search.space import SearchSpace
+from diffes.solvers.scheduler import PlanScheduler
 
 LATENCY_REPEATS = 5
 Table = list[list[float]]
@@ -212,11 +213,14 @@ def _macs(router: Router, stages: Stages) -> Callable[[int, int], float]:
 def macs_at(router: Router, stages: Stages, stage: int, level: int) -> int:
     """Multiply-accumulates of one denoiser call on a batch of one, in a stage at a level; after a dense call, where it
     reuses something of that."""
-    plan = _after_dense(router, stages, stage, level)
-    with router.routed(plan):
-        for timestep in plan.timesteps[:-1] if level in router.bank.reusing else ():
-            call_once(router.adapter, timestep)
-        return macs_per_call(router.adapter, plan.timesteps[-1])
+    plan, adapter = _after_dense(router, stages, stage, level), router.adapter
+    clock = clock_of(adapter, plan)
+    with router.routed(plan), adapter.counted_by(clock):
+        for timestep in plan.timesteps[:-1]:
+            if level in router.bank.reusing:
+                call_once(adapter, timestep)
+            clock.index += 1
+        return macs_per_call(adapter, plan.timesteps[-1])
 
 
 def _after_dense(router: Router, stages: Stages, stage: int, level: int) -> Plan:
@@ -224,6 +228,11 @@ def _after_dense(router: Router, stages: Stages, stage: int, level: int) -> Plan
     first, then = stages.ranges[-1][1] - 1, stages.ranges[stage][0]
     calls = ((first, 0), (then, level)) if first > then else ((then, level),)
     return Plan(stages, calls, router.max_level, solver="")
+
+
+def clock_of(adapter: ModelAdapter, plan: Plan) -> PlanScheduler:
+    """Return what counts the calls of a plan that are made by hand; `index` is the number of the next."""
+    return PlanScheduler.of(adapter.pipe.scheduler, plan.timesteps, "ddim")
 
 
 @torch.no_grad()
@@ -266,19 +275,25 @@ def ms_by_level(
         part = probes[:n_probes]
         latents = part.noise.to(adapter.device, adapter.dtype)
 
-        def call(timestep: int) -> None:
-            adapter.denoise_once(latents, torch.full((len(part),), timestep), part.conditions)
+        def call(clock: PlanScheduler, i: int) -> None:
+            clock.index = i
+            with adapter.counted_by(clock):
+                adapter.denoise_once(latents, torch.full((len(part),), clock.plan[i]), part.conditions)
 
-        def enter(plan: Plan, n: int) -> None:
+        def enter(plan: Plan, clock: PlanScheduler, n: int) -> None:
             router.install(plan, keep=True)
-            for timestep in plan.timesteps[:n]:
-                call(timestep)
+            for i in range(n):
+                call(clock, i)
 
         table = []
         for stage in counted:
             plans = [_after_dense(router, stages, stage, level) for level in range(max_level + 1)]
-            timed = [functools.partial(call, plan.timesteps[-1]) for plan in plans]
-            before = [functools.partial(enter, plan, len(plan.calls) - changing) for plan in plans]
+            clocks = [clock_of(adapter, plan) for plan in plans]
+            timed = [functools.partial(call, clock, len(clock.plan) - 1) for clock in clocks]
+            before = [
+                functools.partial(enter, plan, clock, len(plan.calls) - changing)
+                for plan, clock in zip(plans, clocks, strict=True)
+            ]
             try:
                 table.append(interleaved_ms(timed, rounds, adapter.device, before))
             finally:

@@ -21,9 +21,12 @@ from diffes.errors import DiffesError
 from diffes.measure.metrics import Metric
 from diffes.runtime.router import Router
 from diffes.search.schedule import Plan, Schedule, Stages
-from diffes.search.strategy import Evaluation
+from diffes.search.strategy import Evaluation, Rows
 
 T = TypeVar("T")
+Prefix = tuple[int | float | str, ...]
+Candidate = Schedule | Plan
+States = tuple[SamplingState, ...]  # of one run, for each part of the probes
 BATCH = 32
 CACHE_BYTES = 1 << 28
 REUSE_CACHE_BYTES = 1 << 30  # states are larger where they hold what later calls reuse
@@ -69,7 +72,7 @@ class RoutedEvaluator(abc.ABC):
         self.batch = batch
         self._cache_bytes = max(cache_bytes, REUSE_CACHE_BYTES) if router.bank.reusing else cache_bytes
         self._cache, self._alone = (_StateCache(self._cache_bytes) for _ in range(2))
-        self._due: dict[tuple[Schedule, float], int] = {}  # counted, not measured yet
+        self._due: dict[tuple[Candidate, float], int] = {}  # counted, not measured yet
         self.denoiser_calls = self.paid_calls = 0
         self._fixed_bytes, self._row_bytes = 0, 0.0
         self.adapter.check_sampled()
@@ -98,29 +101,33 @@ class RoutedEvaluator(abc.ABC):
         """Steps of the dense model that makes the reference, or its scheduler, ready."""
 
     @abc.abstractmethod
-    def _routed(self, schedule: Schedule) -> Schedule | Plan:
+    def _routed(self, schedule: Candidate) -> Candidate:
         """What the router is given for a genome."""
 
     @abc.abstractmethod
-    def _path(self, schedule: Schedule) -> list[tuple[tuple[int, ...], int]]:
+    def _path(self, schedule: Candidate) -> list[tuple[Prefix, int]]:
         """The parts of the trajectory, from the noisiest on: what decides the state after each, given those before, and
         its denoiser calls."""
 
     @abc.abstractmethod
-    def _steps_of(self, schedule: Schedule) -> int | Any:
+    def _steps_of(self, schedule: Candidate) -> int | Any:
         """Number of steps of a genome, or its scheduler, ready."""
 
-    def _resumed(self, state: SamplingState, schedule: Schedule) -> SamplingState:
-        """A cached state in which another genome may have been sampled, as the start of the rest of this one."""
-        return state
+    def _resumed(self, states: States, schedule: Candidate) -> States:
+        """Cached states in which another genome may have been sampled, as the start of the rest of this one."""
+        return states
+
+    def _coefficients(self, states: States) -> Rows | None:
+        """What was fitted in a run that is over; None where nothing was."""
+        return None
 
     def __call__(self, schedules: Sequence[Schedule], fidelity: float = 1.0) -> Iterator[Evaluation]:
         """Evaluates a batch in the order of the trie, so that neighbours follow each other; yields each when done."""
         for schedule in in_trie_order(schedules):
             start, before = time.perf_counter(), self.denoiser_calls
-            fitness = float(self.scores(schedule, fidelity).mean())
+            fitness, rows = self.measured(schedule, fidelity)
             calls, seconds = self.denoiser_calls - before, time.perf_counter() - start
-            yield Evaluation(schedule, fitness, calls, seconds, fidelity)
+            yield Evaluation(schedule, fitness, calls, seconds, fidelity, rows)
 
     def steady(self, more: Callable[[], Sequence[Schedule]]) -> Iterator[Evaluation]:
         """Evaluates what `more` gives until it gives nothing; see `Evaluator`."""
@@ -151,20 +158,19 @@ class RoutedEvaluator(abc.ABC):
         self._due = {}
         self._due = {(schedule, fidelity): self.count(schedule, fidelity) for schedule in schedules}
 
-    def count(self, schedule: Schedule, fidelity: float = 1.0) -> int:
+    def count(self, schedule: Candidate, fidelity: float = 1.0) -> int:
         """Denoiser calls, in rows, that a schedule costs after all those that were counted before."""
         due = self._due.pop((schedule, fidelity), None)
         if due is not None:
             return due
-        calls = 0
-        for rows in self.parts(fidelity):
-            prefixes, path = self._prefixes(rows, schedule), self._path(schedule)
-            for i in range(self._alone.depth(prefixes), len(path)):
-                self._alone.put(prefixes[i], None, self._state_bytes(rows))
-                calls += path[i][1] * self.rows(self.probes[rows])
+        calls, n = 0, self._n_probes(fidelity)
+        prefixes, path = self._prefixes(n, schedule), self._path(schedule)
+        for i in range(self._alone.depth(prefixes), len(path)):
+            self._alone.put(prefixes[i], None, self._state_bytes(n))
+            calls += path[i][1] * self.rows(self.probes[:n])
         return calls
 
-    def scores(self, schedule: Schedule, fidelity: float = 1.0) -> Tensor:
+    def scores(self, schedule: Candidate, fidelity: float = 1.0) -> Tensor:
         """Score (n,) of each probe, or of the first `ceil(fidelity * n)`; higher is better."""
         return self.scored(self.latents(schedule, fidelity))
 
@@ -172,14 +178,28 @@ class RoutedEvaluator(abc.ABC):
         """Score (n,) of final latents (n, C, h, w) of the first n probes."""
         return self.metric(self._in_metric_space(latents), self.reference[: len(latents)])
 
-    @torch.no_grad()
-    def latents(self, schedule: Schedule, fidelity: float = 1.0) -> Tensor:
+    def measured(self, schedule: Candidate, fidelity: float = 1.0) -> tuple[float, Rows | None]:
+        """Mean score of a schedule, and the coefficients that were fitted for it, where its solver fits."""
+        latents, rows = self.sampled(schedule, fidelity)
+        return float(self.scored(latents).mean()), rows
+
+    def latents(self, schedule: Candidate, fidelity: float = 1.0) -> Tensor:
         """Final latents (n, C, h, w) of the routed model."""
+        return self.sampled(schedule, fidelity)[0]
+
+    @torch.no_grad()
+    def sampled(self, schedule: Candidate, fidelity: float = 1.0) -> tuple[Tensor, Rows | None]:
+        """Final latents (n, C, h, w) of the routed model, and the coefficients that were fitted, where the solver fits.
+
+        All parts of the probes advance together, call by call, because a fit is over all of them.
+        """
         self.denoiser_calls += self.count(schedule, fidelity)
 
-        def run(n: int) -> Tensor:
+        def run(n: int) -> tuple[Tensor, Rows | None]:
             with self.router.routed(self._routed(schedule), keep=True):
-                return torch.cat([self._run(part, schedule) for part in self.parts(fidelity, n)])
+                states = self._run(self.parts(fidelity, n), schedule)
+                finals = [self.adapter.finish(state, self.guidance) for state in states]
+                return torch.cat(finals), self._coefficients(states)
 
         return self.within_room(run)
 
@@ -216,13 +236,19 @@ class RoutedEvaluator(abc.ABC):
             self._fixed_bytes = max(self._fixed_bytes, size_of(state.scheduler))
             with self.router.routed(dense, keep=True):
                 for timestep in state.scheduler.timesteps.tolist():
-                    state = self._step(state, part)
+                    self._pass_reference(state, rows)
+                    (state,) = self.stepped((state,), [rows])
                     self._check_timestep(timestep)
                     if rows.start == 0:  # other parts are like the first one
                         per_row = (size_of(state) - self._fixed_bytes) / len(part)
                         self._row_bytes = max(self._row_bytes, per_row)
+            self._pass_reference(state, rows)
             finals.append(self.adapter.finish(state, self.guidance))
         return torch.cat(finals)
+
+    def _pass_reference(self, state: SamplingState, rows: slice) -> None:
+        """Is shown each state of the reference, before every step and at the end."""
+        return
 
     def _check_timestep(self, timestep: float) -> None:
         """Refuses an adapter that does not translate what its denoiser is called with."""
@@ -235,41 +261,50 @@ class RoutedEvaluator(abc.ABC):
 
     def parts(self, fidelity: float = 1.0, n: int | None = None) -> list[slice]:
         """Which probes share a denoiser call: `n` at a time, or a batch where there is room for it."""
-        last, n = math.ceil(fidelity * len(self.probes)), n or self.batch
+        last, n = self._n_probes(fidelity), n or self.batch
         return [slice(i, min(i + n, last)) for i in range(0, last, n)]
+
+    def _n_probes(self, fidelity: float) -> int:
+        return math.ceil(fidelity * len(self.probes))
 
     def rows(self, probes: Probes) -> int:
         """What one denoiser call on these probes counts."""
         return len(probes) * (2 if self.guidance > 1 else 1)
 
-    def _prefixes(self, rows: slice, schedule: Schedule) -> list[Prefix]:
-        """What decides the state after each part of the trajectory: the probes, and all parts so far."""
+    def _prefixes(self, n_probes: int, schedule: Candidate) -> list[Prefix]:
+        """What decides the states after each part of the trajectory: the first so many probes, and all parts so far."""
         decided = [part for part, _ in self._path(schedule)]
-        return [(rows.start, rows.stop, *itertools.chain(*decided[: i + 1])) for i in range(len(decided))]
+        return [(n_probes, *itertools.chain(*decided[: i + 1])) for i in range(len(decided))]
 
-    def _state_bytes(self, rows: slice) -> int:
-        """What a state of these probes takes at most; the same for one that was measured by an earlier process."""
-        return self._fixed_bytes + math.ceil(self._row_bytes * (rows.stop - rows.start))
+    def _state_bytes(self, n_probes: int) -> int:
+        """What states of so many probes take at most; the same for those that were measured by an earlier process."""
+        return math.ceil(n_probes / self.batch) * self._fixed_bytes + math.ceil(self._row_bytes * n_probes)
 
-    def _run(self, rows: slice, schedule: Schedule) -> Tensor:
-        """Walks the trajectory from the noisiest part, from the deepest cached state on."""
-        part, prefixes = self.probes[rows], self._prefixes(rows, schedule)
-        done, state = self._cache.deepest(prefixes)
-        if state is None:
-            state = self.adapter.start(part, self._steps_of(schedule), self.guidance)
+    def _run(self, parts: Sequence[slice], schedule: Candidate) -> States:
+        """Walks the trajectory from the noisiest part, from the deepest cached states on."""
+        n_probes = parts[-1].stop
+        prefixes = [(len(parts), *prefix) for prefix in self._prefixes(n_probes, schedule)]  # room may have shrunk
+        done, found = self._cache.deepest(prefixes)
+        if found is None:
+            steps = self._steps_of(schedule)
+            states = tuple(self.adapter.start(self.probes[rows], steps, self.guidance) for rows in parts)
         else:
-            state = self._resumed(state, schedule)
-        self.router.memory = state.memory
+            states = self._resumed(found, schedule)
         for i, (_, n_calls) in enumerate(self._path(schedule)[done:], done):
             for _ in range(n_calls):
-                state = self._step(state, part)
-                self.paid_calls += self.rows(part)
-            self._cache.put(prefixes[i], state, self._state_bytes(rows))
-        return self.adapter.finish(state, self.guidance)
+                states = self.stepped(states, parts)
+                self.paid_calls += self.rows(self.probes[:n_probes])
+            self._cache.put(prefixes[i], states, self._state_bytes(n_probes))
+        return states
 
-    def _step(self, state: SamplingState, part: Probes) -> SamplingState:
-        """One step; what later calls may reuse goes with the state."""
-        return replace(self.adapter.step(state, part, self.guidance), memory=self.router.memory)
+    def stepped(self, states: States, parts: Sequence[slice]) -> States:
+        """One step of all parts; what later calls may reuse goes with each state."""
+        found = []
+        for state, rows in zip(states, parts, strict=True):
+            self.router.memory = state.memory
+            after = self.adapter.step(state, self.probes[rows], self.guidance)
+            found.append(replace(after, memory=self.router.memory))
+        return tuple(found)
 
     def _in_metric_space(self, latents: Tensor) -> Tensor:
         if self.metric.space == "latent":
@@ -321,13 +356,13 @@ class ScheduleEvaluator(RoutedEvaluator):
     def _reference_steps(self) -> int:
         return self.n_steps
 
-    def _routed(self, schedule: Schedule) -> Schedule:
+    def _routed(self, schedule: Candidate) -> Candidate:
         return schedule
 
-    def _path(self, schedule: Schedule) -> list[tuple[tuple[int, ...], int]]:
+    def _path(self, schedule: Candidate) -> list[tuple[Prefix, int]]:
         return [((schedule.levels[s],), self.steps[s]) for s in self._visited]
 
-    def _steps_of(self, schedule: Schedule) -> int:
+    def _steps_of(self, schedule: Candidate) -> int:
         return self.n_steps
 
 
@@ -359,22 +394,19 @@ def size_of(thing: Any) -> int:
     return count(thing)
 
 
-Prefix = tuple[int, ...]
-
-
 class _StateCache:
     """The most recently used sampling states, within a number of bytes; or what would be kept, without the states."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._states: OrderedDict[Prefix, tuple[int, SamplingState | None]] = OrderedDict()
+        self._states: OrderedDict[Prefix, tuple[int, States | None]] = OrderedDict()
 
-    def snapshot(self) -> tuple[OrderedDict[Prefix, tuple[int, SamplingState | None]], int]:
+    def snapshot(self) -> tuple[OrderedDict[Prefix, tuple[int, States | None]], int]:
         """What `restore` brings back."""
         return self._states.copy(), self._bytes
 
-    def restore(self, before: tuple[OrderedDict[Prefix, tuple[int, SamplingState | None]], int]) -> None:
+    def restore(self, before: tuple[OrderedDict[Prefix, tuple[int, States | None]], int]) -> None:
         """As it was when the snapshot was taken."""
         self._states, self._bytes = before
 
@@ -386,27 +418,31 @@ class _StateCache:
                 return i + 1
         return 0
 
-    def deepest(self, prefixes: Sequence[Prefix]) -> tuple[int, SamplingState | None]:
-        """How many parts the longest known prefix has, and a copy of its state; (0, None) when none is known."""
+    def deepest(self, prefixes: Sequence[Prefix]) -> tuple[int, States | None]:
+        """How many parts the longest known prefix has, and copies of its states; (0, None) when none is known."""
         depth = self.depth(prefixes)
-        state = self._states[prefixes[depth - 1]][1] if depth else None
-        return depth, _copied(state)
+        states = self._states[prefixes[depth - 1]][1] if depth else None
+        return depth, _copied(states)
 
-    def put(self, prefix: Prefix, state: SamplingState | None, n_bytes: int) -> None:
+    def put(self, prefix: Prefix, states: States | None, n_bytes: int) -> None:
         """Adds a prefix that is not known yet; drops the least recently used ones that do not fit."""
-        self._states[prefix] = n_bytes, _copied(state)
+        self._states[prefix] = n_bytes, _copied(states)
         self._bytes += n_bytes
         while self._bytes > self._max_bytes and len(self._states) > 1:
             _, (size, _) = self._states.popitem(last=False)
             self._bytes -= size
 
 
-def _copied(state: SamplingState | None) -> SamplingState | None:
-    """A state that later steps leave as it is. Configuration and tables of the noise process, which no step writes to,
-    are shared: they are larger than most latents."""
-    if state is None:
+def _copied(states: States | None) -> States | None:
+    """States that later steps leave as they are. Configuration, tables of the noise process and the scheduler that a
+    plan's stands for, which no step writes to, are shared: they are larger than most latents."""
+    if states is None:
         return None
-    scheduler, shared = state.scheduler, [state.scheduler.config]
+    return tuple(replace(state, scheduler=_copied_scheduler(state.scheduler)) for state in states)
+
+
+def _copied_scheduler(scheduler: Any) -> Any:
     n_timesteps = scheduler.config.num_train_timesteps
+    shared = [scheduler.config, getattr(scheduler, "replaces", None), getattr(scheduler, "noises", None)]
     shared += [each for each in vars(scheduler).values() if isinstance(each, Tensor) and each.shape == (n_timesteps,)]
-    return replace(state, scheduler=copy.deepcopy(scheduler, {id(each): each for each in shared}))
+    return copy.deepcopy(scheduler, {id(each): each for each in shared if each is not None})

@@ -1,39 +1,56 @@
-"""Fitness of plans: images by a solver at timesteps of the plan's own, compared with a converged dense run."""
+"""Fitness of plans: images at timesteps of the plan's own, by a solver that may be fitted on the way."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from diffes.adapters import Probes, SamplingState
-from diffes.measure.evaluator import BATCH, CACHE_BYTES, RoutedEvaluator
+from diffes.errors import DiffesError
+from diffes.measure.evaluator import BATCH, CACHE_BYTES, Candidate, Prefix, RoutedEvaluator, States
 from diffes.measure.metrics import Metric
+from diffes.measure.reference import SOLVER, Reference, inner_products
+from diffes.plugins import unexpected
 from diffes.runtime.router import Router
-from diffes.runtime.solver import retimed, scheduler_for
 from diffes.search.plan import calls_of, trailing
-from diffes.search.schedule import Plan, Schedule, Stages
+from diffes.search.schedule import Plan, Stages
+from diffes.search.strategy import Rows
+from diffes.solvers import NoiseProcess, Solver, coefficients
+from diffes.solvers.scheduler import PlanScheduler
+
+OLD_PREDICTIONS = 2  # that the states of a fitted solver hold, in fp32
 
 
 class PlanEvaluator(RoutedEvaluator):
-    """Measures plans, as genomes of a `PlanSpace`: which nodes are called, each at which level.
+    """Measures plans, or genomes of a `PlanSpace`: which nodes are called, each at which level.
 
-    Its reference is the dense model at many steps of the solver, spaced evenly down to the last timestep.
+    The reference is the dense model at many steps of DPM-Solver++ 2M, spaced evenly down to the last timestep
+    ("trailing"), whatever the solver of the plans. A plan without coefficients whose solver fits is fitted on the
+    evaluator's own probes while it is sampled, without a further denoiser call: at each call, by least squares over all
+    probes, to the latents that the reference has at the next timestep.
 
     Args:
         router: the model with its bank; dense outside of an evaluation.
         stages: in which the bank was calibrated.
-        solver: a name of `diffes.runtime.solver.SOLVERS`.
+        solver: of genomes: a name of `diffes.solvers.SOLVERS`, with options after a colon.
         probes: fixed noise and conditions.
         guidance: classifier-free guidance scale; 1 and less switch it off.
         metric: what is measured.
         reference_steps: of the dense model.
         batch: probes per denoiser call (twice as many rows with guidance).
         cache_bytes: how much memory the cached states may take.
+        fits: whether the reference is recorded, so that solvers can be fitted to it.
 
     Attributes:
         timesteps: where every genome calls, which then is a schedule: a level for each stage. None: genomes choose.
+        reference_calls: denoiser calls, in rows, of the reference.
+        recorded: the reference at every step; None where nothing is fitted.
     """
 
     def __init__(
@@ -48,43 +65,127 @@ class PlanEvaluator(RoutedEvaluator):
         reference_steps: int = 200,
         batch: int = BATCH,
         cache_bytes: int = CACHE_BYTES,
+        fits: bool = True,
     ) -> None:
         self.stages = stages
         self.solver = solver
         self.reference_steps = reference_steps
         self.timesteps: tuple[int, ...] | None = None
+        self.process = NoiseProcess.of(router.adapter.pipe.scheduler)
+        self.reference_calls = 0
+        self.recorded: Reference | None = None
+        self._passed: dict[int, list[Tensor]] | None = {} if fits else None
         super().__init__(router, probes, guidance=guidance, metric=metric, batch=batch, cache_bytes=cache_bytes)
+        self._row_bytes += OLD_PREDICTIONS * 4 * probes.noise[0].numel() * self.rows(probes) / len(probes)
 
-    def plan(self, genome: Schedule) -> Plan:
-        """What a genome runs."""
+    def plan(self, genome: Candidate) -> Plan:
+        """What a genome runs; a plan is run as it is."""
+        if isinstance(genome, Plan):
+            return genome
         if self.timesteps is None:
             return Plan(self.stages, calls_of(genome), genome.max_level - 1, self.solver)
         calls = tuple((timestep, genome.key(timestep)[1]) for timestep in self.timesteps)
         return Plan(self.stages, calls, genome.max_level, self.solver)
 
-    def at(self, timesteps: Sequence[int]) -> PlanEvaluator:
-        """What measures schedules at fixed timesteps, the noisiest first, by the same probes, reference and cache."""
+    def by(self, solver: str, timesteps: Sequence[int] | None = None) -> PlanEvaluator:
+        """What measures genomes by another solver, with the same probes, reference and cache.
+
+        Args:
+            solver: its name, with options after a colon.
+            timesteps: where every genome calls, the noisiest first; it then is a schedule, a level for each stage.
+        """
         made = copy.copy(self)
-        made.timesteps = tuple(timesteps)
+        made.solver, made._due = solver, {}
+        made.timesteps = None if timesteps is None else tuple(timesteps)
         return made
 
-    def scheduler(self, timesteps: Sequence[int]) -> Any:
-        """The solver at timesteps of one's own, ready."""
-        return scheduler_for(self.adapter.pipe.scheduler, self.solver, timesteps, self.adapter.device)
+    def scheduler(self, plan: Plan) -> PlanScheduler:
+        """The scheduler of a plan, ready to run; of one to be fitted, with what its fit begins with."""
+        rows = plan.solver if plan.coefficients is None else plan.coefficients
+        return PlanScheduler.of(self.adapter.pipe.scheduler, plan.timesteps, rows, self.adapter.device)
 
-    def _reference_steps(self) -> Any:
-        return self.scheduler(trailing(self.reference_steps, self.adapter.n_timesteps))
+    def fitted(self, plan: Plan) -> Plan:
+        """The plan with coefficients that are fitted on the evaluator's probes, whatever it had before."""
+        _, rows = self.sampled(replace(plan, coefficients=None))
+        return replace(plan, coefficients=rows)
 
-    def _routed(self, schedule: Schedule) -> Plan:
+    def _reference_steps(self) -> PlanScheduler:
+        steps = trailing(self.reference_steps, self.adapter.n_timesteps)
+        return PlanScheduler.of(self.adapter.pipe.scheduler, steps, SOLVER, self.adapter.device)
+
+    def _reference_in_parts(self, n: int) -> Tensor:
+        if self._passed is not None:
+            self._passed = {}
+        finals = super()._reference_in_parts(n)
+        if self._passed is not None:
+            states = torch.cat([torch.stack(self._passed[start]) for start in sorted(self._passed)], dim=1)
+            steps = trailing(self.reference_steps, self.adapter.n_timesteps)
+            self.recorded = Reference(states, tuple(steps), self.process.along(steps))
+            self._passed = None
+        self.reference_calls = self.reference_steps * self.rows(self.probes)
+        return finals
+
+    def _pass_reference(self, state: SamplingState, rows: slice) -> None:
+        if self._passed is not None:
+            latents = self.adapter.finish(state, self.guidance).float().cpu()
+            self._passed.setdefault(rows.start, []).append(latents)
+
+    def _routed(self, schedule: Candidate) -> Plan:
         return self.plan(schedule)
 
-    def _path(self, schedule: Schedule) -> list[tuple[tuple[int, ...], int]]:
-        """One call a part. A step ends at the next call, so what decides a state is that timestep too."""
+    def _path(self, schedule: Candidate) -> list[tuple[Prefix, int]]:
+        """One call a part. A step ends at the next call, so what decides a state is that timestep too, and its row, or
+        what its fit begins with: some solvers lower their order before the end."""
         plan = self.plan(schedule)
-        return [((*call, after), 1) for call, after in zip(plan.calls, (*plan.timesteps[1:], -1), strict=True)]
+        rows = plan.coefficients or coefficients(plan.solver, self.process.along(plan.timesteps))
+        keeps = max(map(len, rows)) if plan.coefficients else -1
+        ends = (*plan.timesteps[1:], -1)
+        parts = [(*call, after, *row) for call, after, row in zip(plan.calls, ends, rows, strict=True)]
+        return [((plan.solver, keeps, *parts[0]), 1), *((part, 1) for part in parts[1:])]
 
-    def _steps_of(self, schedule: Schedule) -> Any:
-        return self.scheduler(self.plan(schedule).timesteps)
+    def _steps_of(self, schedule: Candidate) -> PlanScheduler:
+        return self.scheduler(self.plan(schedule))
 
-    def _resumed(self, state: SamplingState, schedule: Schedule) -> SamplingState:
-        return replace(state, scheduler=retimed(state.scheduler, self._steps_of(schedule)))
+    def _resumed(self, states: States, schedule: Candidate) -> States:
+        ready = self._steps_of(schedule)
+        return tuple(replace(state, scheduler=ready.resumed(state.scheduler)) for state in states)
+
+    def _coefficients(self, states: States) -> Rows | None:
+        return tuple(states[0].scheduler.coefficients) if states[0].scheduler.fits else None
+
+    def stepped(self, states: States, parts: Sequence[slice]) -> States:
+        solver = states[0].scheduler.fits
+        if solver is None:
+            return super().stepped(states, parts)
+        found = []
+        for state, rows in zip(states, parts, strict=True):
+            self.router.memory = state.memory
+            prediction, latents = self.adapter.predicted(state, self.probes[rows], self.guidance)
+            found.append((prediction, latents, self.router.memory))
+        row = self._fit(solver, states, parts, found)
+        after = []
+        for state, (prediction, latents, memory) in zip(states, found, strict=True):
+            scheduler = state.scheduler
+            scheduler.coefficients[scheduler.index] = row
+            moved = self.adapter.advance(state, prediction, scheduler.timesteps[scheduler.index], latents)
+            after.append(replace(moved, memory=memory))
+        return tuple(after)
+
+    def _fit(self, solver: Solver, states: States, parts: Sequence[slice], found: Sequence[tuple[Any, ...]]) -> Any:
+        """Coefficients of the present call, by least squares over all parts."""
+        if self.recorded is None:
+            raise DiffesError("this evaluator has not recorded its reference, so no solver can be fitted to it")
+        scheduler = states[0].scheduler
+        i, prior = scheduler.index, scheduler.coefficients[scheduler.index]
+        after = scheduler.plan[i + 1] if i + 1 < len(scheduler.plan) else None
+        target = self.recorded.at(after, self.process.along(scheduler.plan)[i + 1])
+        products = torch.zeros(len(prior) + 1, len(prior) + 1, dtype=torch.float64)
+        for state, rows, (prediction, latents, _) in zip(states, parts, found, strict=True):
+            n = rows.stop - rows.start  # with guidance some pipelines hold each latent twice
+            terms = [term[:n] for term in state.scheduler.terms(prediction, latents, len(prior))]
+            products += inner_products(terms, target[rows])
+        row = solver.fit(prior, products.numpy())
+        if len(row) != len(prior):
+            name = f"solver {type(solver).__qualname__}"
+            raise unexpected(name, f"return {len(prior)} coefficients from fit, as many as its prior has", row)
+        return row if all(map(math.isfinite, row)) else prior  # of latents that are no numbers: the run has failed

@@ -311,5 +311,6 @@ def check_fingerprint(denoiser: nn.Module, expected: Mapping[str, Any] | None, p
     if not same_layers or not torch.allclose(sample, expected_sample, rtol=2e-2, atol=1e-3):
         raise DiffesError(
             f"{path} was made for another model: its denoiser has other {'weights' if same_layers else 'layers'} than "
-            "this pipeline's; load the pipeline named in the run's config.json"
+            "this pipeline's; load the pipeline named in the run's config.json, or fit a plan of dense calls to it "
+            "with `diffes fit` or diffes.fit"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,8 +17,9 @@ from diffes.pruning.bank import WeightBank, check_bank, check_fingerprint
 from diffes.runtime.artifact import BANK, base_model, chosen
 from diffes.runtime.checks import check_cuttable, check_not_offloaded
 from diffes.runtime.router import Router
-from diffes.runtime.solver import scheduler_for
 from diffes.search.schedule import Plan, Schedule
+from diffes.solvers import SOLVERS
+from diffes.solvers.scheduler import PlanScheduler
 
 P = TypeVar("P", bound=DiffusionPipeline)
 _ATTRIBUTE = "_diffes_applied"
@@ -30,45 +33,55 @@ class _Applied:
     scheduler: Any = None
 
 
-def apply(pipe: P, run: str | Path, *, calls: float | None = None, resident: str = "auto") -> P:
-    """Makes a pipeline run the schedule of a run, or a plan of a front; from then on only diffusers' own calls are
-    needed.
+def apply(pipe: P, run: str | Path | Plan, *, calls: float | None = None, resident: str = "auto") -> P:
+    """Make a pipeline run the schedule of a run, or a plan; from then on only diffusers' own calls are needed.
 
-    Of a schedule, any scheduler, number of steps and guidance will do: routing goes by timestep. A plan brings its own
-    solver and timesteps: the pipeline is called with the plan's `num_inference_steps`, and anything else is refused.
-    Move the pipeline to its device and dtype, and load LoRAs, first. `torch.compile` comes after, with
-    `torch._dynamo.config.recompile_limit` above the number of different levels, because each is compiled for itself. A
-    run applied before is removed first.
+    Of a schedule, any scheduler, number of steps and guidance will do: routing goes by timestep. A plan brings a
+    scheduler of its own, with its timesteps and coefficients: the pipeline makes the plan's calls, whatever
+    `num_inference_steps` it is given (a warning says so), and other timesteps are refused. `pipe.save_pretrained` goes
+    on writing the dense pipeline with its own scheduler. Move the pipeline to its device and dtype, and load LoRAs,
+    first. `torch.compile` comes after, with `torch._dynamo.config.recompile_limit` above the number of different
+    levels, because each is compiled for itself. A run applied before is removed first.
 
     Args:
         pipe: the pipeline that the run was made for.
-        run: the folder of a run or of a front, or one that `diffes export` wrote.
+        run: the folder of a run or of a front, or one that `diffes export` or `diffes fit` wrote; or a plan whose calls
+            are all dense.
         calls: of a front, what the plan may cost, in dense denoiser calls; the best one within is taken, and of all
             plans where it is left out.
-        resident: which thin layers stay ready on the device: "all" of this schedule, so that a change of stage or level
-            moves nothing, "stream" none but those in use, in the memory of the dense weights (see `Router`), or "auto",
-            what goes into half of the memory that is free.
+        resident: which pruned layers stay ready on the device: "all" of this schedule, so that a change of stage or
+            level moves nothing, "stream" none but those in use, in the memory of the dense weights (see `Router`), or
+            "auto", what goes into half of the memory that is free.
 
     Returns:
         The same pipeline.
 
     Raises:
-        DiffesError: the run is damaged or was made for another model, the pipeline is offloaded, or no plan is as cheap
-            as `calls`; the pipeline is then as it was.
+        DiffesError: the run is damaged or was made for another model, prediction type or noise process, the pipeline is
+            offloaded, or no plan is as cheap as `calls`; the pipeline is then as it was.
     """
-    folder = Path(run)
-    schedule, facts = chosen(folder, calls)
     adapter = adapter_for(pipe)
     check_not_offloaded(adapter.denoiser)
     check_cuttable(adapter)
+    folder: Path | None = None
+    facts: dict[str, Any] = {}
+    header: dict[str, Any] = {}
+    schedule: Schedule | Plan
+    if isinstance(run, Plan):
+        check_alone(run, calls)
+        schedule, bank = run, WeightBank({}, "width", max_level=run.max_level)
+    else:
+        folder = Path(run)
+        schedule, facts = chosen(folder, calls)
+        bank, header = WeightBank.open(folder / BANK, adapter.dtype)
+        if facts.get("split") != header.get("split"):
+            raise DiffesError(f"{folder} is damaged: its schedule and its bank split levels over layers differently")
     if isinstance(schedule, Schedule):
         adapter.check_sampler()
-    bank, header = WeightBank.open(folder / BANK, adapter.dtype)
-    if facts.get("split") != header.get("split"):
-        raise DiffesError(f"{folder} is damaged: its schedule and its bank split levels over the layers differently")
     if (last := schedule.stages.ranges[-1][1]) != adapter.n_timesteps:
         raise DiffesError(
-            f"{folder} has stages of {last} timesteps, and this pipeline {adapter.n_timesteps}: it was made for another"
+            f"{folder or 'this plan'} has stages of {last} timesteps, and this pipeline {adapter.n_timesteps}: it was "
+            "made for another"
         )
     previous: _Applied | None = getattr(adapter.denoiser, _ATTRIBUTE, None)
     routed_before = previous.router.schedule if previous else None
@@ -77,16 +90,18 @@ def apply(pipe: P, run: str | Path, *, calls: float | None = None, resident: str
     try:
         needed = bank.for_schedule(schedule)  # and no more, so that no more is kept for reuse than it needs
         router = Router(adapter, needed, resident=resident)
-        check_fingerprint(adapter.denoiser, header.get("fingerprint"), folder / BANK)
-        check_bank(needed, header, adapter, folder / BANK)
+        if folder is not None:
+            check_fingerprint(adapter.denoiser, header.get("fingerprint"), folder / BANK)
+            check_bank(needed, header, adapter, folder / BANK)
         own = previous.scheduler if previous and previous.scheduler is not None else pipe.scheduler
-        planned = scheduler_for(own, schedule.solver, schedule.timesteps) if isinstance(schedule, Plan) else None
+        planned = planned_scheduler(own, schedule, facts) if isinstance(schedule, Plan) else None
+        router.guidance = facts.get("guidance") if planned is not None else None
         router.install(schedule)
     except BaseException:
         if previous and routed_before:
             previous.router.install(routed_before)
         raise
-    pipe.scheduler = own if planned is None else planned
+    put_scheduler(pipe, own if planned is None else planned)
     setattr(adapter.denoiser, _ATTRIBUTE, _Applied(router, None if planned is None else own))
     return pipe
 
@@ -106,9 +121,66 @@ def remove(pipe: P) -> P:
         raise DiffesError("no run is applied to this pipeline: call diffes.apply(pipe, RUN) first")
     applied.router.remove()
     if applied.scheduler is not None:
-        pipe.scheduler = applied.scheduler
+        put_scheduler(pipe, applied.scheduler)
     delattr(denoiser, _ATTRIBUTE)
     return pipe
+
+
+def check_alone(plan: Plan, calls: float | None) -> None:
+    """Check a plan that comes without a folder.
+
+    Raises:
+        DiffesError: it has pruned calls, which need a bank, or a budget is given beside it.
+    """
+    if any(plan.levels):
+        raise DiffesError(
+            f"a plan with levels {list(plan.levels)} needs the weights of its bank: give the folder that it is from"
+        )
+    if calls is not None:
+        raise DiffesError(f"calls={calls:g} chooses a plan of a folder, and one plan is given: leave calls out")
+
+
+def planned_scheduler(own: Any, plan: Plan, facts: Mapping[str, Any]) -> PlanScheduler:
+    """Return the scheduler of a plan, for a pipeline whose own it replaces.
+
+    Args:
+        own: of the pipeline.
+        plan: with coefficients, or of a solver that makes them from the timesteps alone.
+        facts: of the folder that the plan is from: the `prediction_type` that it was made for and, of its one point,
+            `sigmas`, the noise over the signal at each call.
+
+    Raises:
+        DiffesError: the plan has to be fitted first, or was fitted for another prediction type or noise process.
+    """
+    if plan.coefficients is None and SOLVERS.parse(plan.solver)[0].fits:
+        raise DiffesError(
+            f"this plan of the solver {plan.solver!r} has no coefficients: fit them with `diffes fit RUN`, or "
+            "diffes.fit(pipe, plan)"
+        )
+    made = PlanScheduler.of(own, plan.timesteps, plan.solver if plan.coefficients is None else plan.coefficients)
+    predicts = made.config.prediction_type
+    if (wanted := facts.get("prediction_type", predicts)) != predicts:
+        raise DiffesError(
+            f"the plan was made for a network that predicts {wanted}, and this pipeline's predicts {predicts}: it was "
+            "made for another model; fit it again with `diffes fit`"
+        )
+    sigmas = facts["points"][0]["sigmas"] if facts else [noise.sigma / noise.alpha for noise in made.noises]
+    for timestep, sigma, noise in zip(plan.timesteps, sigmas, made.noises, strict=True):
+        found = noise.sigma / noise.alpha
+        if not math.isclose(sigma, found, rel_tol=1e-3):
+            raise DiffesError(
+                f"the plan was made for a noise process with sigma {sigma:.4g} at timestep {timestep}, and this "
+                f"pipeline's has {found:.4g}: it was made for another model; fit it again with `diffes fit`"
+            )
+    return made
+
+
+def put_scheduler(pipe: Any, scheduler: Any) -> None:
+    """Give a pipeline a scheduler; its `model_index.json` names the pipeline's own one, whatever the scheduler is."""
+    pipe.scheduler = scheduler
+    own = getattr(scheduler, "replaces", None)
+    if own is not None:
+        pipe.register_to_config(scheduler=(type(own).__module__.split(".")[0], type(own).__name__))
 
 
 def load(

@@ -14,7 +14,9 @@ from diffes.forms import AGAIN, Artifact, FrontFile, ScheduleFile, checked
 from diffes.search.schedule import Plan, Schedule
 
 SCHEDULE, FRONT, BANK = "schedule.json", "front.json", "bank.safetensors"
-SCHEDULE_VERSION = 1
+SCHEDULE_VERSION, FRONT_VERSION = 1, 2
+VERSIONS = {SCHEDULE: SCHEDULE_VERSION, FRONT: FRONT_VERSION}
+POINT = ("timesteps", "levels", "solver", "coefficients")  # what a point says of its plan
 BASE = "base"  # of an exported folder: its copy of the base model
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
@@ -54,7 +56,7 @@ def chosen(folder: Path, calls: float | None) -> tuple[Schedule | Plan, dict[str
 
     Args:
         folder: of a run, of a front, or an exported one.
-        calls: what a plan may cost; the best within is taken, by its mean over held-out probes.
+        calls: what a plan may cost; the best within is taken, by its mean over the probes of the final fit.
 
     Raises:
         DiffesError: the folder is damaged or holds neither, or no plan is that cheap.
@@ -73,24 +75,36 @@ def chosen(folder: Path, calls: float | None) -> tuple[Schedule | Plan, dict[str
         raise DiffesError(
             f"no plan of {folder} costs {calls} dense calls or less: they cost {min(costs):.2f} to {max(costs):.2f}"
         )
-    shared = {name: data[name] for name in ("stages", "max_level", "solver")}
     try:
-        plan = Plan.from_json({**shared, "timesteps": best["timesteps"], "levels": best["levels"]})
+        plan = plan_of(data, best)
     except DiffesError as error:
         raise DiffesError(f"{folder / FRONT} is damaged ({error}); {AGAIN}") from error
     return plan, data | {"points": [best]}
 
 
+def plan_of(data: Mapping[str, Any], point: Mapping[str, Any]) -> Plan:
+    """The plan of a point of a front; of fronts of format 1 its solver is the front's and makes the coefficients."""
+    shared = {name: data[name] for name in ("stages", "max_level", "solver")}
+    return Plan.from_json({**shared, **{k: point[k] for k in POINT if k in point}})
+
+
+def ranked(point: Mapping[str, Any]) -> float | None:
+    """By what a plan of a front is chosen, higher is better: its fitness on the probes of the final fit. Fronts of
+    format 1 had none, and their plans are chosen by what they were reported with. None of a plan that failed."""
+    found: float | None = point.get("fit_mean", point["heldout_mean"])
+    return None if point["heldout_mean"] is None else found
+
+
 def best_within(points: Sequence[Mapping[str, Any]], calls: float | None) -> Mapping[str, Any] | None:
-    """Of points of a front the best within a number of dense calls, by its mean over held-out probes; failed ones are
-    left out. None where there is none."""
-    known = [point for point in points if point["heldout_mean"] is not None]
-    within = [point for point in known if calls is None or point["cost"] <= calls * (1 + 1e-6)]
-    return max(within, key=lambda point: point["heldout_mean"], default=None)
+    """Of points of a front the best within a number of dense calls (see `ranked`); failed ones are left out. None where
+    there is none."""
+    known = [(rank, point) for point in points if (rank := ranked(point)) is not None]
+    within = [(rank, point) for rank, point in known if calls is None or point["cost"] <= calls * (1 + 1e-6)]
+    return max(within, key=lambda pair: pair[0], default=(0.0, None))[1]
 
 
 def _write(folder: Path, name: str, content: Mapping[str, Any]) -> None:
-    data = {"format_version": SCHEDULE_VERSION, **content}
+    data = {"format_version": VERSIONS[name], **content}
     data["bank_sha256"] = file_sha256(folder / BANK)
     write_sealed(folder / name, data)
 
@@ -100,9 +114,9 @@ def _read(folder: Path, name: str, form: type[Artifact]) -> dict[str, Any]:
         raise DiffesError(f"{folder} is no folder; pass the --out folder of a `diffes search`")
     data = read_json(folder / name)
     check_seal(folder / name, data)
-    if isinstance(version := data.get("format_version"), int) and version > SCHEDULE_VERSION:
+    if isinstance(version := data.get("format_version"), int) and version > VERSIONS[name]:
         raise DiffesError(
-            f"{folder / name} has format version {version}, this diffes reads up to {SCHEDULE_VERSION}: install a "
+            f"{folder / name} has format version {version}, this diffes reads up to {VERSIONS[name]}: install a "
             "newer diffes"
         )
     checked(form, data, folder / name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,19 +14,19 @@ from torch.utils._pytree import tree_leaves
 from diffes.adapters import ModelAdapter, ReuseSet
 from diffes.pruning.base import GroupWeights
 from diffes.runtime.parts import Part, put_forward
-from diffes.search.schedule import Plan, Schedule
 
 
 @dataclass(frozen=True)
 class Memory:
     """What is kept of one run, for one batch.
 
-    A call goes on with it where it is the run's next one: on the same conditions, in a batch of the same shape, and at
-    a lower timestep than the one before; under a plan at the plan's next timestep. Any other call begins a run. A
-    sampler may call twice at a timestep (Heun), but not at its first.
+    A call goes on with it where it is the run's next one: on the same conditions, in a batch of the same shape, and
+    later than the one before; under a plan at the plan's next call. Any other call begins a run. A sampler may call
+    twice at a place (Heun), but not at its first.
 
     Args:
-        begun: timestep of the run's first call.
+        begun: place of the run's first call, which rises along a run: the number of the call under a plan, else its
+            timestep, negated.
         last: of its latest call.
         shape: of the latents.
         conditions: all other tensors that a call was given, beside its timestep.
@@ -41,32 +41,31 @@ class Memory:
 
     @classmethod
     def of_call(
-        cls, before: Memory | None, schedule: Schedule | Plan, timestep: float, args: Sequence[Any], kwargs: Any
+        cls, before: Memory | None, place: float, counted: bool, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Memory:
-        """The memory with which a denoiser call is made: that of its run so far, or an empty one where a run begins.
+        """Return the memory with which a denoiser call is made: that of its run so far, or an empty one where a run
+        begins.
 
         Args:
             before: of the call before it.
-            schedule: what is routed.
-            timestep: of the call.
+            place: of the call in its run.
+            counted: whether places are numbers of calls, of which none is left out.
             args: of the call.
             kwargs: of the call.
         """
         named = {name: value for name, value in kwargs.items() if name != "timestep"}
         sample = args[0] if args else named.pop("sample" if "sample" in named else "hidden_states")
         conditions = tuple(each for each in tree_leaves([*args[2:], named]) if isinstance(each, Tensor))
-        made = cls(timestep, timestep, sample.shape, conditions)
-        if before is None or not before._continued_by(made, schedule):
+        made = cls(place, place, sample.shape, conditions)
+        if before is None or not before._continued_by(made, counted):
             return made
         return replace(made, begun=before.begun, outputs=dict(before.outputs))
 
-    def _continued_by(self, call: Memory, schedule: Schedule | Plan) -> bool:
+    def _continued_by(self, call: Memory, counted: bool) -> bool:
         again = call.last == self.last
-        if isinstance(schedule, Plan) and not again:
-            noisier = [known for known in schedule.timesteps if known > call.last]
-            if not noisier or noisier[-1] != self.last:
-                return False
-        if call.last > self.last or (again and call.last == self.begun) or call.shape != self.shape:
+        if counted and not again and call.last != self.last + 1:
+            return False
+        if call.last < self.last or (again and call.last == self.begun) or call.shape != self.shape:
             return False
         pairs = zip(call.conditions, self.conditions, strict=False)
         return len(call.conditions) == len(self.conditions) and all(

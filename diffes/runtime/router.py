@@ -23,7 +23,10 @@ from diffes.runtime.memory import Memory, ReusePart
 from diffes.runtime.parts import DepthPart, Part, WidthPart
 from diffes.runtime.resident import Resident, limit_of
 from diffes.search.schedule import Plan, Schedule
+from diffes.solvers.scheduler import PlanScheduler
 
+FAR = 2.0  # times the guidance that a plan was made for, or a part of it
+HALF_PRECISION = 4.5  # a timestep below 1000 is off by so much at most where it was handed on in bf16
 SPOILT = "is in rows of the dense ones, because resident='stream' makes no copies of them: load the model again"
 
 
@@ -54,6 +57,7 @@ class Router:
         memory: what the next call may reuse; None between runs, and where nothing is reused.
         timestep: of the last call.
         resident: thin layers that are ready on the device.
+        guidance: scale that a plan was made for; None where nothing is known, or was said already.
 
     Whoever asks the model, or a part of it, for its `state_dict`, or gives it one, deals with the dense weights. A deep
     copy of a routed model is routed too, by a router of its own.
@@ -68,6 +72,7 @@ class Router:
         self.schedule: Schedule | Plan | None = None
         self.memory: Memory | None = None
         self.timestep = math.nan
+        self.guidance: float | None = None
         self.max_level = bank.max_level or adapter.max_level(bank.kind)
         check_not_offloaded(adapter.denoiser)
         check_cuttable(adapter)
@@ -79,7 +84,7 @@ class Router:
         self._reuse = [part for part in self._parts.values() if isinstance(part, ReusePart)]
         self._keeps = False  # outputs that this schedule does not reuse
         self._wanted: frozenset[str] = frozenset()  # modules whose outputs are kept
-        self._reused_until = math.inf  # the lowest timestep at which outputs are reused
+        self._reused_until = -math.inf  # the last place of a run at which outputs are reused
         parts = [part for part in self._parts.values() if isinstance(part, WidthPart)]
         self._saved = list(_owners(adapter.denoiser, parts))
         self._in_place = {module for part in parts if part.in_place for module in part.in_place.modules}
@@ -121,7 +126,7 @@ class Router:
                 part.check_dense()
         self.schedule, self.memory, self._keeps = schedule, None, keep
         self._wanted = frozenset(itertools.chain(*map(self._recalled, self.bank if keep and self._reuse else reused)))
-        self._reused_until = min((_lowest(schedule, key) for key in reused), default=math.inf)
+        self._reused_until = max((_last(schedule, key) for key in reused), default=-math.inf)
         if not self._hooks:
             if any(part.changed for part in self._parts.values()):
                 self.resident.clear()  # rows of producers, and LoRA matrices, may have been written to
@@ -174,17 +179,54 @@ class Router:
         for part in self._parts.values():
             part.check_unchanged()
             self._swapping |= part.outdated()
-        if isinstance(self.schedule, Schedule):  # a plan knows its timesteps
+        if isinstance(self.schedule, Schedule):
             self.adapter.check_sampler()
         self.timestep = timestep = self.adapter.timestep(args, kwargs)
-        stage, level = self.schedule.key(timestep)
+        counted = isinstance(self.schedule, Plan)
+        if isinstance(self.schedule, Plan):
+            place: float = self._number(self.schedule, timestep)
+            self._check_guidance()
+            stage, level = self.schedule.keys()[int(place)]
+        else:
+            place, (stage, level) = -timestep, self.schedule.key(timestep)
         weights = self.bank[stage, level] if level else None
-        watching = bool(self._reuse) and (self._keeps or timestep > self._reused_until)
-        if watching or timestep == self._reused_until:
-            self.memory = Memory.of_call(self.memory, self.schedule, timestep, args, kwargs)
+        watching = bool(self._reuse) and (self._keeps or place < self._reused_until)
+        if watching or place == self._reused_until:
+            self.memory = Memory.of_call(self.memory, place, counted, args, kwargs)
             if weights is not None and not self.memory.outputs.keys() >= set(self._recalled((stage, level))):
                 weights = None
         self._load(weights, watching)
+
+    def _number(self, plan: Plan, timestep: float) -> int:
+        """Return the number of a plan's call, as the scheduler of the run counts it.
+
+        Raises:
+            DiffesError: no scheduler of the plan counts the run, its calls are all made, or the denoiser was called at
+                another timestep than the scheduler handed out.
+        """
+        clock = self.adapter.clock
+        counts = isinstance(clock, PlanScheduler) and clock.plan == plan.timesteps and clock.index < len(plan.calls)
+        if counts and abs(clock.plan[clock.index] - timestep) < HALF_PRECISION:
+            return int(clock.index)
+        raise DiffesError(
+            f"the denoiser was called at timestep {timestep:g}, which is not the next call of the plan that is applied "
+            f"(timesteps {list(plan.timesteps)}): it runs with the scheduler that diffes.apply puts into the pipeline, "
+            "whose set_timesteps begins a run; call diffes.remove(pipe) to go back to other schedulers"
+        )
+
+    def _check_guidance(self) -> None:
+        """Warns, once, where the pipeline guides far more or less than the plan was made for. Pipelines that keep their
+        guidance scale say it (those of text to image do); `DiTPipeline` keeps none, so nothing is checked there."""
+        given = getattr(self.adapter.pipe, "_guidance_scale", None)
+        if self.guidance is None or not isinstance(given, int | float):
+            return
+        if not self.guidance / FAR <= max(given, 1.0) <= max(self.guidance, 1.0) * FAR:
+            warnings.warn(
+                f"the plan that is applied was made for guidance {self.guidance:g}, and the pipeline is called with "
+                f"{given:g}: its error may be much larger; `diffes fit RUN OUT --guidance {given:g}` fits it again",
+                stacklevel=2,
+            )
+            self.guidance = None
 
     def _before_state(self, *_: Any) -> None:
         """What is saved, and what is loaded over, is the dense model."""
@@ -239,11 +281,11 @@ class Router:
         self._swapping = False
 
 
-def _lowest(schedule: Schedule | Plan, key: tuple[int, int]) -> float:
-    """The lowest timestep at which a schedule is in a stage and at a level."""
+def _last(schedule: Schedule | Plan, key: tuple[int, int]) -> float:
+    """Return the last place of a run at which a schedule is in a stage and at a level (see `Memory`)."""
     if isinstance(schedule, Plan):
-        return min(timestep for timestep in schedule.timesteps if schedule.key(timestep) == key)
-    return schedule.stages.ranges[key[0]][0]
+        return max(i for i, each in enumerate(schedule.keys()) if each == key)
+    return -schedule.stages.ranges[key[0]][0]
 
 
 def _owners(denoiser: nn.Module, parts: Sequence[WidthPart]) -> Iterator[nn.Module]:

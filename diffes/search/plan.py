@@ -6,14 +6,14 @@ import itertools
 import math
 import operator
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from diffes.errors import DiffesError
 from diffes.search.schedule import Schedule, Stages
-from diffes.search.space import COST_RESOLUTION, Forecasts, SearchSpace
+from diffes.search.space import COST_RESOLUTION, SearchSpace
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,6 @@ class PlanSpace(SearchSpace):
         allowed: levels that a call may have, rising: `(0,)` where only the timesteps are searched.
         starts: feasible plans (N,) from which a search starts.
         reusing: levels that reuse what an earlier call computed, which the noisiest call of a plan cannot be at.
-        forecasts: what foretells the errors (n,) of plans (n, N): of the children of a search, only the most promising
-            are measured.
     """
 
     mutation: ClassVar[str] = "plan_move"
@@ -45,7 +43,6 @@ class PlanSpace(SearchSpace):
     allowed: tuple[int, ...]
     starts: tuple[tuple[int, ...], ...] = ()
     reusing: tuple[int, ...] = ()
-    forecasts: Forecasts | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         n = len(self.stages)
@@ -286,6 +283,18 @@ class PlanSpace(SearchSpace):
                 return plan
         return None
 
+    def ramp(self, level: int) -> list[int] | None:
+        """As many evenly spread calls as can be paid whose levels fall evenly from one at the noisiest call to the
+        densest at the cleanest, each rounded to an allowed one; None if none can."""
+        for count in range(self.n_stages, 1, -1):
+            plan = [self.skip] * self.n_stages
+            for i, node in enumerate(trailing(count, self.n_stages)):
+                wanted = level * (1 - i / (count - 1))
+                plan[node] = min(self.first_levels, key=lambda k, to=wanted: abs(k - to))  # type: ignore[misc]
+            if self.affords(plan):
+                return plan
+        return None
+
     def constants(self) -> list[list[int]]:
         """Evenly spread calls (N,) at the densest allowed level, from one to as many as there are nodes."""
         counts = np.unique(np.geomspace(1, self.n_stages, 9).round().astype(int)).tolist()
@@ -323,6 +332,25 @@ class PlanSpace(SearchSpace):
 def trailing(n: int, size: int) -> list[int]:
     """`n` of `size` timesteps or nodes, evenly spread from the last one down, as diffusers' "trailing" spacing."""
     return [round(size * (n - i) / n) - 1 for i in range(n)]
+
+
+def power_spaced(n: int, size: int, power: float, shift: float) -> list[int]:
+    """Return at most `n` of `size` timesteps, falling, denser towards the clean end for larger powers.
+
+    They lie at `size ((n - i - shift) / n)^power - 1`, so that power 1 and shift 0 are "trailing".
+
+    Args:
+        n: at least 1.
+        size: T.
+        power: above 0.
+        shift: towards the clean end, in steps, in [0, 1).
+
+    Example:
+        >>> power_spaced(4, 1000, 1.0, 0.0), power_spaced(4, 1000, 1.25, 0.75)
+        ([999, 749, 499, 249], [770, 486, 233, 30])
+    """
+    found = (round(size * ((n - i - shift) / n) ** power) - 1 for i in range(n))
+    return sorted({max(timestep, 0) for timestep in found}, reverse=True)
 
 
 def calls_of(plan: Schedule) -> tuple[tuple[int, int], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -120,19 +121,22 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which timesteps call the denoiser, each at which level, by which solver.
+    """Which timesteps call the denoiser, each at which level, and how the solver steps from one to the next.
 
     Args:
         stages: the ranges of timesteps in which levels were calibrated.
         calls: timestep and level of each call in the order of sampling; timesteps are whole and fall.
         max_level: H; levels are in [0, H], 0 is dense.
-        solver: name of the solver that steps from one to the next.
+        solver: name of the solver that made the coefficients, or makes them.
+        coefficients: a row of each call (see `diffes.solvers.Row`); None where the solver makes them: from the
+            timesteps alone, or by a fit.
     """
 
     stages: Stages
     calls: tuple[tuple[int, int], ...]
     max_level: int
     solver: str
+    coefficients: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         top = self.stages.ranges[-1][1]
@@ -142,6 +146,8 @@ class Plan:
                 f"the timesteps of a plan must fall within [0, {top - 1}], at least one, got {list(self.timesteps)}"
             )
         _check_levels(self.levels, self.max_level)
+        if self.coefficients is not None:
+            check_rows(self.coefficients, len(self.calls))
 
     @property
     def timesteps(self) -> tuple[int, ...]:
@@ -153,28 +159,18 @@ class Plan:
         """Of the calls, in the order of the timesteps."""
         return tuple(level for _, level in self.calls)
 
-    def key(self, timestep: float) -> tuple[int, int]:
-        """Stage and level of a denoiser call at a timestep.
-
-        Raises:
-            DiffesError: the plan does not call there.
-        """
-        for known, level in self.calls:
-            if known == timestep:
-                return self.stages.stage_of(timestep), level
-        raise DiffesError(
-            f"the denoiser was called at timestep {timestep:g}, which the plan that is applied does not visit: it runs "
-            f"with its own scheduler and num_inference_steps={len(self.calls)}; call diffes.remove(pipe) to go back to "
-            "other schedulers and numbers of steps"
-        )
+    def keys(self) -> list[tuple[int, int]]:
+        """Stage and level of each call, in the order of the timesteps."""
+        return [(self.stages.stage_of(timestep), level) for timestep, level in self.calls]
 
     def thin(self) -> list[tuple[int, int]]:
         """Stage and level of every call that is not dense, each once."""
-        return sorted({self.key(timestep) for timestep, level in self.calls if level})
+        return sorted({key for key in self.keys() if key[1]})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """The plan of `timesteps`, `levels`, `solver`, `stages` and `max_level`; other keys are left alone.
+        """The plan of `timesteps`, `levels`, `solver`, `stages`, `max_level` and, where they are there, `coefficients`;
+        other keys are left alone.
 
         Raises:
             DiffesError: a key is missing or its value is not of the form above.
@@ -182,7 +178,9 @@ class Plan:
         try:
             stages = tuple((int(lo), int(hi)) for lo, hi in data["stages"])
             calls = tuple(zip(map(int, data["timesteps"]), data["levels"], strict=True))
-            return cls(Stages(stages), calls, int(data["max_level"]), str(data["solver"]))
+            rows = data.get("coefficients")
+            coefficients = None if rows is None else tuple(tuple(row) for row in rows)
+            return cls(Stages(stages), calls, int(data["max_level"]), str(data["solver"]), coefficients)
         except DiffesError:
             raise
         except (KeyError, TypeError, ValueError) as error:
@@ -193,3 +191,22 @@ def _check_levels(levels: Sequence[int], max_level: int) -> None:
     for level in levels:
         if type(level) is not int or not 0 <= level <= max_level:
             raise DiffesError(f"levels must be integers in [0, {max_level}], got {level!r}")
+
+
+def check_rows(rows: Sequence[Sequence[float]], n: int) -> None:
+    """Check the coefficients of a plan of `n` calls.
+
+    Raises:
+        DiffesError: there are more or fewer rows than calls, a row has fewer than 2 numbers or more than there are
+            predictions for, or a number is not finite.
+    """
+    if len(rows) != n:
+        raise DiffesError(f"a plan of {n} calls needs as many rows of coefficients, got {len(rows)}")
+    for i, row in enumerate(rows):
+        if not 2 <= len(row) <= i + 2:
+            raise DiffesError(
+                f"row {i} of the coefficients must have 2 to {i + 2} numbers, of the latents and of at most {i + 1} "
+                f"predictions, got {len(row)}"
+            )
+        if not all(isinstance(each, int | float) and math.isfinite(each) for each in row):
+            raise DiffesError(f"row {i} of the coefficients must be finite numbers, got {list(row)}")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from diffes.errors import DiffesError
 from diffes.search.schedule import Schedule, Stages
 
-Forecasts = Callable[[Sequence[Sequence[int]]], NDArray[np.float64]]
 COST_RESOLUTION = 10**6  # measured costs are counted in millionths of the largest
 
 
@@ -138,11 +136,6 @@ class SearchSpace:
     def starts(self) -> tuple[tuple[int, ...], ...]:
         """Genomes (S,) that a search begins with, the most promising first, where some are known."""
         return ()
-
-    @property
-    def forecasts(self) -> Forecasts | None:
-        """Errors (n,) that genomes (n, S) are believed to make, lower is better, where they are foretold."""
-        return None
 
     @property
     def genes(self) -> tuple[int, ...]:

@@ -39,7 +39,8 @@ class EvaluationStore:
     """Evaluations of one set of stages, on disk as an Optuna journal with one study.
 
     `optuna-dashboard` and `optuna.visualization` open the file: a trial has a parameter `level_00..` per stage, the
-    fitness as its value, and as user attributes `denoiser_calls`, `seconds`, the `digest` of all these and, where the
+    fitness as its value, and as user attributes `denoiser_calls`, `seconds`, where a solver was fitted its
+    `coefficients`, a list a call, the `digest` of all these and, where the
     strategy tells, `operator` and `parents` (numbers of trials), and where several workers measure, `worker`,
     `waited` (seconds) and `paid_calls`. A failed evaluation (-inf) is a trial in state FAIL
     with the user attribute `failed`; one on a fraction of the probes is PRUNED, its fitness an intermediate value at
@@ -214,6 +215,8 @@ class EvaluationStore:
         }
         if fidelity < 1:
             attributes["fidelity"] = fidelity
+        if evaluation.coefficients is not None:
+            attributes["coefficients"] = [list(row) for row in evaluation.coefficients]
         if evaluation.measured is not None:
             attributes |= asdict(evaluation.measured)
         if origin is not None:
@@ -254,8 +257,16 @@ class EvaluationStore:
             ) from error
         who = paid.get("worker")
         measured = None if who is None else Measured(who, paid.get("waited", 0.0), paid.get("paid_calls", 0))
+        rows = paid.get("coefficients")
+        coefficients = None if rows is None else tuple(tuple(map(float, row)) for row in rows)
         return Evaluation(
-            schedule, fitness, paid["denoiser_calls"], paid["seconds"], paid.get("fidelity", 1.0), measured
+            schedule,
+            fitness,
+            paid["denoiser_calls"],
+            paid["seconds"],
+            paid.get("fidelity", 1.0),
+            coefficients,
+            measured,
         )
 
 
@@ -278,10 +289,12 @@ def _no_journal(path: object, error: Exception) -> DiffesError:
 def digest(evaluation: Evaluation) -> str:
     """Hex digest of all that was measured, by which a value that was changed since is found."""
     schedule = evaluation.schedule
-    content = [
+    content: list[Any] = [
         schedule.stages.ranges, schedule.max_level, schedule.levels, float(evaluation.fitness),
         float(evaluation.fidelity), int(evaluation.denoiser_calls), float(evaluation.seconds),
     ]  # fmt: skip
+    if evaluation.coefficients is not None:  # older journals hold none, and their digests stay what they were
+        content.append(evaluation.coefficients)
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -31,6 +31,9 @@ class Measured:
     paid_calls: int
 
 
+Rows = tuple[tuple[float, ...], ...]  # coefficients of each call of a plan
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """One measured schedule.
@@ -41,6 +44,7 @@ class Evaluation:
         denoiser_calls: what the measurement cost, batch-size weighted; what one process alone would have paid.
         seconds: wall time of it.
         fidelity: the fraction of the probes that it was measured on, above 0 and at most 1.
+        coefficients: of the solver, where they were fitted on these probes.
         measured: by whom, where there were several workers.
     """
 
@@ -49,6 +53,7 @@ class Evaluation:
     denoiser_calls: int = 0
     seconds: float = 0.0
     fidelity: float = 1.0
+    coefficients: Rows | None = field(default=None, compare=False)
     measured: Measured | None = field(default=None, compare=False)
 
 

@@ -13,7 +13,6 @@ from diffes.search.operators import CROSSOVERS, MUTATIONS, BoundOperator
 from diffes.search.space import SearchSpace
 
 MUTATION_TRIES = 20
-PRESELECTED = 8  # children of which one is measured, where there are forecasts
 
 
 def make_toolbox(
@@ -67,8 +66,7 @@ def vary(
     """Children that were never seen, distinct; fewer than asked for, or none, where no more of them are found.
 
     Each is a random parent, crossed with another one with probability `cxpb`, and then mutated until it is new. When 20
-    mutations in a row do not lead to a new one, a random schedule takes its place. Where the space has forecasts, each
-    child is the best forecast of eight of them.
+    mutations in a row do not lead to a new one, a random schedule takes its place.
 
     Args:
         parents: measured genomes, at least one.
@@ -80,25 +78,18 @@ def vary(
         cxpb: probability of a crossover, in [0, 1].
 
     Source: the shape is that of DEAP's `varOr`, whose draws are from Python's global `random`. There an offspring is
-    crossed or mutated, not both, and may repeat what was measured. Choosing among children by a model is known as
-    pre-selection.
+    crossed or mutated, not both, and may repeat what was measured.
     """
     children: dict[tuple[int, ...], Genome] = {}
     while len(children) < lambda_:
         taken = seen | children.keys()
-        new: list[Genome] = []
-        for _ in range(PRESELECTED if space.forecasts else 1):
-            child = _child(parents, toolbox, rng, taken, cxpb)
-            if tuple(child) in taken:
-                break  # hardly anything is new around here
-            new.append(child)
-        if not new:
+        child = _child(parents, toolbox, rng, taken, cxpb)
+        if tuple(child) in taken:  # hardly anything is new around here
             levels = sample_unseen(space, rng, taken)
             if levels is None:
                 break
-            new = [Genome(levels, origin=Origin("random"))]
-        best = new[int(np.argmin(space.forecasts(new)))] if space.forecasts else new[0]
-        children[tuple(best)] = best
+            child = Genome(levels, origin=Origin("random"))
+        children[tuple(child)] = child
     return list(children.values())
 
 

@@ -6,11 +6,10 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffes.adapters import shipped_models
 from diffes.runtime.artifact import BASE
-from diffes.runtime.solver import solver_named
 from diffes.search.schedule import Plan, Schedule
 from diffes.study import folder, front, report
+from diffes.study.plain_loop import plain_loop, rows_of
 from diffes.study.record import Report
 
 CURRENCIES = {"macs": "MACs", "latency": "measured time"}
@@ -53,7 +52,7 @@ Levels (0 is dense, {schedule.max_level} is everything prunable), cleanest stage
 
 
 def of_plan(name: str, plan: Plan, facts: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]], pipeline: Any) -> str:
-    """Card of a plan; where all its calls are dense it also says how diffusers alone runs it.
+    """Card of a plan, with a loop of plain torch that runs it.
 
     Args:
         name: of the exported folder.
@@ -63,87 +62,64 @@ def of_plan(name: str, plan: Plan, facts: Mapping[str, Any], rivals: Sequence[Ma
         pipeline: class of the base model's pipeline.
     """
     (point,), reference = facts["points"], facts["reference"]
-    solver, settings = solver_named(plan.solver)
-    chosen = ", ".join(f"{key}={value}" for key, value in settings.items())
     dense = not any(plan.levels)
-    thin = "all of them dense" if dense else f"and how thin at each: {_done(facts)}"
-    alone = _without_diffes(name, plan, facts, pipeline) if dense else ""
+    pruned = "all of them dense" if dense else f"and how much of the network each computes: {_done(facts)}"
     timed = " of {batch} images on {device} ({threads} threads)".format(**facts["timing"]) if "timing" in facts else ""
+    model = f"{name}/{BASE}" if _bundled(facts) else str(facts["model"])
+    alone = "All calls are dense, so torch and diffusers alone give such images" if dense else "Written out, a run is"
+    calls = zip(plan.timesteps, point["sigmas"], plan.levels, rows_of(plan, point["sigmas"]), strict=True)
+    lines = "\n".join(
+        f"| {timestep} | {sigma:.6g} | {level} | {', '.join(f'{each:.6g}' for each in row)} |"
+        for timestep, sigma, level, row in calls
+    )
     return f"""{_head(name, facts)}
 A plan for {_base(facts)}, found by [diffes](https://pypi.org/project/diffes/): which {len(plan.calls)} timesteps call
-the denoiser, {thin}. It costs {point["cost"]:.2f} dense calls by {CURRENCIES[facts["currency"]]}.
+the denoiser, {pruned}. It costs {point["cost"]:.2f} dense calls by {CURRENCIES[facts["currency"]]}.
 
 ```python
 import diffes
 import torch
 
 pipe = diffes.load("{name}")  # this folder; a diffusers pipeline comes back
-{_call(pipeline, facts, f"num_inference_steps={len(plan.calls)}")}
+{_call(pipeline, facts)}
 ```
 
-`num_inference_steps` is the plan's own number of calls, and the scheduler is the plan's; others are refused.
-{alone}
+The scheduler is the plan's, and makes its {len(plan.calls)} calls whatever `num_inference_steps` says.
+
+## In plain torch
+
+{alone}:
+
+```python
+{plain_loop(plan, facts, model, name, pipeline)}```
+
 ## Measured
 
-Metric `{facts["metric"]}` and latent MSE on held-out probes against the dense model at {reference["steps"]} steps of
-`{reference["solver"]}`, guidance {facts["guidance"]:g}; ms is the median time of a run{timed}.
+On {facts.get("heldout", "the")} held-out probes, against the dense model at {reference["steps"]} steps of
+`{reference["solver"]}` (spacing `{reference.get("spacing", "trailing")}`, final sigma zero), guidance
+{facts["guidance"]:g}; ms is the median time of a run{timed}.
 This folder holds the `{point["kind"]}` plan; beside it is what else the front has at the same budget.
 
 {_table(front.COLUMNS, front.rows_of({"points": rivals}))}
 
-- solver: `{plan.solver}`, diffusers' {solver.__name__} with {chosen}
-- timesteps: {_listed(plan.timesteps)}
-- levels (0 is dense, {plan.max_level} is everything prunable): {_listed(plan.levels)}
+The calls in the order of sampling, by the solver `{plan.solver}`. Sigma is noise over signal; level 0 is dense and
+{plan.max_level} is everything prunable; coefficients are of the present latents, then of the clean predictions, newest
+first.
+
+| timestep | sigma | level | coefficients |
+|---|---|---|---|
+{lines}
 
 ![the front: error against cost](front.png)
 """
 
 
-def _without_diffes(name: str, plan: Plan, facts: Mapping[str, Any], pipeline: Any) -> str:
-    """Section with code that gives the same images; a pipeline that takes no timesteps gets them by its scheduler."""
-    solver, settings = solver_named(plan.solver)
-    given = "".join(f"    {key}={value!r},\n" for key, value in settings.items())
-    model = f"{name}/{BASE}" if _bundled(facts) else facts["model"]
-    if facts["model"] in shipped_models():
-        opened, imports = (
-            "load_pipeline",
-            f"from diffes import load_pipeline  # it ships {model}\nfrom diffusers import",
-        )
-    else:
-        opened, imports = "DiffusionPipeline.from_pretrained", "from diffusers import DiffusionPipeline,"
-    by_scheduler, steps = "", "timesteps=timesteps"
-    if "timesteps" not in inspect.signature(pipeline.__call__).parameters:
-        steps = "num_inference_steps=len(timesteps)"
-        by_scheduler = f"""
-set_timesteps = pipe.scheduler.set_timesteps  # {pipeline.__name__} takes no timesteps, its scheduler does
-pipe.scheduler.set_timesteps = lambda _, device=None: set_timesteps(timesteps=timesteps, device=device)"""
-    return f"""
-## Without diffes
-
-All calls are dense: the base model and a scheduler of diffusers give the same images (on a GPU after
-`pipe.to("cuda")`, where `diffes.load` puts it by itself).
-
-```python
-import torch
-{imports} {solver.__name__}
-
-timesteps = {list(plan.timesteps)}
-pipe = {opened}("{model}", dtype=torch.{facts["dtype"]})
-pipe.scheduler = {solver.__name__}.from_config(
-    pipe.scheduler.config,
-{given}){by_scheduler}
-{_call(pipeline, facts, steps)}
-```
-"""
-
-
-def _call(pipeline: Any, facts: Mapping[str, Any], steps: str) -> str:
-    """Python that makes images with a pipeline; `steps` is the argument that says how many, or at which timesteps."""
+def _call(pipeline: Any, facts: Mapping[str, Any]) -> str:
+    """Python that makes images with a pipeline."""
     classes = "class_labels" in inspect.signature(pipeline.__call__).parameters
     conditions = "[0, 1]" if classes else '["a big fox on a purple background"]'
     return f"""images = pipe(
-    {conditions}, guidance_scale={facts["guidance"]!r}, {steps},
-    generator=torch.Generator().manual_seed(0),
+    {conditions}, guidance_scale={facts["guidance"]!r}, generator=torch.Generator().manual_seed(0)
 ).images"""
 
 

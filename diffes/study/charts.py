@@ -177,15 +177,20 @@ def _front(axes: Axes, points: Sequence[tuple[float, float]], label: str, colour
         )  # fmt: skip
 
 
-KINDS = {"dense": "dense, evenly spaced (uniform)", "dense-planned": "dense, planned"}
+KINDS = {
+    "dense": "dense, evenly spaced, 2M", "off-the-shelf": "dense, evenly spaced, best solver",
+    "dense-planned": "dense, searched for 2M", "dense-fitted": "dense, searched and fitted",
+    "levels": "levels at fixed steps, 2M", "joint": "joint",
+}  # fmt: skip
 
 
-def fronts(points: Sequence[Mapping[str, Any]], currency: str) -> Figure:
+def fronts(points: Sequence[Mapping[str, Any]], currency: str, timing: Mapping[str, Any] | None = None) -> Figure:
     """Error against cost, and against measured time, of the plans of a front, by kind.
 
     Args:
         points: with `kind`, `budget` and `cost` in dense calls, `ms`, `latent_mse` and `heldout_mean`.
         currency: what the cost counts.
+        timing: on what they were timed: `batch`, `device` and `threads`.
     """
     known = [point for point in points if point["latent_mse"] is not None]
     budgets = sorted({point["budget"] for point in points})
@@ -205,7 +210,8 @@ def fronts(points: Sequence[Mapping[str, Any]], currency: str) -> Figure:
                 if those:
                     axes.plot(*zip(*((p[name], p["latent_mse"]) for p in those), strict=True), **mark, label=label)
         left.set(xlabel=f"cost in dense calls, by {currency}", ylabel="held-out latent MSE", yscale="log")
-        right.set(xlabel="milliseconds a run, measured")
+        timed = "" if timing is None else ", batch {batch}, {device}, {threads} threads".format(**timing)
+        right.set(xlabel=f"milliseconds a run{timed}")
         for axes in (left, right):
             axes.grid(alpha=0.3, which="both")
         handles, labels = left.get_legend_handles_labels()

@@ -27,9 +27,9 @@ from diffes.study.lock import clear_leftovers, is_unused
 JOURNAL, REPORT, COSTS, LOGBOOK = "study.journal", "report.json", "costs.json", "logbook.csv"
 FIGURES = ("schedule.png", "split.png", "convergence.png", "images.png")
 FRONT = "front.png"  # of strategies that search one, and of `diffes front`
-TABLE, JOURNALS = "table.npz", "journals"  # of `diffes front`
+JOURNALS = "journals"  # of `diffes front`
 CALIBRATION = "calibration"  # stages that are done, until the run is
-FRONT_FILES = (FRONT, PLANS, TABLE, "plans.png")
+FRONT_FILES = (FRONT, PLANS, "table.npz", "plans.png")  # the table is of older versions
 LONGEST = 40  # characters of the longest name within a run folder, and more
 LIMITS = ("max_evals", "max_calls", "time_limit")  # of a search: raised, it goes on from what is there
 FILES = (CONFIG, JOURNAL, COSTS, LOGBOOK, SCHEDULE, BANK, *FIGURES, REPORT)

@@ -1,43 +1,46 @@
-"""Plans at many budgets from one calibration and one table: `diffes front`, and the folder that it leaves."""
+"""Plans at many budgets from one calibration: `diffes front`, and the folder that it leaves."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from diffes import files
 from diffes.errors import DiffesError, at_least
-from diffes.measure.error_table import MeasuredTable
-from diffes.measure.metrics import latent_mse
+from diffes.measure.quality import Quality
+from diffes.measure.reference import SOLVER, SPACING
 from diffes.progress import Progress
 from diffes.pruning.bank import fingerprint, split_of
-from diffes.runtime.artifact import BANK, FRONT, read_front, write_front
-from diffes.runtime.solver import solver_named
-from diffes.search.carried import Trajectory
-from diffes.search.frontier import ErrorTable
+from diffes.runtime.artifact import BANK, FRONT, ranked, read_front, write_front
 from diffes.search.ledger import OnEvaluation, SearchResult
-from diffes.search.schedule import Schedule
+from diffes.search.schedule import Plan
 from diffes.search.space import SearchSpace
 from diffes.search.store import EvaluationStore
+from diffes.solvers import SOLVERS
 from diffes.study import charts, folder, plots
+from diffes.study import plans as planned
 from diffes.study.calibration import Keep
 from diffes.study.config import ALONE, RunConfig, WorkerOptions
 from diffes.study.heldout import finite
 from diffes.study.lock import held
-from diffes.study.plans import Genes, Plans, call_costs
+from diffes.study.plans import OFF_THE_SHELF, Finalist, Genes, Plans, call_costs
 from diffes.study.settings import PLANNED
 from diffes.study.workbench import prepare
 from diffes.study.workers import pool_of
 
-KINDS = ("dense", "dense-planned", "levels", "joint")
+KINDS = ("dense", "off-the-shelf", "dense-planned", "dense-fitted", "levels", "joint")
+WITHOUT = {  # kinds that a search could do without, and begins with
+    "dense-planned": ("dense",), "dense-fitted": ("dense", "dense-planned"), "levels": (),
+    "joint": ("dense-planned", "dense-fitted"),
+}  # fmt: skip
+SLOWER = 0.95  # of the time of another plan: less than that is no noise
 IMAGES = 6  # of the picture that shows all kinds
 PAPERS = "evolution"  # the strategy of "levels"
 
@@ -47,20 +50,26 @@ class Point:
     """A plan of a front.
 
     Args:
-        kind: "dense", evenly spaced dense calls, the best of four spacings; "dense-planned", dense calls at timesteps
-            of the table and a search; "levels", the paper's search, a level for each stage at evenly spaced timesteps;
-            "joint", timesteps and levels.
+        kind: "dense", evenly spaced dense calls by DPM-Solver++ 2M, the best of four spacings; "off-the-shelf", the
+            same by the best of diffusers' multistep solvers; "dense-planned", 2M at timesteps that were searched for
+            it; "dense-fitted", dense calls searched with the solver fitted inside; "levels", the paper's search, a
+            level for each stage at evenly spaced timesteps, by 2M; "joint", timesteps and levels.
         budget: in dense calls.
-        genome: the plan.
-        calls_spent: denoiser calls, in rows, of the table and the search that led to it.
+        final: the plan, and its fitness on the probes of the final fit.
+        calls_spent: denoiser calls, in rows, of the search and the final fit that led to it, references excluded.
         found: what its search measured.
     """
 
     kind: str
     budget: float
-    genome: Schedule
+    final: Finalist
     calls_spent: int
     found: SearchResult | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """What is called, and how it steps."""
+        return self.final.plan
 
 
 def complete_front(
@@ -70,13 +79,14 @@ def complete_front(
     progress: Progress,
     *,
     genes: Genes = "joint",
-    solver: str = "dpmsolver++",
+    solver: str = "fitted",
     nodes: int = 64,
+    fit_probes: int | None = None,
     overwrite: bool = False,
     on_evaluation: OnEvaluation | None = None,
     workers: WorkerOptions = ALONE,
 ) -> dict[str, Any]:
-    """Calibrates, measures the table, searches every budget, and writes the folder.
+    """Calibrates, searches every budget, fits what was found again, and writes the folder.
 
     An unfinished one is gone on with, and a finished one whose limits are raised.
 
@@ -85,18 +95,21 @@ def complete_front(
         budgets: in dense calls, each at least 1.
         out: the folder.
         progress: told of the long parts.
-        genes: "joint", all kinds of `Point`; "steps", the first two.
-        solver: of the plans.
+        genes: "joint", all kinds of `Point`; "steps", those of dense calls.
+        solver: of "dense-fitted" and "joint"; one that is not fitted leaves "dense-fitted" out.
         nodes: candidate timesteps.
+        fit_probes: probes of the final fit, which no search sees; 48 when left out.
         overwrite: replace what is there.
         on_evaluation: called with each evaluation of each search, those of earlier commands included.
         workers: who measures.
 
     Returns:
-        What `front.json` holds: what was calibrated and how, the solver, the reference, and `points`, a row for each
-        plan. Of its calls, in the order of sampling, a row states `timesteps` (training timesteps), `sigmas` (noise
-        over signal there, as diffusers' scheduler counts it, without the 0 that it ends at) and `levels` (0 is dense);
-        `cost` and `budget` are in dense calls of the currency, `ms` is the time of a run.
+        What `front.json` holds: what was calibrated and how, the reference, and `points`, a row for each plan. Of its
+        calls, in the order of sampling, a row states `timesteps` (training timesteps), `sigmas` (noise over signal
+        there, as diffusers' schedulers count it, without the 0 that it ends at), `levels` (0 is dense) and
+        `coefficients` (of the latents, then of the clean predictions, newest first); `cost` and `budget` are in dense
+        calls of the currency, `ms` is the time of a run; `fit_mean` is the fitness on the probes of the final fit, by
+        which plans are ranked, and all else is measured on held-out probes.
 
     Raises:
         DiffesError: bad settings, or `out` cannot be used; what is there is then untouched.
@@ -106,14 +119,16 @@ def complete_front(
             f"budgets are numbers of dense calls, at least one budget and none below 1, which a dense call costs, got "
             f"{list(budgets)}"
         )
-    solver_named(solver)
+    SOLVERS.make(solver)
     at_least("nodes", nodes, 2)
+    fit_probes = planned.FIT_PROBES if fit_probes is None else fit_probes
+    at_least("fit_probes", fit_probes, 1)
     if config.storage is not None:
         raise DiffesError(
             f"plans keep their evaluations in journals in the run folder, and --storage {config.storage} is for "
             "--genes levels: leave it out"
         )
-    extra = {"budgets": sorted(budgets), "genes": genes, "solver": solver, "nodes": nodes}
+    extra = {"budgets": sorted(budgets), "genes": genes, "solver": solver, "nodes": nodes, "fit_probes": fit_probes}
     with held(out):
         return _front_in(config, out, progress, extra, overwrite, on_evaluation, workers)
 
@@ -140,19 +155,23 @@ def _front_in(
     with pool_of(settings, workers) as pool:
         bench = prepare(settings, progress, costs, PLANNED, pool, Keep(begin, resumes))
         known = costs or call_costs(bench, progress)
-        plans = Plans(bench, extra["solver"], extra["nodes"], known_costs=known)
+        plans = Plans(bench, extra["solver"], extra["nodes"], known_costs=known, fit_probes=extra["fit_probes"])
         begin()
         folder.write_costs(out, config.cost, known)
-        table = _table(plans, out / folder.TABLE, progress)
+        make_references(plans, progress)
         points: list[Point] = []
         for budget in extra["budgets"]:
-            points += searched(plans, table, budget, genes, progress, out / folder.JOURNALS, on_evaluation)
-    with progress.task("held-out probes, speed, figure", 2) as advance:
-        split = _write_bank(plans, [point.genome for point in points], out)
+            points += searched(plans, budget, genes, progress, out / folder.JOURNALS, on_evaluation)
+    with progress.task("held-out probes, speed, figures", 2) as advance:
+        split = _write_bank(plans, [point.plan for point in points], out)
         rows, pictures = _measured(plans, points)
         advance("measured")
-        data = _facts(plans) | {"genes": genes, "split": split, "calls_spent": table.calls, "points": rows}
-        figures = {folder.FRONT: charts.fronts(rows, config.cost), "plans.png": plots.plans(rows, data["max_level"])}
+        spent = {"reference_calls": plans.reference_calls, "calls_spent": sum(point.calls_spent for point in points)}
+        data = facts_of(plans) | {"genes": genes, "split": split, **spent, "points": rows}
+        figures = {
+            folder.FRONT: charts.fronts(rows, config.cost, data["timing"]),
+            "plans.png": plots.plans(rows, data["max_level"]),
+        }
         figures |= _shown(plans, points, pictures)
         for name, figure in figures.items():
             files.write_safely(out / name, functools.partial(plots.save, figure))
@@ -162,83 +181,105 @@ def _front_in(
     return read_front(out)
 
 
-def _table(plans: Plans, path: Path, progress: Progress) -> MeasuredTable:
-    """The table, from its file where it was measured before."""
-    if path.exists():
-        try:
-            with np.load(path) as data:
-                table = ErrorTable(**{field.name: data[field.name] for field in fields(ErrorTable)})
-                run = Trajectory(**{field.name: data[field.name] for field in fields(Trajectory)})
-                return MeasuredTable(table, data["growth"], run, int(data["calls"]))
-        except Exception as error:  # zipfile and numpy each raise their own
-            raise DiffesError(f"{path} is damaged ({error}); delete it, and it is measured again") from error
-    found = plans.table(progress)
-
-    def write(partial: Path) -> None:
-        with partial.open("wb") as file:
-            np.savez(file, **asdict(found.table) | asdict(found.run), growth=found.growth, calls=found.calls)
-
-    files.write_safely(path, write)
-    return found
+def make_references(plans: Plans, progress: Progress) -> None:
+    """Samples the dense reference on the probes of the search, of the final fit and of the report, with a bar."""
+    config = plans.bench.config
+    sizes = {"searched": config.probes, "refitted": plans.fit_probes, "heldout": config.heldout}
+    with progress.task(f"dense references, {plans.reference_steps} steps", sum(sizes.values())) as advance:
+        for name, n in sizes.items():
+            getattr(plans, name)
+            advance(f"{n} probes", n)
 
 
 def searched(
     plans: Plans,
-    table: MeasuredTable,
     budget: float,
     genes: Genes = "joint",
     progress: Progress | None = None,
     journals: Path | None = None,
     on_evaluation: OnEvaluation | None = None,
+    kinds: Sequence[str] = KINDS,
 ) -> list[Point]:
-    """A point of each kind at one budget; none is worse, on the search's probes, than those it could do without.
+    """A point of each kind at one budget; on the probes of the final fit, none is worse than those it could do without.
 
-    Each search begins with what those before it found. The search of dense calls has as many evaluations as the
-    settings say, and that of "joint" no more denoiser calls than it took.
+    Each search begins with what those before it found, and its best few plans are fitted and compared on probes that it
+    has not seen. Searches of dense calls have as many evaluations as the settings say, and those of "levels" and
+    "joint" no more denoiser calls than that of "dense-fitted" took.
 
     Args:
         plans: the workbench, solver and nodes.
-        table: where searches of timesteps start.
         budget: in dense calls.
         genes: "joint" for all kinds, "steps" for dense ones only.
         progress: told of every evaluation; bars when left out.
         journals: folder that keeps evaluations; those that it has are not paid for again.
         on_evaluation: called with each evaluation of each search.
+        kinds: those wanted, in the order of `KINDS`.
     """
-    shown: dict[str, Any] = {"progress": progress, "on_evaluation": on_evaluation}
-
-    def store(kind: str, space: SearchSpace) -> EvaluationStore | None:
-        return EvaluationStore(journals / f"{kind}-{budget:g}.journal", space) if journals else None
-
-    before = plans.searched.denoiser_calls
-    best, worth = plans.dense(budget)
-    points = [Point("dense", budget, best, plans.searched.denoiser_calls - before)]
-    allowed: int | None = None
-    for kind in KINDS[1:] if genes == "joint" else KINDS[1:2]:
-        if kind == "levels":
-            try:
-                space = plans.level_space(budget)
-            except DiffesError:
-                continue  # too few dense calls for so many steps
-            found = plans.search(budget, "levels", strategy=PAPERS, store=store(kind, space), **shown)
-            genome, spent = plans.genome(plans.fixed.plan(found.best.schedule)), found.denoiser_calls
+    points: dict[str, Point] = {}
+    left_out = {"levels", "joint"} if genes == "steps" else set[str]()
+    left_out |= set() if plans.fits else {"dense-fitted"}
+    for kind in (kind for kind in kinds if kind not in left_out):
+        before = plans.denoiser_calls
+        found: SearchResult | None = None
+        if kind in ("dense", "off-the-shelf"):
+            final = plans.even(budget, (SOLVER,) if kind == "dense" else OFF_THE_SHELF)
         else:
-            of: Genes = "steps" if kind == "dense-planned" else "joint"
-            starts = plans.starts(table, budget, of, [plans.nearest(best)])
-            stored = store(kind, plans.space(budget, of))
-            found = plans.search(budget, of, starts=starts, max_calls=allowed, table=table, store=stored, **shown)
-            allowed = found.denoiser_calls
-            genome, spent = found.best.schedule, table.calls + found.denoiser_calls
-        if found.best.fitness > worth:
-            best, worth = genome, found.best.fitness
-        points.append(Point(kind, budget, genome if kind == "levels" else best, spent, found))
-    return points
+            try:
+                final, found = _found(plans, kind, budget, points, progress, journals, on_evaluation)
+            except Unaffordable:
+                continue
+        spent = plans.denoiser_calls - before + (found.denoiser_calls if found else 0)
+        points[kind] = Point(kind, budget, final, spent, found)
+    return list(points.values())
 
 
-def _write_bank(plans: Plans, genomes: Sequence[Schedule], out: Path) -> dict[str, Any]:
+class Unaffordable(Exception):
+    """No schedule of levels is as cheap as the budget, however few of its steps are dense."""
+
+
+def _found(
+    plans: Plans,
+    kind: str,
+    budget: float,
+    points: Mapping[str, Point],
+    progress: Progress | None,
+    journals: Path | None,
+    on_evaluation: OnEvaluation | None,
+) -> tuple[Finalist, SearchResult]:
+    """What a search finds, and the best of its finalists and of the points that it could do without."""
+    genes: Genes = "levels" if kind == "levels" else "joint" if kind == "joint" else "steps"
+    solver = SOLVER if kind in ("dense-planned", "levels") else plans.solver
+    known = [points[name].final for name in WITHOUT[kind] if name in points]
+    options: dict[str, Any] = {"progress": progress, "on_evaluation": on_evaluation}
+    if genes == "levels":
+        try:
+            space: SearchSpace = plans.level_space(budget)
+        except DiffesError as error:
+            raise Unaffordable from error
+        options["strategy"], evaluator = PAPERS, plans.fixed
+    else:
+        space, evaluator = plans.space(budget, genes), plans.searched.by(solver)
+        options["starts"] = plans.starts(budget, genes, [plans.nearest(each.plan) for each in known])
+        options["solver"] = solver
+    if (
+        kind in ("levels", "joint")
+        and "dense-fitted" in points
+        and (before := points["dense-fitted"].found) is not None
+    ):
+        options["max_calls"] = before.denoiser_calls
+    store = EvaluationStore(journals / f"{kind}-{budget:g}.journal", space) if journals else None
+    found = plans.search(budget, genes, store=store, **options)
+    finalists = [plans.finalist(plan) for plan in plans.finalists(found, evaluator)]
+    if kind == "dense-fitted":
+        finalists += [plans.finalist(replace(each.plan, solver=solver, coefficients=None)) for each in known]
+    best = plans.polished(max(finalists, key=lambda each: each.fitness))
+    return max([best, *known], key=lambda each: each.fitness), found
+
+
+def _write_bank(plans: Plans, made: Sequence[Plan], out: Path) -> dict[str, Any]:
     """One bank for all plans of the front; returns how its levels are shared out over the layers."""
     adapter = plans.bench.adapter
-    bank = plans.bench.router.bank.for_schedule(*map(plans.heldout.plan, genomes))
+    bank = plans.bench.router.bank.for_schedule(*made)
     split = split_of(bank, adapter.prunable(bank.kind))
     header = {**_made_for(plans), "split": split, "fingerprint": fingerprint(adapter.denoiser)}
     files.write_safely(out / BANK, lambda partial: bank.save(partial, header))
@@ -251,44 +292,66 @@ def _made_for(plans: Plans) -> dict[str, Any]:
     return {**plans.bench.made_for(), "stages": stages, "max_level": space.max_level}
 
 
-def _facts(plans: Plans) -> dict[str, Any]:
-    config = plans.bench.config
+def facts_of(plans: Plans) -> dict[str, Any]:
+    """Return what `front.json` says beside its points: what was calibrated and how, and the reference."""
+    config, process = plans.bench.config, plans.heldout.process
     return {
         **_made_for(plans),
-        "reference": {"solver": plans.solver, "steps": plans.reference_steps},
+        "reference": {
+            "solver": SOLVER, "steps": plans.reference_steps, "spacing": SPACING, "final_sigma": 0.0,
+            "alphas": [process.at(t).alpha for t in (0, len(process.alphas) // 2, len(process.alphas) - 1)],
+        },
+        "prediction_type": process.prediction,
         "solver": plans.solver,
         "currency": config.cost,
         "metric": config.metric,
         "guidance": config.guidance,
         "dtype": config.dtype,
         "nodes": plans.nodes,
+        "search_probes": config.probes,
+        "fit_probes": plans.fit_probes,
         "heldout": config.heldout,
         "timing": plans.bench.timed_on(),
-    }
+    }  # fmt: skip
+
+
+def row_of(
+    plans: Plans, kind: str, budget: float, final: Finalist, quality: Quality, cost: float | None = None
+) -> tuple[dict[str, Any], Tensor]:
+    """Return a row of `front.json`, measured on held-out probes, without its time; and the final latents.
+
+    Args:
+        plans: the workbench and its held-out probes.
+        kind: of the plan (see `Point`).
+        budget: in dense calls.
+        final: the plan and its fitness on the probes of the final fit.
+        quality: compares with the held-out reference.
+        cost: in dense calls; as the workbench counts it when left out.
+    """
+    heldout, plan = plans.heldout, final.plan
+    latents = heldout.latents(plan)
+    scores = heldout.scored(latents)
+    scheduler = heldout.scheduler(plan)
+    return {
+        "kind": kind, "budget": budget, "cost": plans.cost(plan) if cost is None else cost,
+        "n_calls": len(plan.calls), "solver": plan.solver,
+        "fit_mean": finite(final.fitness), "heldout_mean": finite(float(scores.mean())),
+        "heldout_std": finite(float(scores.std())), **quality.of(latents), "timesteps": list(plan.timesteps),
+        "sigmas": [noise.sigma / noise.alpha for noise in scheduler.noises], "levels": list(plan.levels),
+        "coefficients": [list(row) for row in scheduler.coefficients],
+    }, latents  # fmt: skip
 
 
 def _measured(plans: Plans, points: Sequence[Point]) -> tuple[list[dict[str, Any]], list[Tensor]]:
     """Rows of `front.json`: every plan on held-out probes, and timed, all taking turns; latents of its first probes."""
-    heldout, bench = plans.heldout, plans.bench
-    final = heldout.final_reference
+    bench = plans.bench
+    quality = Quality(bench.adapter, plans.heldout.final_reference)
     rows, pictures = [], []
     for point in points:
-        latents = heldout.latents(point.genome)
-        scores = heldout.scored(latents)
-        plan = heldout.plan(point.genome)
+        row, latents = row_of(plans, point.kind, point.budget, point.final, quality)
         pictures.append(latents[:IMAGES])
-        rows.append(
-            {
-                "kind": point.kind, "budget": point.budget, "cost": plans.cost(point.genome),
-                "n_calls": len(plan.calls), "heldout_mean": finite(float(scores.mean())),
-                "heldout_std": finite(float(scores.std())),
-                "latent_mse": finite(-float(latent_mse(latents.float(), final.float()).mean())),
-                "timesteps": list(plan.timesteps),
-                "sigmas": heldout.scheduler(plan.timesteps).sigmas[:-1].tolist(),
-                "levels": list(plan.levels), "calls_spent": point.calls_spent,
-            }
-        )  # fmt: skip
-    routed = [heldout.plan(point.genome) for point in points]
+        rows.append(row | {"calls_spent": point.calls_spent})
+    routed = [point.plan for point in points]
     for row, ms in zip(rows, bench.milliseconds(routed, bench.config.probes), strict=True):
         row["ms"] = ms
     return rows, pictures
@@ -301,7 +364,7 @@ def _shown(plans: Plans, points: Sequence[Point], pictures: Sequence[Tensor]) ->
     adapter, heldout = plans.bench.adapter, plans.heldout
     rows = {f"dense, {plans.reference_steps} steps": heldout.final_reference[:IMAGES]}
     at = [(point, latents) for point, latents in zip(points, pictures, strict=True) if point.budget == shown]
-    rows |= {f"{point.kind}, {shown:g} calls": latents for point, latents in at}
+    rows |= {f"{point.kind},\n{_priced(plans, point)}": latents for point, latents in at}
     captions = [adapter.label(condition) for condition in heldout.probes.conditions[:IMAGES]]
     searches = {point.kind: point.found for point, _ in at if point.found}
     images = {name: adapter.decode(latents) for name, latents in rows.items()}
@@ -311,29 +374,63 @@ def _shown(plans: Plans, points: Sequence[Point], pictures: Sequence[Tensor]) ->
     }
 
 
+def _priced(plans: Plans, point: Point) -> str:
+    """What a plan costs, in words: its calls, and where they are not all dense, what they come to."""
+    n = len(point.plan.calls)
+    return f"{n} calls" if not any(point.plan.levels) else f"{n} calls at the\ncost of {plans.cost(point.plan):.3g}"
+
+
 def verdicts(data: Mapping[str, Any]) -> list[str]:
-    """What each budget shows, in a sentence: how far a plan is ahead of dense calls on held-out probes, if it is."""
-    lines, thin = [], "thin or reusing calls" if "reuse" in data["kind"] else "thin calls"
-    for budget in sorted({point["budget"] for point in data["points"]}):
-        at = {p["kind"]: p for p in data["points"] if p["budget"] == budget and p["latent_mse"] is not None}
+    """What each budget shows, in plain sentences.
+
+    Which plan is ahead is decided on the probes of the final fit, and how far it is ahead is said of held-out probes.
+    """
+    lines, pruned = [], "pruned or reusing calls" if "reuse" in data["kind"] else "pruned calls"
+    points = [point for point in data["points"] if point["latent_mse"] is not None]
+    for budget in sorted({point["budget"] for point in points}):
+        at = {point["kind"]: point for point in points if point["budget"] == budget}
         if not {"dense", "dense-planned"} <= set(at):
             continue
-        best = at.get("joint", at["dense-planned"])
-        even, chosen = (at[kind]["latent_mse"] / max(best["latent_mse"], 1e-12) for kind in ("dense", "dense-planned"))
-        start = f"{budget:g} dense calls: "
-        if best is at["dense-planned"]:
-            lines.append(start + f"well-chosen timesteps have {even:.2f} times less error than evenly spaced ones")
-        elif not any(best["levels"]):
-            lines.append(start + f"{thin} add nothing, the best plan found is dense")
-        elif chosen <= 1:
-            lines.append(start + f"{thin} add nothing ({1 / chosen:.2f} times the error of well-chosen dense ones)")
+        fitted, said = at.get("dense-fitted"), []
+        best = at["dense-planned"] if fitted is None else fitted
+        if fitted is None:
+            said.append(f"searched timesteps have {_over(at['dense'], best)} times less error than evenly spaced ones")
         else:
-            lines.append(
-                start + f"the plan has {chosen:.2f} times less error than as many well-chosen dense calls, {even:.2f} "
-                f"times less than evenly spaced ones, and takes {best['ms'] / at['dense-planned']['ms']:.2f} times "
-                "their milliseconds"
+            said.append(
+                f"fitted coefficients have {_over(at['dense-planned'], fitted)} times less error than 2M at "
+                f"timesteps searched for it, and {_over(at['dense'], fitted)} times less than 2M at evenly spaced ones"
             )
+        if joint := at.get("joint"):
+            said.append(_added(joint, best, pruned))
+        bar = at["dense-planned"]
+        if ranked(bar) is not None and (quick := _fastest(points, bar)) is not None:
+            name = f"{quick['kind']} of {quick['budget']:g}" if quick["budget"] != budget else quick["kind"]
+            said.append(f"fastest at the error of dense-planned: {name}, {quick['ms']:.0f} of {bar['ms']:.0f} ms")
+        lines.append(f"{budget:g} dense calls: {'; '.join(said)}")
     return lines
+
+
+def _added(joint: Mapping[str, Any], dense: Mapping[str, Any], pruned: str) -> str:
+    """What pruned calls add to a plan of dense ones."""
+    if not any(joint["levels"]):
+        return f"{pruned} add nothing, the best plan found is dense"
+    gain = float(_over(dense, joint))
+    if gain <= 1:
+        return f"{pruned} add nothing on held-out probes ({1 / gain:.2f} times the error of {dense['kind']})"
+    slower = joint["ms"] / dense["ms"]
+    return f"{pruned} have {gain:.2f} times less error than {dense['kind']} in {slower:.2f} times its milliseconds"
+
+
+def _over(rival: Mapping[str, Any], point: Mapping[str, Any]) -> str:
+    return f"{rival['latent_mse'] / max(point['latent_mse'], 1e-12):.2f}"
+
+
+def _fastest(points: Sequence[Mapping[str, Any]], bar: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Of the points that are at least as fit as one, the one that takes the least time; None where that is no
+    less than what it takes itself."""
+    good = [point for point in points if (rank := ranked(point)) is not None and rank >= (ranked(bar) or 0.0)]
+    found = min(good, key=lambda point: point["ms"])
+    return found if found["ms"] < SLOWER * bar["ms"] else None
 
 
 def rows_of(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -341,11 +438,22 @@ def rows_of(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             f"{point['budget']:g}", point["kind"], f"{point['cost']:.2f}", str(point["n_calls"]),
-            "failed" if point["heldout_mean"] is None else f"{point['heldout_mean']:.4f}",
-            "failed" if point["latent_mse"] is None else f"{point['latent_mse']:.5f}", f"{point['ms']:.0f}",
+            _with(point, "latent_mse", 5, point.get("latent_interval")),
+            _with(point, "image_mse", 5, point.get("image_mse_error")),
+            _with(point, "ssim", 3, point.get("ssim_error")), f"{point['ms']:.0f}",
         )
         for point in data["points"]
     ]  # fmt: skip
 
 
-COLUMNS = ("budget", "", "dense calls", "calls", "held-out fitness", "latent MSE", "ms")
+def _with(point: Mapping[str, Any], name: str, digits: int, spread: Any) -> str:
+    """A number, with its standard error or its interval, whose ends have a digit less."""
+    if (value := point.get(name)) is None:
+        return "failed" if point["heldout_mean"] is None else "-"
+    if isinstance(spread, list):
+        low, high = (f"{each:.{digits - 1}f}" for each in spread)
+        return f"{value:.{digits}f} ({low} to {high})"
+    return f"{value:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
+
+
+COLUMNS = ("budget", "", "cost", "calls", "latent MSE (95 %)", "image MSE", "SSIM", "ms")

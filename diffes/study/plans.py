@@ -1,8 +1,8 @@
-"""Plans on a calibrated model: their space in dense calls, the table they start from, the search, held-out scores."""
+"""Plans on a calibrated model: their space in dense calls, the search, and the final fit of what it found."""
 
 from __future__ import annotations
 
-import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,27 +13,31 @@ import numpy as np
 from diffes.adapters import Split
 from diffes.errors import DiffesError, at_least
 from diffes.measure.currencies import CURRENCIES, Table, costs_of
-from diffes.measure.error_table import MeasuredTable, measure_table
 from diffes.measure.plan_evaluator import PlanEvaluator
+from diffes.measure.polish import polished
+from diffes.measure.reference import SOLVER
 from diffes.progress import Progress, RichProgress
-from diffes.runtime.solver import SPACINGS, solver_named, spaced
-from diffes.search import carried, foretold
-from diffes.search.frontier import in_turn, variants
 from diffes.search.ledger import OnEvaluation, SearchResult
 from diffes.search.loop import run_search
-from diffes.search.plan import PlanSpace, trailing
-from diffes.search.schedule import Plan, Schedule, Stages
+from diffes.search.plan import PlanSpace, power_spaced, trailing
+from diffes.search.schedule import Plan, Stages
 from diffes.search.space import SearchSpace, first_computes
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES
+from diffes.solvers import SOLVERS
+from diffes.solvers.offtheshelf import SPACINGS, spaced
 from diffes.study.heldout import HELDOUT_SEED
 from diffes.study.settings import check_visited, operators_of
 from diffes.study.workbench import Workbench, shown
 
 Genes = Literal["levels", "steps", "joint"]
 REFERENCE_STEPS = 200
-POWERS = (1.0, 0.5)  # errors of a plan add up as squares or as roots: which is nearer to the truth differs
-VARIANTS = 4  # plans of the table from each, and with latents carried along
+FIT_PROBES = 48  # further probes of the search's split, on which the best plans are fitted and compared again
+FIT_SEED = 2_000_000_011  # of these, with the run's own seed added
+FINALISTS = 4  # plans of each search that are
+EVEN_FINALISTS = 2  # and evenly spaced ones
+POWERS, SHIFTS = (1.0, 1.25, 1.5, 2.0), (0.0, 0.25, 0.5, 0.75)  # of spacings that searches begin with
+OFF_THE_SHELF = (SOLVER, "dpmsolver++3m", "unipc:order=2", "unipc:order=3")
 
 
 def call_costs(bench: Workbench, progress: Progress, timed_at: int | None = None) -> Table:
@@ -46,34 +50,55 @@ def call_costs(bench: Workbench, progress: Progress, timed_at: int | None = None
 
 
 @dataclass(frozen=True)
+class Finalist:
+    """A plan that was fitted and measured on the probes of the final fit.
+
+    Args:
+        plan: with its coefficients, where they were fitted.
+        fitness: mean on those probes.
+    """
+
+    plan: Plan
+    fitness: float
+
+
+@dataclass(frozen=True)
 class Plans:
-    """Which timesteps to call and how thin, on a workbench.
+    """Which timesteps to call, at which levels, and how to step between them, on a workbench.
 
     Args:
         bench: the calibrated model; levels, costs and probes are its own, costs in its currency, which must be
             one of a call: macs or latency.
-        solver: a name of `diffes.runtime.solver.SOLVERS`.
+        solver: of the plans: a name of `diffes.solvers.SOLVERS`, with options after a colon.
         nodes: candidate timesteps, at least 2.
-        reference_steps: of the dense model that all plans are compared with, by the same solver.
+        reference_steps: of the dense model that all plans are compared with, by DPM-Solver++ 2M.
         known_costs: `call_costs` of an earlier process; measured when left out.
         timed_at: images a call that is timed, where time is the cost; as many as a search has probes when left out.
+        fit_probes: of the final fit.
     """
 
     bench: Workbench
-    solver: str = "dpmsolver++"
+    solver: str = "fitted"
     nodes: int = 64
     reference_steps: int = field(default_factory=lambda: REFERENCE_STEPS)
     known_costs: Table | None = None
     timed_at: int | None = None
+    fit_probes: int = field(default_factory=lambda: FIT_PROBES)
 
     def __post_init__(self) -> None:
         at_least("nodes", self.nodes, 2)
-        solver_named(self.solver)
+        at_least("fit_probes", self.fit_probes, 1)
+        SOLVERS.make(self.solver)
         if self.bench.config.cost == "level":
             raise DiffesError(
                 "plans need what a call costs, and a level is no cost of a call: set cost to macs or latency"
             )
         check_visited(self.bench.space, self.bench.config)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the solver's coefficients are fitted."""
+        return SOLVERS.parse(self.solver)[0].fits
 
     @cached_property
     def call_costs(self) -> Table:
@@ -104,13 +129,14 @@ class Plans:
             reusing=self.bench.router.bank.reusing,
         )  # fmt: skip
 
-    def evaluator(self, n_probes: int, seed: int, split: Split = "search") -> PlanEvaluator:
-        """What measures plans, on probes of its own, against the dense model at many steps of the solver."""
+    def evaluator(self, n_probes: int, seed: int, split: Split = "search", fits: bool = True) -> PlanEvaluator:
+        """What measures plans, on probes of its own, against the dense model at many steps; with `fits`, it can also
+        fit solvers."""
         config = self.bench.config
         return PlanEvaluator(
             self.bench.router, self.bench.space.stages, self.solver,
             self.bench.adapter.make_probes(n_probes, seed, split), guidance=config.guidance, metric=self.bench.metric,
-            reference_steps=self.reference_steps,
+            reference_steps=self.reference_steps, fits=fits,
         )  # fmt: skip
 
     @cached_property
@@ -119,77 +145,95 @@ class Plans:
         return self.evaluator(self.bench.config.probes, self.bench.config.seed)
 
     @cached_property
-    def heldout(self) -> PlanEvaluator:
-        """On probes that no search sees."""
-        return self.evaluator(self.bench.config.heldout, HELDOUT_SEED, "heldout")
+    def refitted(self) -> PlanEvaluator:
+        """On the probes of the final fit, which a search does not see."""
+        return self.evaluator(self.fit_probes, FIT_SEED + self.bench.config.seed)
 
-    def table(self, progress: Progress | None = None) -> MeasuredTable:
-        """What every jump at every level adds to the error, on the search's probes: one table for all budgets."""
-        space, pool = self.space(None), self.bench.pool
-        runs = None if pool is None else functools.partial(pool.evaluator(self.searched).runs, space)
-        with (progress or RichProgress()).task("errors of jumps", self.nodes) as advance:
-            return measure_table(self.searched, space, advance, runs)
+    @cached_property
+    def heldout(self) -> PlanEvaluator:
+        """On probes that neither search nor fit sees."""
+        return self.evaluator(self.bench.config.heldout, HELDOUT_SEED, "heldout", fits=False)
+
+    @property
+    def reference_calls(self) -> int:
+        """Denoiser calls, in rows, of the references that search and fit are made on."""
+        return self.searched.reference_calls + self.refitted.reference_calls
+
+    @property
+    def denoiser_calls(self) -> int:
+        """Denoiser calls, in rows, of what is measured beside the searches."""
+        return self.searched.denoiser_calls + self.refitted.denoiser_calls
+
+    def spaced(self, calls: float) -> list[list[int]]:
+        """Timesteps of as many calls as a budget pays, evenly spaced in each of diffusers' ways."""
+        n = max(int(calls + 1e-9), 1)
+        return [spaced(self.bench.adapter.pipe.scheduler, n, name) for name in SPACINGS]
+
+    def of_dense(self, timesteps: Sequence[int], solver: str) -> Plan:
+        """The plan of dense calls at some timesteps, the noisiest first."""
+        space = self.bench.space
+        return Plan(space.stages, tuple((t, 0) for t in timesteps), space.max_level, solver)
+
+    def even(self, calls: float, solvers: Sequence[str]) -> Finalist:
+        """Of evenly spaced dense calls, by some solvers, the best: of all spacings on the probes of the search, and of
+        the best few on those of the final fit."""
+        plans = [self.of_dense(timesteps, solver) for solver in solvers for timesteps in self.spaced(calls)]
+        distinct = list(dict.fromkeys(plans))
+        distinct.sort(key=lambda plan: -self.searched.measured(plan)[0])
+        return self.best(distinct[:EVEN_FINALISTS])
+
+    def best(self, plans: Sequence[Plan]) -> Finalist:
+        """The best of some plans on the probes of the final fit; those whose solver fits are fitted there."""
+        found = [self.finalist(plan) for plan in plans]
+        return max(found, key=lambda finalist: finalist.fitness)
+
+    def finalist(self, plan: Plan) -> Finalist:
+        """A plan, fitted on the probes of the final fit where its solver fits, and measured on them."""
+        fitness, rows = self.refitted.measured(plan)
+        return Finalist(plan if rows is None else replace(plan, coefficients=rows), fitness)
+
+    def polished(self, final: Finalist) -> Finalist:
+        """A finalist whose coefficients were fitted, after Gauss-Newton on the probes of the final fit."""
+        if final.plan.coefficients is None:
+            return final
+        plan = polished(self.refitted, final.plan)
+        return max(final, Finalist(plan, self.refitted.measured(plan)[0]), key=lambda each: each.fitness)
+
+    def finalists(self, found: SearchResult, evaluator: PlanEvaluator) -> list[Plan]:
+        """The best few plans of a search, without coefficients, the best first."""
+        pairs = zip(found.evaluations, found.eligible, strict=True)
+        fittest = sorted((e for e, counts in pairs if counts), key=lambda e: -e.fitness)
+        return [evaluator.plan(e.schedule) for e in fittest[:FINALISTS]]
 
     def starts(
-        self, table: MeasuredTable, calls: float, genes: Genes = "joint", known: Sequence[Sequence[int]] = ()
+        self, calls: float, genes: Genes = "joint", known: Sequence[Sequence[int]] = ()
     ) -> list[tuple[int, ...]]:
-        """Plans for a budget, distinct: the feasible ones of those that are known, those that evolutions on the table's
-        forecasts find, then those of the programmes, in turn of each way to foretell an error: with latents carried
-        along, by adding errors up as squares and as roots.
+        """Plans (N,) that a search begins with, feasible and distinct: known ones, then in turn evenly spaced dense
+        calls and evenly spaced calls at one level, or at levels that fall on the way. Of dense calls alone also those
+        spaced by powers of time; where levels are searched too, the known plans stand for them."""
+        space, n, size = self.space(calls, genes), max(int(calls + 1e-9), 1), self.bench.adapter.n_timesteps
+        powers = itertools.product(POWERS, SHIFTS) if genes == "steps" else ()
+        spacings = [*self.spaced(calls), *(power_spaced(n, size, power, shift) for power, shift in powers)]
+        dense = [self.nearest(self.of_dense(timesteps, self.solver)) for timesteps in spacings]
+        levels = [made for level in space.allowed for made in (space.even(level), space.ramp(level))]
+        pairs = itertools.zip_longest(dense, levels)
+        found = [*map(tuple, known), *(tuple(plan) for pair in pairs for plan in pair if plan is not None)]
+        return [plan for plan in dict.fromkeys(found) if space.is_feasible(plan)]
 
-        Where some levels reuse and others are thin, plans that do without the one or the other are found apart, each in
-        its turn: forecasts are not as good for both, and the search is to see the best of each.
-        """
-        space = self.space(calls, genes)
-        alphabets = [space.allowed, tuple(space.first_levels), (space.allowed[0], *space.reusing)]
-        if not space.reusing or len(space.first_levels) == 1:
-            alphabets = alphabets[:1]
-        ways = [carried.variants(table.run, calls, VARIANTS, allowed=allowed) for allowed in alphabets]
-        ways += [variants(table.table, calls, VARIANTS, power=p, allowed=space.first_levels) for p in POWERS]
-        first = [tuple(levels) for levels in known if space.is_feasible(levels)]
-        solved = [levels for forecast in in_turn(ways) if space.is_feasible(levels := forecast.levels)]
-        distinct, found = dict.fromkeys([*first, *solved]), []
-        for allowed in alphabets:
-            part = replace(space, allowed=allowed, reusing=tuple(k for k in space.reusing if k in allowed))
-            starts = tuple(filter(part.is_feasible, distinct))
-            found.append(foretold.evolved(table.run, replace(part, starts=starts)))
-        return list(dict.fromkeys([*first, *in_turn(found), *solved]))
-
-    def dense(self, calls: float) -> tuple[Schedule, float]:
-        """As many dense calls as a budget pays, evenly spaced: of diffusers' spacings the best on the search's probes.
-
-        Returns:
-            The plan and its fitness.
-        """
-        adapter, n = self.bench.adapter, max(int(calls + 1e-9), 1)
-        spacings = (spaced(adapter.pipe.scheduler, n, name) for name in SPACINGS)
-        space = self.bench.space
-        called = [tuple((timestep, 0) for timestep in timesteps) for timesteps in spacings]
-        plans = [self.genome(Plan(space.stages, calls, space.max_level, self.solver)) for calls in called]
-        fitness = [float(self.searched.scores(plan).mean()) for plan in plans]
-        best = max(range(len(plans)), key=fitness.__getitem__)
-        return plans[best], fitness[best]
-
-    def genome(self, plan: Plan) -> Schedule:
-        """Any plan as a genome, of one node a timestep."""
-        n, skip = self.bench.adapter.n_timesteps, plan.max_level + 1
-        called = dict(plan.calls)
-        return Schedule(Stages.equal(n, n), tuple(called.get(timestep, skip) for timestep in range(n)), skip)
-
-    def nearest(self, genome: Schedule) -> tuple[int, ...]:
-        """The plan (N,) whose calls are at the nodes nearest to those of another, each node called once."""
+    def nearest(self, plan: Plan) -> tuple[int, ...]:
+        """The genome (N,) whose calls are at the nodes nearest to those of a plan, each node called once."""
         space = self.space(None)
         nodes = np.array([hi - 1 for _, hi in space.stages.ranges])
         levels = [space.skip] * self.nodes
-        for timestep, level in self.searched.plan(genome).calls:
+        for timestep, level in plan.calls:
             levels[int(np.abs(nodes - timestep).argmin())] = level
         return tuple(levels)
 
     @cached_property
     def fixed(self) -> PlanEvaluator:
         """What measures schedules as the paper's: a level for each stage, here at as many evenly spaced timesteps as
-        the workbench has steps, by the solver of the plans, on the probes of a search."""
-        return self.searched.at(trailing(self.bench.config.steps, self.bench.adapter.n_timesteps))
+        the workbench has steps, by DPM-Solver++ 2M, on the probes of a search."""
+        return self.searched.by(SOLVER, trailing(self.bench.config.steps, self.bench.adapter.n_timesteps))
 
     def level_space(self, calls: float) -> SearchSpace:
         """Schedules, a level for each stage at the timesteps of `fixed`, that cost at most so many dense calls.
@@ -214,11 +258,11 @@ class Plans:
         calls: float,
         genes: Genes = "joint",
         *,
-        starts: Sequence[Sequence[int]] = (),
+        solver: str | None = None,
+        starts: Sequence[Sequence[int]] | None = None,
         strategy: str | None = None,
         max_evals: int | None = None,
         max_calls: int | None = None,
-        table: MeasuredTable | None = None,
         store: EvaluationStore | None = None,
         progress: Progress | None = None,
         on_evaluation: OnEvaluation | None = None,
@@ -228,11 +272,11 @@ class Plans:
         Args:
             calls: the budget, in dense calls.
             genes: "steps", "joint" or "levels"; of the latter the results are schedules, measured by `fixed`.
-            starts: plans that it begins with: the table's, and for "joint" the best of "steps". Not of "levels".
+            solver: of "steps" and "joint"; the plans' own when left out.
+            starts: plans that it begins with; `self.starts` when left out. Not of "levels".
             strategy: spec of a strategy; the workbench's own, with its operators, when left out.
             max_evals: plans to evaluate; as the workbench's settings say when left out.
             max_calls: denoiser calls to spend, in rows; likewise.
-            table: its forecasts choose which children of measured plans are measured. Not of "levels".
             store: keeps the evaluations; what it has is not paid for again.
             progress: told of every evaluation; bars when left out.
             on_evaluation: called with each evaluation.
@@ -240,14 +284,16 @@ class Plans:
         Raises:
             DiffesError: the budget is below the cheapest call, or the strategy does not work on plans.
         """
-        config = self.bench.config
-        evaluator = self.fixed if genes == "levels" else self.searched
-        space = self.level_space(calls) if genes == "levels" else self.space(calls, genes, starts)
-        if table is not None and isinstance(space, PlanSpace):
-            space = replace(space, forecasts=functools.partial(table.run.errors, caution=foretold.CAUTION[0]))
+        config, kind = self.bench.config, f"{genes}, {solver or self.solver}" if genes != "levels" else genes
+        evaluator = self.fixed if genes == "levels" else self.searched.by(solver or self.solver)
+        space: SearchSpace = (
+            self.level_space(calls)
+            if genes == "levels"
+            else self.space(calls, genes, self.starts(calls, genes) if starts is None else starts)
+        )
         spec, evals = strategy or config.strategy, max_evals or config.max_evals
         made = STRATEGIES.make(spec, space, seed=config.seed, **({} if strategy else operators_of(config)))
-        with (progress or RichProgress()).task(f"searching {genes}, {calls:g} calls", evals) as advance:
+        with (progress or RichProgress()).task(f"searching {kind}, {calls:g} calls", evals) as advance:
             return run_search(
                 made, self.bench.measuring(evaluator), max_evals=evals,
                 max_denoiser_calls=max_calls or config.max_calls, max_seconds=config.time_limit, store=store,
@@ -260,8 +306,7 @@ class Plans:
         """Cost of a dense call, in the unit of `costs`: the mean where it differs by node."""
         return float(np.mean([row[0] for row in self.costs]))
 
-    def cost(self, genome: Schedule) -> float:
+    def cost(self, plan: Plan) -> float:
         """Cost of a plan in dense calls, exactly."""
         stages, costs = self.bench.space.stages, self.call_costs
-        calls = self.searched.plan(genome).calls
-        return sum(costs[stages.stage_of(timestep)][level] for timestep, level in calls) / self._unit
+        return sum(costs[stages.stage_of(timestep)][level] for timestep, level in plan.calls) / self._unit

@@ -279,7 +279,10 @@ def sample_images(
     adapter = adapter_for(load(run, device=device, calls=calls, resident=resident))
     wanted = list(conditions) if conditions is not None else list(adapter.choices("heldout")[:8])
     n_steps = own_steps if steps is None else steps
-    adapter.timesteps(n_steps)  # refuses numbers of steps that the scheduler cannot take
+    if isinstance(routed, Plan) and n_steps != own_steps:
+        raise DiffesError(f"the plan of {run} makes {own_steps} denoiser calls, got steps {n_steps}: leave it out")
+    if not isinstance(routed, Plan):
+        adapter.timesteps(n_steps)  # refuses numbers of steps that the scheduler cannot take
     adapter.pipe.set_progress_bar_config(disable=True)
     images = adapter.generate(
         wanted,

@@ -37,7 +37,6 @@ from diffes.pruning.bank import WeightBank
 from diffes.pruning.build import gathered
 from diffes.runtime.apply import pick_device
 from diffes.runtime.router import Router
-from diffes.runtime.solver import scheduler_for
 from diffes.search.ledger import OnEvaluation, SearchResult
 from diffes.search.loop import run_search
 from diffes.search.plan import PlanSpace
@@ -45,6 +44,7 @@ from diffes.search.schedule import Plan, Schedule, Stages
 from diffes.search.space import SearchSpace, first_computes
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation, Evaluator, StageProfile
+from diffes.solvers.scheduler import PlanScheduler
 from diffes.study.calibration import Keep, bank_of, calibration_of, uses_data
 from diffes.study.config import RunConfig, WorkerOptions
 from diffes.study.heldout import HELDOUT_SEED, HeldOut
@@ -244,12 +244,15 @@ class Workbench:
                 return images(candidate)
             steps: int | Any = self.config.steps
             if isinstance(candidate, Plan):
+                rows = candidate.solver if candidate.coefficients is None else candidate.coefficients
                 own = self.adapter.pipe.scheduler
-                steps = scheduler_for(own, candidate.solver, candidate.timesteps, self.adapter.device)
+                steps = PlanScheduler.of(own, candidate.timesteps, rows, self.adapter.device)
             with self.router.routed(candidate):
                 return images(steps)
 
-        return interleaved_ms([partial(run, candidate) for candidate in candidates], repeats, self.adapter.device)
+        distinct = list(dict.fromkeys(candidates))  # the same plan takes the same time
+        times = interleaved_ms([partial(run, candidate) for candidate in distinct], repeats, self.adapter.device)
+        return [times[distinct.index(candidate)] for candidate in candidates]
 
 
 FACTS: dict[str, Callable[[Workbench], Any]] = {"profile": Workbench.profile}  # by what a strategy may need

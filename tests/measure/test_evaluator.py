@@ -124,7 +124,7 @@ def test_what_an_earlier_process_measured_is_counted_as_if_it_had_gone_on(
     """After any number of evaluations, a fresh evaluator that is told of them counts the rest as the old one does, and
     it counts what it pays; in which order those of a batch are measured changes nothing."""
     tiny.pipe.scheduler = scheduler.from_config(tiny.pipe.scheduler.config)
-    cache_bytes = states * make(tiny, stages)._state_bytes(slice(0, 3))
+    cache_bytes = states * make(tiny, stages)._state_bytes(5)
     schedules = some_schedules(stages, 14)
     whole = make(tiny, stages, cache_bytes=cache_bytes)
     before = [only(whole, schedule) for schedule in schedules]
@@ -148,11 +148,11 @@ def test_the_states_kept_take_no_more_memory_than_they_may(
 ) -> None:
     """Counted over everything that a state holds, the sampler's tables and memory included."""
     tiny.pipe.scheduler = scheduler.from_config(tiny.pipe.scheduler.config)
-    one = size_of(after_a_run(tiny))
+    one = size_of(_copied(after_a_run(tiny)))
     evaluator = make(tiny, stages, cache_bytes=states * one)
     for schedule in some_schedules(stages, 24):
         only(evaluator, schedule)
-        held = [state for _, state in evaluator._cache._states.values() if state is not None]
+        held = [each for _, each in evaluator._cache._states.values() if each is not None]
         assert held and sum(map(size_of, held)) <= (states + 1) * one
     assert len(held) >= max(states - 1, 1)
 
@@ -160,18 +160,20 @@ def test_the_states_kept_take_no_more_memory_than_they_may(
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
 def test_a_state_is_taken_for_as_large_as_it_is(tiny: ModelAdapter, stages: Stages, scheduler: Any) -> None:
     tiny.pipe.scheduler = scheduler.from_config(tiny.pipe.scheduler.config)
-    real, taken = size_of(after_a_run(tiny)), make(tiny, stages)._state_bytes(slice(0, 3))
+    real, taken = size_of(after_a_run(tiny)), make(tiny, stages)._state_bytes(5)
     assert real <= taken < 1.1 * real
 
 
-def after_a_run(adapter: ModelAdapter) -> SamplingState:
-    """The last state of a batch of three, when samplers with a memory have filled it."""
-    probes = adapter.make_probes(3, 3)
-    state = adapter.start(probes, 8, 2.0)
-    with torch.no_grad():
-        for _ in range(8):
-            state = adapter.step(state, probes, 2.0)
-    return state
+def after_a_run(adapter: ModelAdapter) -> tuple[SamplingState, ...]:
+    """The last states of five probes, three a batch, when samplers with a memory have filled it."""
+    probes, ended = adapter.make_probes(5, 3), []
+    for part in (probes[:3], probes[3:]):
+        state = adapter.start(part, 8, 2.0)
+        with torch.no_grad():
+            for _ in range(8):
+                state = adapter.step(state, part, 2.0)
+        ended.append(state)
+    return tuple(ended)
 
 
 def test_sizes_count_everything_once() -> None:
@@ -194,8 +196,10 @@ def test_cached_states_share_the_tables_of_the_noise_process_and_nothing_that_st
     """Of 5,000 evaluations those tables were most of what a worker held."""
     probes = untrained.make_probes(2, 0)
     state = untrained.step(untrained.start(probes, 6, 1.0), probes, 1.0)
-    kept = _copied(state)
-    assert kept is not None and kept.scheduler is not state.scheduler
+    copied = _copied((state,))
+    assert copied is not None
+    (kept,) = copied
+    assert kept.scheduler is not state.scheduler
     assert kept.scheduler.alphas_cumprod is state.scheduler.alphas_cumprod
     assert kept.scheduler.alphas_cumprod.nbytes > 1000
     ended = [state, kept]

@@ -19,13 +19,13 @@ import diffes
 from diffes.adapters import ModelAdapter, Probes, ReuseSet, load_pipeline, shipped_models
 from diffes.adapters.macs import macs_per_call
 from diffes.errors import DiffesError
-from diffes.measure.currencies import macs_by_level, ms_by_level
+from diffes.measure.currencies import clock_of, macs_by_level, ms_by_level
 from diffes.pruning import make_method
 from diffes.pruning.bank import WeightBank
 from diffes.pruning.build import build_bank
 from diffes.runtime.router import Router
-from diffes.runtime.solver import scheduler_for
 from diffes.search.schedule import Plan, Schedule, Stages
+from diffes.solvers.scheduler import PlanScheduler
 from diffes.study.export import export
 from diffes.study.front import complete_front, verdicts
 from diffes.study.workbench import prepare
@@ -48,7 +48,7 @@ def plan(bank: WeightBank, *levels: int, timesteps: tuple[int, ...] = TIMESTEPS)
 
 
 def run(adapter: ModelAdapter, probes: Probes, timesteps: tuple[int, ...] = TIMESTEPS) -> Tensor:
-    scheduler = scheduler_for(adapter.pipe.scheduler, "dpmsolver++", timesteps, adapter.device)
+    scheduler = PlanScheduler.of(adapter.pipe.scheduler, timesteps, "dpmsolver++", adapter.device)
     return adapter.sample(probes, scheduler, GUIDANCE)
 
 
@@ -57,10 +57,9 @@ def by_hand(adapter: ModelAdapter, bank: WeightBank, called: Plan, probes: Probe
     """Every layer is computed in every call, and outputs that a level reuses are replaced by those kept before."""
     router = Router(adapter, bank)
     kept: dict[str, Any] = {}
-    scheduler = scheduler_for(adapter.pipe.scheduler, "dpmsolver++", called.timesteps, adapter.device)
+    scheduler = PlanScheduler.of(adapter.pipe.scheduler, called.timesteps, "dpmsolver++", adapter.device)
     state = adapter.start(probes, scheduler, GUIDANCE)
-    for timestep, _ in called.calls:
-        key = called.key(timestep)
+    for i, key in enumerate(called.keys()):
         entry = bank[key] if key[1] else {}
         with ExitStack() as stack:
             for prunable in adapter.prunable("reuse"):
@@ -72,7 +71,8 @@ def by_hand(adapter: ModelAdapter, bank: WeightBank, called: Plan, probes: Probe
                     stack.callback(adapter.denoiser.get_submodule(path).register_forward_hook(hook).remove)
             thin = entry if not any(p.name in entry for p in adapter.prunable("reuse")) else {}
             if thin:
-                only = Plan(called.stages, ((timestep, key[1]),), called.max_level, called.solver)
+                levels = [key[1] if each == i else 0 for each in range(len(called.calls))]
+                only = plan(bank, *levels, timesteps=called.timesteps)
                 stack.enter_context(router.routed(only))
             state = adapter.step(state, probes, GUIDANCE)
     return adapter.finish(state, GUIDANCE)
@@ -160,9 +160,11 @@ def test_costs_add_up_to_what_a_routed_run_counts(adapter: ModelAdapter, bank: W
     every = list(sequences(bank))
     for levels in every if "tiny" in adapter.pipe.config._name_or_path else every[-1:]:
         called = plan(bank, *levels)
-        with router.routed(called):
-            counted = sum(macs_per_call(adapter, timestep) for timestep in called.timesteps)
-        expected = sum(table[called.key(t)[0]][level] for t, level in called.calls)
+        clock, counted = clock_of(adapter, called), 0
+        with router.routed(called), adapter.counted_by(clock):
+            for clock.index, timestep in enumerate(called.timesteps):
+                counted += macs_per_call(adapter, timestep)
+        expected = sum(table[stages.stage_of(t)][level] for t, level in called.calls)
         assert counted == pytest.approx(expected, rel=1e-9)
 
 
@@ -183,7 +185,8 @@ def test_no_more_is_kept_than_is_reused(tiny_sdxl: ModelAdapter, stages: Stages)
     sources = layers.sources
     called = plan(bank, 0, 0, 2, 0, 0, 0)
     for keep, expected in ((False, {sources[2]}), (True, set(sources[1:]))):
-        with torch.no_grad(), router.routed(called, keep=keep):
+        clock = clock_of(tiny_sdxl, called)
+        with torch.no_grad(), router.routed(called, keep=keep), tiny_sdxl.counted_by(clock):
             tiny_sdxl.denoise_once(probes.noise, torch.tensor([TIMESTEPS[0]]), probes.conditions)
             assert router.memory is not None and set(router.memory.outputs) == expected
 
@@ -224,7 +227,7 @@ def test_no_run_takes_from_another(untrained: ModelAdapter, stages: Stages, meth
         assert torch.equal(run(untrained, one[:1]), expected[2])
         assert torch.equal(run(untrained, other), expected[1])
         turns = [
-            untrained.start(probes, scheduler_for(untrained.pipe.scheduler, "dpmsolver++", TIMESTEPS), GUIDANCE)
+            untrained.start(probes, PlanScheduler.of(untrained.pipe.scheduler, TIMESTEPS, "dpmsolver++"), GUIDANCE)
             for probes in (one, other)
         ]
         with torch.no_grad():

@@ -111,6 +111,45 @@ def test_a_journal_of_before_there_were_digests_is_read_and_gone_on_with(path: P
     assert reopen(path).evaluations() == kept
 
 
+ROWS = ((0.96, 0.1 + 0.2), (-1e-17, 1.5, 2.0))
+
+
+def test_coefficients_are_kept_exactly(path: Path) -> None:
+    kept = [replace(evaluation(1, 2, 3), coefficients=ROWS), evaluation(4, 0, 8)]
+    store = reopen(path)
+    for each in kept:
+        store.add(each)
+    for opened in (store, reopen(path)):
+        assert opened.evaluations() == kept
+        assert [each.coefficients for each in opened.evaluations()] == [ROWS, None]
+    first, second = reopen(path)._study.trials
+    assert first.user_attrs["coefficients"] == [list(row) for row in ROWS]
+    assert "coefficients" not in second.user_attrs
+
+
+@pytest.mark.parametrize(
+    ("written", "changed"),
+    [
+        ("0.96", "0.97"), ("1.5,2.0", "1.5"), ("-1e-17", "0.0"), ('"coefficients"', '"something"'),
+        ("[0.96", "[NaN"), ("[0.96", '["a"'), ("[[0.96", "[[],[0.96"),
+    ],
+)  # fmt: skip
+def test_coefficients_that_were_changed_are_found(path: Path, written: str, changed: str) -> None:
+    reopen(path).add(replace(evaluation(1, 2, 3), coefficients=ROWS))
+    content = path.read_text().replace(" ", "")
+    at = content.rindex(written)
+    path.write_text(content[:at] + changed + content[at + len(written) :])
+    with pytest.raises(DiffesError, match=r"altered|damaged"):
+        reopen(path)
+
+
+def test_a_trial_without_coefficients_keeps_the_digest_that_it_had() -> None:
+    """As a version wrote it that knew of none; what has some has another."""
+    plain = evaluation(1, 2, 3)
+    assert digest(plain) == "bc61c7fc1e7b8040eb05f8d17d8250241d3e13f8d985db6d62861f81f55d76de"
+    assert len({digest(replace(plain, coefficients=rows)) for rows in (None, ROWS, ROWS[:1], ROWS[::-1])}) == 4
+
+
 @pytest.mark.parametrize("fitness", [math.nan, math.inf])
 def test_what_is_no_score_is_not_stored(path: Path, fitness: float) -> None:
     with pytest.raises(DiffesError, match="must not be NaN or inf"):

@@ -5,20 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from deap import algorithms, base, tools
-from numpy.typing import NDArray
 
 from diffes.errors import DiffesError
 from diffes.search.genome import Genome, Origin
 from diffes.search.initial import hybrid
 from diffes.search.operators import MUTATIONS, mutation
-from diffes.search.plan import PlanSpace
 from diffes.search.schedule import Stages
 from diffes.search.space import SearchSpace
 from diffes.search.variation import MUTATION_TRIES, make_toolbox, vary
@@ -318,25 +315,3 @@ def test_it_stops_where_nothing_is_left() -> None:
     made = children(parents, 100, space=SMALL, seen=ALL_OF_SMALL - left)
     assert {tuple(child) for child in made} == left and len(made) == 2
     assert children(parents, 100, space=SMALL, seen=ALL_OF_SMALL) == []
-
-
-def test_where_plans_are_foretold_children_are_the_most_promising_of_eight() -> None:
-    """Forecasts here want the cleanest node called and few calls; what was seen is not foretold again."""
-    plain = PlanSpace.dense_calls([[1.0, 0.5]] * 12, 4.0)
-    asked: list[int] = []
-
-    def forecasts(genomes: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-        asked.append(len(genomes))
-        assert not {*map(tuple, genomes)} & seen
-        return np.array([sum(value != plain.skip for value in genome) + 5 * genome[0] for genome in genomes], float)
-
-    parent = Genome(plain.uniform())
-    seen = {tuple(parent)}
-    means = []
-    for space in (plain, replace(plain, forecasts=forecasts)):
-        rng = np.random.default_rng(0)
-        children = vary([parent], make_toolbox(space, rng), 10, space=space, rng=rng, seen=seen)
-        assert len({*map(tuple, children)}) == 10 and all(map(space.is_feasible, children))
-        means.append(forecasts(children).mean())
-    assert means[1] < means[0] - 1
-    assert len(asked) == 12 and max(asked[1:11]) == 8

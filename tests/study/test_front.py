@@ -21,9 +21,9 @@ from diffes.cli import main
 from diffes.errors import DiffesError
 from diffes.pruning.bank import WeightBank
 from diffes.runtime.artifact import BANK, BASE, FRONT, chosen, read_front, write_front
-from diffes.runtime.solver import SPACINGS, spaced
 from diffes.search.plan import trailing
 from diffes.search.schedule import Plan
+from diffes.solvers.offtheshelf import SPACINGS
 from diffes.study import folder
 from diffes.study.export import CARD, FILES, export
 from diffes.study.front import COLUMNS, KINDS, complete_front, rows_of, searched, verdicts
@@ -32,11 +32,12 @@ from diffes.study.run import sample_images
 from diffes.study.workbench import prepare
 
 BUDGETS = [2.0, 3.0]
+FIT_PROBES = 3
 
 
 def make(model: Path, out: Path, budgets: list[float] = BUDGETS, **changes: Any) -> dict[str, Any]:
     settings = {"method": "obs", "cost": "macs", "probes": 2, "heldout": 2, "max_evals": 12, **changes}
-    return complete_front(small_config(model, **settings), budgets, out, Counting(), nodes=10)
+    return complete_front(small_config(model, **settings), budgets, out, Counting(), nodes=10, fit_probes=FIT_PROBES)
 
 
 @pytest.fixture(scope="module")
@@ -57,74 +58,117 @@ def test_a_front_holds_every_kind_at_every_budget(front: Path) -> None:
         alphas = DDIMScheduler().alphas_cumprod[point["timesteps"]]
         assert point["sigmas"] == pytest.approx(((1 - alphas) / alphas).sqrt().tolist(), rel=1e-5)
         assert point["ms"] > 0 and point["latent_mse"] == pytest.approx(-point["heldout_mean"], rel=1e-4)
+        assert point["latent_interval"][0] <= point["latent_mse"] <= point["latent_interval"][1]
+        assert point["latent_median"] > 0 and point["image_mse"] > 0 and 0 < point["variance"] < 2
+        assert 0 < point["ssim"] < 1 and point["ssim_error"] > 0
+        assert len(point["coefficients"][0]) == 2 and len(point["coefficients"]) == point["n_calls"]
         assert point["kind"] in ("joint", "levels") or set(point["levels"]) == {0}
-    assert data["currency"] == "macs" and data["solver"] == "dpmsolver++"
-    assert data["reference"] == {"solver": "dpmsolver++", "steps": REFERENCE_STEPS}
-    assert len(rows_of(data)) == 8 and all(len(row) == len(COLUMNS) for row in rows_of(data))
-    for name in (folder.TABLE, folder.COSTS):
-        assert (front / name).stat().st_size > 0
+        assert point["solver"] == "fitted" or point["kind"] in ("dense", "off-the-shelf", "dense-planned", "levels")
+    assert data["currency"] == "macs" and data["solver"] == "fitted" and data["prediction_type"] == "epsilon"
+    reference = data["reference"]
+    assert (reference["solver"], reference["steps"]) == ("dpmsolver++", REFERENCE_STEPS)
+    assert (reference["spacing"], reference["final_sigma"]) == ("trailing", 0.0)
+    assert data["reference_calls"] == REFERENCE_STEPS * 2 * (2 + FIT_PROBES)
+    assert len(rows_of(data)) == 12 and all(len(row) == len(COLUMNS) for row in rows_of(data))
+    assert (front / folder.COSTS).stat().st_size > 0
     for name in (folder.FRONT, "plans.png", "images.png", "convergence.png"):
         with Image.open(front / name) as image:
             assert min(image.size) > 150 and len(set(image.convert("L").tobytes())) > 10
 
 
-def test_no_kind_is_worse_on_the_searchs_probes_than_what_it_begins_with(front: Path, tiny_folder: Path) -> None:
-    """Planned dense calls against the best of four spacings, plans against both, the paper's levels among them."""
+def test_no_kind_is_worse_on_the_probes_of_the_fit_than_what_it_could_do_without(tiny_folder: Path) -> None:
     config = small_config(tiny_folder, method="obs", cost="macs", probes=2, heldout=2, max_evals=8)
-    plans = Plans(prepare(config, Counting()), nodes=10)
-    points = searched(plans, plans.table(Counting()), 3.0, progress=Counting())
-    scores = {p.kind: float(plans.searched.scores(p.genome).mean()) for p in points}
-    assert scores["joint"] >= max(scores.values()) and scores["dense-planned"] >= scores["dense"]
-    even = [plans.genome(plan_of(plans, spaced(plans.bench.adapter.pipe.scheduler, 3, name))) for name in SPACINGS]
-    assert scores["dense"] == max(float(plans.searched.scores(genome).mean()) for genome in even)
-    planned, joint = (next(p for p in points if p.kind == kind) for kind in ("dense-planned", "joint"))
-    dearest = plans.nodes * config.probes * 2  # rows of the dearest evaluation there is
-    assert planned.calls_spent / 2 < joint.calls_spent < planned.calls_spent + dearest
-    levels = next(p for p in points if p.kind == "levels")
-    plan = plans.searched.plan(levels.genome)
-    assert list(plan.timesteps) == trailing(config.steps, 1000) and plans.cost(levels.genome) <= 3.0 + 1e-6
+    plans = Plans(prepare(config, Counting()), nodes=10, fit_probes=FIT_PROBES)
+    points = {point.kind: point for point in searched(plans, 3.0, progress=Counting())}
+    assert list(points) == list(KINDS)
+    for kind, point in points.items():
+        measured = float(plans.refitted.scores(point.plan).mean())
+        assert measured == pytest.approx(point.final.fitness, rel=1e-6), kind
+    fitness = {kind: point.final.fitness for kind, point in points.items()}
+    assert fitness["joint"] >= fitness["dense-fitted"] >= fitness["dense-planned"] >= fitness["dense"]
+    assert fitness["joint"] == max(fitness.values())
+    even = [plans.of_dense(timesteps, "dpmsolver++") for timesteps in plans.spaced(3.0)]
+    assert len(even) == len(SPACINGS) and points["dense"].plan in even
+    planned, joint = points["dense-fitted"].found, points["joint"].found
+    assert planned is not None and joint is not None
+    most = plans.nodes * config.probes * 2  # rows of the most expensive evaluation there is
+    assert planned.denoiser_calls / 2 < joint.denoiser_calls < planned.denoiser_calls + most
+    plan = points["levels"].plan
+    assert list(plan.timesteps) == trailing(config.steps, 1000) and plans.cost(plan) <= 3.0 + 1e-6
     by_stage: dict[int, set[int]] = {}
     for timestep, level in plan.calls:
         by_stage.setdefault(plan.stages.stage_of(timestep), set()).add(level)
     assert all(len(found) == 1 for found in by_stage.values())
-    assert [p.kind for p in searched(plans, plans.table(Counting()), 3.0, "steps", Counting())] == list(KINDS[:2])
 
 
-def plan_of(plans: Plans, timesteps: list[int]) -> Plan:
-    space = plans.bench.space
-    return Plan(space.stages, tuple((t, 0) for t in timesteps), space.max_level, plans.solver)
+def test_kinds_follow_what_is_searched_and_the_solver(tiny_folder: Path) -> None:
+    config = small_config(tiny_folder, cost="macs", probes=2, heldout=2, max_evals=3)
+    bench = prepare(config, Counting())
+    for genes, solver, kinds in (
+        ("steps", "fitted", KINDS[:4]),
+        ("steps", "dpmsolver++", KINDS[:3]),
+        ("joint", "ddim", (*KINDS[:3], *KINDS[4:])),
+    ):
+        plans = Plans(bench, solver, nodes=8, fit_probes=2)
+        points = searched(plans, 2.0, genes, Counting())  # type: ignore[arg-type]
+        assert tuple(point.kind for point in points) == kinds
+        assert points[-1].plan.solver in (solver, "dpmsolver++")
 
 
-def test_verdicts_say_when_thin_calls_add_nothing() -> None:
-    def point(kind: str, mse: float, levels: list[int], ms: float = 1.0) -> dict[str, Any]:
-        return {"kind": kind, "budget": 4.0, "latent_mse": mse, "levels": levels, "ms": ms}
+def test_verdicts_say_what_each_part_adds() -> None:
+    def point(kind: str, mse: float, levels: list[int], ms: float = 1.0, fit: float | None = None) -> dict[str, Any]:
+        fit_mean = -mse if fit is None else fit
+        return {
+            "kind": kind, "budget": 4.0, "latent_mse": mse, "heldout_mean": -mse, "fit_mean": fit_mean,
+            "levels": levels, "ms": ms,
+        }  # fmt: skip
 
-    dense = [point("dense", 0.4, [0, 0]), point("dense-planned", 0.2, [0, 0])]
+    dense = [point("dense", 0.4, [0, 0]), point("dense-planned", 0.2, [0, 0]), point("dense-fitted", 0.1, [0, 0])]
     for joint, said in (
-        (point("joint", 0.1, [3, 0], 2.0), "2.00 times less error than as many well-chosen.*4.00 times.*takes 2.00"),
-        (point("joint", 0.4, [3, 0]), r"thin calls add nothing \(2.00 times the error"),
-        (point("joint", 0.2, [0, 0]), "thin calls add nothing, the best plan found is dense"),
+        (
+            point("joint", 0.05, [3, 0], 2.0),
+            "pruned calls have 2.00 times less error than dense-fitted in 2.00 times its milli",
+        ),
+        (point("joint", 0.2, [3, 0]), r"pruned calls add nothing on held-out probes \(2.00 times the error"),
+        (point("joint", 0.1, [0, 0]), "pruned calls add nothing, the best plan found is dense"),
     ):
         (line,) = verdicts({"kind": "width", "points": [*dense, joint]})
-        assert line.startswith("4 dense calls: ") and re.search(said, line)
+        assert line.startswith("4 dense calls: fitted coefficients have 2.00 times less error than 2M at timesteps")
+        assert re.search(said, line) and "4.00 times less than 2M at evenly" in line
         (line,) = verdicts({"kind": "width+reuse", "points": [*dense, joint]})
-        assert re.search(said.replace("thin calls", "thin or reusing calls"), line)
-    assert "2.00 times less error than evenly spaced" in verdicts({"kind": "width", "points": dense})[0]
+        assert re.search(said.replace("pruned calls", "pruned or reusing calls"), line)
+    assert "2.00 times less error than evenly spaced" in verdicts({"kind": "width", "points": dense[:2]})[0]
+
+
+def test_a_verdict_names_the_fastest_plan_at_an_error_by_what_the_search_ranks() -> None:
+    def point(kind: str, budget: float, ms: float, fit: float, held: float) -> dict[str, Any]:
+        return {
+            "kind": kind, "budget": budget, "ms": ms, "fit_mean": -fit, "latent_mse": held, "heldout_mean": -held,
+            "levels": [0],
+        }  # fmt: skip
+
+    points = [
+        point("dense", 6, 6.0, 0.4, 0.4), point("dense-planned", 6, 6.0, 0.2, 0.2),
+        point("dense-fitted", 4, 4.0, 0.1, 0.3), point("dense-fitted", 3, 3.0, 0.3, 0.1),
+        point("dense-fitted", 6, 6.0, 0.05, 0.05),
+    ]  # fmt: skip
+    (line,) = verdicts({"kind": "width", "points": points})
+    assert "fastest at the error of dense-planned: dense-fitted of 4, 4 of 6 ms" in line
 
 
 def test_a_killed_front_goes_on_and_ends_the_same(front: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    """Cut off where only the first budget was searched: the table and its evaluations are not paid for again."""
+    """Cut off in the middle of the second budget: what was measured is not paid for again."""
     out = tmp_path / "front"
     with pytest.raises(RuntimeError, match="killed"):
         complete_front(
             small_config(tiny_folder, method="obs", cost="macs", probes=2, heldout=2, max_evals=12),
-            BUDGETS, out, Killing("searching joint, 3 calls"), nodes=10,
+            BUDGETS, out, Killing("searching joint, fitted, 3 calls"), nodes=10, fit_probes=FIT_PROBES,
         )  # fmt: skip
     assert not (out / "front.json").exists()
-    before = (out / folder.TABLE).read_bytes()
+    before = (out / folder.JOURNALS / "dense-fitted-3.journal").read_bytes()
     again = make(tiny_folder, out)
     whole = read_front(front)
-    assert (out / folder.TABLE).read_bytes() == before
+    assert (out / folder.JOURNALS / "dense-fitted-3.journal").read_bytes().startswith(before)
     for one, other in zip(again["points"], whole["points"], strict=True):
         assert {k: v for k, v in one.items() if k != "ms"} == {k: v for k, v in other.items() if k != "ms"}
     with pytest.raises(DiffesError, match="finished run; raise --max-evals"):
@@ -153,10 +197,10 @@ def test_apply_runs_the_best_plan_within_and_remove_restores(front: Path, tiny_f
     assert pipe.scheduler is not own
     once = images(pipe, steps=len(plan.calls))
     assert not np.array_equal(once, dense)
-    with pytest.raises(DiffesError, match=f"num_inference_steps={len(plan.calls)}"):
-        images(pipe, steps=len(plan.calls) + 1)
+    with pytest.warns(UserWarning, match=f"makes {len(plan.calls)} denoiser calls: num_inference_steps=50 is replaced"):
+        assert np.array_equal(images(pipe, steps=50), once)
     planned, pipe.scheduler = pipe.scheduler, own
-    with pytest.raises(DiffesError, match="which the plan that is applied does not visit"):
+    with pytest.raises(DiffesError, match="which is not the next call of the plan that is applied"):
         images(pipe, steps=4)
     pipe.scheduler = planned
     diffes.apply(pipe, front)  # over it: the best of all
@@ -178,7 +222,7 @@ def test_the_plan_of_a_pipeline_is_the_librarys_own_run(front: Path, tiny_folder
 
 def test_the_most_expensive_plan_is_the_best_where_nothing_is_said(front: Path) -> None:
     points = read_front(front)["points"]
-    best = max(points, key=lambda point: point["heldout_mean"])
+    best = max(points, key=lambda point: point["fit_mean"])
     plan, _ = chosen(front, None)
     assert isinstance(plan, Plan) and list(plan.timesteps) == best["timesteps"] and list(plan.levels) == best["levels"]
 
@@ -213,18 +257,18 @@ def preferring(kind: str, front: Path, copy: Path) -> Path:
     """A copy of a front in which plans of one kind are the best, so that they are the ones that are taken."""
     shutil.copytree(front, copy)
     data = read_front(front)
-    better = [p | {"heldout_mean": p["heldout_mean"] + 1e6 * (p["kind"] == kind)} for p in data["points"]]
+    better = [p | {"fit_mean": p["fit_mean"] + 1e6 * (p["kind"] == kind)} for p in data["points"]]
     write_front(copy, data | {"points": better})
     return copy
 
 
-@pytest.mark.parametrize("kind", ["joint", "dense-planned"])
+@pytest.mark.parametrize("kind", ["levels", "dense-fitted"])
 def test_an_exported_plan_gives_the_bits_of_the_front(
     kind: str, front: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     source, out = preferring(kind, front, tmp_path / "front"), tmp_path / "out"
     plan, _ = chosen(source, 3)
-    assert isinstance(plan, Plan) and any(plan.levels) == (kind == "joint")
+    assert isinstance(plan, Plan) and any(plan.levels) == (kind == "levels")
     n_steps = len(plan.calls)
     expected = images(diffes.apply(load_pipeline(str(tiny_folder)), source, calls=3), steps=n_steps)
     main(["export", str(source), str(out), "--calls", "3"])
@@ -236,15 +280,15 @@ def test_an_exported_plan_gives_the_bits_of_the_front(
     card = (out / CARD).read_text()
     assert (
         f"| {' | '.join(row)} |" in card
-        and card.count(f"\n| {point['budget']:g} |") == 4
-        and f"num_inference_steps={n_steps}" in card
+        and card.count(f"\n| {point['budget']:g} |") == len(KINDS)
+        and f"makes its {n_steps} calls" in card
     )
     for path in (CARD, FRONT, BANK):
         assert str(tiny_folder).encode() not in (out / path).read_bytes()
     moved = out.rename(tmp_path / "moved")  # its base model with it
     assert np.array_equal(images(diffes.load(moved), steps=n_steps), expected)
-    with pytest.raises(DiffesError, match=f"num_inference_steps={n_steps}"):
-        images(diffes.load(moved), steps=n_steps + 1)
+    with pytest.warns(UserWarning, match=f"makes {n_steps} denoiser calls"):
+        assert np.array_equal(images(diffes.load(moved), steps=n_steps + 1), expected)
     options: dict[str, Any] = {"seed": 5, "steps": None, "guidance": None, "device": "cpu"}
     ours, theirs = (sample_images(at, [0, 3], **options, calls=3)[0] for at in (source, moved))
     assert torch.equal(ours, theirs)
@@ -254,7 +298,7 @@ def test_an_exported_plan_gives_the_bits_of_the_front(
 
 
 def test_an_exported_plan_in_half_precision(front: Path, tmp_path: Path) -> None:
-    source, out = preferring("joint", front, tmp_path / "front"), tmp_path / "out"
+    source, out = preferring("levels", front, tmp_path / "front"), tmp_path / "out"
     plan, _ = chosen(source, 3)
     assert isinstance(plan, Plan)
     sizes = []
@@ -294,38 +338,66 @@ def run_card(out: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]
     return found
 
 
-def same(one: dict[str, Any], other: dict[str, Any], n_steps: int) -> bool:
-    """Whether two blocks of code left the same images, and pipelines that make the same to the bit."""
-    pictures = all(np.array_equal(a, b) for a, b in zip(one["images"], other["images"], strict=True))
-    return pictures and np.array_equal(images(one["pipe"], steps=n_steps), images(other["pipe"], steps=n_steps))
-
-
-def test_the_card_of_a_dense_plan_runs_without_diffes(
-    front: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["off-the-shelf", "dense-fitted", "levels"])
+def test_the_plain_loop_of_a_card_samples_as_the_pipeline_does(
+    kind: str, front: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for kind in ("dense", "dense-planned"):
-        export(preferring(kind, front, tmp_path / "front"), tmp_path / kind, calls=3)
-        shutil.rmtree(tmp_path / "front")
-        plan, _ = chosen(tmp_path / kind, None)
-        ours, alone = run_card(tmp_path / kind, monkeypatch)
-        assert isinstance(plan, Plan) and alone["timesteps"] == list(plan.timesteps)
-        assert not any("diffes" in name for name in alone)
-        assert same(ours, alone, len(plan.calls))
-
-
-def test_the_card_of_a_thin_plan_runs(front: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    export(preferring("joint", front, tmp_path / "front"), tmp_path / "out", calls=3)
-    (ours,) = run_card(tmp_path / "out", monkeypatch)
-    assert len(ours["images"]) == 2
+    """Of plans of dense calls without diffes; the same noise gives the same images within rounding."""
+    export(preferring(kind, front, tmp_path / "front"), tmp_path / kind, calls=3)
+    plan, _ = chosen(tmp_path / kind, None)
+    ours, alone = run_card(tmp_path / kind, monkeypatch)
+    assert isinstance(plan, Plan) and alone["timesteps"] == list(plan.timesteps)
+    assert any("diffes" in name for name in alone) == any(plan.levels)
+    text = (tmp_path / kind / CARD).read_text()
+    loop = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    assert len([line for line in loop.splitlines() if line]) <= 25
+    pictures = (alone["images"] / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    theirs = np.stack([np.asarray(image) for image in ours["images"]]) / 255
+    assert np.abs(pictures - theirs).max() < 0.01
+    dense = diffes.remove(ours["pipe"])
+    assert np.abs(images(dense, steps=len(plan.calls))[0] - pictures[0]).max() > 0.01
 
 
 @pytest.mark.slow
-def test_the_card_gives_a_pipeline_that_takes_them_its_timesteps(
+def test_the_plain_loop_of_a_text_to_image_plan(
     tiny_sdxl_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make(tiny_sdxl_folder, tmp_path / "made", [2.0], max_evals=6, budget=0.7)
-    export(preferring("dense-planned", tmp_path / "made", tmp_path / "front"), tmp_path / "out")
-    ours, alone = run_card(tmp_path / "out", monkeypatch)
-    text = (tmp_path / "out" / CARD).read_text()
-    assert ", timesteps=timesteps," in text and "set_timesteps" not in text
-    assert np.array_equal(ours["images"][0], alone["images"][0])
+    make(tiny_sdxl_folder, tmp_path / "made", [2.0], max_evals=6)
+    for kind in ("dense-fitted", "levels"):
+        export(preferring(kind, tmp_path / "made", tmp_path / f"front-{kind}"), tmp_path / kind)
+        ours, alone = run_card(tmp_path / kind, monkeypatch)
+        assert len(ours["images"]) == 1 and alone["images"].shape[:2] == (2, 3)
+        assert bool(alone["images"].isfinite().all())
+
+
+def test_a_front_of_format_1_still_runs(front: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """Its plans name no solver and no coefficients, and are chosen by what they were reported with."""
+    old = shutil.copytree(front, tmp_path / "old")
+    data = read_front(front)
+    newer = ("solver", "coefficients", "fit_mean", "latent_median", "latent_interval", "image_mse", "image_mse_error",
+             "ssim", "ssim_error", "variance")  # fmt: skip
+    points = [{k: v for k, v in p.items() if k not in newer} for p in data["points"] if p["kind"] == "dense-planned"]
+    kept = {k: v for k, v in data.items() if k not in ("prediction_type", "fit_probes", "search_probes")}
+    kept |= {"solver": "dpmsolver++", "reference": {"solver": "dpmsolver++", "steps": 200}, "points": points}
+    kept["bank_sha256"] = files.file_sha256(old / BANK)
+    files.write_sealed(old / FRONT, kept | {"format_version": 1})
+    plan, _ = chosen(old, 3)
+    assert isinstance(plan, Plan) and plan.solver == "dpmsolver++" and plan.coefficients is None
+    pipe = diffes.apply(load_pipeline(str(tiny_folder)), old, calls=3)
+    assert np.isfinite(images(pipe, steps=len(plan.calls))).all()
+    assert rows_of(read_front(old)) and verdicts(read_front(old)) == []
+    export(old, tmp_path / "out", calls=3)
+    assert np.array_equal(images(diffes.load(tmp_path / "out"), steps=3), images(pipe, steps=3))
+
+
+def test_a_plan_for_another_process_or_prediction_is_refused(front: Path, tiny_folder: Path) -> None:
+    for change, said in (
+        ({"prediction_type": "v_prediction"}, "predicts epsilon, and this pipeline's predicts v_prediction"),
+        ({"beta_end": 0.03}, r"made for a noise process with sigma [\d.]+ at timestep"),
+    ):
+        pipe = load_pipeline(str(tiny_folder))
+        own = pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **change)
+        dense = images(pipe, steps=3)
+        with pytest.raises(DiffesError, match=said):
+            diffes.apply(pipe, front, calls=3)
+        assert pipe.scheduler is own and np.array_equal(images(pipe, steps=3), dense)

@@ -11,18 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from diffes.adapters import shipped_models
 from diffes.errors import DiffesError
-from diffes.measure.error_table import DenseRun
 from diffes.measure.evaluator import RoutedEvaluator
 from diffes.pruning.bank import WeightBank
 from diffes.runtime.apply import pick_device
-from diffes.search.plan import PlanSpace
 from diffes.search.schedule import Schedule, Stages
-from diffes.search.strategy import Measured
+from diffes.search.strategy import Measured, Rows
 from diffes.study.config import RunConfig, WorkerOptions
 from diffes.study.workers.cluster import check_asynchronous, check_room, connect, the_ray
 from diffes.study.workers.packing import packed
@@ -134,22 +131,6 @@ class Pool:
             yield bank
         self._rest()
 
-    def runs(
-        self, attached: tuple[Any, Any], space: PlanSpace, rows: slice
-    ) -> Iterator[tuple[Sequence[int], DenseRun]]:
-        """Dense runs with calls at every level, each at a part of the nodes, as soon as each is done.
-
-        Args:
-            attached: references of bank and evaluator.
-            space: nodes and levels.
-            rows: which probes.
-        """
-        now = time.perf_counter()
-        parts = np.array_split(np.arange(space.n_stages), min(self.options.workers, space.n_stages))
-        tasks = [_Task(part.tolist(), f"the table at nodes {part[0]} to {part[-1]}", now) for part in parts]
-        for task, _, run in self._done(tasks, lambda worker, nodes: worker.run.remote(space, rows, nodes), attached):
-            yield task.what, run
-
     def cells(self, bank: WeightBank, jobs: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
         """Whole cells, each with its record, or what was raised in it, as soon as it is done.
 
@@ -171,8 +152,8 @@ class Pool:
         schedules: Sequence[Schedule],
         fidelity: float = 1.0,
         more: Callable[[], Sequence[Schedule]] | None = None,
-    ) -> Iterator[tuple[Schedule, float, float, Measured]]:
-        """Each schedule with its fitness, seconds, and who measured it, as soon as it is done.
+    ) -> Iterator[tuple[Schedule, float, float, Rows | None, Measured]]:
+        """Each schedule with its fitness, seconds, coefficients and who measured it, as soon as it is done.
 
         Args:
             bank: reference of the bank.
@@ -187,14 +168,14 @@ class Pool:
             return [_Task(each, f"the evaluation of levels {list(each.levels)}", now) for each in schedules]
 
         limit = self.options.evaluation_timeout or math.inf
-        for task, i, (fitness, paid, seconds) in self._done(
+        for task, i, (fitness, paid, seconds, rows) in self._done(
             tasks(schedules), lambda worker, schedule: worker.measure.remote(schedule, fidelity), (bank, sent), limit,
             None if more is None else lambda: tasks(more()),
         ):  # fmt: skip
             if not self._paid:
                 self._since = task.begun
             self._paid += paid
-            yield task.what, fitness, seconds, Measured(f"worker {i}", round(task.begun - task.asked, 3), paid)
+            yield task.what, fitness, seconds, rows, Measured(f"worker {i}", round(task.begun - task.asked, 3), paid)
 
     def _done(
         self,

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffes.measure.error_table import DenseRun
 from diffes.measure.evaluator import RoutedEvaluator, in_trie_order
 from diffes.measure.metrics import METRICS, Metric, make_metric
-from diffes.search.plan import PlanSpace
 from diffes.search.schedule import Schedule
 from diffes.search.strategy import Evaluation
 from diffes.study.workers.packing import packed
@@ -47,8 +45,8 @@ class Spread:
         """Evaluates a batch; yields each when it is done, in whatever order."""
         ordered = in_trie_order(schedules)
         calls = {schedule: self._local.count(schedule, fidelity) for schedule in ordered}
-        for schedule, fitness, seconds, measured in self._pool.measured(*self._ready(), ordered, fidelity):
-            yield Evaluation(schedule, fitness, calls[schedule], seconds, fidelity, measured)
+        for schedule, fitness, seconds, rows, measured in self._pool.measured(*self._ready(), ordered, fidelity):
+            yield Evaluation(schedule, fitness, calls[schedule], seconds, fidelity, rows, measured)
 
     def steady(self, more: Callable[[], Sequence[Schedule]]) -> Iterator[Evaluation]:
         """Evaluates what `more` gives whenever a worker is free; see `Evaluator`."""
@@ -59,12 +57,8 @@ class Spread:
             calls.update((schedule, self._local.count(schedule)) for schedule in ordered)
             return ordered
 
-        for schedule, fitness, seconds, measured in self._pool.measured(*self._ready(), [], more=counted):
-            yield Evaluation(schedule, fitness, calls.pop(schedule), seconds, measured=measured)
-
-    def runs(self, space: PlanSpace, rows: slice) -> Iterator[tuple[Sequence[int], DenseRun]]:
-        """Dense runs for a table of errors, each with a part of the nodes; see `Pool.runs`."""
-        return self._pool.runs(self._ready(), space, rows)
+        for schedule, fitness, seconds, rows, measured in self._pool.measured(*self._ready(), [], more=counted):
+            yield Evaluation(schedule, fitness, calls.pop(schedule), seconds, coefficients=rows, measured=measured)
 
     def _ready(self) -> tuple[Any, Any]:
         """References of the bank and of the evaluator."""

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffes.adapters import adapter_for, load_pipeline
-from diffes.measure.error_table import DenseRun
 from diffes.measure.evaluator import RoutedEvaluator
-from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.pruning.bank import WeightBank
 from diffes.pruning.build import gathered
 from diffes.pruning.calibration import CalibrationSet
 from diffes.runtime.apply import pick_device
 from diffes.runtime.router import Router
-from diffes.search.plan import PlanSpace
 from diffes.search.schedule import Schedule, Stages
+from diffes.search.strategy import Rows
 from diffes.study.calibration import bank_of, calibration_of, uses_data
 from diffes.study.config import RunConfig
 from diffes.study.workers.cluster import the_ray
@@ -83,14 +80,9 @@ class Worker:
         detached, recipe = the_ray().get(sent[0])
         self._evaluator = unpacked(detached).attached(self._router, recipe(self._adapter.device))
 
-    def run(self, space: PlanSpace, rows: slice, nodes: Sequence[int]) -> DenseRun:
-        """A dense run on some probes, with calls at every level at some nodes."""
-        assert isinstance(self._evaluator, PlanEvaluator)
-        with torch.no_grad():
-            return DenseRun.on(self._evaluator, space, rows, nodes)
-
-    def measure(self, schedule: Schedule, fidelity: float) -> tuple[float, int, float]:
-        """Fitness of a schedule on a fraction of the probes, denoiser calls that were run for it, and seconds.
+    def measure(self, schedule: Schedule, fidelity: float) -> tuple[float, int, float, Rows | None]:
+        """Fitness of a schedule on a fraction of the probes, denoiser calls that were run for it, seconds, and the
+        coefficients that were fitted for it.
 
         Raises:
             DiffesError: the device has no room for a single probe.
@@ -98,8 +90,8 @@ class Worker:
         evaluator = self._evaluator
         assert evaluator is not None
         start, before = time.perf_counter(), evaluator.paid_calls
-        fitness = float(evaluator.scores(schedule, fidelity).mean())
-        return fitness, evaluator.paid_calls - before, time.perf_counter() - start
+        fitness, rows = evaluator.measured(schedule, fidelity)
+        return fitness, evaluator.paid_calls - before, time.perf_counter() - start, rows
 
 
 class CausedError(Exception):

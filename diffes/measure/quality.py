@@ -1,0 +1,105 @@
+"""Quality of a plan on held-out probes, as a report states it: in latents and in images, with what is uncertain."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+
+import numpy as np
+import torch
+from scipy.stats import bootstrap
+from torch import Tensor
+
+from diffes.adapters import ModelAdapter
+from diffes.errors import DiffesError
+from diffes.measure.metrics import Metric, make_metric
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+class Quality:
+    """Compares final latents with those of the reference, from the same noise and conditions.
+
+    Args:
+        adapter: decodes latents.
+        reference: (n, C, h, w) final latents of the reference.
+
+    Example:
+        >>> import torch
+        >>> low, high = interval(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        >>> 1 <= low < 2.5 < high <= 4
+        True
+    """
+
+    def __init__(self, adapter: ModelAdapter, reference: Tensor) -> None:
+        self._adapter = adapter
+        self._reference = reference.float()
+
+    @cached_property
+    def _images(self) -> Tensor:
+        return self._decoded(self._reference)
+
+    @cached_property
+    def _ssim(self) -> Metric | None:
+        """SSIM as pyiqa defines it (Y channel, 11 x 11 Gaussian window); None where pyiqa cannot be had."""
+        try:
+            return make_metric("ssim", self._adapter.device)
+        except DiffesError:
+            return None
+
+    def of(self, latents: Tensor) -> dict[str, float | list[float] | None]:
+        """Return the quality of final latents (n, C, h, w), by name.
+
+        `latent_mse`, `latent_median` and `latent_interval` (of the mean, 95 %, bootstrapped over probes) are of the
+        mean squared difference of latents, `image_mse` and `ssim` of images in [0, 1], each with its standard error
+        `image_mse_error` and `ssim_error`; `variance` is that of the latents over that of the reference's, which a
+        least-squares fit lowers where it cannot predict. None is no finite number, or SSIM without pyiqa.
+        """
+        found = latents.float()
+        squares = (found - self._reference).square().flatten(1).mean(1).double().cpu()
+        images = self._decoded(found)
+        differences = (images - self._images).square().flatten(1).mean(1).double().cpu()
+        ssim = None if self._ssim is None else self._ssim(images, self._images)
+        return {
+            "latent_mse": _finite(squares.mean()),
+            "latent_median": _finite(squares.median()),
+            "latent_interval": list(interval(squares)) if bool(squares.isfinite().all()) else None,
+            "image_mse": _finite(differences.mean()),
+            "image_mse_error": _finite(standard_error(differences)),
+            "ssim": None if ssim is None else _finite(ssim.mean()),
+            "ssim_error": None if ssim is None else _finite(standard_error(ssim)),
+            "variance": _finite(_variance(found) / _variance(self._reference)),
+        }
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        parts = latents.to(self._adapter.device).split(32)
+        return torch.cat([self._adapter.decode(part).float() for part in parts])
+
+
+def interval(values: Tensor) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean of values (n,), resampled with a fixed seed.
+
+    Source: Efron's percentile interval, by `scipy.stats.bootstrap`.
+    """
+    if len(values) < 2:
+        return float(values.mean()), float(values.mean())
+    found = bootstrap(
+        (values.numpy(),), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="percentile",
+        rng=np.random.default_rng(0),
+    )  # fmt: skip
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def standard_error(values: Tensor) -> Tensor:
+    """Return the standard error of the mean of values (n,)."""
+    return values.std(correction=min(1, len(values) - 1)) / len(values) ** 0.5
+
+
+def _variance(latents: Tensor) -> Tensor:
+    """Mean over channels of the variance of all entries of a channel."""
+    return latents.transpose(0, 1).flatten(1).var(1).mean()
+
+
+def _finite(value: Tensor) -> float | None:
+    return float(value) if math.isfinite(value) else None

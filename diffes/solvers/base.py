@@ -1,0 +1,94 @@
+"""A solver: who makes the coefficients by which the next latents are computed from the present ones."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+from diffes.registry import Registry
+from diffes.solvers.process import Floats, Noise
+
+Row = tuple[float, ...]
+"""Coefficients of one step: of the present latents, then of the clean predictions of the last calls, newest first."""
+
+
+class Solver(abc.ABC):
+    """A rule for the coefficients of every step of a sampling run.
+
+    One step of every usual solver is `x' = a x + b_0 D_i + b_1 D_(i-1) + ...` with the clean predictions `D` of the
+    last calls, so a solver is a row `(a, b_0, b_1, ...)` for each call. A subclass writes `row`; one whose coefficients
+    are found by least squares along the run also sets `fits` and writes `fit`.
+
+    Attributes:
+        memory: clean predictions that a step reads at most.
+        fits: whether `fit` replaces the rows of `row`.
+
+    Example:
+        >>> from diffes.solvers import SOLVERS, NoiseProcess, coefficients
+        >>> from diffusers import DDIMScheduler
+        >>> process = NoiseProcess.of(DDIMScheduler())
+        >>> [[round(c, 3) for c in row] for row in coefficients("ddim", process.along([999, 499]))]
+        [[0.96, 0.274], [0.0, 1.0]]
+    """
+
+    memory: int = 1
+    fits: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def row(self, noises: Sequence[Noise], i: int) -> Row:
+        """Return the coefficients of step `i`, which leads from `noises[i]` to `noises[i + 1]`.
+
+        Args:
+            noises: (n + 1,) at each of n calls, and at the end.
+            i: in [0, n).
+        """
+
+    def fit(self, prior: Row, products: Floats) -> Row:
+        """Return coefficients of one step that lead nearest to a target.
+
+        Args:
+            prior: what `row` says, as many as there are terms; the missing ones are 0.
+            products: (k + 1, k + 1) inner products of the k terms, latents first, then predictions, and of the target,
+                which is the last.
+        """
+        return prior
+
+
+SOLVERS: Registry[type[Solver]] = Registry("solver of plans", "diffes.solvers", Solver)
+
+
+def solver(name: str) -> Callable[[type[Solver]], type[Solver]]:
+    """Register a subclass of `Solver` under a name; its constructor's parameters are its options.
+
+    Example:
+        >>> from diffes.solvers import SOLVERS, Solver, solver
+        >>> @solver("stay")
+        ... class Stay(Solver):
+        ...     memory = 1
+        ...
+        ...     def row(self, noises, i):
+        ...         return (1.0, 0.0)
+        >>> SOLVERS.make("stay").row([], 0)
+        (1.0, 0.0)
+        >>> SOLVERS.unregister("stay")
+    """
+    return SOLVERS.register(name)
+
+
+def coefficients(name: str, noises: Sequence[Noise]) -> tuple[Row, ...]:
+    """Return the rows (n,) of a solver for a whole run; of one that fits, what it starts from.
+
+    Args:
+        name: of the solver, with options after a colon.
+        noises: (n + 1,) at each call and at the end.
+
+    Raises:
+        DiffesError: nobody offers the name, or it takes no such options.
+
+    Example:
+        >>> coefficients("dpmsolver++", [Noise(0.6, 0.8), Noise(1.0, 0.0)])
+        ((0.0, 1.0),)
+    """
+    made: Solver = SOLVERS.make(name)
+    return tuple(made.row(noises, i) for i in range(len(noises) - 1))

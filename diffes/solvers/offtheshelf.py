@@ -1,0 +1,126 @@
+"""Multistep solvers of diffusers as rows of coefficients, and how diffusers spaces timesteps evenly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+from diffes.errors import DiffesError
+from diffes.solvers.base import Row, Solver
+from diffes.solvers.process import Noise
+
+ENDS = {"final_sigmas_type": "zero"}
+SPACINGS: dict[str, dict[str, Any]] = {
+    **{name: {"timestep_spacing": name} for name in ("trailing", "linspace", "leading")},
+    "log-snr": {"use_lu_lambdas": True},
+}
+"""How diffusers spaces timesteps evenly: three ways in time, and one in the logarithm of the signal-to-noise ratio."""
+
+
+class OffTheShelf(Solver):
+    """A multistep scheduler of diffusers as rows of coefficients.
+
+    Each of its steps is linear in the latents and in the predictions so far. It is run on unit vectors in fp64, one for
+    the noise that a run begins with and one for each clean prediction, which gives every latents of the run as a
+    combination of these; the part of the noise tells how much of the present latents is in the next ones.
+
+    Args:
+        order: of the solver, 1 to 3.
+
+    Example:
+        >>> from diffes.solvers import coefficients, Noise
+        >>> noises = [Noise(0.1, 0.99), Noise(0.6, 0.8), Noise(1.0, 0.0)]
+        >>> [len(row) for row in coefficients("unipc:order=2", noises)]
+        [2, 3]
+    """
+
+    scheduler: ClassVar[Any]
+    corrects: ClassVar[int] = 0  # 1 where a corrector reads one prediction more
+    settings: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, order: int = 2) -> None:
+        if order not in (1, 2, 3):
+            raise DiffesError(f"order must be 1, 2 or 3, got {order}")
+        self.order = order
+        self.memory = order + self.corrects
+        self._known: tuple[tuple[Noise, ...], list[Row]] | None = None
+
+    def row(self, noises: Sequence[Noise], i: int) -> Row:
+        key = tuple(noises)
+        if self._known is None or self._known[0] != key:
+            self._known = key, self._rows(noises)
+        return self._known[1][i]
+
+    def _rows(self, noises: Sequence[Noise]) -> list[Row]:
+        n = len(noises) - 1
+        made = self.scheduler(solver_order=self.order, prediction_type="sample", **self.settings, **ENDS)
+        made.set_timesteps(n)
+        made.timesteps = torch.arange(n - 1, -1, -1)
+        made.sigmas = torch.tensor([noise.sigma / noise.alpha for noise in noises], dtype=torch.float64)
+        made.num_inference_steps = n
+        basis = torch.eye(n + 1, dtype=torch.float64)[..., None]  # a batch of entries with one channel
+        latents, rows = basis[0], list[Row]()
+        for i in range(n):
+            after = made.step(basis[i + 1], made.timesteps[i], latents).prev_sample
+            kept = float(after[0] / latents[0])
+            weights = (after - kept * latents)[1 : i + 2, 0].flip(0).tolist()
+            rows.append((kept, *weights[: self.memory]))
+            latents = after
+        return rows
+
+
+class UniPC(OffTheShelf):
+    """UniPC, predictor and corrector; see `OffTheShelf`.
+
+    Source: Zhao et al., arXiv 2302.04867, as diffusers' `UniPCMultistepScheduler`.
+
+    Example:
+        >>> UniPC(order=3).memory
+        4
+    """
+
+    scheduler = UniPCMultistepScheduler
+    corrects = 1
+
+
+class DPMSolver3M(OffTheShelf):
+    """DPM-Solver++ 3M; see `OffTheShelf`.
+
+    Source: Lu et al., arXiv 2211.01095, as diffusers' `DPMSolverMultistepScheduler` of order 3.
+
+    Example:
+        >>> DPMSolver3M().memory
+        3
+    """
+
+    scheduler = DPMSolverMultistepScheduler
+    settings: ClassVar[dict[str, Any]] = {"algorithm_type": "dpmsolver++"}
+
+    def __init__(self, order: int = 3) -> None:
+        super().__init__(order)
+
+
+def spaced(scheduler: Any, n: int, spacing: str) -> list[int]:
+    """Return at most `n` timesteps of a pipeline's noise schedule, falling, as diffusers spaces them.
+
+    Args:
+        scheduler: the pipeline's.
+        n: at least 1; where two would round to the same timestep there are fewer.
+        spacing: a name of `SPACINGS`.
+
+    Example:
+        >>> from diffusers import DDIMScheduler
+        >>> spaced(DDIMScheduler(), 4, "trailing")
+        [999, 749, 499, 249]
+    """
+    own = getattr(scheduler, "replaces", None) or scheduler
+    plain = dict.fromkeys(
+        ("thresholding", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"), False
+    )
+    settings = {"algorithm_type": "dpmsolver++", **plain, **ENDS, **SPACINGS[spacing]}
+    made = DPMSolverMultistepScheduler.from_config(own.config, **settings)
+    made.set_timesteps(n)
+    return sorted({int(t) for t in made.timesteps}, reverse=True)

@@ -1,0 +1,112 @@
+"""The noise process of a model: how much signal and noise its latents hold, and what its network predicts of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffes.errors import DiffesError
+
+Floats = NDArray[np.float64]
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+LEAST_SIGNAL = 2.0**-12  # a process that ends in pure noise has no logarithm of its signal; diffusers' bound, squared
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Signal and noise at one timestep: latents are `alpha * clean + sigma * noise`.
+
+    Args:
+        alpha: of the signal, in (0, 1].
+        sigma: of the noise, in [0, 1]; 0 at the end of sampling.
+
+    Example:
+        >>> round(Noise(0.6, 0.8).log_snr, 4)
+        -0.2877
+    """
+
+    alpha: float
+    sigma: float
+
+    @property
+    def log_snr(self) -> float:
+        """Natural logarithm of alpha over sigma: half the logarithm of the signal-to-noise ratio in variances."""
+        return float(np.log(self.alpha) - np.log(self.sigma)) if self.sigma else float("inf")
+
+    def clean(self, latents: Tensor, output: Tensor, prediction: str) -> Tensor:
+        """Return the clean latents that an output of the network stands for, of the shape of both.
+
+        Args:
+            latents: that the network was given.
+            output: of the network, guidance included.
+            prediction: what the network is trained to predict.
+        """
+        if prediction == "epsilon":
+            return (latents - self.sigma * output) / self.alpha
+        if prediction == "v_prediction":
+            return self.alpha * latents - self.sigma * output
+        if prediction == "flow_prediction":
+            return latents - self.sigma * output
+        return output
+
+
+END = Noise(1.0, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseProcess:
+    """Signal and noise at every training timestep, and what the network predicts.
+
+    Args:
+        alphas: (T,) of the signal.
+        sigmas: (T,) of the noise, rising.
+        prediction: "epsilon" (the noise), "v_prediction", "sample" (the clean latents) or "flow_prediction" (noise
+            less clean latents).
+
+    Example:
+        >>> from diffusers import DDIMScheduler
+        >>> process = NoiseProcess.of(DDIMScheduler())
+        >>> process.prediction, len(process.alphas), round(process.at(999).sigma, 4)
+        ('epsilon', 1000, 1.0)
+    """
+
+    alphas: Floats
+    sigmas: Floats
+    prediction: Prediction
+
+    @classmethod
+    def of(cls, scheduler: Any) -> NoiseProcess:
+        """Read the process of a scheduler from its own tables.
+
+        Args:
+            scheduler: one of diffusers with `alphas_cumprod`, or one of ours in the place of such.
+
+        Raises:
+            DiffesError: the scheduler has no such table, or predicts something unknown.
+        """
+        scheduler = getattr(scheduler, "replaces", None) or scheduler
+        config, name = scheduler.config, type(scheduler).__name__
+        if hasattr(scheduler, "alphas_cumprod"):
+            signal = np.maximum(scheduler.alphas_cumprod.double().cpu().numpy(), LEAST_SIGNAL**2)
+            alphas, sigmas = np.sqrt(signal), np.sqrt(1 - signal)
+            prediction = config.get("prediction_type", "epsilon")
+        else:
+            raise DiffesError(
+                f"{name} does not count in training timesteps, which plans are made of; give the pipeline another "
+                "scheduler, for instance EulerDiscreteScheduler.from_config"
+            )
+        if prediction not in get_args(Prediction):
+            raise DiffesError(f"prediction_type must be one of {', '.join(get_args(Prediction))}, got {prediction!r}")
+        return cls(alphas, sigmas, prediction)
+
+    def at(self, timestep: int) -> Noise:
+        """Return signal and noise at a training timestep in [0, T)."""
+        return Noise(float(self.alphas[timestep]), float(self.sigmas[timestep]))
+
+    def along(self, timesteps: list[int] | tuple[int, ...]) -> list[Noise]:
+        """Return signal and noise at each of the timesteps (n,), and the end of sampling: n + 1."""
+        return [*map(self.at, timesteps), END]

@@ -1,0 +1,248 @@
+"""The scheduler of a plan: it walks given timesteps and steps with given coefficients."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor
+
+from diffes.errors import DiffesError
+from diffes.search.schedule import check_rows
+from diffes.solvers.base import SOLVERS, Row, Solver
+from diffes.solvers.ddim import DDIM
+from diffes.solvers.process import END, Noise, NoiseProcess, Prediction
+
+
+class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+    """A diffusers scheduler that makes the calls of a plan and no others, and steps with the plan's coefficients.
+
+    Step `i` is `x' = row[0] x + row[1] D_i + row[2] D_(i-1) + ...`, with `row = coefficients[i]` and the clean
+    predictions `D` that the outputs of the network stand for. Latents begin with unit noise and are never rescaled.
+    Sums are in fp32, whatever the latents are.
+
+    Args:
+        plan: timesteps of the calls, falling, in [0, `num_train_timesteps`).
+        coefficients: a row for each call; row `i` has from 2 to `i` + 2 finite numbers.
+        alphas: signal at each call, each in (0, 1].
+        sigmas: noise at each call, likewise. The last step ends at signal 1 and noise 0.
+        prediction_type: what the network predicts: epsilon, v_prediction, sample or flow_prediction.
+        num_train_timesteps: T.
+
+    Attributes:
+        timesteps: (n,) tensor of the timesteps.
+        keeps: clean predictions of earlier calls that are kept for the next step.
+        index: steps done since `set_timesteps`, which is the number of the call that comes next.
+        fits: solver that fits the coefficients on the way, where they are not fitted yet.
+        replaces: scheduler of the pipeline in whose place it stands, if it does; `save_pretrained` then writes that
+            one, so that diffusers alone opens the pipeline's folder.
+
+    Raises:
+        DiffesError: an argument is not of the form above.
+
+    Example:
+        >>> from diffusers import DDIMScheduler
+        >>> scheduler = PlanScheduler.of(DDIMScheduler(), [999, 499], "ddim")
+        >>> scheduler.set_timesteps(2)
+        >>> latents = torch.ones(1, 4, 2, 2)
+        >>> for t in scheduler.timesteps:
+        ...     latents = scheduler.step(torch.zeros_like(latents), t, latents).prev_sample
+        >>> scheduler.index, latents.shape
+        (2, torch.Size([1, 4, 2, 2]))
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        plan: Sequence[int] = (999,),
+        coefficients: Sequence[Sequence[float]] = ((0.0, 1.0),),
+        alphas: Sequence[float] = (1.0,),
+        sigmas: Sequence[float] = (0.0,),
+        prediction_type: str = "epsilon",
+        num_train_timesteps: int = 1000,
+    ) -> None:
+        _check_timesteps(plan, num_train_timesteps)
+        self.plan = tuple(int(t) for t in plan)
+        if not len(plan) == len(alphas) == len(sigmas):
+            raise DiffesError(
+                f"a plan of {len(plan)} calls needs as many alphas and sigmas, got {len(alphas)} and {len(sigmas)}"
+            )
+        if prediction_type not in get_args(Prediction):
+            raise DiffesError(
+                f"prediction_type must be one of {', '.join(get_args(Prediction))}, got {prediction_type!r}"
+            )
+        check_rows(coefficients, len(plan))
+        self.coefficients = [tuple(float(each) for each in row) for row in coefficients]
+        self.noises = [Noise(float(a), float(s)) for a, s in zip(alphas, sigmas, strict=True)]
+        self.keeps = max(map(len, self.coefficients)) - 2
+        self.fits: Solver | None = None
+        self.replaces: Any = None
+        self.timesteps = torch.tensor(self.plan)
+        self.num_inference_steps = len(self.plan)
+        self.index = 0
+        self._clean: tuple[Tensor, ...] = ()  # predictions of the last calls, newest first
+
+    @classmethod
+    def of(
+        cls, scheduler: Any, timesteps: Sequence[int], rows: str | Sequence[Row], device: Any = None
+    ) -> PlanScheduler:
+        """Return a scheduler for a plan that takes the place of a pipeline's own.
+
+        Args:
+            scheduler: of the pipeline, from which the noise process is read.
+            timesteps: of the calls, falling.
+            rows: coefficients, or the name of a solver that makes them.
+            device: of its timesteps.
+
+        Raises:
+            DiffesError: the solver is unknown, the noise process is, or the arguments are not of their form.
+        """
+        own, process = getattr(scheduler, "replaces", None) or scheduler, NoiseProcess.of(scheduler)
+        _check_timesteps(timesteps, len(process.alphas))
+        noises = process.along(tuple(timesteps))
+        solver: Solver | None = SOLVERS.make(rows) if isinstance(rows, str) else None
+        made: PlanScheduler = cls(
+            plan=[int(t) for t in timesteps],
+            coefficients=rows if solver is None else [solver.row(noises, i) for i in range(len(timesteps))],
+            alphas=[noise.alpha for noise in noises[:-1]],
+            sigmas=[noise.sigma for noise in noises[:-1]],
+            prediction_type=process.prediction,
+            num_train_timesteps=len(process.alphas),
+        )
+        if solver is not None:
+            made.keeps = solver.memory - 1
+            made.fits = solver if solver.fits else None
+        made.replaces = own
+        made.timesteps = made.timesteps.to(device)
+        return made
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Begin a run at the plan's timesteps; another number of steps is replaced, with a warning that says so.
+
+        Raises:
+            DiffesError: other timesteps are given, or sigmas.
+        """
+        given = None if timesteps is None else [int(t) for t in timesteps]
+        if (given is not None and given != list(self.plan)) or sigmas is not None:
+            found = f"timesteps {given}" if given is not None else "sigmas of your own"
+            raise DiffesError(
+                f"the plan that is applied visits the timesteps {list(self.plan)}, got {found}: leave them out, or "
+                "call diffes.remove(pipe) first"
+            )
+        if given is None and num_inference_steps is not None and num_inference_steps != len(self.plan):
+            warnings.warn(
+                f"the plan that is applied makes {len(self.plan)} denoiser calls: num_inference_steps="
+                f"{num_inference_steps} is replaced (diffes.remove(pipe) brings the pipeline's own scheduler back)",
+                stacklevel=2,
+            )
+        self.timesteps = torch.tensor(self.plan, device=device)
+        self.index, self._clean = 0, ()
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin at a later call of the plan; its steps are of first order as long as predictions are missing."""
+        self.index = begin_index
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """Return the latents as they are."""
+        return sample
+
+    def clean(self, model_output: Tensor, sample: Tensor) -> Tensor:
+        """Return the clean latents, in fp32, that the output of the present call stands for."""
+        return self.noises[self.index].clean(sample.float(), model_output.float(), self.config.prediction_type)
+
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **_unused: Any
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Return the latents of the next call, or the final ones.
+
+        Args:
+            model_output: of the network, guidance included.
+            timestep: not read: calls are counted.
+            sample: latents that the network was given.
+            return_dict: whether they come as `prev_sample` of an object, or in a tuple.
+
+        Raises:
+            DiffesError: the run is over.
+        """
+        if self.index >= len(self.plan):
+            raise DiffesError(
+                f"the plan that is applied makes {len(self.plan)} calls, and all are made: call set_timesteps to begin "
+                "another run"
+            )
+        row = self.coefficients[self.index]
+        if len(row) > 2 + len(self._clean):  # the run began at a later call
+            row = DDIM().row([*self.noises, END], self.index)
+        latents, *clean = self.terms(model_output, sample, len(row))
+        after = row[0] * latents
+        for weight, each in zip(row[1:], clean, strict=True):
+            after = after + weight * each
+        self._clean = (clean[0], *self._clean)[: self.keeps]
+        self.index += 1
+        after = after.to(sample.dtype)
+        return SchedulerOutput(prev_sample=after) if return_dict else (after,)
+
+    def terms(self, model_output: Tensor, sample: Tensor, n: int) -> list[Tensor]:
+        """Return what the next step combines: latents and clean predictions of the last calls, `n` in all, in fp32."""
+        return [sample.float(), self.clean(model_output, sample), *self._clean][:n]
+
+    def resumed(self, before: PlanScheduler) -> PlanScheduler:
+        """Return this scheduler in the middle of a run, where one of another plan was left that agrees with it so far.
+
+        Args:
+            before: has made the same calls, with the same coefficients and `keeps`.
+        """
+        made = copy.deepcopy(self, {id(self.replaces): self.replaces})
+        made.coefficients[: before.index] = before.coefficients[: before.index]
+        made.index, made._clean = before.index, before._clean
+        return made
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return clean latents noised to timesteps (n,) of the plan.
+
+        Raises:
+            DiffesError: a timestep is none of the plan's.
+        """
+        known = dict(zip(self.plan, self.noises, strict=True))
+        if missing := [int(t) for t in timesteps.flatten() if int(t) not in known]:
+            raise DiffesError(f"the plan that is applied visits {list(self.plan)}, not timestep {missing[0]}")
+        shape = (-1, *[1] * (original_samples.dim() - 1))
+        alphas, sigmas = (
+            torch.tensor([getattr(known[int(t)], name) for t in timesteps.flatten()]).view(shape).to(original_samples)
+            for name in ("alpha", "sigma")
+        )
+        return alphas * original_samples + sigmas * noise
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write the configuration that `from_pretrained` reads; in a pipeline, that of the pipeline's own scheduler."""
+        if self.replaces is not None:
+            self.replaces.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+            return
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def __len__(self) -> int:
+        return int(self.config.num_train_timesteps)
+
+
+def _check_timesteps(timesteps: Sequence[int], n_timesteps: int) -> None:
+    edges = [n_timesteps, *timesteps, -1]
+    if not timesteps or any(a <= b for a, b in itertools.pairwise(edges)):
+        raise DiffesError(
+            f"the timesteps of a plan must fall within [0, {n_timesteps - 1}], at least one, got {list(timesteps)}"
+        )

@@ -1,0 +1,230 @@
+"""A fit without a search: coefficients for a plan that is known, on another guidance, prompts or model."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from diffes import files
+from diffes.adapters import ModelAdapter, adapter_for, load_pipeline
+from diffes.adapters.loading import SHIPPED
+from diffes.errors import DiffesError, at_least
+from diffes.measure.metrics import make_metric
+from diffes.measure.quality import Quality
+from diffes.progress import Progress, RichProgress
+from diffes.pruning.bank import WeightBank, check_bank, check_fingerprint, fingerprint
+from diffes.runtime.apply import pick_device
+from diffes.runtime.artifact import BANK, base_model, chosen, write_front
+from diffes.runtime.checks import check_cuttable
+from diffes.runtime.router import Router
+from diffes.search.schedule import Plan, Stages
+from diffes.search.space import SearchSpace
+from diffes.solvers import SOLVERS
+from diffes.study import charts, folder, plots
+from diffes.study.config import RunConfig
+from diffes.study.front import facts_of, row_of
+from diffes.study.lock import is_unused
+from diffes.study.plans import Finalist, Plans
+from diffes.study.workbench import Workbench
+
+AS_GIVEN = "as given"  # kind of the plan before it was fitted
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A plan that was fitted, and what that changed on held-out probes.
+
+    Args:
+        plan: with its coefficients; `diffes.apply` takes it where all its calls are dense, or the folder that was
+            written.
+        before: what was measured of the plan as it was given: `latent_mse`, `latent_interval`, `image_mse`, `ssim` and
+            more (see `diffes.measure.quality.Quality`). Of timesteps without coefficients, by DPM-Solver++ 2M.
+        after: the same of the fitted plan.
+    """
+
+    plan: Plan
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
+def fit(
+    pipe: DiffusionPipeline,
+    plan: Plan | Sequence[int] | str | Path,
+    *,
+    calls: float | None = None,
+    guidance: float | None = None,
+    prompts: str | Path | None = None,
+    solver: str = "fitted",
+    probes: int = 64,
+    heldout: int = 64,
+    seed: int = 0,
+    reference_steps: int = 200,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Fit:
+    """Fit the coefficients of a plan to the dense model at many steps, without any search.
+
+    It takes the denoiser calls of two references (of the fit and of the report) and a few runs of the plan.
+
+    Args:
+        pipe: the pipeline, with its LoRAs, as it will be used; no run is applied to it.
+        plan: the folder of a run, of a front or of an export, of which the timesteps and levels of one plan are taken;
+            or a plan; or the timesteps of dense calls, falling.
+        calls: of a folder, what the plan may cost, in dense calls; the best within is taken.
+        guidance: classifier-free guidance scale that the plan will be used at; of a folder its own when left out, else
+            1.
+        prompts: of text-to-image models, a JSON file of prompts `search` and `heldout`; the model's own when left out.
+        solver: a name of `diffes.solvers.SOLVERS` whose coefficients are fitted, with options after a colon.
+        probes: images that are fitted on.
+        heldout: images of the report.
+        seed: of the probes.
+        reference_steps: of the dense model.
+        out: a new folder that `diffes.apply`, `diffes sample` and `diffes export` take; nothing is written when left
+            out.
+        progress: told of the long parts; bars when left out.
+
+    Raises:
+        DiffesError: the plan or the folder is damaged or for another model, its levels are pruned and the model has
+            changed, or the solver fits nothing.
+
+    Example:
+        >>> import diffes
+        >>> pipe = diffes.load_pipeline("fashion-dit")
+        >>> found = diffes.fit(pipe, [999, 600, 250], guidance=2.0, probes=4, heldout=4, reference_steps=20)
+        >>> found.after["latent_mse"] < found.before["latent_mse"]
+        True
+        >>> _ = diffes.apply(pipe, found.plan)
+    """
+    at_least("probes", probes, 1)
+    at_least("heldout", heldout, 2)
+    if not SOLVERS.parse(solver)[0].fits:
+        raise DiffesError(f"solver {solver!r} has no coefficients to fit; choose fitted")
+    if guidance is not None and not 0 <= guidance < math.inf:
+        raise DiffesError(f"guidance must be a finite number of at least 0, got {guidance}")
+    if out is not None and not is_unused(Path(out)):
+        raise DiffesError(f"{out} is not empty; name another folder")
+    adapter = adapter_for(pipe)
+    if prompts is not None:
+        adapter.use_prompts(Path(prompts))
+    facts: dict[str, Any] = {}
+    home = Path(plan) if isinstance(plan, str | Path) else None
+    if home is not None:
+        found, facts = chosen(home, calls)
+        if not isinstance(found, Plan):
+            raise DiffesError(
+                f"{home} holds a schedule of levels, which keeps the pipeline's own solver: it has no fit"
+            )
+        given, bank = found, _bank_of(home, facts, found, adapter)
+    else:
+        given = plan if isinstance(plan, Plan) else _dense(adapter, plan)  # type: ignore[arg-type]
+        bank = WeightBank({}, "width", max_level=given.max_level)
+        if any(given.levels):
+            raise DiffesError("a plan with pruned calls needs its bank: give the folder that it is from, not the plan")
+    guidance = facts.get("guidance", 1.0) if guidance is None else guidance
+    bench = _bench(adapter, Router(adapter, bank), given, guidance, heldout, seed)
+    plans = Plans(bench, solver, reference_steps=reference_steps, fit_probes=probes)
+    with (progress or RichProgress()).task(f"fitting at guidance {guidance:g}", probes + heldout) as advance:
+        _ = plans.refitted
+        advance(f"reference of {probes} images", probes)
+        as_given = Finalist(given, plans.refitted.measured(given)[0])
+        fitted = plans.polished(plans.finalist(replace(given, solver=solver, coefficients=None)))
+        quality = Quality(adapter, plans.heldout.final_reference)
+        advance(f"reference of {heldout} images", heldout)
+        kind, budget, cost = _named(facts, given)
+        rows = [
+            row_of(plans, name, budget, each, quality, cost)[0] | {"calls_spent": plans.refitted.denoiser_calls}
+            for name, each in ((AS_GIVEN, as_given), (kind, fitted))
+        ]
+    if out is not None:
+        _write(Path(out), plans, rows, facts, bank, (as_given, fitted))
+    return Fit(fitted.plan, *rows)
+
+
+def fit_run(run: Path, out: Path, *, model: str | None = None, device: str = "auto", **options: Any) -> Fit:
+    """Fit a plan of a folder on its own model or another one, and write the folder of what was found (see `fit`).
+
+    Args:
+        run: folder of a front or of an export.
+        out: folder to write.
+        model: a shipped name, a folder or a hub id in place of the run's own.
+        device: where to run.
+        options: of `fit`.
+    """
+    import torch
+
+    _, facts = chosen(run, options.get("calls"))
+    name = base_model(run, facts) if model is None else model
+    pipe = load_pipeline(name, device=pick_device(device), dtype=getattr(torch, facts["dtype"]))
+    pipe.set_progress_bar_config(disable=True)
+    return fit(pipe, run, out=out, **options)
+
+
+def _dense(adapter: ModelAdapter, timesteps: Sequence[int]) -> Plan:
+    """A plan of dense calls, stepped by DPM-Solver++ 2M as long as it is not fitted."""
+    calls = tuple((int(t), 0) for t in timesteps)
+    return Plan(Stages.equal(1, adapter.n_timesteps), calls, adapter.max_level("width"), "dpmsolver++")
+
+
+def _bank_of(home: Path, facts: dict[str, Any], plan: Plan, adapter: ModelAdapter) -> WeightBank:
+    """The weights that a plan needs; where it prunes, they have to be of this very model."""
+    bank, header = WeightBank.open(home / BANK, adapter.dtype)
+    needed = bank.for_schedule(plan)
+    if any(plan.levels):
+        check_cuttable(adapter)
+        check_fingerprint(adapter.denoiser, header.get("fingerprint"), home / BANK)
+        check_bank(needed, header, adapter, home / BANK)
+    return needed
+
+
+def _bench(adapter: ModelAdapter, router: Router, plan: Plan, guidance: float, heldout: int, seed: int) -> Workbench:
+    """A workbench that measures and is not calibrated."""
+    stages, top = plan.stages, plan.max_level
+    dtype = str(adapter.dtype).removeprefix("torch.")
+    home = Path(adapter.pipe.config.get("_name_or_path") or type(adapter.pipe).__name__)
+    name = home.name if home.resolve().parent == SHIPPED.resolve() else str(home)
+    config = RunConfig(
+        model=name, method=router.bank.kind, cost="macs", metric="latent_mse", guidance=guidance, heldout=heldout,
+        seed=seed, dtype=dtype,  # type: ignore[arg-type]
+    )  # fmt: skip
+    costs = [[1.0] * (top + 1)] * len(stages)
+    space = SearchSpace.dense_fraction(stages, (1,) * len(stages), costs, 1.0)
+    return Workbench(config, adapter, space, router, make_metric("latent_mse", adapter.device), costs)
+
+
+def _named(facts: dict[str, Any], plan: Plan) -> tuple[str, float, float]:
+    """Kind, budget and cost of a plan: those of its folder."""
+    if not facts:
+        return "dense-fitted", float(len(plan.calls)), float(len(plan.calls))
+    (point,) = facts["points"]
+    return point["kind"] if point["kind"] != AS_GIVEN else "fitted", point["budget"], point["cost"]
+
+
+def _write(
+    out: Path,
+    plans: Plans,
+    rows: list[dict[str, Any]],
+    facts: dict[str, Any],
+    bank: WeightBank,
+    both: Sequence[Finalist],
+) -> None:
+    """The folder of a front of two plans: as it was given, and fitted."""
+    bench = plans.bench
+    for row, ms in zip(rows, bench.milliseconds([each.plan for each in both], bench.config.probes), strict=True):
+        row["ms"] = ms
+    out.mkdir(parents=True, exist_ok=True)
+    kept = {
+        name: facts[name] for name in ("method", "allocation", "kind", "model", "split", "currency") if name in facts
+    }
+    data = facts_of(plans) | {"allocation": "equal"} | kept
+    header = {**data, "fingerprint": fingerprint(bench.adapter.denoiser)}
+    files.write_safely(out / BANK, lambda partial: bank.save(partial, header))
+    figure = charts.fronts(rows, data["currency"], data["timing"])
+    files.write_safely(out / folder.FRONT, functools.partial(plots.save, figure))
+    files.write_json(out / files.CONFIG, folder.config_record(bench.config))  # of this machine, as of any run
+    write_front(out, data | {"points": rows})

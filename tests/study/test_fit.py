@@ -1,0 +1,136 @@
+"""A fit without a search: of timesteps typed by hand, of a front, for another guidance, prompts and model."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Counting, images, open_pipe, small_config
+
+import diffes
+from diffes.adapters import load_pipeline
+from diffes.cli import main
+from diffes.errors import DiffesError
+from diffes.runtime.artifact import chosen, read_front
+from diffes.search.schedule import Plan
+from diffes.study.front import complete_front
+
+SMALL: dict[str, Any] = {"probes": 3, "heldout": 3, "reference_steps": 20}
+
+
+@pytest.fixture(scope="module")
+def front(tiny_sdxl_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the untrained SDXL, at a budget that levels can be paid from."""
+    out = tmp_path_factory.mktemp("fronts") / "sdxl"
+    config = small_config(tiny_sdxl_folder, method="obs", cost="macs", probes=2, heldout=2, max_evals=4)
+    complete_front(config, [3.0], out, Counting(), nodes=8, fit_probes=2)
+    return out
+
+
+def test_timesteps_typed_by_hand_are_fitted_and_run(tiny_folder: Path) -> None:
+    pipe = open_pipe(tiny_folder)
+    own, dense = pipe.scheduler, images(pipe, steps=3)
+    found = diffes.fit(pipe, [999, 620, 180], guidance=2.0, **SMALL, progress=Counting())
+    assert found.after["latent_mse"] < found.before["latent_mse"]
+    assert found.plan.timesteps == (999, 620, 180) and found.plan.coefficients is not None
+    assert found.after["coefficients"] == [list(row) for row in found.plan.coefficients]
+    assert pipe.scheduler is own
+    again = diffes.fit(pipe, [999, 620, 180], guidance=2.0, **SMALL, progress=Counting())
+    assert again.plan == found.plan
+    diffes.apply(pipe, found.plan)
+    made = images(pipe, steps=3)
+    assert not np.array_equal(made, dense)
+    diffes.remove(pipe)
+    assert np.array_equal(images(pipe, steps=3), dense)
+
+
+def test_a_plan_of_a_front_is_fitted_for_another_guidance_and_prompts(
+    front: Path, tiny_sdxl_folder: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "mine.json"
+    prompts.write_text(json.dumps({"search": ["a b", "c"], "heldout": ["d e"]}))
+    out = tmp_path / "fitted"
+    arguments = ["--guidance=5", f"--prompts={prompts}", "--probes=3", "--heldout=3"]
+    main(["fit", str(front), str(out), *arguments])
+    before, after = read_front(out)["points"]
+    assert before["kind"] == "as given" and after["fit_mean"] >= before["fit_mean"]
+    assert read_front(out)["guidance"] == 5.0
+    old, _ = chosen(front, None)
+    new, _ = chosen(out, None)
+    assert isinstance(old, Plan) and isinstance(new, Plan)
+    assert (new.timesteps, new.levels) == (old.timesteps, old.levels) and new.coefficients != old.coefficients
+    pipe = diffes.apply(load_pipeline(str(tiny_sdxl_folder)), out)
+    assert np.isfinite(images(pipe, steps=len(new.calls), guidance=5.0)).all()
+    main(["export", str(out), str(tmp_path / "exported")])
+
+
+def test_guidance_far_from_what_a_plan_was_made_for_is_said_once(front: Path, tiny_sdxl_folder: Path) -> None:
+    pipe = diffes.apply(load_pipeline(str(tiny_sdxl_folder)), front)  # made at 2
+    n = len(pipe.scheduler.plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images(pipe, steps=n, guidance=2.0)
+        images(pipe, steps=n, guidance=3.5)
+    with pytest.warns(UserWarning, match=r"made for guidance 2, and the pipeline is called with 7.*--guidance 7"):
+        images(pipe, steps=n, guidance=7.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images(pipe, steps=n, guidance=7.0)
+
+
+def test_another_model_is_fitted_to_where_all_calls_are_dense(tiny_folder: Path, tmp_path: Path) -> None:
+    """As a fine-tuned checkpoint is: what was made for the first is refused until it is fitted to the second."""
+    first, second = open_pipe(tiny_folder), open_pipe(tiny_folder)
+    with torch.no_grad():
+        for parameter in second.transformer.parameters():
+            parameter.mul_(1.1)
+    diffes.fit(first, [999, 500], guidance=2.0, **SMALL, out=tmp_path / "one", progress=Counting())
+    with pytest.raises(DiffesError, match=r"made for another model.*diffes fit"):
+        diffes.apply(second, tmp_path / "one")
+    found = diffes.fit(second, tmp_path / "one", **SMALL, out=tmp_path / "two", progress=Counting())
+    assert found.after["fit_mean"] > found.before["fit_mean"]
+    diffes.apply(second, tmp_path / "two")
+    assert np.isfinite(images(second, steps=2)).all()
+
+
+def test_bad_input_is_refused_before_anything_is_computed(
+    front: Path, run: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    pipe = open_pipe(tiny_folder)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.txt").write_text("ten years")
+    plan = Plan(*[getattr(chosen(front, None)[0], name) for name in ("stages", "calls", "max_level", "solver")])
+    pruned = Plan(plan.stages, ((999, 1),), plan.max_level, "fitted")
+    for given, options, said in (
+        ([999, 500], {"solver": "ddim"}, "'ddim' has no coefficients to fit"),
+        ([999, 500], {"solver": "heun"}, "unknown solver of plans 'heun'"),
+        ([999, 500], {"probes": 0}, "probes must be at least 1, got 0"),
+        ([999, 500], {"guidance": float("nan")}, "guidance must be a finite number"),
+        ([999, 500], {"out": full}, "is not empty"),
+        ([500, 999], {}, "timesteps of a plan must fall"),
+        ([], {}, "timesteps of a plan must fall"),
+        ([1000], {}, "timesteps of a plan must fall within"),
+        (pruned, {}, "pruned calls needs its bank"),
+        (run, {}, "holds a schedule of levels"),
+    ):
+        with pytest.raises(DiffesError, match=said):
+            diffes.fit(pipe, given, progress=Failing(), **options)  # type: ignore[arg-type]
+    with pytest.raises(DiffesError, match="needs the weights of its bank"):
+        diffes.apply(pipe, pruned)
+    with pytest.raises(DiffesError, match="no coefficients: fit them with `diffes fit"):
+        diffes.apply(pipe, Plan(pruned.stages, ((999, 0),), 4, "fitted"))
+    with pytest.raises(DiffesError, match="leave calls out"):
+        diffes.apply(pipe, Plan(pruned.stages, ((999, 0),), 4, "ddim"), calls=3)
+
+
+class Failing(Counting):
+    """Progress that no task should begin."""
+
+    def task(self, title: str, total: int) -> Any:
+        raise AssertionError(f"{title} began")
