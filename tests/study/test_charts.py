@@ -112,7 +112,7 @@ def test_fronts_of_plans_likewise_in_cost_and_in_time() -> None:
     assert marks(figure, "taken within its budget") == [(3.9, 0.1), (3.9, 0.1), (6.5, 0.05), (6.5, 0.05)]
     verticals = [line.get_xdata() for line in figure.axes[0].lines if line.get_linestyle() == "--"]
     assert [float(np.asarray(x)[0]) for x in verticals] == [4, 6, 8, 9]
-    assert "dense, evenly spaced (uniform)" in labels(figure)
+    assert "dense, evenly spaced, 2M" in labels(figure)
 
 
 def test_what_is_taken_is_the_best_on_heldout_probes_within_the_calls() -> None:
