@@ -87,8 +87,7 @@ def row_of(bench: Workbench, judge: Judge, point: dict[str, Any]) -> dict[str, A
     pipe, space = bench.adapter.pipe, bench.space
     facts = {"stages": space.stages.ranges, "max_level": space.max_level, "solver": "dpmsolver++"}
     plan = plan_of(facts, point)
-    rows = plan.solver if plan.coefficients is None else plan.coefficients
-    own, pipe.scheduler = pipe.scheduler, PlanScheduler.of(pipe.scheduler, plan.timesteps, rows)
+    own, pipe.scheduler = pipe.scheduler, PlanScheduler.of(pipe.scheduler, plan.timesteps, plan.rows)
     try:
         with bench.router.routed(plan):
             images = judge.draw(pipe, len(plan.calls))

@@ -101,8 +101,7 @@ class PlanEvaluator(RoutedEvaluator):
 
     def scheduler(self, plan: Plan) -> PlanScheduler:
         """The scheduler of a plan, ready to run; of one to be fitted, with what its fit begins with."""
-        rows = plan.solver if plan.coefficients is None else plan.coefficients
-        return PlanScheduler.of(self.adapter.pipe.scheduler, plan.timesteps, rows, self.adapter.device)
+        return PlanScheduler.of(self.adapter.pipe.scheduler, plan.timesteps, plan.rows, self.adapter.device)
 
     def fitted(self, plan: Plan) -> Plan:
         """The plan with coefficients that are fitted on the evaluator's probes, whatever it had before."""

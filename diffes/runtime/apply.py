@@ -157,7 +157,7 @@ def planned_scheduler(own: Any, plan: Plan, facts: Mapping[str, Any]) -> PlanSch
             f"this plan of the solver {plan.solver!r} has no coefficients: fit them with `diffes fit RUN`, or "
             "diffes.fit(pipe, plan)"
         )
-    made = PlanScheduler.of(own, plan.timesteps, plan.solver if plan.coefficients is None else plan.coefficients)
+    made = PlanScheduler.of(own, plan.timesteps, plan.rows)
     predicts = made.config.prediction_type
     if (wanted := facts.get("prediction_type", predicts)) != predicts:
         raise DiffesError(

@@ -139,12 +139,7 @@ class Plan:
     coefficients: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        top = self.stages.ranges[-1][1]
-        edges = [top, *self.timesteps, -1]
-        if not self.calls or any(a <= b for a, b in itertools.pairwise(edges)):
-            raise DiffesError(
-                f"the timesteps of a plan must fall within [0, {top - 1}], at least one, got {list(self.timesteps)}"
-            )
+        check_timesteps(self.timesteps, self.stages.ranges[-1][1])
         _check_levels(self.levels, self.max_level)
         if self.coefficients is not None:
             check_rows(self.coefficients, len(self.calls))
@@ -158,6 +153,11 @@ class Plan:
     def levels(self) -> tuple[int, ...]:
         """Of the calls, in the order of the timesteps."""
         return tuple(level for _, level in self.calls)
+
+    @property
+    def rows(self) -> str | tuple[tuple[float, ...], ...]:
+        """The coefficients, or the name of the solver that makes them."""
+        return self.solver if self.coefficients is None else self.coefficients
 
     def keys(self) -> list[tuple[int, int]]:
         """Stage and level of each call, in the order of the timesteps."""
@@ -191,6 +191,19 @@ def _check_levels(levels: Sequence[int], max_level: int) -> None:
     for level in levels:
         if type(level) is not int or not 0 <= level <= max_level:
             raise DiffesError(f"levels must be integers in [0, {max_level}], got {level!r}")
+
+
+def check_timesteps(timesteps: Sequence[int], n_timesteps: int) -> None:
+    """Check the timesteps of a plan.
+
+    Raises:
+        DiffesError: there are none, or they do not fall within [0, `n_timesteps`).
+    """
+    edges = [n_timesteps, *timesteps, -1]
+    if not timesteps or any(a <= b for a, b in itertools.pairwise(edges)):
+        raise DiffesError(
+            f"the timesteps of a plan must fall within [0, {n_timesteps - 1}], at least one, got {list(timesteps)}"
+        )
 
 
 def check_rows(rows: Sequence[Sequence[float]], n: int) -> None:

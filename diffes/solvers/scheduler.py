@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -15,7 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from diffes.errors import DiffesError
-from diffes.search.schedule import check_rows
+from diffes.search.schedule import check_rows, check_timesteps
 from diffes.solvers.base import SOLVERS, Row, Solver
 from diffes.solvers.ddim import DDIM
 from diffes.solvers.process import END, Noise, NoiseProcess, Prediction
@@ -71,7 +70,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         prediction_type: str = "epsilon",
         num_train_timesteps: int = 1000,
     ) -> None:
-        _check_timesteps(plan, num_train_timesteps)
+        check_timesteps(plan, num_train_timesteps)
         self.plan = tuple(int(t) for t in plan)
         if not len(plan) == len(alphas) == len(sigmas):
             raise DiffesError(
@@ -108,7 +107,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             DiffesError: the solver is unknown, the noise process is, or the arguments are not of their form.
         """
         own, process = getattr(scheduler, "replaces", None) or scheduler, NoiseProcess.of(scheduler)
-        _check_timesteps(timesteps, len(process.alphas))
+        check_timesteps(timesteps, len(process.alphas))
         noises = process.along(tuple(timesteps))
         solver: Solver | None = SOLVERS.make(rows) if isinstance(rows, str) else None
         made: PlanScheduler = cls(
@@ -238,11 +237,3 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
-
-
-def _check_timesteps(timesteps: Sequence[int], n_timesteps: int) -> None:
-    edges = [n_timesteps, *timesteps, -1]
-    if not timesteps or any(a <= b for a, b in itertools.pairwise(edges)):
-        raise DiffesError(
-            f"the timesteps of a plan must fall within [0, {n_timesteps - 1}], at least one, got {list(timesteps)}"
-        )

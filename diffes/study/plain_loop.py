@@ -11,7 +11,7 @@ from diffes.search.schedule import Plan
 from diffes.solvers import END, Noise, coefficients
 
 CLEAN = {"epsilon": "(x - s * out) / a", "v_prediction": "a * x - s * out", "sample": "out"}
-GUIDED = "no, yes = out.chunk(2)\n        out = no + {guidance!r} * (yes - no)"
+GUIDED = "\n    no, yes = out.chunk(2)\n    out = no + {guidance!r} * (yes - no)"
 
 
 def rows_of(plan: Plan, sigmas: Sequence[float]) -> Sequence[Sequence[float]]:
@@ -62,7 +62,7 @@ def plain_loop(plan: Plan, facts: Mapping[str, Any], model: str, name: str, pipe
     begins = "pipe.scheduler.set_timesteps(len(timesteps))\n" if any(plan.levels) else ""
     counts = "\n    pipe.scheduler.index += 1" if any(plan.levels) else ""
     lines = "\n".join(conditions)
-    mixed = "\n    " + GUIDED.format(guidance=guidance).replace("\n        ", "\n    ") if guided else ""
+    mixed = GUIDED.format(guidance=guidance) if guided else ""
     return f"""{imports}
 
 pipe = {opened}

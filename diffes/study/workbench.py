@@ -244,9 +244,8 @@ class Workbench:
                 return images(candidate)
             steps: int | Any = self.config.steps
             if isinstance(candidate, Plan):
-                rows = candidate.solver if candidate.coefficients is None else candidate.coefficients
                 own = self.adapter.pipe.scheduler
-                steps = PlanScheduler.of(own, candidate.timesteps, rows, self.adapter.device)
+                steps = PlanScheduler.of(own, candidate.timesteps, candidate.rows, self.adapter.device)
             with self.router.routed(candidate):
                 return images(steps)
 
