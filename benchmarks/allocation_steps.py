@@ -268,7 +268,7 @@ class Bench:
         self.max_level = self.adapter.max_level("width")
         self.levels = [self.max_level * quarters // 4 for quarters in (1, 2, 3)]
         self.probes = self.adapter.make_probes(config.heldout, HELDOUT_SEED, "heldout")
-        self.dense = self.adapter.sample(self.probes, config.steps, config.guidance)
+        self.dense = self.adapter.sample(self.probes, config.steps, config.scale)
         self._pruned: tuple[int, list[Stage]] = 0, []
 
     def pruned(self, finer: int) -> list[Stage]:
@@ -280,7 +280,7 @@ class Bench:
         return self._pruned[1]
 
     def _prune(self, sets: Sequence[Rungs], stage: int) -> Stage:
-        method, timesteps, guidance = METHODS.make(self.config.method), self.stages.ranges[stage], self.config.guidance
+        method, timesteps, guidance = METHODS.make(self.config.method), self.stages.ranges[stage], self.config.scale
         seed = stage_seed(self.config.seed, stage)
         run = StagePass(self.adapter, timesteps, self.data, guidance > 1, seed, method.timestep_weights)
         thin = thin_weights(self.adapter, method, None if method.needs == "nothing" else run, sets, Workshop())
@@ -303,7 +303,7 @@ class Bench:
             schedule = Schedule(self.stages, (level,) * len(pruned), self.max_level)
             macs.append(round(macs_fraction(router, schedule, steps), 5))
             with router.routed(schedule):
-                latents = self.adapter.sample(self.probes, self.config.steps, self.config.guidance)
+                latents = self.adapter.sample(self.probes, self.config.steps, self.config.scale)
             errors.append([float(f"{e:.4g}") for e in (latents - self.dense).square().flatten(1).mean(1).tolist()])
         return {
             "variant": variant, "calls": sum(calls), "seconds": round(seconds, 1), "samples": self.samples,

@@ -175,13 +175,13 @@ def search(config: RunConfig, out: Path, make: Callable[[], ModelAdapter], elimi
     space = SearchSpace.mean_sparsity(stages, top, config.budget, steps)
     with parts.part("calibration, all of it"):
         bank = build.build_bank(
-            adapter, METHODS.make(config.method), stages, data, guidance=config.guidance, seed=config.seed,
+            adapter, METHODS.make(config.method), stages, data, guidance=config.scale, seed=config.seed,
             allocation=config.allocation, only=space.visited, memory=config.bank_bytes,
         )  # fmt: skip
     assert bank.workshop is not None
     evaluator = ScheduleEvaluator(
         Router(adapter, bank), stages, adapter.make_probes(config.probes, config.seed), n_steps=config.steps,
-        guidance=config.guidance, metric=make_metric("latent_mse", adapter.device),
+        guidance=config.scale, metric=make_metric("latent_mse", adapter.device),
     )  # fmt: skip
     with parts.part("search"):
         strategy = STRATEGIES.make(config.strategy, space, seed=config.seed)
@@ -193,7 +193,7 @@ def search(config: RunConfig, out: Path, make: Callable[[], ModelAdapter], elimi
         write_result(bench, best, out)
     with parts.part("apply, one image"), torch.no_grad():
         apply(adapter.pipe, out)
-        adapter.sample(adapter.make_probes(1, 1), config.steps, config.guidance)
+        adapter.sample(adapter.make_probes(1, 1), config.steps, config.scale)
         remove(adapter.pipe)
     return {
         "parts": parts.found, "triangles": len(adapter.group_sets()) * len(space.visited),

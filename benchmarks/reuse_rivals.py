@@ -119,7 +119,7 @@ class Rivals:
 
     def __post_init__(self) -> None:
         self.bench, self.adapter = self.plans.bench, self.plans.bench.adapter
-        self.guidance = self.bench.config.guidance
+        self.guidance = self.bench.config.scale
         self.macs = macs_by_module(self.adapter)
         self.probes = self.adapter.make_probes(CALIBRATION, self.bench.config.seed, "calibration")
 

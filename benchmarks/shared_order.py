@@ -72,7 +72,7 @@ def pool(config: RunConfig) -> None:
     adapter = adapter_for(load_pipeline(config.model))
     data, stages = calibration_of(config, adapter), Stages.equal(config.stages, adapter.n_timesteps)
     for stage, span in enumerate(stages.ranges):
-        run = StagePass(adapter, span, data, config.guidance > 1, stage_seed(config.seed, stage))
+        run = StagePass(adapter, span, data, config.scale > 1, stage_seed(config.seed, stage))
         for name, moment in input_moments(run, adapter.group_sets(), full=True).items():
             part = moment.double() / moment.double().trace()
             POOLED[name] = POOLED[name] + part if name in POOLED else part

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from diffes.errors import DiffesError, PluginError
-from diffes.study.config import ALONE, RunConfig, WorkerOptions
+from diffes.study.config import ALONE, Guidance, RunConfig, WorkerOptions
 
 app = tyro.extras.SubcommandApp()
 _DEFAULT = RunConfig()
@@ -188,7 +188,7 @@ def fit(
     run: tyro.conf.Positional[Path],
     out: tyro.conf.Positional[Path],
     calls: float | None = None,
-    guidance: float | None = None,
+    guidance: Guidance | None = None,
     prompts: Path | None = None,
     model: str | None = None,
     solver: str = "fitted",
@@ -206,7 +206,7 @@ def fit(
         run: folder that `diffes search`, `diffes front`, `diffes export` or `diffes fit` wrote.
         out: folder to write.
         calls: what the plan may cost, in dense calls; the best within is taken. Left out: the best of all.
-        guidance: classifier-free guidance scale. Left out: as in the run.
+        guidance: classifier-free guidance scale, or two, the ends of a range: 1.5 4. Left out: as in the run.
         prompts: text-to-image models: a JSON file with lists of prompts `search` and `heldout`. Left out: the model's.
         model: another pipeline of the same kind, by name, folder or hub id. Left out: the run's own. Plans with pruned
             calls need the model that they were found on.

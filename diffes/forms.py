@@ -115,6 +115,7 @@ class Artifact(Pruned):
 
     format_version: Number
     guidance: Amount
+    guidance_range: Annotated[list[Amount], Field(min_length=2, max_length=2)] | None = None
     dtype: Literal["float32", "float16", "bfloat16"]
     bank_sha256: Digest
     checksum: Digest
@@ -127,6 +128,14 @@ class ScheduleFile(Artifact):
     steps: Number
     nominal_sparsity: Fraction
     macs_fraction: Amount
+
+
+class End(Form):
+    """Held-out error of a plan at an end of a range of guidance."""
+
+    guidance: Amount
+    latent_mse: Amount | None
+    latent_interval: Annotated[list[Amount], Field(min_length=2, max_length=2)] | None = None
 
 
 class FrontPoint(Form):
@@ -154,6 +163,7 @@ class FrontPoint(Form):
     ssim: float | None = None
     ssim_error: Amount | None = None
     variance: Amount | None = None
+    ends: list[End] | None = None
 
 
 class Reference(Form):

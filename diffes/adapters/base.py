@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -31,6 +31,7 @@ from diffes.errors import DiffesError
 from diffes.plugins import guarded, unexpected
 
 T = TypeVar("T")
+GOLDEN = (5**0.5 - 1) / 2
 Split = Literal["search", "heldout", "calibration"]  # of prompts: what one draws from, the others do not
 Condition = int | str | None  # a class id, a prompt, or the null condition of classifier-free guidance
 
@@ -42,16 +43,39 @@ class Probes:
     Args:
         noise: (n, C, h, w) unit normal noise in fp32 on the CPU; the scheduler scales it.
         conditions: n class ids or prompts.
+        guidance: n guidance scales, each above 1; None where all have that of the call.
+
+    Example:
+        >>> import torch
+        >>> probes = Probes(torch.zeros(4, 1, 2, 2), (0, 1, 2, 3)).over(2.0, 4.0)
+        >>> probes.guidance
+        (3.236, 2.472, 3.708, 2.944)
+        >>> probes[:2].scale(3.0, probes.noise.double()).flatten().tolist()
+        [3.236, 2.472]
     """
 
     noise: Tensor
     conditions: tuple[Condition, ...]
+    guidance: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.noise)
 
     def __getitem__(self, part: slice) -> Probes:
-        return Probes(self.noise[part], self.conditions[part])
+        return Probes(self.noise[part], self.conditions[part], self.guidance and self.guidance[part])
+
+    def over(self, low: float, high: float) -> Probes:
+        """Return the same probes, each at a guidance scale of its own, any first few of them evenly spread over a range
+        (multiples of the golden ratio, modulo 1)."""
+        shares = [i * GOLDEN % 1 for i in range(1, len(self) + 1)]
+        return replace(self, guidance=tuple(round(low + (high - low) * share, 3) for share in shares))
+
+    def scale(self, guidance: float, like: Tensor) -> float | Tensor:
+        """Return the guidance scale to mix the two branches of a call with: that of the call, or (n, 1, 1, 1) of each
+        probe, on the device of a tensor and of its type."""
+        if self.guidance is None:
+            return guidance
+        return torch.tensor(self.guidance).to(like).view(-1, 1, 1, 1)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class DiTAdapter(ModelAdapter):
         noise = predicted[:, :channels]  # the rest, where there is any, is a learned variance that no sampler here uses
         if guidance > 1:
             conditional, unconditional = noise.chunk(2)
-            mixed = unconditional + guidance * (conditional - unconditional)
+            mixed = unconditional + probes.scale(guidance, noise) * (conditional - unconditional)
             noise = torch.cat([mixed, mixed])
         return noise, latents
 

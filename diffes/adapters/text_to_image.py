@@ -63,7 +63,7 @@ class TextToImageAdapter(ModelAdapter):
         noise = self.denoise_once(scheduler.scale_model_input(doubled, timestep), timestep, conditions)
         if guidance > 1:
             unconditional, conditional = noise.chunk(2)
-            noise = unconditional + guidance * (conditional - unconditional)
+            noise = unconditional + probes.scale(guidance, latents) * (conditional - unconditional)
         return noise, latents
 
     def finish(self, state: SamplingState, guidance: float) -> Tensor:

@@ -57,24 +57,31 @@ class Quality:
         least-squares fit lowers where it cannot predict. None is no finite number, or SSIM without pyiqa.
         """
         found = latents.float()
-        squares = (found - self._reference).square().flatten(1).mean(1).double().cpu()
         images = self._decoded(found)
         differences = (images - self._images).square().flatten(1).mean(1).double().cpu()
         ssim = None if self._ssim is None else self._ssim(images, self._images)
         return {
-            "latent_mse": _finite(squares.mean()),
-            "latent_median": _finite(squares.median()),
-            "latent_interval": list(interval(squares)) if bool(squares.isfinite().all()) else None,
-            "image_mse": _finite(differences.mean()),
-            "image_mse_error": _finite(standard_error(differences)),
-            "ssim": None if ssim is None else _finite(ssim.mean()),
-            "ssim_error": None if ssim is None else _finite(standard_error(ssim)),
-            "variance": _finite(_variance(found) / _variance(self._reference)),
+            **latent_quality(found, self._reference),
+            "image_mse": finite(differences.mean()),
+            "image_mse_error": finite(standard_error(differences)),
+            "ssim": None if ssim is None else finite(ssim.mean()),
+            "ssim_error": None if ssim is None else finite(standard_error(ssim)),
+            "variance": finite(_variance(found) / _variance(self._reference)),
         }
 
     def _decoded(self, latents: Tensor) -> Tensor:
         parts = latents.to(self._adapter.device).split(32)
         return torch.cat([self._adapter.decode(part).float() for part in parts])
+
+
+def latent_quality(latents: Tensor, reference: Tensor) -> dict[str, float | list[float] | None]:
+    """Return the part of `Quality.of` that is of latents (n, C, h, w)."""
+    squares = (latents.float() - reference.float()).square().flatten(1).mean(1).double().cpu()
+    return {
+        "latent_mse": finite(squares.mean()),
+        "latent_median": finite(squares.median()),
+        "latent_interval": list(interval(squares)) if bool(squares.isfinite().all()) else None,
+    }
 
 
 def interval(values: Tensor) -> tuple[float, float]:
@@ -101,5 +108,6 @@ def _variance(latents: Tensor) -> Tensor:
     return latents.transpose(0, 1).flatten(1).var(1).mean()
 
 
-def _finite(value: Tensor) -> float | None:
+def finite(value: Tensor | float) -> float | None:
+    """Return a number for JSON; None where it is not finite."""
     return float(value) if math.isfinite(value) else None

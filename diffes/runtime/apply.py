@@ -95,7 +95,8 @@ def apply(pipe: P, run: str | Path | Plan, *, calls: float | None = None, reside
             check_bank(needed, header, adapter, folder / BANK)
         own = previous.scheduler if previous and previous.scheduler is not None else pipe.scheduler
         planned = planned_scheduler(own, schedule, facts) if isinstance(schedule, Plan) else None
-        router.guidance = facts.get("guidance") if planned is not None else None
+        if planned is not None and "guidance" in facts:
+            router.guidance = tuple(facts.get("guidance_range") or [facts["guidance"]] * 2)
         router.install(schedule)
     except BaseException:
         if previous and routed_before:

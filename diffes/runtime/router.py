@@ -57,7 +57,7 @@ class Router:
         memory: what the next call may reuse; None between runs, and where nothing is reused.
         timestep: of the last call.
         resident: thin layers that are ready on the device.
-        guidance: scale that a plan was made for; None where nothing is known, or was said already.
+        guidance: lowest and highest scale that a plan was made for; None where nothing is known, or was said already.
 
     Whoever asks the model, or a part of it, for its `state_dict`, or gives it one, deals with the dense weights. A deep
     copy of a routed model is routed too, by a router of its own.
@@ -72,7 +72,7 @@ class Router:
         self.schedule: Schedule | Plan | None = None
         self.memory: Memory | None = None
         self.timestep = math.nan
-        self.guidance: float | None = None
+        self.guidance: tuple[float, ...] | None = None
         self.max_level = bank.max_level or adapter.max_level(bank.kind)
         check_not_offloaded(adapter.denoiser)
         check_cuttable(adapter)
@@ -220,9 +220,11 @@ class Router:
         given = getattr(self.adapter.pipe, "_guidance_scale", None)
         if self.guidance is None or not isinstance(given, int | float):
             return
-        if not self.guidance / FAR <= max(given, 1.0) <= max(self.guidance, 1.0) * FAR:
+        low, high = self.guidance[0], self.guidance[-1]
+        if not low / FAR <= max(given, 1.0) <= max(high, 1.0) * FAR:
+            made_for = f"{low:g}" if low == high else f"{low:g} to {high:g}"
             warnings.warn(
-                f"the plan that is applied was made for guidance {self.guidance:g}, and the pipeline is called with "
+                f"the plan that is applied was made for guidance {made_for}, and the pipeline is called with "
                 f"{given:g}: its error may be much larger; `diffes fit RUN OUT --guidance {given:g}` fits it again",
                 stacklevel=2,
             )

@@ -50,7 +50,7 @@ def bank_of(
     """
     return build_bank(
         adapter, make_method(config.method), stages, data,
-        guidance=config.guidance, seed=config.seed, allocation=config.allocation, only=only, progress=progress,
+        guidance=config.scale, seed=config.seed, allocation=config.allocation, only=only, progress=progress,
         memory=config.bank_bytes,
     )  # fmt: skip
 
@@ -119,6 +119,6 @@ def calibration_of(config: RunConfig, adapter: ModelAdapter, keep: Keep | None =
     if path is not None:
         return load_calibration(adapter, path, config.calibration_samples)
     return sample_calibration(
-        adapter, config.calibration_samples, n_steps=config.steps, guidance=config.guidance, seed=HELDOUT_SEED + 1,
+        adapter, config.calibration_samples, n_steps=config.steps, guidance=config.scale, seed=HELDOUT_SEED + 1,
         keep=None if keep is None else keep.samples,
     )  # fmt: skip

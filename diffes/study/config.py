@@ -11,6 +11,7 @@ from diffes.errors import DiffesError, at_least
 from diffes.search.schedule import Allocation
 
 LARGEST = 10**9
+Guidance = float | tuple[float, float]  # one scale, or the two ends of a range
 # settings that older versions had not, with what they did
 LATER = {"time_limit": None, "threads": None, "asynchronous": False, "study": None}
 
@@ -34,8 +35,9 @@ class RunConfig:
     """Number of equal stages that the training timesteps are divided into; each has a level of its own."""
     steps: int = 20
     """Sampling steps with the pipeline's own scheduler."""
-    guidance: float = 2.0
-    """Classifier-free guidance scale; 1 and less switch it off."""
+    guidance: float | tuple[float, float] = 2.0
+    """Classifier-free guidance scale; 1 and less switch it off. Of plans also two, the ends of a range (--guidance 1.5
+    4): each probe then has a scale of its own, calibration and samples have the middle, both ends are reported."""
     budget: float = 0.5
     """What every schedule has to meet, in [0, 1]. Of level: the mean sparsity over the steps, the fraction of prunable
     parameters removed. Of macs or latency: the most that it may cost, as a fraction of the dense model."""
@@ -111,7 +113,8 @@ class RunConfig:
                 f"study {self.study!r} is of processes that search together: it needs a name, a storage that all of "
                 "them reach, and asynchronous"
             )
-        for name in ("guidance", "budget", "bank_memory", "time_limit"):
+        object.__setattr__(self, "guidance", checked_guidance(self.guidance))
+        for name in ("budget", "bank_memory", "time_limit"):
             value = getattr(self, name)
             if isinstance(value, bool) or not (isinstance(value, int | float) or (value, name) == (None, "time_limit")):
                 raise DiffesError(f"{name} must be a number, got {value!r}")
@@ -121,8 +124,11 @@ class RunConfig:
             raise DiffesError(f"seed must be below 10^9, got {self.seed}: held-out probes are drawn from one above")
         if not math.isfinite(self.bank_memory) or self.bank_memory <= 0:
             raise DiffesError(f"bank_memory must be a finite number of GB above 0, got {self.bank_memory}")
-        if not math.isfinite(self.guidance) or self.guidance < 0:
-            raise DiffesError(f"guidance must be a finite number of at least 0, got {self.guidance}")
+
+    @property
+    def scale(self) -> float:
+        """The guidance scale that calibration, timing and samples take: of a range the middle."""
+        return middle(self.guidance)
 
     @property
     def bank_bytes(self) -> int:
@@ -131,7 +137,58 @@ class RunConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values by field name."""
-        return dataclasses.asdict(self)
+        plain = dataclasses.asdict(self)
+        return plain | {"guidance": list(self.guidance)} if isinstance(self.guidance, tuple) else plain
+
+
+def checked_guidance(given: Any) -> Guidance:
+    """Return a guidance scale, or a range of them as a tuple.
+
+    Raises:
+        DiffesError: a scale is no finite number of at least 0, or a range has not two ends above 1 that rise.
+
+    Example:
+        >>> checked_guidance([1.5, 4])
+        (1.5, 4.0)
+    """
+    ends = tuple(given) if isinstance(given, list | tuple) else (given,)
+    for value in ends:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise DiffesError(f"guidance must be a number, or two, got {given!r}")
+        if not math.isfinite(value) or value < 0:
+            raise DiffesError(f"guidance must be a finite number of at least 0, got {value}")
+    if not isinstance(given, list | tuple):
+        return given  # type: ignore[no-any-return]
+    if len(ends) != 2 or not 1 < ends[0] < ends[1]:
+        raise DiffesError(
+            f"a range of guidance has two ends, both above 1 (1 and less switch it off), the lower one first, got "
+            f"{' '.join(map(str, ends))}"
+        )
+    return float(ends[0]), float(ends[1])
+
+
+def check_one_scale(config: RunConfig) -> None:
+    """Raise where schedules of levels, which fit nothing, are given a range of guidance."""
+    if isinstance(config.guidance, tuple):
+        raise DiffesError(
+            f"guidance {shown(config.guidance)} is a range, which plans are fitted over; schedules of levels take one "
+            "scale"
+        )
+
+
+def middle(guidance: Guidance) -> float:
+    """Return a guidance scale, or the middle of a range."""
+    return (guidance[0] + guidance[1]) / 2 if isinstance(guidance, tuple) else guidance
+
+
+def shown(guidance: Guidance) -> str:
+    """Return a guidance scale, or a range, in words.
+
+    Example:
+        >>> shown((1.5, 4.0))
+        '1.5 to 4'
+    """
+    return f"{guidance[0]:g} to {guidance[1]:g}" if isinstance(guidance, tuple) else f"{guidance:g}"
 
 
 @dataclass(frozen=True)

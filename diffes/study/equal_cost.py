@@ -25,7 +25,7 @@ def calls_of(config: RunConfig) -> int:
     """Denoiser calls, in rows, that a cell may spend: `max_calls`, or what `max_evals` whole evaluations cost."""
     if config.max_calls is not None:
         return config.max_calls
-    return config.max_evals * config.probes * config.steps * (2 if config.guidance > 1 else 1)
+    return config.max_evals * config.probes * config.steps * (2 if config.scale > 1 else 1)
 
 
 def config_of(settings: Mapping[str, Any]) -> RunConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from diffes.search.schedule import Plan, Stages
 from diffes.search.space import SearchSpace
 from diffes.solvers import SOLVERS
 from diffes.study import charts, folder, plots
-from diffes.study.config import RunConfig
+from diffes.study.config import Guidance, RunConfig, checked_guidance, shown
 from diffes.study.front import facts_of, row_of
 from diffes.study.lock import is_unused
 from diffes.study.plans import Finalist, Plans
@@ -58,7 +57,7 @@ def fit(
     plan: Plan | Sequence[int] | str | Path,
     *,
     calls: float | None = None,
-    guidance: float | None = None,
+    guidance: Guidance | None = None,
     prompts: str | Path | None = None,
     solver: str = "fitted",
     probes: int = 64,
@@ -77,8 +76,8 @@ def fit(
         plan: the folder of a run, of a front or of an export, of which the timesteps and levels of one plan are taken;
             or a plan; or the timesteps of dense calls, falling.
         calls: of a folder, what the plan may cost, in dense calls; the best within is taken.
-        guidance: classifier-free guidance scale that the plan will be used at; of a folder its own when left out, else
-            1.
+        guidance: classifier-free guidance scale that the plan will be used at, or the two ends of a range, over which
+            the probes are spread; of a folder its own when left out, else 1.
         prompts: of text-to-image models, a JSON file of prompts `search` and `heldout`; the model's own when left out.
         solver: a name of `diffes.solvers.SOLVERS` whose coefficients are fitted, with options after a colon.
         probes: images that are fitted on.
@@ -105,8 +104,8 @@ def fit(
     at_least("heldout", heldout, 2)
     if not SOLVERS.parse(solver)[0].fits:
         raise DiffesError(f"solver {solver!r} has no coefficients to fit; choose fitted")
-    if guidance is not None and not 0 <= guidance < math.inf:
-        raise DiffesError(f"guidance must be a finite number of at least 0, got {guidance}")
+    if guidance is not None:
+        guidance = checked_guidance(guidance)
     if out is not None and not is_unused(Path(out)):
         raise DiffesError(f"{out} is not empty; name another folder")
     adapter = adapter_for(pipe)
@@ -126,10 +125,11 @@ def fit(
         bank = WeightBank({}, "width", max_level=given.max_level)
         if any(given.levels):
             raise DiffesError("a plan with pruned calls needs its bank: give the folder that it is from, not the plan")
-    guidance = facts.get("guidance", 1.0) if guidance is None else guidance
+    if guidance is None:
+        guidance = checked_guidance(facts.get("guidance_range") or facts.get("guidance", 1.0))
     bench = _bench(adapter, Router(adapter, bank), given, guidance, heldout, seed)
     plans = Plans(bench, solver, reference_steps=reference_steps, fit_probes=probes)
-    with (progress or RichProgress()).task(f"fitting at guidance {guidance:g}", probes + heldout) as advance:
+    with (progress or RichProgress()).task(f"fitting at guidance {shown(guidance)}", probes + heldout) as advance:
         _ = plans.refitted
         advance(f"reference of {probes} images", probes)
         as_given = Finalist(given, plans.refitted.measured(given)[0])
@@ -182,7 +182,7 @@ def _bank_of(home: Path, facts: dict[str, Any], plan: Plan, adapter: ModelAdapte
     return needed
 
 
-def _bench(adapter: ModelAdapter, router: Router, plan: Plan, guidance: float, heldout: int, seed: int) -> Workbench:
+def _bench(adapter: ModelAdapter, router: Router, plan: Plan, guidance: Guidance, heldout: int, seed: int) -> Workbench:
     """A workbench that measures and is not calibrated."""
     stages, top = plan.stages, plan.max_level
     dtype = str(adapter.dtype).removeprefix("torch.")

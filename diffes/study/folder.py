@@ -35,6 +35,7 @@ LIMITS = ("max_evals", "max_calls", "time_limit")  # of a search: raised, it goe
 FILES = (CONFIG, JOURNAL, COSTS, LOGBOOK, SCHEDULE, BANK, *FIGURES, REPORT)
 
 _TYPES: dict[str, Any] = {name: (hint | None, None) for name, hint in get_type_hints(RunConfig).items()}
+_TYPES["guidance"] = (float | list[float] | None, None)
 Settings = create_model("Settings", __base__=Form, **_TYPES)  # of a `config.json`; older ones have fewer
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffes import files
 from diffes.errors import DiffesError, at_least
-from diffes.measure.quality import Quality
+from diffes.measure.quality import Quality, finite, latent_quality
 from diffes.measure.reference import SOLVER, SPACING
 from diffes.progress import Progress
 from diffes.pruning.bank import fingerprint, split_of
@@ -28,7 +28,6 @@ from diffes.study import charts, folder, plots
 from diffes.study import plans as planned
 from diffes.study.calibration import Keep
 from diffes.study.config import ALONE, RunConfig, WorkerOptions
-from diffes.study.heldout import finite
 from diffes.study.lock import held
 from diffes.study.plans import OFF_THE_SHELF, Finalist, Genes, Plans, call_costs
 from diffes.study.settings import PLANNED
@@ -185,6 +184,8 @@ def make_references(plans: Plans, progress: Progress) -> None:
     """Samples the dense reference on the probes of the search, of the final fit and of the report, with a bar."""
     config = plans.bench.config
     sizes = {"searched": config.probes, "refitted": plans.fit_probes, "heldout": config.heldout}
+    if isinstance(config.guidance, tuple):
+        sizes["ends"] = 2 * config.heldout
     with progress.task(f"dense references, {plans.reference_steps} steps", sum(sizes.values())) as advance:
         for name, n in sizes.items():
             getattr(plans, name)
@@ -305,7 +306,8 @@ def facts_of(plans: Plans) -> dict[str, Any]:
         "solver": plans.solver,
         "currency": config.cost,
         "metric": config.metric,
-        "guidance": config.guidance,
+        "guidance": config.scale,
+        **({"guidance_range": list(config.guidance)} if isinstance(config.guidance, tuple) else {}),
         "dtype": config.dtype,
         "nodes": plans.nodes,
         "search_probes": config.probes,
@@ -338,8 +340,17 @@ def row_of(
         "fit_mean": finite(final.fitness), "heldout_mean": finite(float(scores.mean())),
         "heldout_std": finite(float(scores.std())), **quality.of(latents), "timesteps": list(plan.timesteps),
         "sigmas": [noise.sigma / noise.alpha for noise in scheduler.noises], "levels": list(plan.levels),
-        "coefficients": [list(row) for row in scheduler.coefficients],
+        "coefficients": [list(row) for row in scheduler.coefficients], **_at_ends(plans, plan),
     }, latents  # fmt: skip
+
+
+def _at_ends(plans: Plans, plan: Plan) -> dict[str, Any]:
+    """Return the held-out error of a plan at both ends of a range of guidance, where there is one."""
+    ends: list[dict[str, Any]] = [
+        {"guidance": guidance, **latent_quality(evaluator.latents(plan), evaluator.final_reference)}
+        for guidance, evaluator in plans.ends.items()
+    ]
+    return {"ends": ends} if ends else {}
 
 
 def _measured(plans: Plans, points: Sequence[Point]) -> tuple[list[dict[str, Any]], list[Tensor]]:
@@ -406,6 +417,11 @@ def verdicts(data: Mapping[str, Any]) -> list[str]:
         if ranked(bar) is not None and (quick := _fastest(points, bar)) is not None:
             name = f"{quick['kind']} of {quick['budget']:g}" if quick["budget"] != budget else quick["kind"]
             said.append(f"fastest at the error of dense-planned: {name}, {quick['ms']:.0f} of {bar['ms']:.0f} ms")
+        for ours, theirs in zip(best.get("ends") or (), bar.get("ends") or (), strict=True) if fitted else ():
+            said.append(
+                f"at guidance {ours['guidance']:g} {best['kind']} has {ours['latent_mse'] or math.nan:.5f}, "
+                f"{bar['kind']} {theirs['latent_mse'] or math.nan:.5f}"
+            )
         lines.append(f"{budget:g} dense calls: {'; '.join(said)}")
     return lines
 

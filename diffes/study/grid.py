@@ -14,7 +14,7 @@ from diffes.errors import DiffesError, unknown_name
 from diffes.progress import Progress
 from diffes.study.cells import SHARED, finished, key_of
 from diffes.study.comparison import Comparison, Failure
-from diffes.study.config import ALONE, RunConfig, WorkerOptions
+from diffes.study.config import ALONE, RunConfig, WorkerOptions, check_one_scale
 from diffes.study.equal_cost import calls_of, config_of
 from diffes.study.lock import held
 from diffes.study.record import RunRecord
@@ -78,6 +78,7 @@ def grid(base: RunConfig, varied: Mapping[str, Sequence[Any]], seeds: int) -> li
     Raises:
         DiffesError: a value is out of its range, or there are no seeds or values.
     """
+    check_one_scale(base)
     if seeds < 1:
         raise DiffesError(f"seeds must be at least 1, got {seeds}")
     if empty := [name for name, values in varied.items() if not values]:

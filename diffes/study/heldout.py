@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from diffes.measure.quality import finite
 from diffes.search.ledger import SearchResult
 from diffes.search.schedule import Schedule
 from diffes.study.folder import config_record
@@ -73,8 +73,3 @@ def record_of(bench: Workbench, heldout: HeldOut, result: SearchResult) -> RunRe
         calibration_calls=bench.router.bank.calls,
         curve=rises(result),
     )
-
-
-def finite(score: float) -> float | None:
-    """A number for JSON; None where a probe failed."""
-    return score if math.isfinite(score) else None

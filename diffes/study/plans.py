@@ -129,13 +129,24 @@ class Plans:
             reusing=self.bench.router.bank.reusing,
         )  # fmt: skip
 
-    def evaluator(self, n_probes: int, seed: int, split: Split = "search", fits: bool = True) -> PlanEvaluator:
-        """What measures plans, on probes of its own, against the dense model at many steps; with `fits`, it can also
-        fit solvers."""
-        config = self.bench.config
+    def evaluator(
+        self, n_probes: int, seed: int, split: Split = "search", fits: bool = True, guidance: float | None = None
+    ) -> PlanEvaluator:
+        """Return what measures plans, on probes of its own, against the dense model at many steps.
+
+        Args:
+            n_probes: drawn for it.
+            seed: of their noise.
+            split: of prompts.
+            fits: whether it can also fit solvers.
+            guidance: of all probes; as the settings say when left out, which may be a range.
+        """
+        config, probes = self.bench.config, self.bench.adapter.make_probes(n_probes, seed, split)
+        if guidance is None and isinstance(config.guidance, tuple):
+            probes = probes.over(*config.guidance)
         return PlanEvaluator(
-            self.bench.router, self.bench.space.stages, self.solver,
-            self.bench.adapter.make_probes(n_probes, seed, split), guidance=config.guidance, metric=self.bench.metric,
+            self.bench.router, self.bench.space.stages, self.solver, probes,
+            guidance=config.scale if guidance is None else guidance, metric=self.bench.metric,
             reference_steps=self.reference_steps, fits=fits,
         )  # fmt: skip
 
@@ -153,6 +164,13 @@ class Plans:
     def heldout(self) -> PlanEvaluator:
         """On probes that neither search nor fit sees."""
         return self.evaluator(self.bench.config.heldout, HELDOUT_SEED, "heldout", fits=False)
+
+    @cached_property
+    def ends(self) -> dict[float, PlanEvaluator]:
+        """On the held-out probes at each end of a range of guidance; none where there is no range."""
+        guidance, n = self.bench.config.guidance, self.bench.config.heldout
+        ends = guidance if isinstance(guidance, tuple) else ()
+        return {end: self.evaluator(n, HELDOUT_SEED, "heldout", fits=False, guidance=end) for end in ends}
 
     @property
     def reference_calls(self) -> int:

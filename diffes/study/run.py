@@ -17,6 +17,7 @@ from diffes import files
 from diffes.adapters import Condition, adapter_for
 from diffes.errors import DiffesError
 from diffes.measure.currencies import prunable_fraction
+from diffes.measure.quality import finite
 from diffes.progress import Progress
 from diffes.pruning.bank import fingerprint, split_of
 from diffes.runtime.apply import load
@@ -28,8 +29,8 @@ from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation
 from diffes.study import charts, folder, plots
 from diffes.study.calibration import Keep
-from diffes.study.config import ALONE, RunConfig, WorkerOptions
-from diffes.study.heldout import HELDOUT_SEED, HeldOut, finite, record_of
+from diffes.study.config import ALONE, RunConfig, WorkerOptions, check_one_scale
+from diffes.study.heldout import HELDOUT_SEED, HeldOut, record_of
 from diffes.study.lock import held
 from diffes.study.record import Candidate, Report, Timing
 from diffes.study.settings import check_settings
@@ -70,6 +71,7 @@ def complete_run(
         DiffesError: bad settings, or `out` cannot be used; what is there is then untouched.
         OSError: `out` cannot be written to.
     """
+    check_one_scale(config)
     with held(out):
         return _run_in(out, config, progress, overwrite, on_evaluation, workers)
 
@@ -151,7 +153,7 @@ def write_result(bench: Workbench, schedule: Schedule, out: Path) -> None:
     facts = {
         **pruned,
         "steps": config.steps,
-        "guidance": config.guidance,
+        "guidance": config.scale,
         "dtype": config.dtype,
         "nominal_sparsity": schedule.nominal_sparsity(bench.space.steps),
         "macs_fraction": bench.macs_fraction(schedule),

@@ -188,7 +188,7 @@ class Workbench:
             self.space.stages,
             self.adapter.make_probes(n_probes, seed, split),
             n_steps=self.config.steps,
-            guidance=self.config.guidance,
+            guidance=self.config.scale,
             metric=self.metric,
             cache_bytes=cache_bytes,
         )
@@ -237,7 +237,7 @@ class Workbench:
         probes = self.adapter.make_probes(batch, HELDOUT_SEED, "heldout")
 
         def images(steps: int | Any) -> torch.Tensor:
-            return self.adapter.decode(self.adapter.sample(probes, steps, self.config.guidance))
+            return self.adapter.decode(self.adapter.sample(probes, steps, self.config.scale))
 
         def run(candidate: Schedule | Plan | int) -> torch.Tensor:
             if isinstance(candidate, int):
@@ -303,7 +303,7 @@ def prepare(
     adapter = adapter_for(pipe)
     if config.prompts is not None:
         adapter.use_prompts(Path(config.prompts))
-    try_adapter(adapter, config.steps, config.guidance)
+    try_adapter(adapter, config.steps, config.scale)
     if "reuse" in method.kind and config.cost == "level":
         raise DiffesError(
             f"levels of {config.method} that reuse remove nothing: set cost to macs or latency, not level"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import torch
 from conftest import Counting, images, open_pipe, small_config
 
 import diffes
-from diffes.adapters import load_pipeline
+from diffes.adapters import adapter_for, load_pipeline
 from diffes.cli import main
 from diffes.errors import DiffesError
 from diffes.runtime.artifact import chosen, read_front
 from diffes.search.schedule import Plan
-from diffes.study.front import complete_front
+from diffes.study.front import complete_front, verdicts
+from diffes.study.grid import run_experiment
+from diffes.study.run import complete_run
 
 SMALL: dict[str, Any] = {"probes": 3, "heldout": 3, "reference_steps": 20}
 
@@ -134,3 +137,68 @@ class Failing(Counting):
 
     def task(self, title: str, total: int) -> Any:
         raise AssertionError(f"{title} began")
+
+
+def test_a_range_of_guidance_is_fitted_over(tiny_sdxl_folder: Path, tmp_path: Path) -> None:
+    """Each probe is sampled at a scale of its own, in the reference too; both ends are reported; the middle is the
+    plan's own; within the range nothing is warned of."""
+    out = tmp_path / "ranged"
+    config = small_config(
+        tiny_sdxl_folder, method="magnitude", cost="macs", probes=2, heldout=2, max_evals=3, guidance=(1.5, 6.0)
+    )
+    data = complete_front(config, [2.0], out, Counting(), genes="steps", nodes=6, fit_probes=3)
+    assert data["guidance"] == 3.75 and data["guidance_range"] == [1.5, 6.0]
+    by_kind = {point["kind"]: point for point in data["points"]}
+    low, high = by_kind["dense-fitted"]["ends"]
+    assert (low["guidance"], high["guidance"]) == (1.5, 6.0) and low["latent_mse"] != high["latent_mse"]
+    assert any("at guidance 6 dense-fitted has" in line for line in verdicts(data))
+    complete_front(replace(config, max_evals=4), [2.0], out, Counting(), genes="steps", nodes=6, fit_probes=3)
+    again = diffes.fit(open_pipe(tiny_sdxl_folder), out, **SMALL, progress=Counting())
+    assert [end["guidance"] for end in again.after["ends"]] == [1.5, 6.0]
+    pipe = diffes.load(out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for guidance in (1.5, 6.0, 10.0):
+            images(pipe, steps=2, guidance=guidance)
+    with pytest.warns(UserWarning, match=r"made for guidance 1\.5 to 6"):
+        images(pipe, steps=2, guidance=20.0)
+
+
+def test_probes_at_scales_of_their_own_are_those_of_runs_at_each(tiny_sdxl_folder: Path, tiny_folder: Path) -> None:
+    for folder in (tiny_sdxl_folder, tiny_folder):
+        adapter = adapter_for(open_pipe(folder))
+        probes = adapter.make_probes(3, 0).over(1.5, 4.0)
+        together = adapter.sample(probes, 3, 2.75)
+        assert probes.guidance is not None and len(set(probes.guidance)) == 3
+        for i, guidance in enumerate(probes.guidance):
+            alone = adapter.sample(replace(probes, guidance=None)[i : i + 1], 3, guidance)
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((4.0, 1.5), "two ends, both above 1"),
+        ((1.0, 4.0), "two ends, both above 1"),
+        ((2.0, 3.0, 4.0), "two ends"),
+        ((2.0, float("inf")), "finite"),
+        ((True, 3.0), "must be a number, or two"),
+        ("2", "must be a number, or two"),
+    ],
+)
+def test_ranges_of_guidance_are_checked(given: Any, message: str, tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DiffesError, match=message):
+        small_config(tiny_folder, guidance=given)
+    with pytest.raises(DiffesError, match=message):
+        diffes.fit(open_pipe(tiny_folder), [900, 500], guidance=given, **SMALL)
+
+
+def test_schedules_of_levels_take_one_scale(tiny_folder: Path, tmp_path: Path) -> None:
+    config = small_config(tiny_folder, guidance=(1.5, 4.0))
+    for refused in (
+        lambda: complete_run(config, tmp_path / "run", Counting()),
+        lambda: run_experiment(config, {"strategy": ["random"]}, 1, tmp_path / "grid", Counting()),
+    ):
+        with pytest.raises(DiffesError, match=r"1\.5 to 4 is a range"):
+            refused()
+    assert not list(tmp_path.iterdir())

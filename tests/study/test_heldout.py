@@ -9,8 +9,9 @@ import torch
 
 from diffes.adapters.text_to_image import TextToImageAdapter
 from diffes.measure.metrics import make_metric
+from diffes.measure.quality import finite
 from diffes.search.schedule import Schedule
-from diffes.study.heldout import HELDOUT_SEED, HeldOut, finite
+from diffes.study.heldout import HELDOUT_SEED, HeldOut
 from diffes.study.workbench import Workbench
 
 
@@ -41,9 +42,9 @@ def test_a_schedule_is_scored_against_the_dense_model_on_them(prompted: Workbenc
     """The oracle runs the routed sampling loop itself."""
     adapter, schedule = prompted.adapter, prompted.uniform()
     probes = adapter.make_probes(6, HELDOUT_SEED, "heldout")
-    dense = adapter.sample(probes, 4, prompted.config.guidance)
+    dense = adapter.sample(probes, 4, prompted.config.scale)
     with prompted.router.routed(schedule):
-        routed = adapter.sample(probes, 4, prompted.config.guidance)
+        routed = adapter.sample(probes, 4, prompted.config.scale)
     scores = -(routed - dense).square().flatten(1).mean(1).double()
     found = HeldOut(prompted)(schedule, search=0.5)
     assert found.heldout_mean == pytest.approx(float(scores.mean()), rel=1e-4)
