@@ -29,6 +29,7 @@ from diffes.adapters.groups import (
 )
 from diffes.errors import DiffesError
 from diffes.plugins import guarded, unexpected
+from diffes.solvers import own_of
 
 T = TypeVar("T")
 GOLDEN = (5**0.5 - 1) / 2
@@ -186,7 +187,7 @@ class ModelAdapter(abc.ABC):
     @property
     def own_scheduler(self) -> Any:
         """The scheduler that the pipeline has, or had before a plan's took its place."""
-        return getattr(self.pipe.scheduler, "replaces", None) or self.pipe.scheduler
+        return own_of(self.pipe.scheduler)
 
     @property
     def clock(self) -> Any:

@@ -18,7 +18,7 @@ from diffes.runtime.artifact import BANK, base_model, chosen
 from diffes.runtime.checks import check_cuttable, check_not_offloaded
 from diffes.runtime.router import Router
 from diffes.search.schedule import Plan, Schedule
-from diffes.solvers import SOLVERS
+from diffes.solvers import SOLVERS, own_of
 from diffes.solvers.scheduler import PlanScheduler
 
 P = TypeVar("P", bound=DiffusionPipeline)
@@ -179,8 +179,8 @@ def planned_scheduler(own: Any, plan: Plan, facts: Mapping[str, Any]) -> PlanSch
 def put_scheduler(pipe: Any, scheduler: Any) -> None:
     """Give a pipeline a scheduler; its `model_index.json` names the pipeline's own one, whatever the scheduler is."""
     pipe.scheduler = scheduler
-    own = getattr(scheduler, "replaces", None)
-    if own is not None:
+    own = own_of(scheduler)
+    if own is not scheduler:
         pipe.register_to_config(scheduler=(type(own).__module__.split(".")[0], type(own).__name__))
 
 

@@ -1,6 +1,6 @@
 """Solvers of plans: rows of coefficients, who makes them, and the scheduler that steps with them."""
 
 from diffes.solvers.base import SOLVERS, Row, Solver, coefficients, solver
-from diffes.solvers.process import END, Noise, NoiseProcess
+from diffes.solvers.process import END, Noise, NoiseProcess, own_of
 
-__all__ = ["END", "SOLVERS", "Noise", "NoiseProcess", "Row", "Solver", "coefficients", "solver"]
+__all__ = ["END", "SOLVERS", "Noise", "NoiseProcess", "Row", "Solver", "coefficients", "own_of", "solver"]

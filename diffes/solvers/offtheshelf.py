@@ -10,7 +10,7 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from diffes.errors import DiffesError
 from diffes.solvers.base import Row, Solver
-from diffes.solvers.process import Noise
+from diffes.solvers.process import Noise, own_of
 
 ENDS = {"final_sigmas_type": "zero"}
 SPACINGS: dict[str, dict[str, Any]] = {
@@ -116,11 +116,10 @@ def spaced(scheduler: Any, n: int, spacing: str) -> list[int]:
         >>> spaced(DDIMScheduler(), 4, "trailing")
         [999, 749, 499, 249]
     """
-    own = getattr(scheduler, "replaces", None) or scheduler
     plain = dict.fromkeys(
         ("thresholding", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"), False
     )
     settings = {"algorithm_type": "dpmsolver++", **plain, **ENDS, **SPACINGS[spacing]}
-    made = DPMSolverMultistepScheduler.from_config(own.config, **settings)
+    made = DPMSolverMultistepScheduler.from_config(own_of(scheduler).config, **settings)
     made.set_timesteps(n)
     return sorted({int(t) for t in made.timesteps}, reverse=True)

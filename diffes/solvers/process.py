@@ -57,6 +57,11 @@ class Noise:
 END = Noise(1.0, 0.0)
 
 
+def own_of(scheduler: Any) -> Any:
+    """Return the pipeline's own scheduler, which the scheduler of a plan stands for."""
+    return getattr(scheduler, "replaces", None) or scheduler
+
+
 @dataclass(frozen=True, eq=False)
 class NoiseProcess:
     """Signal and noise at every training timestep, and what the network predicts.
@@ -88,7 +93,7 @@ class NoiseProcess:
         Raises:
             DiffesError: the scheduler has no such table, or predicts something unknown.
         """
-        scheduler = getattr(scheduler, "replaces", None) or scheduler
+        scheduler = own_of(scheduler)
         config, name = scheduler.config, type(scheduler).__name__
         if hasattr(scheduler, "alphas_cumprod"):
             signal = np.maximum(scheduler.alphas_cumprod.double().cpu().numpy(), LEAST_SIGNAL**2)

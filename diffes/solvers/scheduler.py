@@ -17,7 +17,7 @@ from diffes.errors import DiffesError
 from diffes.search.schedule import check_rows, check_timesteps
 from diffes.solvers.base import SOLVERS, Row, Solver
 from diffes.solvers.ddim import DDIM
-from diffes.solvers.process import END, Noise, NoiseProcess, Prediction
+from diffes.solvers.process import END, Noise, NoiseProcess, Prediction, own_of
 
 
 class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
@@ -106,7 +106,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             DiffesError: the solver is unknown, the noise process is, or the arguments are not of their form.
         """
-        own, process = getattr(scheduler, "replaces", None) or scheduler, NoiseProcess.of(scheduler)
+        process = NoiseProcess.of(scheduler)
         check_timesteps(timesteps, len(process.alphas))
         noises = process.along(tuple(timesteps))
         solver: Solver | None = SOLVERS.make(rows) if isinstance(rows, str) else None
@@ -121,7 +121,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if solver is not None:
             made.keeps = solver.memory - 1
             made.fits = solver if solver.fits else None
-        made.replaces = own
+        made.replaces = own_of(scheduler)
         made.timesteps = made.timesteps.to(device)
         return made
 
