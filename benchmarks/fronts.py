@@ -11,6 +11,7 @@ turns. Beside each plan stands how many dense calls are as good, on the lines th
     python benchmarks/fronts.py --models fashion-dit --seeds 0 1 2      # an hour and a half on one CPU core
     python benchmarks/fronts.py --models emoji-sdxl --method obs+block_reuse
     python benchmarks/fronts.py --cost latency --batch 1                # for the time of one image
+    python benchmarks/fronts.py --time --seeds 0                        # milliseconds again, on an idle machine
     python benchmarks/fronts.py --table                                 # the table of what was measured
     python benchmarks/fronts.py --smoke                                 # tiny
 """
@@ -32,17 +33,21 @@ import torch
 from diffes.adapters import shipped_models
 from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.measure.quality import Quality
+from diffes.measure.reference import SOLVER
 from diffes.progress import RichProgress
+from diffes.runtime.artifact import plan_of
+from diffes.search.schedule import Plan
 from diffes.study import charts, front, plots
 from diffes.study.config import RunConfig
 from diffes.study.folder import config_record
 from diffes.study.front import KINDS
 from diffes.study.plans import Plans
 from diffes.study.settings import PLANNED
-from diffes.study.workbench import prepare
+from diffes.study.workbench import Workbench, prepare
 
 RESULTS = Path(__file__).parent / "results" / "fronts"
 BATCHES = (1, 16)  # at which whole runs are timed
+REPEATS = 5  # of each, in turns
 GUIDANCE = {"fashion-dit": 2.0, "emoji-sdxl": 1.0}  # what each model is sampled at
 SETTINGS = ("model", "method", "guidance", "currency", "batch")
 BEYOND = {"dense": (12.0, 16.0, 20.0, 24.0, 32.0), "dense-planned": (12.0, 16.0)}  # dense calls, to see what is as good
@@ -69,11 +74,15 @@ def points(plans: Plans, quality: Quality, budget: float, kinds: Sequence[str], 
         errors = (latents.float() - plans.heldout.final_reference).square().flatten(1).mean(1).tolist()
         rounded = [float(f"{error:.{DIGITS}g}") for error in errors]
         rows.append(row | {"calls_spent": point.calls_spent, "errors": rounded})
-    for batch in BATCHES:
-        plain = [point.plan for point in found]
-        for row, ms in zip(rows, plans.bench.milliseconds(plain, batch, repeats), strict=True):
-            row[f"ms_{batch}"] = round(ms, 2)
+    time_rows(plans.bench, rows, [point.plan for point in found], repeats)
     return rows
+
+
+def time_rows(bench: Workbench, rows: Sequence[dict[str, Any]], plans: Sequence[Plan], repeats: int) -> None:
+    """Milliseconds of the plans of a budget, all taking turns, written into their rows."""
+    for batch in BATCHES:
+        for row, ms in zip(rows, bench.milliseconds(plans, batch, repeats), strict=True):
+            row[f"ms_{batch}"] = round(ms, 2)
 
 
 def as_good(mse: float, curve: Sequence[tuple[float, float]]) -> str:
@@ -169,6 +178,7 @@ def main() -> None:
     parser.add_argument("--max-evals", type=int, default=80, help="of each search")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--time", action="store_true", help="measure only the milliseconds of points that are there")
     parser.add_argument("--table", action="store_true", help="only make the table of what was measured")
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
@@ -191,6 +201,15 @@ def main() -> None:
     print(table_of(rows))
 
 
+def time_again(bench: Workbench, rows: Sequence[dict[str, Any]]) -> None:
+    """New milliseconds for rows of one model and seed, budget by budget."""
+    space = bench.space
+    facts = {"stages": space.stages.ranges, "max_level": space.max_level, "solver": SOLVER}
+    for budget in sorted({row["budget"] for row in rows}):
+        at = [row for row in rows if row["budget"] == budget]
+        time_rows(bench, at, [plan_of(facts, row) for row in at], REPEATS)
+
+
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """The front of seed 0 in multiply-accumulates, and its milliseconds at batch 16."""
     shown = [row | {"ms": row["ms_16"]} for row in rows if row["seed"] == 0 and row["currency"] == "macs"]
@@ -211,7 +230,12 @@ def run(args: argparse.Namespace, config: RunConfig) -> None:
     for seed in args.seeds:
         settings = {"model": config.model, "method": args.method, "guidance": config.guidance, "seed": seed}
         settings |= {"currency": args.cost, "batch": args.batch, "probes": config.probes}
-        same = [row for row in read(path) if all(row[name] == value for name, value in settings.items())]
+        rows = read(path)
+        same = [row for row in rows if all(row[name] == value for name, value in settings.items())]
+        if args.time:
+            time_again(prepare(replace(config, seed=seed), RichProgress(), example=PLANNED), same)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            continue
         done = {(row["budget"], row["kind"]) for row in same}
         left = [
             (budget, kinds) for budget, kinds in jobs(args.budgets, seed, args.method)
@@ -230,7 +254,7 @@ def run(args: argparse.Namespace, config: RunConfig) -> None:
         settings |= {"leaves": [round(float(share), 4) for share in leaves / leaves[0]]}
         for budget, kinds in left:
             start = time.perf_counter()
-            made = points(plans, quality, budget, kinds, 1 if args.smoke else 5)
+            made = points(plans, quality, budget, kinds, 1 if args.smoke else REPEATS)
             facts = settings | {
                 "budget": budget,
                 "evals": config.max_evals,
