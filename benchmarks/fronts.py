@@ -2,11 +2,11 @@
 
 One calibration a model and seed serves all budgets. At each, in dense calls by multiply-accumulates or by measured
 milliseconds: the kinds of `diffes front`. Scores are on 256 held-out probes against the dense model at 200 steps of
-DPM-Solver++ 2M: latent MSE (mean, median, bootstrap interval, and of every probe, so that plans are compared in pairs),
-MSE and SSIM of images, variance of latents. Whole runs are timed at batches 1 and 16, all kinds of a budget taking
-turns. Beside each plan stands how many dense calls are as good, on the lines through the points of `dense` and of
-`dense-planned`, which go on beyond the budgets. `--method` takes what reuses as well. Finished points are lines of
-`points.jsonl` and are not run again; seed 0 comes first.
+DPM-Solver++ 2M: latent MSE (mean, median, bootstrap interval, and of every probe, so that plans are compared in
+pairs), MSE and SSIM of images, variance of latents. Whole runs are timed at batches 1 and 16, all kinds of a budget
+taking turns. Beside each plan stands how many times its calls, or its milliseconds, `dense` and `dense-planned` need
+to be as good, on the lines through their points, which go on beyond the budgets. `--method` takes what reuses as
+well. Finished points are lines of `points.jsonl` and are not run again; seed 0 comes first.
 
     python benchmarks/fronts.py --models fashion-dit --seeds 0 1 2      # an hour and a half on one CPU core
     python benchmarks/fronts.py --models emoji-sdxl --method obs+block_reuse
@@ -22,7 +22,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ REPEATS = 5  # of each, in turns
 GUIDANCE = {"fashion-dit": 2.0, "emoji-sdxl": 1.0}  # what each model is sampled at
 SETTINGS = ("model", "method", "guidance", "currency", "batch")
 BEYOND = {"dense": (12.0, 16.0, 20.0, 24.0, 32.0), "dense-planned": (12.0, 16.0)}  # dense calls, to see what is as good
+FOUND = ("dense-fitted", "joint")
 WITH_LEVELS = (4.0, 6.0, 8.0)  # budgets at which the paper's search is run, on seed 0
 DIGITS = 4  # of the errors of single probes
 
@@ -85,19 +86,28 @@ def time_rows(bench: Workbench, rows: Sequence[dict[str, Any]], plans: Sequence[
             row[f"ms_{batch}"] = round(ms, 2)
 
 
-def as_good(mse: float, curve: Sequence[tuple[float, float]]) -> str:
-    """Cost at which a curve of (cost, mean latent MSE) reaches an error, on straight lines between its logarithms."""
+Curve = Sequence[tuple[float, float]]  # of cost and mean latent MSE
+
+
+def as_good(mse: float, curve: Curve) -> str:
+    """Cost at which a curve reaches an error, on straight lines between its logarithms."""
     costs, errors = (np.log(each) for each in zip(*sorted(curve), strict=True))
     best = np.minimum.accumulate(errors)
     if np.log(mse) < best[-1]:
         return f"> {np.exp(costs[-1]):.3g}"
     if np.log(mse) > best[0]:
         return f"< {np.exp(costs[0]):.3g}"
-    return f"{np.exp(np.interp(-np.log(mse), -best, costs)):.2f}"
+    return f"{np.exp(np.interp(-np.log(mse), -best, costs)):.3g}"
+
+
+def times(cost: str, own: float) -> str:
+    """A cost that `as_good` found over a plan's own."""
+    bound, value = cost[:2].strip("0123456789."), float(cost.strip("<> "))
+    return f"{bound}{value / own:.2f}x"
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown, two tables: latent MSE of every kind, and what the best plan gains over its rivals."""
+    """Markdown, two tables: latent MSE of every kind, and what fitted and joint plans gain over their rivals."""
     groups: dict[tuple[Any, ...], dict[float, dict[str, list[dict[str, Any]]]]] = {}
     for each in rows:
         at = groups.setdefault(tuple(each[name] for name in SETTINGS), {}).setdefault(each["budget"], {})
@@ -105,36 +115,44 @@ def table_of(rows: Sequence[dict[str, Any]]) -> str:
     head = [*SETTINGS, "budget", "seeds"]
     lines = [_line([*head, *KINDS]), "|" + "---|" * (len(head) + len(KINDS))]
     columns = [
-        "best", "median", "over dense-planned", "over dense", "as good: dense-planned", "dense",
-        "joint over dense-fitted", "SSIM", "variance", "ms at 1 and 16: dense-planned", "best",
+        "plan", "over dense-planned", "over off-the-shelf", "over dense", "over dense-fitted",
+        "calls as good: dense-planned", "dense", "dense-fitted",
+        "ms as good, batch 1: dense-planned", "dense", "batch 16: dense-planned", "dense",
+        "median", "image MSE", "SSIM", "variance", "ms at 1", "at 16",
     ]  # fmt: skip
     gains = [_line([*head, *columns]), "|" + "---|" * (len(head) + len(columns))]
     for setting, budgets in sorted(groups.items()):
-        curves = {
-            kind: [(budget, _mean(kinds[kind], "latent_mse")) for budget, kinds in budgets.items() if kind in kinds]
-            for kind in KINDS
-        }
+
+        def curve(kind: str, name: str, budgets: Any = budgets) -> Curve:
+            known = [kinds[kind] for kinds in budgets.values() if kind in kinds]
+            return [(_mean(points, name), _mean(points, "latent_mse")) for points in known]
+
         for budget, kinds in sorted(budgets.items()):
             start = [*map(str, setting), f"{budget:g}", str(max(map(len, kinds.values())))]
             lines.append(_line([*start, *(_spread([p["latent_mse"] for p in kinds.get(kind, [])]) for kind in KINDS)]))
             if {"dense", "dense-planned", "dense-fitted"} <= set(kinds):
-                gains.append(_line([*start, *_gains(kinds, curves)]))
+                gains += [_line([*start, *_gains(kinds, kind, curve)]) for kind in FOUND if kind in kinds]
     return "\n".join(lines) + "\n\n" + "\n".join(gains) + "\n"
 
 
-def _gains(kinds: dict[str, list[dict[str, Any]]], curves: dict[str, list[tuple[float, float]]]) -> list[str]:
-    """Cells of what the best plan gains; which is best is decided by the final fit."""
-    ranked = {kind: _mean(kinds[kind], "fit_mean") for kind in ("dense-fitted", "joint") if kind in kinds}
-    best = max(ranked, key=ranked.__getitem__)
-    mse = _mean(kinds[best], "latent_mse")
-    good = [as_good(mse, curves[kind]) for kind in ("dense-planned", "dense")]
-    ms = [" and ".join(f"{_mean(kinds[kind], f'ms_{b}'):.0f}" for b in BATCHES) for kind in ("dense-planned", best)]
-    joint = _paired(kinds["dense-fitted"], kinds["joint"]) if "joint" in kinds else ""
-    return [
-        best, f"{_mean(kinds[best], 'latent_median'):.5f}", _paired(kinds["dense-planned"], kinds[best]),
-        _paired(kinds["dense"], kinds[best]), *good, joint, f"{_mean(kinds[best], 'ssim'):.3f}",
-        f"{_mean(kinds[best], 'variance'):.3f}", *ms,
-    ]  # fmt: skip
+def _gains(kinds: dict[str, list[dict[str, Any]]], kind: str, curve: Callable[[str, str], Curve]) -> list[str]:
+    """Cells of what fitted or joint plans gain."""
+    found, mse = kinds[kind], _mean(kinds[kind], "latent_mse")
+    rivals = ("dense-planned", "off-the-shelf", "dense", "dense-fitted")
+    over = [_paired(kinds[rival], found) if rival in kinds and rival != kind else "" for rival in rivals]
+    same = all(a["coefficients"] == b["coefficients"] for a, b in zip(found, kinds["dense-fitted"], strict=False))
+    if kind == "joint" and same:
+        over[-1] = "the same plans"
+    budget = found[0]["budget"]
+    calls = [times(as_good(mse, curve(rival, "budget")), budget) for rival in ("dense-planned", "dense")]
+    calls.append(times(as_good(mse, curve("dense-fitted", "budget")), budget) if kind == "joint" else "")
+    ms = [
+        times(as_good(mse, curve(rival, f"ms_{batch}")), _mean(found, f"ms_{batch}"))
+        for batch in BATCHES
+        for rival in ("dense-planned", "dense")
+    ]
+    named = {"latent_median": 5, "image_mse": 5, "ssim": 4, "variance": 3, **{f"ms_{batch}": 0 for batch in BATCHES}}
+    return [kind, *over, *calls, *ms, *(f"{_mean(found, name):.{digits}f}" for name, digits in named.items())]
 
 
 def _paired(rival: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> str:
