@@ -1,4 +1,4 @@
-"""Model families: what differs between them and nothing else."""
+"""Model families: adapters for the parts in which they differ."""
 
 from diffes.adapters.base import Condition, ModelAdapter, Probes, SamplingState, Split, check_finite
 from diffes.adapters.groups import AnySet, BlockSet, BranchSet, GroupSet, Kind, ReuseSet, UpLayerSet

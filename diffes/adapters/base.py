@@ -1,4 +1,4 @@
-"""What diffes has to know about a model family: where its prunable groups are, how its pipeline calls the network."""
+"""Base class of model adapters: where a model family has prunable groups, and how its pipeline calls the network."""
 
 from __future__ import annotations
 
@@ -33,18 +33,19 @@ from diffes.solvers import own_of
 
 T = TypeVar("T")
 GOLDEN = (5**0.5 - 1) / 2
-Split = Literal["search", "heldout", "calibration"]  # of prompts: what one draws from, the others do not
+Split = Literal["search", "heldout", "calibration"]  # disjoint sets of prompts
 Condition = int | str | None  # a class id, a prompt, or the null condition of classifier-free guidance
 
 
 @dataclass(frozen=True)
 class Probes:
-    """What images are made from: the same probes give the same images, whatever is changed in the model.
+    """Inputs that images are sampled from: noise, conditions and guidance scales. They stay the same when the model
+    changes, so that its images can be compared.
 
     Args:
         noise: (n, C, h, w) unit normal noise in fp32 on the CPU; the scheduler scales it.
         conditions: n class ids or prompts.
-        guidance: n guidance scales, each above 1; None where all have that of the call.
+        guidance: n guidance scales, each above 1; None where every probe uses the scale of the call.
 
     Example:
         >>> import torch
@@ -66,28 +67,29 @@ class Probes:
         return Probes(self.noise[part], self.conditions[part], self.guidance and self.guidance[part])
 
     def over(self, low: float, high: float) -> Probes:
-        """Return the same probes, each at a guidance scale of its own, any first few of them evenly spread over a range
-        (multiples of the golden ratio, modulo 1)."""
+        """Return the same probes with a guidance scale each. The scales of any first few probes are spread evenly over
+        the range (multiples of the golden ratio, modulo 1)."""
         shares = [i * GOLDEN % 1 for i in range(1, len(self) + 1)]
         return replace(self, guidance=tuple(round(low + (high - low) * share, 3) for share in shares))
 
     def scale(self, guidance: float, like: Tensor) -> float | Tensor:
-        """Return the guidance scale to mix the two branches of a call with: that of the call, or (n, 1, 1, 1) of each
-        probe, on the device of a tensor and of its type."""
+        """Return the guidance scale that mixes the two branches of a call: `guidance`, or (n, 1, 1, 1) the probes' own
+        scales on the device and in the dtype of `like`."""
         if self.guidance is None:
             return guidance
-        return torch.tensor(self.guidance).to(like).view(-1, 1, 1, 1)
+        return torch.tensor(self.guidance, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
 class SamplingState:
-    """A trajectory between two steps: everything that the rest of it depends on.
+    """State of a trajectory between two steps: everything that the remaining steps depend on.
 
     Args:
-        latents: what the next step starts from.
+        latents: input of the next step.
         scheduler: the sampler with its memory of earlier steps (multi-step solvers have one).
         index: number of steps done.
-        memory: what the denoiser may reuse of earlier calls (see `diffes.runtime.memory`); None where nothing is.
+        memory: outputs of earlier calls that the denoiser may reuse (see `diffes.runtime.memory`); None where nothing
+            is reused.
     """
 
     latents: Tensor
@@ -97,16 +99,18 @@ class SamplingState:
 
 
 class ModelAdapter(abc.ABC):
-    """One pipeline, seen through what differs between model families, its noise process included.
+    """Interface to one pipeline, including its noise process. It holds all that differs between model families.
 
-    Found by the name of its pipeline's class, or of the nearest base of it, in the entry points `diffes.adapters`.
+    An adapter is found by the name of its pipeline's class, or of that class's nearest base, in the entry points
+    `diffes.adapters`.
 
     Args:
         pipe: a loaded diffusers pipeline; put in eval mode.
 
     Attributes:
         denoiser: the network that is called once per step.
-        room: how many images at a time its device was found to have room for, by what is done with them.
+        room: largest number of images at a time that the device was found to have room for, by use: "calls" or
+            "gradients".
     """
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
@@ -121,17 +125,18 @@ class ModelAdapter(abc.ABC):
     @property
     @abc.abstractmethod
     def denoiser(self) -> Any:
-        """An `nn.Module`; typed loosely because diffusers' attributes are."""
+        """The network, an `nn.Module`; typed loosely because diffusers' attributes are."""
 
     @abc.abstractmethod
     def blocks(self) -> list[str]:
-        """Module paths of all transformer blocks (diffusers' `BasicTransformerBlock`), in the order of the forward."""
+        """Return the module paths of all transformer blocks (diffusers' `BasicTransformerBlock`), in the order of the
+        forward pass."""
 
     def timestep(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-        """The training timestep of a denoiser call, from its arguments: the second one, or the one of that name.
+        """Return the training timestep of a denoiser call, from its arguments: the second one, or the one of that name.
 
         Raises:
-            DiffesError: its rows are at different ones, or it is below 0.
+            DiffesError: the rows are at different timesteps, or the timestep is below 0.
         """
         given = kwargs["timestep"] if "timestep" in kwargs else args[1]
         timesteps = given.flatten().tolist() if isinstance(given, Tensor) else [given]
@@ -147,14 +152,14 @@ class ModelAdapter(abc.ABC):
 
     @abc.abstractmethod
     def choices(self, split: Split) -> Sequence[Condition]:
-        """The conditions that probes of a split are drawn from."""
+        """Return the conditions that probes of a split are drawn from."""
 
     @abc.abstractmethod
     def label(self, condition: Condition) -> str:
-        """How a picture of a condition is captioned."""
+        """Return the caption for an image of a condition."""
 
     def use_prompts(self, path: Path) -> None:
-        """Draws probes from the prompts of a file (see `diffes.adapters.prompts.read_prompts`).
+        """Draw probes from the prompts of a file (see `diffes.adapters.prompts.read_prompts`).
 
         Raises:
             DiffesError: the model takes no prompts, or the file is not of that form.
@@ -163,20 +168,20 @@ class ModelAdapter(abc.ABC):
 
     @abc.abstractmethod
     def start(self, probes: Probes, steps: int | Any, guidance: float) -> SamplingState:
-        """The state before the first step of a run of so many steps, or of a scheduler that has its timesteps set."""
+        """Return the state before the first step of a run of `steps` steps, or of a scheduler with timesteps set."""
 
     @abc.abstractmethod
     def predict(self, state: SamplingState, probes: Probes, guidance: float) -> tuple[Tensor, Tensor]:
-        """The guided prediction of the next denoiser call, exactly as the family's pipeline makes it, and the latents
-        that its scheduler is given with it, both of the shape of the state's latents."""
+        """Return the guided prediction of the next denoiser call, computed exactly as the family's pipeline does, and
+        the latents to give its scheduler with it. Both have the shape of the state's latents."""
 
     def step(self, state: SamplingState, probes: Probes, guidance: float) -> SamplingState:
-        """One denoiser call and one scheduler step, exactly as the family's pipeline does them."""
+        """Make one denoiser call and one scheduler step, exactly as the family's pipeline does."""
         prediction, latents = self.predicted(state, probes, guidance)
         return self.advance(state, prediction, state.scheduler.timesteps[state.index], latents)
 
     def predicted(self, state: SamplingState, probes: Probes, guidance: float) -> tuple[Tensor, Tensor]:
-        """What `predict` says, checked; the state's scheduler counts the call."""
+        """Return the result of `predict`, checked. The state's scheduler counts the call."""
         what, wanted = f"adapter {type(self).__qualname__}", "return prediction and latents, two tensors, from predict"
         with guarded(self, what, wanted), self.counted_by(state.scheduler):
             found = self.predict(state, probes, guidance)
@@ -186,17 +191,17 @@ class ModelAdapter(abc.ABC):
 
     @property
     def own_scheduler(self) -> Any:
-        """The scheduler that the pipeline has, or had before a plan's took its place."""
+        """Scheduler that the pipeline has, or had before a plan's scheduler replaced it."""
         return own_of(self.pipe.scheduler)
 
     @property
     def clock(self) -> Any:
-        """The scheduler that counts the calls of the run that is being sampled; the pipeline's own in its own calls."""
+        """Scheduler that counts the calls of the present run; in the pipeline's own calls, the pipeline's scheduler."""
         return self.pipe.scheduler if self._clock is None else self._clock
 
     @contextmanager
     def counted_by(self, scheduler: Any) -> Iterator[None]:
-        """Calls the denoiser inside the context as part of a run of this scheduler."""
+        """Count denoiser calls inside the context as part of a run of this scheduler."""
         before, self._clock = self._clock, scheduler
         try:
             yield
@@ -205,30 +210,30 @@ class ModelAdapter(abc.ABC):
 
     @abc.abstractmethod
     def finish(self, state: SamplingState, guidance: float) -> Tensor:
-        """The final latents (n, C, h, w) of a finished trajectory."""
+        """Return the final latents (n, C, h, w) of a finished trajectory."""
 
     @abc.abstractmethod
     def denoise_once(self, latents: Tensor, timesteps: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        """A bare denoiser call: predictions (n, C, h, w) for latents (n, C, h, w) at timesteps (n,)."""
+        """Make a bare denoiser call: return predictions (n, C, h, w) for latents (n, C, h, w) at timesteps (n,)."""
 
     @abc.abstractmethod
     def generate(
         self, conditions: Sequence[Condition], *, n_steps: int, guidance: float, generator: torch.Generator
     ) -> Tensor:
-        """Images (n, channels, height, width) in [0, 1] by the family's own pipeline call."""
+        """Return images (n, channels, height, width) in [0, 1] from the family's own pipeline call."""
 
     def max_level(self, kind: str) -> int:
-        """H, so that level `k` removes `k / H` of every group set.
+        """Return H. Under the equal allocation, level `k` removes `k / H` of every group set.
 
         Width: the number of heads, the largest where layers differ (SDXL has 10 and 20); a layer with fewer rounds to
-        whole heads. Depth: the number of blocks. Reuse: of attentions and FFNs, as many levels as of width.
+        whole heads. Depth: the number of blocks. Reuse of attentions and FFNs: as many levels as width.
         """
         if kind == "depth":
             return len(self.blocks())
         return max(groups.n_groups for groups in self.group_sets() if groups.kind == "heads")
 
     def prunable(self, kind: str) -> Sequence[AnySet]:
-        """What methods of a kind remove or reuse; kinds of several methods are joined by "+"."""
+        """Return the sets that methods of a kind remove or reuse. Kinds of several methods are joined by "+"."""
         found: list[AnySet] = []
         for each in dict.fromkeys(kind.split("+")):
             if each == "depth":
@@ -240,17 +245,17 @@ class ModelAdapter(abc.ABC):
         return found
 
     def branches(self) -> BranchSet:
-        """Attentions and FFNs of every block, in the order of the forward pass."""
+        """Return the attentions and FFNs of every block, in the order of the forward pass."""
         parts = [f"{path}.{name}" for path in self.blocks() for name in ("attn1", "attn2", "ff")]
         there = {name for name, _ in self.denoiser.named_modules()}
         return BranchSet(tuple(part for part in parts if part in there))
 
     def up_layers(self) -> UpLayerSet | None:
-        """Layers of a U-Net's way up; None where the denoiser is no U-Net."""
+        """Return the layers of a U-Net's decoder path; None where the denoiser is no U-Net."""
         return None
 
     def group_sets(self) -> list[GroupSet]:
-        """Heads and FFN channels of every block, in the order of the forward pass."""
+        """Return the heads and FFN channels of every block, in the order of the forward pass."""
         sets = []
         for path in self.blocks():
             block = self.denoiser.get_submodule(path)
@@ -263,17 +268,16 @@ class ModelAdapter(abc.ABC):
         return sets
 
     def skipped(self, block: nn.Module) -> Callable[..., Any]:
-        """What stands in for the forward of a block that is skipped; the block stays where it is."""
+        """Return the forward that a block gets when it is skipped. The block itself stays in the model."""
         return hand_on
 
     def without_heads(self, attention: nn.Module) -> Any:
-        """What stands in for the forward of an attention layer that has lost all its heads, called with the layer and
-        then as the forward; None where the layer's own processor has to see the call: one of the user's, for instance.
-        """
+        """Return the forward of an attention layer that has lost all its heads: it is called with the layer, then the
+        arguments of the forward. Return None where the layer's own processor, such as the user's, must see the call."""
         return NoHeads() if type(attention.processor) in PLAIN_PROCESSORS else None
 
     def make_probes(self, n: int, seed: int, split: Split = "search") -> Probes:
-        """`n` probes with balanced conditions; probe i depends on `seed`, i and, for its condition, `split` alone."""
+        """Draw `n` probes with balanced conditions. Probe i depends on `seed`, i and, for its condition, `split`."""
         choices = self.choices(split)
         config = self.denoiser.config
         shape = (config.in_channels, config.sample_size, config.sample_size)
@@ -287,18 +291,18 @@ class ModelAdapter(abc.ABC):
         return Probes(noise, tuple(choices[i] for i in torch.cat(turns)[:n].tolist()))
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser reads at training timesteps (n,): `sqrt(a) x + sqrt(1 - a) e` (n, C, h, w).
+        """Return the denoiser's input at training timesteps (n,): `sqrt(a) x + sqrt(1 - a) e` (n, C, h, w).
 
-        It is the forward process of the scheduler's own noise schedule. Samplers that count in sigmas (Euler, Heun)
-        add noise at the timesteps of a run only and scale afterwards, to the same result.
+        This is the forward process of the scheduler's noise schedule. Samplers that count in sigmas (Euler, Heun) add
+        noise only at the timesteps of a run and scale it afterwards, with the same result.
         """
         process = DDPMScheduler.from_config(self.own_scheduler.config)
-        # in fp32: bf16 has no number between 0.996 and 1, and the cleanest timesteps would get no noise at all
+        # in fp32: bf16 has no number between 0.996 and 1, so the cleanest timesteps would get no noise at all
         noisy = process.add_noise(latents.float(), noise.to(latents.device).float(), timesteps.to(latents.device))
         return noisy.to(latents.dtype)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser is trained to predict (n, C, h, w) where clean latents were noised to timesteps (n,).
+        """Return the training target of the denoiser (n, C, h, w) for clean latents noised to timesteps (n,).
 
         Raises:
             DiffesError: the scheduler's prediction type is none of epsilon, v_prediction and sample.
@@ -314,16 +318,17 @@ class ModelAdapter(abc.ABC):
         return signal.sqrt() * noise - (1 - signal).sqrt() * latents
 
     def log_snr(self, timestep: int) -> float:
-        """Natural logarithm of the signal-to-noise ratio, in variances, at a training timestep."""
+        """Return the natural logarithm of the signal-to-noise ratio, in variances, at a training timestep."""
         signal = float(self._signal(torch.tensor([timestep])))
         return math.log(signal / (1 - signal))
 
     def _signal(self, timesteps: Tensor) -> Tensor:
-        """Variance of what is left of the image (n,) at timesteps (n,): alpha-bar."""
+        """Return the variance of the remaining image (n,) at timesteps (n,): alpha-bar."""
         return self.own_scheduler.alphas_cumprod.float().cpu()[timesteps]
 
     def advance(self, state: SamplingState, prediction: Tensor, timestep: Tensor, latents: Tensor) -> SamplingState:
-        """The scheduler's step. Samplers that add noise draw the same for every schedule, so that schedules compare."""
+        """Make the scheduler's step. Samplers that add noise draw the same noise for every schedule, so that schedules
+        can be compared."""
         scheduler = state.scheduler
         draws = "generator" in inspect.signature(scheduler.step).parameters
         options = {"generator": torch.Generator().manual_seed(state.index)} if draws else {}
@@ -332,12 +337,12 @@ class ModelAdapter(abc.ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser lives."""
+        """Device of the denoiser."""
         return next(self.denoiser.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the denoiser computes in."""
+        """Dtype of the denoiser's parameters."""
         return next(self.denoiser.parameters()).dtype
 
     @property
@@ -346,14 +351,14 @@ class ModelAdapter(abc.ABC):
         return int(self.own_scheduler.config.num_train_timesteps)
 
     def timesteps(self, n_steps: int) -> list[float]:
-        """The timesteps of a sampling run, one per denoiser call (Heun makes two a step), noisiest first."""
+        """Return the timesteps of a sampling run, one per denoiser call (Heun makes two a step), noisiest first."""
         return [float(t) for t in self.fresh_scheduler(n_steps).timesteps]
 
     def check_sampler(self) -> None:
-        """Refuses a scheduler that does not count in training timesteps, which stages are ranges of.
+        """Check that the scheduler counts in training timesteps, because stages are ranges of these.
 
         Raises:
-            DiffesError: its timesteps are something else (logarithms of sigmas, fractions of the way).
+            DiffesError: its timesteps are something else (logarithms of sigmas, or fractions of the trajectory).
         """
         if self.own_scheduler is self._checked_sampler or self.device.type == "meta":
             return
@@ -365,14 +370,14 @@ class ModelAdapter(abc.ABC):
         self._checked_sampler = self.own_scheduler
 
     def unusual(self) -> list[str]:
-        """What diffusers can sample with, but `start`, `step` and `finish` cannot."""
+        """Return the pipeline's features that diffusers can sample with, but `start`, `step` and `finish` cannot."""
         return []
 
     def check_sampled(self) -> None:
-        """Refuses a pipeline with something unusual.
+        """Check that the pipeline has no unusual features.
 
         Raises:
-            DiffesError: there is something.
+            DiffesError: it has some.
         """
         if found := self.unusual():
             raise DiffesError(
@@ -381,10 +386,11 @@ class ModelAdapter(abc.ABC):
             )
 
     def fresh_scheduler(self, n_steps: int) -> Any:
-        """A scheduler of the pipeline's kind, ready for `n_steps`; the pipeline's own is left alone.
+        """Return a scheduler of the pipeline's kind, ready for `n_steps`. The pipeline's own is left alone.
 
         Raises:
-            DiffesError: there are more steps than training timesteps, or none, or the scheduler does not count in them.
+            DiffesError: there are more steps than training timesteps, or none, or the scheduler does not count in
+                training timesteps.
         """
         if not 1 <= n_steps <= self.n_timesteps:
             raise DiffesError(f"steps must be in [1, {self.n_timesteps}], got {n_steps}")
@@ -395,16 +401,16 @@ class ModelAdapter(abc.ABC):
         return scheduler
 
     def ready(self, steps: int | Any) -> Any:
-        """A scheduler of one's own: the pipeline's kind for a number of steps, or a copy of one that is ready."""
+        """Return a new scheduler: one of the pipeline's kind for a number of steps, or a copy of a ready one."""
         return self.fresh_scheduler(steps) if isinstance(steps, int) else copy.deepcopy(steps)
 
     @torch.no_grad()
     def sample(self, probes: Probes, steps: int | Any, guidance: float) -> Tensor:
-        """The final latents (n, C, h, w) of a whole run with the denoiser as it is.
+        """Sample a whole run with the denoiser as it is, and return its final latents (n, C, h, w).
 
         Args:
-            probes: what images are made from.
-            steps: how many, by the pipeline's scheduler, or a scheduler that has its timesteps set.
+            probes: noise and conditions of the images.
+            steps: number of steps of the pipeline's scheduler, or a scheduler that has its timesteps set.
             guidance: classifier-free guidance scale.
         """
 
@@ -426,20 +432,19 @@ class ModelAdapter(abc.ABC):
         free: Callable[[], object] | None = None,
         what: Literal["calls", "gradients"] = "calls",
     ) -> T:
-        """What `run` gives, which is told how many images may go together: `batch`, or as many as the device has room
-        for.
+        """Return the result of `run(n)` for n images at a time: `batch`, or as many as the device has room for.
 
-        Where it runs out of memory, it is run again with half of the images, and so on; what fits is known from then
-        on.
+        Where the device runs out of memory, `run` is called again with half of the images, and so on. The number that
+        fits is remembered.
 
         Args:
             run: begins anew whenever it is called.
-            batch: images at a time where there is room for them.
-            free: gives memory back; called first, and then `run` with as many images as before.
-            what: is done with them; gradients want more room than calls.
+            batch: number of images at a time where there is room for them.
+            free: frees memory. Where memory runs out, it is called first, and `run` is tried again with as many images.
+            what: use of the images; gradients need more room than calls.
 
         Raises:
-            DiffesError: there is no room for a single one.
+            DiffesError: there is no room for a single image.
         """
         halves = free is None
         while True:
@@ -448,7 +453,7 @@ class ModelAdapter(abc.ABC):
                 return run(n)
             except torch.OutOfMemoryError as error:
                 said = " ".join(str(error).split())[:200]
-            if free is not None:  # out here, where the error holds no tensors any more
+            if free is not None:  # outside the except clause, where the error no longer holds tensors
                 free()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -462,12 +467,12 @@ class ModelAdapter(abc.ABC):
             halves = True
 
     def unscale(self, latents: Tensor) -> Tensor:
-        """Latents as the autoencoder reads them, by the family's own arithmetic, to the bit."""
+        """Return latents as the autoencoder reads them, bit-identical to the arithmetic of the family's pipeline."""
         return latents / self.pipe.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (n, channels, height, width) in [0, 1] of latents (n, C, h, w)."""
+        """Return images (n, channels, height, width) in [0, 1] of latents (n, C, h, w)."""
         vae = self.pipe.vae
         with _in_float32(vae):
             scaled = self.unscale(latents.to(vae.dtype))
@@ -477,7 +482,7 @@ class ModelAdapter(abc.ABC):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Latents (n, C, h, w), scaled as the denoiser reads them, of images (n, channels, height, width) in [0, 1]."""
+        """Return latents (n, C, h, w), scaled for the denoiser, of images (n, channels, height, width) in [0, 1]."""
         vae = self.pipe.vae
         with _in_float32(vae):
             parts = (images.to(vae.device, vae.dtype) * 2 - 1).split(_images_at_once(images.shape[-1]))
@@ -494,7 +499,7 @@ def _no_training_timestep(scheduler: str, reason: str = "it has no noise schedul
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
-    """Refuses numbers with which nothing can be calibrated or compared.
+    """Check that numbers can be used for calibration and comparison.
 
     Raises:
         DiffesError: some are NaN or infinite.
@@ -508,18 +513,19 @@ def check_finite(tensor: Tensor, what: str) -> None:
 
 
 def unwrapped(module: Any) -> Any:
-    """The module itself, where `torch.compile` has put another around it."""
+    """Return the module itself, without the wrapper of `torch.compile`."""
     return getattr(module, "_orig_mod", module)
 
 
 def _images_at_once(side: int) -> int:
-    """How many square images an autoencoder takes in one call: their activations at full size are what fills a GPU."""
+    """Return how many square images an autoencoder takes in one call; their full-size activations fill a GPU."""
     return max(1, 2**21 // side**2)
 
 
 @contextmanager
 def _in_float32(vae: Any) -> Iterator[None]:
-    """Autoencoders that overflow in half precision say so in their configuration (`force_upcast`, SDXL's does)."""
+    """Run an fp16 autoencoder in fp32 inside the context, where its configuration says that it overflows in half
+    precision (`force_upcast`, set for SDXL's)."""
     before = vae.dtype
     upcasts = before == torch.float16 and getattr(vae.config, "force_upcast", False)
     if upcasts:

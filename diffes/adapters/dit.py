@@ -12,7 +12,7 @@ from torch import Tensor
 from diffes.adapters.base import Condition, ModelAdapter, Probes, SamplingState, Split, unwrapped
 from diffes.errors import DiffesError
 
-NULL_CLASS = 1000  # what DiTPipeline passes for the unconditional branch, whatever the model
+NULL_CLASS = 1000  # class id that DiTPipeline passes for the unconditional branch of every model
 
 
 class DiTAdapter(ModelAdapter):
@@ -28,7 +28,7 @@ class DiTAdapter(ModelAdapter):
         return [f"transformer_blocks.{i}" for i in range(len(self.denoiser.transformer_blocks))]
 
     def choices(self, split: Split) -> list[int]:
-        """Ids of the pipeline's own labels, or all the model has where the pipeline carries no labels."""
+        """Return the ids of the pipeline's labels, or 0 to 999 where the pipeline has no labels."""
         return sorted(set(self.pipe.labels.values())) or list(range(NULL_CLASS))
 
     def label(self, condition: Condition) -> str:
@@ -40,7 +40,7 @@ class DiTAdapter(ModelAdapter):
         return SamplingState(torch.cat([latents] * 2) if guidance > 1 else latents, self.ready(steps), 0)
 
     def predict(self, state: SamplingState, probes: Probes, guidance: float) -> tuple[Tensor, Tensor]:
-        """As `DiTPipeline.__call__` does it (diffusers 0.42), guidance on the noise channels only."""
+        """Predict as `DiTPipeline.__call__` does (diffusers 0.42), with guidance on the noise channels only."""
         latents, scheduler = state.latents, state.scheduler
         channels = self.denoiser.config.in_channels
         timestep = scheduler.timesteps[state.index]
@@ -51,7 +51,7 @@ class DiTAdapter(ModelAdapter):
             conditions = conditions + (None,) * len(probes)
         latents = scheduler.scale_model_input(latents, timestep)
         predicted = self.denoise_once(latents, timestep.expand(len(latents)), conditions)
-        noise = predicted[:, :channels]  # the rest, where there is any, is a learned variance that no sampler here uses
+        noise = predicted[:, :channels]  # other channels, if any, are a learned variance that no sampler here uses
         if guidance > 1:
             conditional, unconditional = noise.chunk(2)
             mixed = unconditional + probes.scale(guidance, noise) * (conditional - unconditional)

@@ -1,4 +1,4 @@
-"""What can be removed from a denoiser, heads, FFN channels, blocks, and what can be reused from an earlier call."""
+"""Sets of groups that can be removed from a denoiser (heads, FFN channels, blocks) or reused from an earlier call."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ Kind = Literal["width", "depth", "reuse"]
 
 
 class Prunable:
-    """Groups that compete with each other for their place at a level."""
+    """Set of groups that compete with each other for their place at a level."""
 
     name: str
     n_groups: int
 
     def n_kept(self, level: int, max_level: int) -> int:
-        """Groups left at a level: `n_groups * (1 - level / max_level)`, rounded to whole groups, halves up."""
+        """Return the number of groups left at a level: `n_groups * (1 - level / max_level)`, rounded to whole groups,
+        halves up."""
         return math.floor(self.n_groups * (max_level - level) / max_level + 0.5)
 
 
@@ -34,12 +35,12 @@ class Prunable:
 class GroupSet(Prunable):
     """Groups inside one layer (width): the heads of an attention or the channels of an FFN.
 
-    Removing a group takes its rows out of every producer and its columns out of the consumer.
+    Removing a group removes its rows from every producer and its columns from the consumer.
 
     Args:
         name: module path inside the denoiser; also the name in a bank.
         kind: "heads" or "channels".
-        n_groups: how many there are when dense.
+        n_groups: number of groups in the dense model.
         size: consumer inputs per group: the head's width, or 1.
         producers: paths of the linear layers whose output rows belong to the groups; of a gated FFN (GEGLU), channel i
             is row i and row n_groups + i.
@@ -54,13 +55,13 @@ class GroupSet(Prunable):
     consumer: str
 
     def features(self, groups: Tensor) -> Tensor:
-        """Consumer input indices (n * size,) of group indices (n,), group by group."""
+        """Return the consumer input indices (n * size,) of group indices (n,), group by group."""
         return (groups[:, None] * self.size + torch.arange(self.size, device=groups.device)).flatten()
 
 
 @dataclass(frozen=True)
 class BlockSet(Prunable):
-    """All transformer blocks of a denoiser (depth): a removed one hands its input on.
+    """All transformer blocks of a denoiser (depth). A removed block returns its input.
 
     Args:
         blocks: module paths, in the order of the forward pass.
@@ -77,10 +78,10 @@ class BlockSet(Prunable):
 
 @dataclass(frozen=True)
 class ReuseSet(Prunable):
-    """Layers that are computed, or left out because an output of the last call that computed it is given again (reuse).
+    """Layers that are either computed, or left out by reusing an output from the last call that computed it (reuse).
 
     Args:
-        sources: (n,) module paths of which outputs may be given again.
+        sources: (n,) module paths whose outputs may be reused.
     """
 
     sources: tuple[str, ...]
@@ -90,11 +91,11 @@ class ReuseSet(Prunable):
         return len(self.sources)
 
     def recalled(self, kept: Sequence[int]) -> list[str]:
-        """Module paths that give an earlier output where only these groups are computed."""
+        """Return the module paths that return an earlier output where only the groups `kept` are computed."""
         raise NotImplementedError
 
     def idle(self, kept: Sequence[int]) -> list[str]:
-        """Module paths that need not be computed beside them."""
+        """Return the module paths that then need not be computed."""
         return []
 
 
@@ -116,16 +117,16 @@ class BranchSet(ReuseSet):
 
 @dataclass(frozen=True)
 class UpLayerSet(ReuseSet):
-    """Layers of a U-Net's way up, each with the layer of the way down whose output it reads beside its input.
+    """Layers of a U-Net's decoder path. Each reads, beside its input, the output of a layer of the encoder path.
 
-    The outermost layers are computed, on the way down and up; what enters the first of them on the way up comes from
-    the last call that computed it, and nothing further inside is computed. Groups kept are always the last ones. Source
-    i is the module whose output enters layer i on the way up.
+    The outermost layers of both paths are computed. The input of the first computed decoder layer is reused from the
+    last call that computed it, and nothing further inside is computed. The groups kept are always the last ones. Source
+    i is the module whose output enters decoder layer i.
 
     Args:
-        up: (n,) the modules of layer i on the way up.
-        down: (n,) the modules of the way down whose output layer i reads, without those of the layers after i.
-        middle: the modules between the ways down and up.
+        up: (n,) the modules of decoder layer i.
+        down: (n,) the encoder modules whose output decoder layer i reads, without those of the layers after i.
+        middle: the modules between the encoder and decoder paths.
         name: the name in a bank.
 
     Source: DeepCache.
@@ -152,7 +153,7 @@ REUSE_SETS = frozenset({BranchSet.name, UpLayerSet.name})
 
 
 def heads_of(path: str, attention: Any) -> GroupSet:
-    """The heads of one of diffusers' attention layers at a module path."""
+    """Return the heads of one of diffusers' attention layers at a module path."""
     heads = attention.heads
     size = attention.to_out[0].weight.shape[1] // heads
     producers = tuple(f"{path}.{part}" for part in ("to_q", "to_k", "to_v"))
@@ -160,11 +161,11 @@ def heads_of(path: str, attention: Any) -> GroupSet:
 
 
 PLAIN_PROCESSORS = {AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor, SlicedAttnProcessor}
-"""Of attention that is a function of its projections and nothing else."""
+"""Processors whose attention depends on its projections alone."""
 
 
 class NoHeads:
-    """Attention of a layer that has lost all its heads: the output projection's bias is all that is left."""
+    """Forward of an attention layer that has lost all its heads: only the output projection's bias is left."""
 
     def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out = torch.zeros_like(hidden_states)
@@ -172,5 +173,5 @@ class NoHeads:
 
 
 def hand_on(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-    """The forward of a block that is skipped, of those that take and return one tensor."""
+    """Return the input: the forward of a skipped block that takes and returns one tensor."""
     return hidden_states

@@ -1,4 +1,4 @@
-"""Finding a pipeline by name, folder or hub id, and the adapter of a pipeline."""
+"""Loading of a pipeline by name, folder or hub id, and the choice of its adapter."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ADAPTERS: Registry[type[ModelAdapter]] = Registry("pipeline class", "diffes.adap
 
 
 def shipped_models() -> list[str]:
-    """Names of the trained pipelines that come with the package."""
+    """Return the names of the trained pipelines that come with the package."""
     return sorted(path.parent.name for path in SHIPPED.glob("*/model_index.json"))
 
 
 def model_folder(model: str) -> Path | None:
-    """The folder of a shipped name or local path; None for what must be a hub id.
+    """Return the folder of a shipped name or local path; None for a name that must be a hub id.
 
     Raises:
         DiffesError: it is a folder without a pipeline in it, or neither a known name nor of the form of a hub id.
@@ -49,7 +49,7 @@ def model_folder(model: str) -> Path | None:
 
 
 def load_pipeline(model: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """Loads a pipeline.
+    """Load a pipeline.
 
     Args:
         model: a shipped name, a local folder in diffusers' format, or a hub id (the one case that may download).
@@ -64,13 +64,13 @@ def load_pipeline(model: str, *, device: str = "cpu", dtype: torch.dtype = torch
         with _quiet(diffusers_logging), _quiet(transformers_logging):
             pipe = DiffusionPipeline.from_pretrained(str(folder or model), dtype=dtype)
         return pipe.to(device)
-    except Exception as error:  # safetensors, hub clients and torch each raise classes of their own here
+    except Exception as error:  # safetensors, hub clients and torch each raise their own classes here
         reason = " ".join(str(error).split())[:300]
         raise DiffesError(f"{model!r} could not be loaded on {device}: {type(error).__name__}: {reason}") from error
 
 
 def pipeline_class(model: str) -> type[DiffusionPipeline]:
-    """The class of a pipeline, from its `model_index.json` alone; that of a hub id may be downloaded.
+    """Return the class of a pipeline, from its `model_index.json` alone; for a hub id that file may be downloaded.
 
     Raises:
         DiffesError: there is no such model, or its class is none of diffusers.
@@ -80,14 +80,14 @@ def pipeline_class(model: str) -> type[DiffusionPipeline]:
         found: type[DiffusionPipeline] = getattr(
             diffusers, DiffusionPipeline.load_config(folder or model)["_class_name"]
         )
-    except Exception as error:  # hub clients raise classes of their own here
+    except Exception as error:  # hub clients raise their own classes here
         raise DiffesError(f"{model!r} could not be read: {type(error).__name__}: {error}") from error
     return found
 
 
 @contextmanager
 def _quiet(log: Any) -> Iterator[None]:
-    """Keeps the bars and warnings of a library's loading back; downloads still show theirs."""
+    """Hide a library's progress bars and warnings while it loads; downloads still show theirs."""
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
@@ -100,7 +100,7 @@ def _quiet(log: Any) -> Iterator[None]:
 
 
 def adapter_for(pipe: DiffusionPipeline) -> ModelAdapter:
-    """The adapter of a pipeline's family: that of its class, or of the nearest base class that has one.
+    """Return the adapter of a pipeline's family: that of its class, or of the nearest base class that has one.
 
     Raises:
         DiffesError: no adapter knows the pipeline class.

@@ -1,4 +1,4 @@
-"""Multiply-accumulates of a denoiser call, of the whole network and of its parts, counted by torch."""
+"""Multiply-accumulates of a denoiser call, for the whole network and for its parts, counted by torch."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ def _attention_flops(query: Size, key: Size, value: Size, *_args: object, **_kwa
     return int(sdpa_flop_count(query, key, value))
 
 
-# torch counts the attention kernels of GPUs by itself, and of the CPU's only those that are made of matrix products
+# torch counts attention kernels of GPUs itself, but of those of the CPU only the ones made of matrix products
 ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 @torch.no_grad()
 def call_once(adapter: ModelAdapter, timestep: int) -> None:
-    """One denoiser call on a batch of one."""
+    """Make one denoiser call on a batch of one."""
     probe = adapter.make_probes(1, 0)
     latents = probe.noise.to(adapter.device, adapter.dtype)
     adapter.denoise_once(latents, torch.tensor([timestep]), probe.conditions)
 
 
 def macs_by_module(adapter: ModelAdapter, timestep: int = 0) -> dict[str, int]:
-    """Multiply-accumulates in each module of the denoiser, by path, of one call on a batch of one; "" is all of it.
+    """Return the multiply-accumulates in each module of the denoiser, by path, for one call on a batch of one. "" is
+    the whole denoiser.
 
-    Counted over every matrix product, convolution and attention, with the weights that the timestep is routed to.
+    Every matrix product, convolution and attention is counted, with the weights that the timestep is routed to.
     """
     with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
         call_once(adapter, timestep)
@@ -40,15 +41,17 @@ def macs_by_module(adapter: ModelAdapter, timestep: int = 0) -> dict[str, int]:
 
 
 def macs_per_call(adapter: ModelAdapter, timestep: int = 0) -> int:
-    """Multiply-accumulates of one denoiser call on a batch of one, with the weights that the timestep is routed to."""
+    """Return the multiply-accumulates of one denoiser call on a batch of one, with the weights that the timestep is
+    routed to."""
     return macs_by_module(adapter, timestep)[""]
 
 
 def macs_per_group(adapter: ModelAdapter, counts: Mapping[str, int]) -> dict[str, float]:
-    """Multiply-accumulates that one group of each group set takes, of the dense model's (see `macs_by_module`).
+    """Return the multiply-accumulates of one group of each group set, from counts of the dense model
+    (`macs_by_module`).
 
-    All of an attention layer is proportional to its heads, all of an FFN to its channels, and no set changes what
-    another one costs: what a thin network saves is the sum over the groups that it lacks, exactly.
+    The cost of an attention layer is proportional to its heads, that of an FFN to its channels, and no set changes the
+    cost of another. So a pruned network saves exactly the sum over the groups that it lacks.
     """
     return {
         groups.name: counts[groups.name] / groups.n_groups

@@ -1,4 +1,4 @@
-"""Prompts for text-to-image models: searches, calibration and reports draw from disjoint ones."""
+"""Prompts for text-to-image models: searches, calibration and reports draw from disjoint sets."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _STYLES = (
 
 
 def default_prompts() -> dict[str, list[str]]:
-    """64 prompts a split for models that come without their own; no subject is in two splits."""
+    """Return 64 prompts a split, for models that come without their own. No subject is in two splits."""
     return {
         split: [style.format(subject) for style, subject in itertools.product(_STYLES, subjects)]
         for split, subjects in _SUBJECTS.items()
@@ -44,7 +44,7 @@ def default_prompts() -> dict[str, list[str]]:
 
 
 def read_prompts(path: Path) -> dict[str, list[str]]:
-    """Prompts of a JSON file with the lists `search`, `heldout` and, if wanted, `calibration`.
+    """Read the prompts of a JSON file with the lists `search`, `heldout` and, optionally, `calibration`.
 
     Raises:
         DiffesError: the file is not of that form, or a prompt is in two lists.

@@ -19,10 +19,10 @@ from diffes.adapters.unet import unet_layers
 class SDXLAdapter(TextToImageAdapter):
     """Adapter for `diffusers.StableDiffusionXLPipeline`; conditions are prompts.
 
-    Every transformer block gives the heads of its self-attention, those of its cross-attention and the GEGLU channels
-    of its FFN. Widths differ inside one U-Net (SDXL: 10 heads of 640 channels, 20 of 1280), so a level is a fraction:
-    level k of H = 20 removes k/20 of the heads and channels of every layer, rounded to whole heads where a layer has
-    10. Convolutions, time embeddings and projections stay dense.
+    Every transformer block has three group sets: the heads of its self-attention, the heads of its cross-attention and
+    the GEGLU channels of its FFN. Widths differ inside one U-Net (SDXL: 10 heads of 640 channels, 20 of 1280), so a
+    level is a fraction: under the equal allocation, level k of H = 20 removes k/20 of the heads and channels of every
+    layer, rounded to whole heads where a layer has 10. Convolutions, time embeddings and projections stay dense.
     """
 
     pipe: StableDiffusionXLPipeline
@@ -39,7 +39,7 @@ class SDXLAdapter(TextToImageAdapter):
         return unwrapped(self.pipe.unet)
 
     def blocks(self) -> list[str]:
-        order = ("down_blocks", "mid_block", "up_blocks")  # the forward's; modules are registered in another one
+        order = ("down_blocks", "mid_block", "up_blocks")  # of the forward pass; modules are registered in another
         found = [path for path, module in self.denoiser.named_modules() if isinstance(module, BasicTransformerBlock)]
         return sorted(found, key=lambda path: order.index(path.split(".")[0]))
 
@@ -57,7 +57,7 @@ class SDXLAdapter(TextToImageAdapter):
 
     @torch.no_grad()
     def embed(self, conditions: Sequence[Condition]) -> tuple[Tensor, Tensor]:
-        """Token embeddings (n, tokens, d) and pooled ones (n, p), all prompts of a batch encoded together."""
+        """Return token embeddings (n, tokens, d) and pooled ones (n, p), with all prompts encoded together."""
         texts = [c for c in conditions if c is not None]
         embeds, null, pooled, null_pooled = self.pipe.encode_prompt(
             prompt=texts or [""], device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=True

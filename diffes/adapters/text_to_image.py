@@ -1,4 +1,4 @@
-"""What text-to-image pipelines share: prompts, guidance as diffusers does it, and embeddings that are kept."""
+"""Base of text-to-image adapters: prompts, guidance as diffusers does it, and cached embeddings."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ CACHED_TEXTS = 16  # batches of prompts whose embeddings are kept
 class TextToImageAdapter(ModelAdapter):
     """Base of adapters whose conditions are prompts.
 
-    Prompts come from `prompts.json` in the pipeline's folder, else from those that diffes ships for models from a hub;
-    searches, calibration and reports draw from disjoint ones. A subclass says where the blocks are, encodes prompts and
-    calls the denoiser.
+    Prompts come from `prompts.json` in the pipeline's folder, or else, for models from a hub, from those that ship with
+    diffes. Searches, calibration and reports draw from disjoint prompts. A subclass names the blocks, encodes prompts
+    and calls the denoiser.
     """
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
@@ -33,12 +33,12 @@ class TextToImageAdapter(ModelAdapter):
 
     @abc.abstractmethod
     def embed(self, conditions: Sequence[Condition]) -> tuple[Tensor, ...]:
-        """What the denoiser reads of prompts, each (n, ...); None is the pipeline's null condition."""
+        """Return the embeddings of prompts, each (n, ...), that the denoiser reads. None is the null condition."""
 
     @cached_property
     def prompts(self) -> dict[str, list[str]]:
         """Prompts by split."""
-        own = Path(getattr(self.pipe.config, "_name_or_path", "")) / PROMPTS  # none where built from parts in Python
+        own = Path(getattr(self.pipe.config, "_name_or_path", "")) / PROMPTS  # no path if built from parts in Python
         return read_prompts(own) if own.is_file() else default_prompts()
 
     def choices(self, split: Split) -> list[str]:
@@ -55,7 +55,7 @@ class TextToImageAdapter(ModelAdapter):
         return SamplingState(probes.noise.to(self.device, self.dtype) * scheduler.init_noise_sigma, scheduler, 0)
 
     def predict(self, state: SamplingState, probes: Probes, guidance: float) -> tuple[Tensor, Tensor]:
-        """As `StableDiffusionXLPipeline.__call__` does it (diffusers 0.42)."""
+        """Predict as `StableDiffusionXLPipeline.__call__` does (diffusers 0.42)."""
         latents, scheduler = state.latents, state.scheduler
         timestep = scheduler.timesteps[state.index]
         conditions = (None,) * len(probes) + probes.conditions if guidance > 1 else probes.conditions
@@ -83,7 +83,7 @@ class TextToImageAdapter(ModelAdapter):
         return images.float().cpu()
 
     def embedded(self, conditions: Sequence[Condition]) -> tuple[Tensor, ...]:
-        """What `embed` says, kept: every step of every evaluation of a batch of probes asks for the same prompts."""
+        """Return the result of `embed`, cached, because every step of an evaluation asks for the same prompts."""
         key = tuple(conditions)
         if key not in self._embedded:
             while len(self._embedded) >= CACHED_TEXTS:

@@ -1,4 +1,4 @@
-"""The layers of diffusers' conditional U-Nets, down and up, in the order in which they are skipped."""
+"""Layers of diffusers' conditional U-Nets, on the encoder and decoder paths, in the order in which they are skipped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from diffes.adapters.groups import UpLayerSet
 
 
 def unet_layers(unet: Any) -> UpLayerSet:
-    """The way up of a `UNet2DConditionModel`: every layer of it reads one output of the way down, the last the first.
+    """Return the decoder path of a `UNet2DConditionModel`. Each decoder layer reads one output of the encoder path; the
+    last layer reads the first output.
 
     Source: `UNet2DConditionModel.forward` and its blocks (diffusers 0.42).
     """
@@ -28,14 +29,14 @@ def unet_layers(unet: Any) -> UpLayerSet:
 
 
 def _layers(block: Any, path: str) -> Iterator[tuple[str, ...]]:
-    """A residual block, and the attention after it where there is one, of each layer."""
+    """Yield the module paths of each layer: a residual block and the attention after it, where there is one."""
     attentions = len(getattr(block, "attentions", ()))
     for i in range(len(block.resnets)):
         yield (f"{path}.resnets.{i}", *((f"{path}.attentions.{i}",) if i < attentions else ()))
 
 
 def _middle(block: Any) -> Iterator[tuple[str, ...]]:
-    """The first residual block, and an attention and another residual block as often as there are."""
+    """Yield the first residual block, then each attention with the residual block after it."""
     if block is None:
         return
     yield ("mid_block.resnets.0",)

@@ -1,4 +1,4 @@
-"""Structured pruning of denoisers, and reuse between calls: one method, one file, behind one registry."""
+"""Structured pruning of denoisers, and reuse between calls: each method in a file of its own, found in one registry."""
 
 from diffes.pruning.base import (
     METHODS,

@@ -11,7 +11,7 @@ from diffes.pruning.base import GroupWeights, LayerWeights, WidthMethod, nested
 
 
 class Activation(WidthMethod):
-    """Importance of a group: `||X||`, the root mean square of what it hands to the consumer in the stage."""
+    """Pruning by the importance of a group: `||X||`, the root mean square of its outputs in the stage."""
 
     needs = "squares"
 

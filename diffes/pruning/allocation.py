@@ -1,4 +1,4 @@
-"""Which layers give what a level takes: the split over the group sets that does least damage at no more cost."""
+"""Allocation of a level over the group sets: the least sensitive split that costs no more than the equal one."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from diffes.adapters import AnySet
 from diffes.search.schedule import Allocation
 
 Floats = NDArray[np.float64]
-UNITS = 1 << 14  # savings are counted in so many parts of what the last level saves
+UNITS = 1 << 14  # resolution of savings: parts of the savings of the last level
 
 
 def allocation_of(kind: str, wanted: Allocation) -> Allocation:
-    """How levels of a kind, or of several joined by "+", are shared out where `wanted` was asked for: whole blocks and
-    reuse know the equal split only."""
+    """Return the allocation used for levels of a kind, or of several joined by "+", where `wanted` was asked for. Depth
+    and reuse alone always use the equal split."""
     return wanted if "width" in kind.split("+") else "equal"
 
 
 @dataclass(frozen=True)
 class Rungs:
-    """What a group set can be reduced to.
+    """Sizes that a group set can be reduced to.
 
     Args:
         groups: the set.
@@ -39,33 +39,34 @@ class Rungs:
 
     @classmethod
     def of(cls, groups: AnySet, max_level: int, macs: float, finer: int = 1) -> Rungs:
-        """All that levels ask for, and `finer` times as many where there are groups enough."""
+        """Build the rungs that the levels use, and `finer` times as many where there are enough groups."""
         steps = finer * max_level
         kept = sorted({groups.n_kept(k, steps) for k in range(steps + 1)}, reverse=True)
         return cls(groups, max_level, tuple(kept), macs)
 
     @property
     def saved(self) -> Floats:
-        """(len(kept),) multiply-accumulates saved at each."""
+        """Multiply-accumulates saved at each rung (len(kept),)."""
         return self.macs * (self.groups.n_groups - np.array(self.kept, dtype=float))
 
     def equal(self, level: int) -> int:
-        """The rung of a level that takes the same fraction from every set."""
+        """Return the rung of a level that removes the same fraction of every set."""
         return self.kept.index(self.groups.n_kept(level, self.max_level))
 
 
 def allocate(sets: Sequence[Rungs], damage: Sequence[Floats]) -> list[list[int]]:
-    """The rung of every set at every level, (H + 1, sets): the least sum of damages that saves enough.
+    """Return the rung of every set at every level, (H + 1, sets): the split with the least sum of sensitivities that
+    saves enough.
 
-    Each level saves at least the multiply-accumulates that the same fraction of every set would. Where that equal split
-    has no larger sum of damages than what the programme finds, it is taken.
+    Each level saves at least as many multiply-accumulates as the same fraction of every set would. The equal split is
+    taken where its sum of sensitivities is no larger than that of the split that dynamic programming finds.
 
     Args:
-        sets: what each set can be reduced to.
-        damage: for each set, (len(kept),) what each rung does to the prediction when only that set is thin.
+        sets: the rungs of each set.
+        damage: for each set, (len(kept),) the sensitivity of the prediction to each rung when only that set is pruned.
 
-    Source: a multiple-choice knapsack, solved by dynamic programming over what is saved; savings are rounded down, so
-        that no split costs more than the equal one.
+    Source: a multiple-choice knapsack, solved by dynamic programming over savings. Savings are rounded down, so that no
+        split costs more than the equal one.
     """
     unit = sum(float(rungs.saved[-1]) for rungs in sets) / UNITS
     saved = [np.floor(rungs.saved / unit + 1e-6).astype(int) for rungs in sets]

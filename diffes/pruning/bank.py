@@ -1,4 +1,4 @@
-"""The weight bank: what is left in every stage at every level, in memory during a search, as safetensors on disk."""
+"""Weight bank: what is left in every stage at every level, in memory during a search, as safetensors on disk."""
 
 from __future__ import annotations
 
@@ -25,34 +25,35 @@ from diffes.search.schedule import Plan, Schedule
 
 FORMAT = "diffes-bank"
 FORMAT_VERSION = 3
-PLACE = r"stage(\d{1,9})\.level(\d{1,9})\.(.+)"  # of the weights of a group set, in a file
+PLACE = r"stage(\d{1,9})\.level(\d{1,9})\.(.+)"  # name of a group set's weights in a file
 StageWeights = Mapping[str, GroupWeights]
 Key = tuple[int, int]  # stage, level
 
 
 class WeightBank(Mapping[Key, StageWeights]):
-    """Thin weights by (stage, level), inside by group-set name, in host memory. Level 0 is dense and never stored.
+    """Pruned weights by (stage, level), then by group-set name, in host memory. Level 0 is dense and never stored.
 
     Args:
         entries: the weights; a set that an entry does not name is dense at that level.
-        kind: "width", "depth": then the one group set is the blocks, or "reuse"; of sums joined by "+".
-        file: where entries that are not in memory yet are read from, each once.
-        calls: denoiser calls, in rows, that it took to make.
+        kind: "width", "depth" (the one group set is then the blocks) or "reuse"; for sums, joined by "+".
+        file: source of entries that are not in memory yet; each is read once.
+        calls: denoiser calls, in rows, that making the bank took.
         max_level: H; 0 where it is that of the model and kind.
-        workshop: what makes those weights that are made when they are asked for.
+        workshop: makes the weights that are made on request.
 
     On disk a bank is one safetensors file. Its tensors are `stage{s}.level{k}.{name}:kept` (n,) int32, the groups that
     stay, and, where the method compensates, `stage{s}.level{k}.{name}:consumer` (d_out, n * size). Its metadata has one
     key, `diffes-bank`, a JSON object:
 
-    - `format_version`: of this layout, now 3; version 2 had no kind `reuse`, no sums and no `same`; version 1 no
+    - `format_version`: of this layout, now 3; version 2 had no kind `reuse`, no sums and no `same`; version 1 had no
       `split`, and every set in every entry
-    - `same`: of `stage{s}.level{k}.{name}` without tensors of their own, those whose tensors are theirs too
-    - `kind`: "width", "depth", "reuse" (a set keeps what is computed; the rest is given as in the last call that
-      computed it), or some of them joined by "+"; `method`: spec of the pruning method; `model`: what it was made for
+    - `same`: for each `stage{s}.level{k}.{name}` without tensors of its own, the one whose tensors it shares
+    - `kind`: "width", "depth", "reuse" (a set keeps what is computed; the rest is reused from the last call that
+      computed it), or some of them joined by "+"; `method`: spec of the pruning method; `model`: the model that it was
+      made for
     - `stages`: [[lo, hi], ...] timesteps; `levels`: (S,) those held; `max_level`: H
-    - `split`: how the levels held are shared out over the layers (see `split_of`), also in `schedule.json`
-    - `fingerprint`: what a denoiser is recognised by (see `fingerprint`)
+    - `split`: how the levels held are allocated over the layers (see `split_of`), also in `schedule.json`
+    - `fingerprint`: identifies the denoiser (see `fingerprint`)
     """
 
     def __init__(
@@ -94,35 +95,35 @@ class WeightBank(Mapping[Key, StageWeights]):
 
     @property
     def reusing(self) -> tuple[int, ...]:
-        """Levels that reuse what an earlier call computed."""
+        """Levels that reuse outputs of an earlier call."""
         named = {key: set(entry) for key, entry in self._entries.items()}
         if self._file is not None:
             named |= {key: set(names) for key, names in self._file.names.items()}
         return tuple(sorted({level for (_, level), names in named.items() if names & REUSE_SETS}))
 
     def for_schedule(self, *schedules: Schedule | Plan) -> WeightBank:
-        """The part that these schedules or plans need, in memory."""
+        """Return the part that these schedules or plans need, in memory."""
         keys = sorted({key for schedule in schedules for key in schedule.thin()})
         return WeightBank({key: self[key] for key in keys}, self.kind, max_level=self.max_level, workshop=self.workshop)
 
     def in_order(self, levels: Sequence[int]) -> WeightBank:
-        """The same bank with its levels renumbered: `levels[0]` becomes level 1."""
+        """Return the same bank with its levels renumbered: `levels[0]` becomes level 1."""
         new = {level: i for i, level in enumerate(levels, 1)}
         entries = {(stage, new[level]): entry for (stage, level), entry in self.items()}
         return WeightBank(entries, self.kind, calls=self.calls, max_level=self.max_level, workshop=self.workshop)
 
     def kept(self, key: Key, prunable: Sequence[AnySet]) -> list[int]:
-        """How many groups of each set stay at a stage and level; level 0 keeps all."""
+        """Return the number of groups of each set that stay at a stage and level; level 0 keeps all."""
         entry = self[key] if key[1] else {}
         return [len(entry[p.name].kept) if p.name in entry else p.n_groups for p in prunable]
 
     def save(self, path: Path, header: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
-        """Writes all entries as one safetensors file; what they share is written once.
+        """Write all entries as one safetensors file. Shared weights are written once.
 
         Args:
             path: the file.
-            header: facts for its metadata; format version, kind and `same` are this bank's own.
-            dtype: of the compensated weights; as they are when left out.
+            header: facts for its metadata; format version, kind and `same` come from this bank.
+            dtype: of the compensated weights; unchanged when left out.
         """
         tensors: dict[str, Tensor] = {}
         written: dict[int, str] = {}
@@ -135,7 +136,7 @@ class WeightBank(Mapping[Key, StageWeights]):
                     continue
                 written[id(weights)] = prefix
                 tensors[f"{prefix}:kept"] = weights.kept.clone()
-                consumer = weights.consumer  # once: it may be made now
+                consumer = weights.consumer  # read once, because it may be made on request
                 if consumer is not None:
                     tensors[f"{prefix}:consumer"] = consumer.to(dtype=dtype).contiguous()
         facts = {
@@ -144,12 +145,12 @@ class WeightBank(Mapping[Key, StageWeights]):
             "kind": self.kind,
             "same": same,
         }  # header may be an old one
-        # One metadata key: safetensors writes several in random order, and equal banks should be equal files.
+        # One metadata key: safetensors writes several keys in random order, and equal banks should be equal files.
         save_file(tensors, path, metadata={FORMAT: json.dumps(facts)})
 
     @classmethod
     def open(cls, path: Path, dtype: torch.dtype | None = None) -> tuple[WeightBank, dict[str, Any]]:
-        """Opens a file that `save` wrote, and reads its header; entries are read when first asked for.
+        """Open a file that `save` wrote, and read its header. Entries are read when first requested.
 
         Args:
             path: the file.
@@ -166,8 +167,8 @@ class BankFile:
     """An open safetensors file of a bank.
 
     Attributes:
-        header: what its metadata says.
-        names: of the sets of each (stage, level), each with the place of its tensors, `stage{s}.level{k}.{name}`.
+        header: the facts in its metadata.
+        names: the sets of each (stage, level), each with the place of its tensors, `stage{s}.level{k}.{name}`.
     """
 
     def __init__(self, path: Path, dtype: torch.dtype | None) -> None:
@@ -199,14 +200,14 @@ class BankFile:
             raise
         except FileNotFoundError as error:
             raise DiffesError(f"{path} is missing: {AGAIN}") from error
-        except Exception as error:  # safetensors' own error class, and whatever a damaged header leads to
+        except Exception as error:  # safetensors' own error class, and any error that a damaged header causes
             raise self._damaged(error) from error
 
     def read(self, key: Key) -> StageWeights:
-        """One stage at one level.
+        """Read one stage at one level.
 
         Raises:
-            DiffesError: what is there is damaged.
+            DiffesError: the data there are damaged.
         """
         try:
             weights = {name: self._tensors(source) for name, source in sorted(self.names[key].items())}
@@ -217,7 +218,7 @@ class BankFile:
             raise self._damaged(error) from error
 
     def _tensors(self, place: str) -> GroupWeights:
-        """What is stored at a place, read once."""
+        """Return the weights stored at a place, read once."""
         if place not in self._read:
             consumer, kept = f"{place}:consumer", self._file.get_tensor(f"{place}:kept")
             there = consumer in self._file.keys()  # noqa: SIM118
@@ -235,15 +236,15 @@ class BankFile:
         return DiffesError(f"{self.path} is damaged ({error}): {AGAIN}")
 
 
-FUSED = re.compile(r"\.to_q?kv\.")  # diffusers' copies of projections, beside them
+FUSED = re.compile(r"\.to_q?kv\.")  # diffusers' fused copies of projections
 
 
 def split_of(bank: WeightBank, prunable: Sequence[AnySet]) -> dict[str, Any]:
-    """How the levels of a bank are shared out over the layers, as JSON in `schedule.json` and in the bank's file.
+    """Return how the levels of a bank are allocated over the layers, as JSON for `schedule.json` and the bank's file.
 
     Returns:
-        `sets`: names of the group sets, in the order of the forward pass; `groups`: how many groups each has; `kept`:
-        by `stage{s}.level{k}`, (sets,) how many of them stay there.
+        `sets`: names of the group sets, in the order of the forward pass; `groups`: number of groups in each; `kept`:
+        by `stage{s}.level{k}`, (sets,) the number of them that stay there.
     """
     return {
         "sets": [p.name for p in prunable],
@@ -253,10 +254,10 @@ def split_of(bank: WeightBank, prunable: Sequence[AnySet]) -> dict[str, Any]:
 
 
 def fingerprint(denoiser: nn.Module) -> dict[str, Any]:
-    """What tells one denoiser from another, in whatever dtype it was loaded: names, shapes and a sample of values.
+    """Return what identifies a denoiser, in whatever dtype it was loaded: names, shapes and a sample of values.
 
-    A LoRA that is loaded and not fused changes nothing here, and neither do projections that were fused once and are
-    not used since: their parameters do not count.
+    A LoRA that is loaded but not fused changes nothing here. Neither do projections that were fused once and are no
+    longer used: their parameters do not count.
     """
     found = {n.replace(".base_layer", ""): p for n, p in denoiser.named_parameters() if ".lora_" not in n}
     copies = {n for n in found if FUSED.sub(".to_k.", n) != n and FUSED.sub(".to_k.", n) in found}
@@ -267,10 +268,10 @@ def fingerprint(denoiser: nn.Module) -> dict[str, Any]:
 
 
 def check_bank(bank: WeightBank, header: Mapping[str, Any], adapter: ModelAdapter, path: Path) -> None:
-    """Refuses weights that are not what the model and their levels ask for; what they were written with is not trusted.
+    """Check that weights fit the model and their levels, because a file is not trusted.
 
     Args:
-        bank: what a schedule or plan needs of a file.
+        bank: the part of a file that a schedule or plan needs.
         header: of the file.
         adapter: the model, dense, recognised by its fingerprint.
         path: of the file.
@@ -281,7 +282,7 @@ def check_bank(bank: WeightBank, header: Mapping[str, Any], adapter: ModelAdapte
     """
     sets = {prunable.name: prunable for prunable in adapter.prunable(bank.kind)}
     alone = bank.kind in ("width", "depth") and "+" not in header.get("method", "")
-    equal = alone and header.get("allocation", "equal") == "equal"  # of others, the levels are in an order of their own
+    equal = alone and header.get("allocation", "equal") == "equal"  # others have their own order of levels
     try:
         for (stage, level), entry in bank.items():
             if unknown := sorted(set(entry) - set(sets)):
@@ -298,7 +299,7 @@ def check_bank(bank: WeightBank, header: Mapping[str, Any], adapter: ModelAdapte
 
 
 def check_fingerprint(denoiser: nn.Module, expected: Mapping[str, Any] | None, path: Path) -> None:
-    """Refuses a bank that was made for another model.
+    """Check that a bank was made for this model.
 
     Raises:
         DiffesError: structure or weights differ by more than half precision explains.

@@ -1,4 +1,4 @@
-"""What a pruning method is: from one stage's statistics to what is left at every level."""
+"""Pruning methods: from the statistics of one stage to the groups that stay at every level."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class LayerWeights:
 
     @classmethod
     def of(cls, denoiser: Any, groups: GroupSet) -> LayerWeights:
-        """The present weights of a group set, detached."""
+        """Return the present weights of a group set, detached."""
         return cls(
             tuple(denoiser.get_submodule(path).weight.detach() for path in groups.producers),
             denoiser.get_submodule(groups.consumer).weight.detach(),
@@ -60,7 +60,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class BlockChanges:
-    """How much each block changes what passes through it, averaged over the tokens of one stage.
+    """Change that each block makes to its input, averaged over the tokens of one stage.
 
     Args:
         cosine_distance: (n_blocks,) 1 - cosine between a token before and after the block, in [0, 2].
@@ -72,29 +72,30 @@ class BlockChanges:
 
 
 class PruningMethod(abc.ABC):
-    """Decides what goes first. A class of one of the kinds below, found by name in `METHODS`.
+    """Base class of methods, which decide what is removed first. A method is a class of one of the kinds below, found
+    by name in `METHODS`.
 
     Attributes:
-        kind: "width" where groups inside blocks go, "depth" where whole blocks go, "reuse" where nothing goes and
-            layers give again what they gave in an earlier call.
-        needs: the statistics of a stage that it is given, and so whether it wants calibration.
+        kind: "width" where groups inside blocks are removed, "depth" where whole blocks are removed, "reuse" where
+            nothing is removed and layers return the output of an earlier call.
+        needs: the statistics of a stage that the method is given; "nothing" where it needs no calibration.
     """
 
     kind: ClassVar[Kind]
     needs: ClassVar[Literal["nothing", "squares", "second_moment", "blocks", "changes"]]
 
     def max_level(self, adapter: ModelAdapter) -> int:
-        """H, the number of levels beside the dense one."""
+        """Return H, the number of levels beside the dense one."""
         return adapter.max_level(self.kind)
 
     def timestep_weights(self, progress: Tensor) -> Tensor:
-        """Weights (n,), positive, of calibration samples at `progress` (n,) through their stage: 0 where sampling
-        enters it, 1 where it leaves it. All equal unless a method says otherwise."""
+        """Return positive weights (n,) of calibration samples at `progress` (n,) through their stage: 0 where sampling
+        enters it, 1 where it leaves it. All weights are equal unless a method overrides this."""
         return torch.ones_like(progress)
 
 
 class WidthMethod(PruningMethod):
-    """Removes heads and FFN channels, in each group set the same fraction."""
+    """Base class of methods that remove heads and FFN channels of every group set."""
 
     kind = "width"
 
@@ -102,51 +103,53 @@ class WidthMethod(PruningMethod):
     def prune(
         self, groups: GroupSet, weights: LayerWeights, inputs: Tensor | None, n_kept: Sequence[int]
     ) -> list[GroupWeights]:
-        """What is left for each of `n_kept`, nested: kept at a smaller number is kept at every larger one.
+        """Return what is left for each of `n_kept`. Groups kept at a smaller number are kept at every larger one.
 
         Args:
             groups: the group set.
             weights: its dense weights.
-            inputs: of the consumer's inputs x in one stage, d = n_groups * size: `E[x x^T]` (d, d) where `needs` is
-                "second_moment", its diagonal `E[x^2]` (d,) where it is "squares", None where it is "nothing".
+            inputs: statistics of the consumer's inputs x in one stage, d = n_groups * size: `E[x x^T]` (d, d) where
+                `needs` is "second_moment", its diagonal `E[x^2]` (d,) where it is "squares", None where it is
+                "nothing".
             n_kept: falling numbers of groups to keep, each in [0, n_groups].
         """
 
 
 class DepthMethod(PruningMethod):
-    """Removes whole transformer blocks."""
+    """Base class of methods that remove whole transformer blocks."""
 
     kind = "depth"
     needs = "blocks"
 
     @abc.abstractmethod
     def importance(self, changes: BlockChanges) -> Tensor:
-        """Importance (n_blocks,) of the blocks in one stage; the least goes first."""
+        """Return the importance (n_blocks,) of the blocks in one stage. The least important block is removed first."""
 
 
 class ReuseMethod(PruningMethod):
-    """Says what is computed in a call, where the rest is given as in the last call that computed it."""
+    """Base class of methods that choose what a call computes. The rest comes from the last call that computed it."""
 
     kind = "reuse"
 
     @abc.abstractmethod
     def groups(self, adapter: ModelAdapter) -> ReuseSet:
-        """What may be reused.
+        """Return the set of layers that may be reused.
 
         Raises:
-            DiffesError: this model has nothing of that kind.
+            DiffesError: this model has no such layers.
         """
 
     @abc.abstractmethod
     def kept(self, groups: ReuseSet, max_level: int, harm: Tensor | None) -> list[Tensor]:
-        """Indices (n_kept,) of the groups that are computed at levels 1 to H, nested: those of a level are computed at
-        every lower one.
+        """Return the indices (n_kept,) of the groups that are computed at levels 1 to H. Groups computed at a level are
+        computed at every lower one.
 
         Args:
-            groups: what may be reused.
+            groups: the set of layers that may be reused.
             max_level: H.
-            harm: (n_groups,) where `needs` is "changes", else None: mean squared change of a prediction in one stage
-                when only that group's output is the one of an earlier call, for each multiply-accumulate of the group.
+            harm: sensitivity (n_groups,) where `needs` is "changes", else None: mean squared change of a prediction in
+                one stage when only that group's output comes from an earlier call, divided by the multiply-accumulates
+                of the group.
         """
 
 
@@ -155,7 +158,7 @@ METHODS: Registry[type[PruningMethod]] = Registry("pruning method", "diffes.prun
 
 @dataclass(frozen=True)
 class Sum:
-    """Methods side by side: the levels of all of them, of which a call is at one.
+    """Several methods together. Their levels follow each other, and a call is at one of them.
 
     Args:
         parts: the methods, at least one.
@@ -170,11 +173,11 @@ class Sum:
 
     @property
     def needs_data(self) -> bool:
-        """Whether calibration has to look at data."""
+        """True where a part needs calibration data."""
         return any(part.needs != "nothing" for part in self.parts)
 
     def max_level(self, adapter: ModelAdapter) -> int:
-        """H, the levels of all parts beside the dense one."""
+        """Return H, the number of levels of all parts beside the dense one."""
         total = 0
         for part in self.parts:
             what = f"max_level of pruning method {type(part).__name__}"
@@ -185,7 +188,7 @@ class Sum:
 
 
 def make_method(spec: str) -> Sum:
-    """A pruning method, or several joined by "+", each with options after a colon.
+    """Build a pruning method, or several joined by "+", each with options after a colon.
 
     Raises:
         DiffesError: a name or an option is unknown.
@@ -196,16 +199,16 @@ def make_method(spec: str) -> Sum:
 def check_weights(
     groups: Prunable, weights: GroupWeights, n_kept: int | None = None, outputs: int | None = None
 ) -> None:
-    """Refuses weights that do not fit a group set.
+    """Check that weights fit a group set.
 
     Args:
         groups: the set.
         weights: what is left of it.
-        n_kept: how many groups should be; None where that is not known.
-        outputs: rows of the consumer, likewise.
+        n_kept: number of groups that must be kept; None where it is not known.
+        outputs: number of rows that the consumer must have; None where it is not known.
 
     Raises:
-        ValueError: they do not; the message says what was expected.
+        ValueError: they do not fit; the message says what was expected.
     """
     kept, consumer = weights.kept, weights.consumer
     if not isinstance(kept, Tensor) or kept.ndim != 1 or kept.dtype not in (torch.int32, torch.int64):
@@ -231,6 +234,7 @@ def check_weights(
 
 
 def nested(importance: Tensor, n_kept: Sequence[int]) -> list[GroupWeights]:
-    """Levels without compensation: the most important of (n_groups,) stay, of equal ones the first."""
+    """Return the groups of every level, without compensation: the most important of (n_groups,) stay, the first of
+    equal ones."""
     order = importance.argsort(descending=True, stable=True)
     return [GroupWeights(order[:n].sort().values.to(torch.int32)) for n in n_kept]

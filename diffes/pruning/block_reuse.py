@@ -1,4 +1,4 @@
-"""Block reuse: attentions and FFNs that change least from call to call give what they gave in an earlier call."""
+"""Block reuse: the least sensitive attentions and FFNs return their output of an earlier call."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from diffes.pruning.base import ReuseMethod
 
 
 class BlockReuse(ReuseMethod):
-    """Level k of H reuses the same fraction k / H of all attentions and FFNs; the highest level reuses all.
+    """Method whose level k of H reuses the fraction k / H of all attentions and FFNs; the highest level reuses all.
 
-    First go those that do least damage for the multiply-accumulates that they take, by a ranking of each stage's own.
+    Those with the least sensitivity per multiply-accumulate are reused first, ranked separately in each stage.
     """
 
     needs = "changes"

@@ -1,4 +1,4 @@
-"""Making a bank: calibrate, prune, and share every level out over the layers, stage by stage."""
+"""Construction of a bank: calibrate, prune, and allocate every level over the layers, stage by stage."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from diffes.pruning.damage import StageDamage
 from diffes.pruning.factors import MEMORY, Factor, FactoredMethod, FactoredWeights, LayerStatistics, Workshop
 from diffes.search.schedule import Allocation, Stages
 
-FINER = 2  # rungs of a set for each level, where it has groups enough
+FINER = 2  # rungs of a set for each level, where it has enough groups
 
 
 def build_bank(
@@ -45,21 +45,21 @@ def build_bank(
     progress: Callable[[int], None] | None = None,
     memory: int = MEMORY,
 ) -> WeightBank:
-    """Calibrates and prunes stage by stage; only one stage's statistics are in memory at a time.
+    """Calibrate and prune stage by stage. Only one stage's statistics are in memory at a time.
 
     Args:
         adapter: the dense model.
-        method: how to prune, or what to reuse; of a sum the levels of all parts follow each other.
+        method: pruning or reuse method; for a sum, the levels of all parts follow each other.
         stages: their ranges of timesteps.
-        data: clean latents; not needed where neither the method nor the allocation looks at data.
-        guidance: classifier-free guidance scale of the sampling to come.
-        seed: of the calibration timesteps and noise; stage s draws the same ones whatever the other stages do.
-        allocation: "equal", as in the paper: a level removes the same fraction of every group set; "damage": it saves
-            at least as many multiply-accumulates where that does least to the prediction. Depth has one set only.
+        data: clean latents; not needed where neither the method nor the allocation uses data.
+        guidance: classifier-free guidance scale of the later sampling.
+        seed: of the calibration timesteps and noise. A stage draws the same ones whichever other stages are calibrated.
+        allocation: "equal", as in the paper: a level removes the same fraction of every group set; "damage": a level
+            saves at least as many multiply-accumulates where the prediction is least sensitive. Depth has one set only.
         only: numbers of the stages to prune; all when left out.
-        progress: told the stage after each.
-        memory: bytes of host memory for what levels are made from and for those that are ready, and of the statistics
-            of a stage: where they are more, they are taken in passes over some of the layers at a time.
+        progress: called with the number of each finished stage.
+        memory: bytes of host memory for triangles and ready levels, and for the statistics of a stage. Where the
+            statistics need more, they are taken in passes over some of the layers at a time.
 
     Raises:
         DiffesError: calibration data are needed and there are none, or a layer's statistics are not finite.
@@ -109,14 +109,14 @@ def build_bank(
 def gathered(
     adapter: ModelAdapter, banks: Iterable[WeightBank], memory: int, *, held: bool = True, alike: bool = False
 ) -> WeightBank:
-    """One bank of those that other processes made, of stages of their own.
+    """Join banks that other processes made, each of different stages, into one.
 
     Args:
-        adapter: the dense model, whose weights levels are made from when they are asked for.
+        adapter: the dense model, from whose weights levels are made on request.
         banks: all of one method.
-        memory: as of `build_bank`.
-        held: whether triangles are to lie in that memory; others lie where they are.
-        alike: whether weights that are equal are the same, as of methods that look at no data.
+        memory: as in `build_bank`.
+        held: True to move triangles into that memory; otherwise they stay where they are.
+        alike: True to make equal weights one object, for methods that use no data.
     """
     workshop, entries, calls = Workshop(memory), dict[Key, StageWeights](), 0
     known: dict[tuple[str, tuple[int, ...]], GroupWeights] = {}
@@ -130,12 +130,12 @@ def gathered(
                 found = {name: known.setdefault((name, tuple(w.kept.tolist())), w) for name, w in found.items()}
             entries[key] = found
         kind, max_level, calls = bank.kind, bank.max_level, calls + bank.calls
-    entries = dict(sorted(entries.items()))  # in whatever order they came
+    entries = dict(sorted(entries.items()))  # banks come in any order
     return WeightBank(entries, kind, calls=calls, max_level=max_level, workshop=workshop if makes else None)
 
 
 def _rebound(adapter: ModelAdapter, bank: WeightBank, workshop: Workshop, held: bool) -> dict[int, GroupWeights]:
-    """Weights of a bank that are made when they are asked for, of this model and workshop, by the id of the others."""
+    """Return the weights of a bank that are made on request, bound to this model and workshop, by the old ids."""
     factors: dict[int, Factor] = {}
     dense: dict[str, Tensor] = {}
     made: dict[int, GroupWeights] = {}
@@ -145,14 +145,14 @@ def _rebound(adapter: ModelAdapter, bank: WeightBank, workshop: Workshop, held: 
             factors[id(factor)] = workshop.keep(factor) if held else factor
         if factor.groups.name not in dense:
             dense[factor.groups.name] = LayerWeights.of(adapter.denoiser, factor.groups).consumer
-        if id(weights) not in made:  # what shares an object shares it here
+        if id(weights) not in made:  # weights that share an object go on sharing it
             n_kept = len(weights.kept)
             made[id(weights)] = FactoredWeights(factors[id(factor)], dense[factor.groups.name], n_kept, workshop)
     return made
 
 
 def joined(banks: Sequence[WeightBank]) -> WeightBank:
-    """One bank with the levels of several, those of each after those of the ones before."""
+    """Join banks into one. The levels of each bank follow those of the banks before it."""
     if len(banks) == 1:
         return banks[0]
     entries: dict[Key, StageWeights] = {}
@@ -175,7 +175,7 @@ def _reusing(
     only: Sequence[int],
     progress: Callable[[int], None] | None,
 ) -> WeightBank:
-    """The bank of a method that reuses: of each level, what is computed."""
+    """Build the bank of a reuse method: for each level, the groups that are computed."""
     groups, top = method.groups(adapter), method.max_level(adapter)
     measures = method.needs == "changes"
     if measures and data is None:
@@ -208,25 +208,25 @@ def _reusing(
 
 
 def stage_seed(seed: int, stage: int) -> int:
-    """What a stage draws its calibration timesteps and noise from."""
+    """Return the seed of a stage's calibration timesteps and noise."""
     return seed * 100_003 + stage
 
 
 def at_split(thin: Mapping[str, Sequence[GroupWeights]], split: Sequence[int]) -> StageWeights:
-    """An entry of a bank: each set at its rung, without those that stay dense.
+    """Return an entry of a bank: each set at its rung, without the sets that stay dense.
 
-    Entries that share weights share the very objects: `nbytes` and the file of a search count on it.
+    Entries that share weights share the same objects: `nbytes` and the file of a search depend on it.
     """
     return {name: thin[name][rung] for name, rung in zip(thin, split, strict=True) if rung}
 
 
 class _Ladders:
-    """What every group set can be reduced to, and which rung a level takes where it takes the same from all.
+    """Rungs of every group set, and the rung of each level under the equal split.
 
     Attributes:
         sets: the rungs of each set.
         max_level: H.
-        splits: whether levels are shared out by damage.
+        splits: True where levels are allocated by sensitivity.
         equal: (H + 1, sets) rungs of the equal split.
     """
 
@@ -244,7 +244,7 @@ class _Ladders:
 def thin_weights(
     adapter: ModelAdapter, method: PruningMethod, run: StagePass | None, sets: Sequence[Rungs], workshop: Workshop
 ) -> dict[str, list[GroupWeights]]:
-    """What is left of every set at every rung, in host memory or made by the workshop; the first one is dense."""
+    """Return what is left of every set at every rung (the first is dense), in host memory or made on request."""
     if isinstance(method, DepthMethod):
         (rungs,) = sets
         assert run is not None and isinstance(rungs.groups, BlockSet)
@@ -278,8 +278,8 @@ def thin_weights(
 def _factors(
     adapter: ModelAdapter, method: FactoredMethod, sets: Sequence[GroupSet], moments: dict[str, Tensor]
 ) -> Iterator[tuple[Tensor, Factor]]:
-    """The consumer's dense weight and the factor of each set, those of one shape together; moments go as they are
-    used."""
+    """Yield the consumer's dense weight and the factor of each set, sets of one shape together. Each moment is removed
+    from `moments` when it is used."""
     of_shape: dict[tuple[int, ...], list[tuple[GroupSet, LayerWeights]]] = {}
     for groups in sets:
         weights = LayerWeights.of(adapter.denoiser, groups)
@@ -293,7 +293,7 @@ def _factors(
 def _rungs(
     method: WidthMethod, groups: GroupSet, weights: LayerWeights, moment: Tensor | None, n_kept: Sequence[int]
 ) -> list[GroupWeights]:
-    """What is left of one set at its rungs but the dense one."""
+    """Return what is left of one set at all its rungs but the dense one."""
     what = f"pruning method {type(method).__name__}"
     wanted = f"return GroupWeights for each of the {len(n_kept)} numbers of groups to keep of {groups.name}"
     with guarded(method, what, wanted):
@@ -309,7 +309,7 @@ def _rungs(
 
 
 def passes(method: PruningMethod, sets: Sequence[Rungs], memory: int) -> list[list[Rungs]]:
-    """The sets whose statistics are taken at the same time: all of them, or as many as fit into so many bytes."""
+    """Group the sets whose statistics are taken together: all of them, or as many as fit into `memory` bytes."""
     parts: list[list[Rungs]] = [[]]
     held = 0
     for rungs in sets:

@@ -1,4 +1,4 @@
-"""SNR-aware calibration: what the prunable layers see in each stage of the trajectory."""
+"""SNR-aware calibration: statistics of the inputs of prunable layers in each stage of the trajectory."""
 
 from __future__ import annotations
 
@@ -49,10 +49,11 @@ class CalibrationSet:
 
 @dataclass(frozen=True)
 class StagePass:
-    """How the denoiser is run for the statistics of one stage.
+    """Denoiser calls for the statistics of one stage.
 
     Each latent is noised, by the noise schedule of the pipeline's scheduler, to a timestep drawn from the stage. With
-    guidance, half of the rows carry the null condition, because half of the rows of a guided denoiser call do.
+    guidance, each row has the null condition with probability 1/2, because half of the rows of a guided denoiser call
+    have it.
 
     Args:
         adapter: the model, dense.
@@ -61,8 +62,8 @@ class StagePass:
         guided: whether sampling will use classifier-free guidance.
         seed: of timesteps, noise and the rows without condition.
         weigh: weights (n,) of samples at progress (n,) through the stage, from 0 where sampling enters it to 1.
-        batch: latents whose timesteps, noise and conditions are drawn together.
-        at_once: of these, how many share a denoiser call.
+        batch: number of latents whose timesteps, noise and conditions are drawn together.
+        at_once: number of these that share a denoiser call.
     """
 
     adapter: ModelAdapter
@@ -75,12 +76,12 @@ class StagePass:
     at_once: int = 64
 
     def within_room(self, measure: Callable[[StagePass], T]) -> T:
-        """What is measured with this pass, or with one that makes smaller calls where the device has no room."""
+        """Return the result of `measure` with this pass, or with smaller calls where the device has no room."""
         return self.adapter.within_room(lambda n: measure(replace(self, at_once=n)), self.at_once)
 
     @torch.no_grad()
     def run(self) -> Iterator[Tensor]:
-        """Yields the weights (n,) of the latents of each denoiser call before it is made."""
+        """Yield the weights (n,) of the latents of each denoiser call before it is made."""
         adapter, (lo, hi) = self.adapter, self.stage
         generator = torch.Generator().manual_seed(self.seed)
         for start in range(0, len(self.data), self.batch):
@@ -109,8 +110,8 @@ class StagePass:
 
 
 def load_calibration(adapter: ModelAdapter, path: Path, n: int, batch: int = 64) -> CalibrationSet:
-    """Encodes the first `n` images of an .npz file with `images` (m, channels, h, w) uint8 and conditions: `labels`
-    (m,) class ids or `prompts` (m,) texts.
+    """Encode the first `n` images of an .npz file with `images` (m, channels, h, w) uint8 and conditions: `labels` (m,)
+    class ids or `prompts` (m,) texts.
 
     Raises:
         DiffesError: the file is damaged, not of that form, or for another kind of model.
@@ -130,7 +131,7 @@ def load_calibration(adapter: ModelAdapter, path: Path, n: int, batch: int = 64)
         config = adapter.denoiser.config
         if latents.shape[1:] != (config.in_channels, config.sample_size, config.sample_size):
             raise ValueError(f"images of {images.shape[1:]} become latents of {tuple(latents.shape[1:])}")
-    except Exception as error:  # zipfile, numpy, the model and the checks each raise their own
+    except Exception as error:  # zipfile, numpy, the model and the checks each raise their own classes
         raise DiffesError(f"{path} holds no calibration images with {wanted}: {error}; {FORM}") from error
     kind = int if wanted == "labels" else str
     return CalibrationSet(latents, tuple(kind(c) for c in conditions), path.name)
@@ -154,16 +155,16 @@ def sample_calibration(
     batch: int = 32,
     keep: Callable[[int, Callable[[], Tensor]], Tensor] | None = None,
 ) -> CalibrationSet:
-    """For models that come without images: latents that the dense model itself makes.
+    """Sample latents from the dense model, for models that come without images.
 
     Args:
         adapter: the model.
-        n: how many.
+        n: number of latents.
         n_steps: sampling steps.
         guidance: classifier-free guidance scale.
         seed: of their noise and conditions.
-        batch: samples made together.
-        keep: given the number of a batch's first sample and what makes them, gives them.
+        batch: number of samples made together.
+        keep: called with the number of a batch's first sample and a function that makes the batch; returns the batch.
     """
     probes = adapter.make_probes(n, seed, "calibration")
     latents = []
@@ -174,12 +175,12 @@ def sample_calibration(
 
 
 def input_moments(run: StagePass, sets: Sequence[GroupSet], *, full: bool) -> dict[str, Tensor]:
-    """Weighted means over the tokens of a stage, in fp32, of every consumer's inputs x.
+    """Return weighted means over the tokens of a stage, in fp32, for every consumer's inputs x.
 
     Args:
-        run: the calls to look at.
-        sets: whose consumers.
-        full: `E[x x^T]` (d, d), else its diagonal `E[x^2]` (d,).
+        run: the calls to observe.
+        sets: the sets of the consumers.
+        full: True for `E[x x^T]` (d, d), False for its diagonal `E[x^2]` (d,).
     """
     return run.within_room(lambda fitting: _input_moments(fitting, sets, full))
 
@@ -205,11 +206,11 @@ def _input_moments(run: StagePass, sets: Sequence[GroupSet], full: bool) -> dict
             hooks.callback(layer.register_forward_pre_hook(observe(groups.name)).remove)
         for weights in run.run():  # noqa: B007 (the hooks read it)
             pass
-    return {name: found.div_(total[name]) for name, found in sums.items()}  # in place: they are what fills the memory
+    return {name: found.div_(total[name]) for name, found in sums.items()}  # in place, because they fill the memory
 
 
 def block_changes(run: StagePass, blocks: BlockSet) -> BlockChanges:
-    """Weighted means over the tokens of a stage of what each block does to them."""
+    """Return weighted means over the tokens of a stage of the change that each block makes to them."""
     return run.within_room(lambda fitting: _block_changes(fitting, blocks))
 
 

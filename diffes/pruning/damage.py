@@ -1,4 +1,4 @@
-"""What it does to a prediction when one group set is thin: measured for all of them at once, from gradients."""
+"""Sensitivity of a prediction to pruning one group set, measured for all sets at once from gradients."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from diffes.pruning.calibration import CalibrationSet
 from diffes.pruning.factors import FactoredWeights
 
 SAMPLES = 32  # noised latents a stage
-DIRECTIONS = 4  # random ones, of each prediction
-BACKWARD = 2  # calls that a backward pass counts as
-OWN_STREAM = 1 << 40  # added to the seed: other timesteps and noise than calibration draws
-ELEMENTS = 1 << 26  # of the gradients that are held at once
-_SPARING: WeakSet[nn.Module] = WeakSet()  # models whose activations a device had no room for
+DIRECTIONS = 4  # random directions of each prediction
+BACKWARD = 2  # cost of a backward pass in calls
+OWN_STREAM = 1 << 40  # added to the seed, so that timesteps and noise differ from those of calibration
+ELEMENTS = 1 << 26  # elements of the gradients that are held at once
+_SPARING: WeakSet[nn.Module] = WeakSet()  # models whose activations did not fit on the device
 
 
 @dataclass(frozen=True)
 class StageDamage:
-    """First-order damage of thin layers in one stage.
+    """First-order sensitivity to pruned layers in one stage.
 
-    With `f` the guided prediction and `D` the change of a consumer's weights (of dropped inputs, to zero), the damage
-    is the mean of `|J D|^2` over noised latents, J being the Jacobian of f. For random signs v, the mean of
-    `(v^T J D)^2` over v is just that, and `v^T J` is one backward pass for all layers. So every rung of every set is
-    known after `DIRECTIONS` backward passes, where a denoiser call for each rung of each set would take hundreds.
+    With `f` the guided prediction and `D` the change of a consumer's weights (those of dropped inputs become zero), the
+    sensitivity is the mean of `|J D|^2` over noised latents, J being the Jacobian of f. For random signs v, the mean of
+    `(v^T J D)^2` over v equals it, and `v^T J` takes one backward pass for all layers. So `DIRECTIONS` backward passes
+    give every rung of every set, where one denoiser call for each rung of each set would take hundreds.
 
     Args:
         adapter: the dense model.
         stage: [lo, hi) timesteps.
         data: clean latents.
-        guidance: classifier-free guidance scale of the sampling to come; above 1 both branches are predicted from the
-            same latents, and their damages partly cancel as they do there.
+        guidance: classifier-free guidance scale of the later sampling; above 1 both branches are predicted from the
+            same latents, and their changes partly cancel as they do in sampling.
         seed: of the latents, timesteps, noise and signs.
 
     Source: Hutchinson's estimator of the trace of the Gauss-Newton matrix.
@@ -55,16 +55,17 @@ class StageDamage:
 
     @property
     def rows(self) -> int:
-        """Of one prediction of all noised latents."""
+        """Rows of one prediction of all noised latents."""
         return min(SAMPLES, len(self.data)) * self._branches
 
     @property
     def calls(self) -> int:
-        """What measuring takes, in rows of denoiser calls; a backward pass counts as two."""
+        """Cost of a measurement, in rows of denoiser calls; a backward pass counts as two."""
         return self.rows * (1 + BACKWARD * DIRECTIONS)
 
     def measure(self, sets: Sequence[Rungs], thin: Mapping[str, Sequence[GroupWeights]]) -> list[Floats]:
-        """For each set, (rungs,) mean squared change of an element of the prediction when only that set is thin.
+        """Measure the mean squared change of an element of the prediction when only one set is pruned: for each set,
+        (rungs,).
 
         Args:
             sets: the rungs of each set.
@@ -84,7 +85,7 @@ class StageDamage:
                     damage[i] += _squares(groups, weight, thin[groups.name], inputs, backward).cpu()
             return damage
 
-        most = max(1, ELEMENTS // (DIRECTIONS * max(w.numel() for w in weights)))  # gradients that are held at once
+        most = max(1, ELEMENTS // (DIRECTIONS * max(w.numel() for w in weights)))  # samples with gradients at once
         damage = self.adapter.within_room(measured, min(most, SAMPLES), what="gradients")
         if not all(bool(torch.isfinite(each).all()) for each in damage):
             raise DiffesError(
@@ -94,11 +95,11 @@ class StageDamage:
         return [np.asarray(each) / self._elements for each in damage]
 
     def of_earlier_outputs(self, paths: Sequence[str]) -> Tensor:
-        """For each module, (n,) mean squared change of an element of the prediction when only its output is that of a
-        call one stage earlier on the way.
+        """Measure the mean squared change of an element of the prediction when only one module's output comes from an
+        earlier call, at a timestep noisier by the length of the stage: for n modules, (n,).
 
         Args:
-            paths: of modules that give one tensor, with a row for each latent.
+            paths: of modules that return one tensor, with a row for each latent.
 
         Raises:
             DiffesError: the gradients overflowed.
@@ -133,11 +134,11 @@ class StageDamage:
 
     @property
     def _elements(self) -> int:
-        """Of all predictions that are looked at, in all directions."""
+        """Number of elements of all predictions measured, in all directions."""
         return self.data.latents[0].numel() * min(SAMPLES, len(self.data)) * DIRECTIONS
 
     def _drawn(self, at_once: int) -> Iterator[_Drawn]:
-        """What is predicted, so many latents at a time."""
+        """Yield noised latents and signs, `at_once` latents at a time."""
         lo, hi = self.stage
         generator = torch.Generator().manual_seed(self.seed + OWN_STREAM)
         chosen = torch.randperm(len(self.data), generator=generator)[:SAMPLES]
@@ -150,11 +151,11 @@ class StageDamage:
     def _observed(
         self, paths: Sequence[str], drawn: _Drawn, *, backward: bool = False
     ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[tuple[Tensor, ...]]]:
-        """First input and output of modules in one guided prediction, and if asked for, for each direction v, the
-        gradients of `v^T f` by these outputs.
+        """Return the first input and the output of modules in one guided prediction and, where `backward` is set, for
+        each direction v the gradients of `v^T f` with respect to these outputs.
 
-        Where the device has no room for what backward passes need of a model, it is computed again in each of them,
-        from then on: the gradients are the same.
+        Where the device has no room for the activations that backward passes need, these are recomputed in each pass,
+        for this model from then on. The gradients are the same.
         """
         denoiser = self.adapter.denoiser
         able = backward and getattr(denoiser, "_supports_gradient_checkpointing", False)
@@ -165,7 +166,7 @@ class StageDamage:
             return self._observe(paths, drawn, backward)
         except torch.OutOfMemoryError:
             _SPARING.add(denoiser)
-        if torch.cuda.is_available():  # out here, where the error holds no tensors any more
+        if torch.cuda.is_available():  # outside the except clause, where the error no longer holds tensors
             torch.cuda.empty_cache()
         return self._observed(paths, drawn, backward=backward)
 
@@ -190,10 +191,10 @@ class StageDamage:
         try:
             with torch.set_grad_enabled(backward):
                 predicted = adapter.denoise_once(noisy.requires_grad_(backward), timesteps, conditions)
-                predicted = predicted[:, : drawn.noise.shape[1]].float()  # a learned variance, if any, is below
+                predicted = predicted[:, : drawn.noise.shape[1]].float()  # without a learned variance, if any
                 if self._branches == 2:
                     predicted = self.guidance * predicted[:n] + (1 - self.guidance) * predicted[n:]
-                found = dict(seen)  # the same modules may be called again by what computes them again
+                found = dict(seen)  # a copy: gradient checkpointing may call the same modules again
                 outputs = [found[path][1] for path in paths]
                 for v in drawn.signs if backward else ():
                     along = (predicted * v.to(predicted.device)).sum()
@@ -204,10 +205,10 @@ class StageDamage:
         return found, by_direction
 
     def _seen(self, groups_of: Sequence[GroupSet], drawn: _Drawn) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each set, inputs (n, tokens, d_in) of its consumer and the gradients (directions, n, tokens, d_out) of
-        `v^T f` by its outputs; the tokens of both branches are those of one sample."""
+        """Yield, for each set, inputs (n, tokens, d_in) of its consumer and gradients (directions, n, tokens, d_out) of
+        `v^T f` with respect to its outputs. The tokens of both branches are those of one sample."""
         seen, by_direction = self._observed([groups.consumer for groups in groups_of], drawn, backward=True)
-        for i, groups in enumerate(groups_of):  # one after another: in single precision all together are large
+        for i, groups in enumerate(groups_of):  # one set at a time: together they are large in single precision
             inputs = _side_by_side(seen[groups.consumer][0].float(), self._branches)
             backward = [_side_by_side(gradients[i].float(), self._branches) for gradients in by_direction]
             yield inputs, torch.stack(backward)
@@ -215,7 +216,7 @@ class StageDamage:
 
 @contextmanager
 def _checkpointing(denoiser: Any) -> Iterator[None]:
-    """diffusers' gradient checkpointing."""
+    """Use diffusers' gradient checkpointing inside the context."""
     before = denoiser.is_gradient_checkpointing
     denoiser.enable_gradient_checkpointing()
     try:
@@ -236,14 +237,14 @@ class _Drawn:
 
 
 def _side_by_side(rows: Tensor, branches: int) -> Tensor:
-    """(n, branches * tokens, d) of (branches * n, tokens, d)."""
+    """Reshape (branches * n, tokens, d) to (n, branches * tokens, d)."""
     return torch.cat(rows.chunk(branches), 1)
 
 
 def _squares(
     groups: GroupSet, weight: Tensor, thin: Sequence[GroupWeights], inputs: Tensor, backward: Tensor
 ) -> Tensor:
-    """(rungs,) fp64 sums over directions and samples of the squared change of `v^T f` when the set is thin."""
+    """Return (rungs,) fp64 sums over directions and samples of the squared change of `v^T f` when the set is pruned."""
     last = thin[-1]
     if isinstance(last, FactoredWeights):
         effects = last.factor.effects(weight.float(), inputs, backward)
@@ -255,7 +256,7 @@ def _squares(
 
 
 def _change(groups: GroupSet, dense: Tensor, left: GroupWeights) -> Tensor:
-    """(d_out, d_in) what a thin consumer's weights are over the dense ones, zeros where its inputs were dropped."""
+    """Return (d_out, d_in) the pruned consumer's weights minus the dense ones; dropped inputs have weight zero."""
     features = groups.features(left.kept.to(dense.device, torch.long))
     change = -dense
     change[:, features] = 0.0 if left.consumer is None else left.consumer.to(dense) - dense[:, features]

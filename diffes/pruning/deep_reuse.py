@@ -1,4 +1,4 @@
-"""Deep reuse: only the outermost layers of a U-Net are computed, what enters them comes from an earlier call."""
+"""Deep reuse: only the outermost layers of a U-Net are computed; their input from inside comes from an earlier call."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from diffes.pruning.base import ReuseMethod
 
 
 class DeepReuse(ReuseMethod):
-    """Level r leaves out the r innermost layers of the way up, what lies between the ways, and their layers of the way
-    down; the highest level computes one layer of each. Nothing is calibrated.
+    """Method whose level r leaves out the r innermost layers of the decoder path, the middle, and the encoder layers of
+    these. The highest level computes one layer of each path. Nothing is calibrated.
 
     Source: DeepCache, with its branch chosen call by call.
     """

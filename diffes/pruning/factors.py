@@ -1,4 +1,4 @@
-"""All levels of a layer in one stage from one triangle, made when they are asked for, within a limit of memory."""
+"""One triangle for all levels of a layer in one stage; levels are made on request, within a limit of memory."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from diffes.adapters import GroupSet
 from diffes.errors import DiffesError
 from diffes.pruning.base import GroupWeights, LayerWeights, WidthMethod
 
-ROWS = 128  # of a triangle that are stored, and applied, together
-MEMORY = 4_000_000_000  # bytes, where no limit is named
+ROWS = 128  # rows of a triangle that are stored, and applied, together
+MEMORY = 4_000_000_000  # bytes, the default limit
 
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """In which order the groups of a layer go in one stage, and what the rest makes up for each.
+    """Order in which the groups of a layer are dropped in one stage, and how the rest compensates for each.
 
-    Dropping input g takes `y_g r_g` from the consumer's weight `W`, with `y_g` the column of g and
+    Dropping input g subtracts `y_g r_g` from the consumer's weight `W`, with `y_g` the column of g and
     `r_g = H^-1_g / H^-1_gg` at that time. In the order of dropping, the rows `r` are a unit upper triangle `R`, and
     `Y R = W`. So with any prefix D dropped and the rest K kept, the weights left are `W_K - Y_D R_DK` with
     `Y_D = W_D R_DD^-1`: the least-squares optimum `W H[:,K] H[K,K]^-1`.
 
     Args:
         groups: the group set.
-        order: (n_groups,) indices of the groups, int32, the one that goes first first.
-        triangle: R, as `pack` lays it out, in memory or in a file.
+        order: (n_groups,) int32 indices of the groups, in the order of dropping.
+        triangle: R, in the layout of `pack`, in memory or in a file.
     """
 
     groups: GroupSet
@@ -41,13 +41,13 @@ class Factor:
     triangle: Tensor | Stored
 
     def kept(self, n_kept: int) -> Tensor:
-        """(n_kept,) indices of the groups that stay, rising, int32."""
+        """Return the indices (n_kept,) of the groups that stay, rising, int32."""
         return self.order[self.groups.n_groups - n_kept :].sort().values
 
     @torch.no_grad()
     def consumer(self, dense: Tensor, n_kept: int) -> Tensor:
-        """(d_out, n_kept * size) the consumer's weight when so many groups stay, on the device and in the dtype of the
-        dense one (d_out, d)."""
+        """Return the consumer's weight (d_out, n_kept * size) where `n_kept` groups stay, on the device and in the
+        dtype of the dense one (d_out, d)."""
         n_dropped = self.groups.n_groups - n_kept
         left = self._in_order(dense)
         for start, stop, block in self._blocks(n_dropped * self.groups.size, dense):
@@ -57,12 +57,12 @@ class Factor:
 
     @torch.no_grad()
     def effects(self, dense: Tensor, inputs: Tensor, backward: Tensor) -> Tensor:
-        """What dropping groups adds to directional derivatives, for every number of groups at once.
+        """Return the change of directional derivatives by dropping groups, for every number of dropped groups at once.
 
         Args:
             dense: (d_out, d) the consumer's weight.
             inputs: (n, tokens, d) of the consumer.
-            backward: (directions, n, tokens, d_out) gradients by the consumer's outputs.
+            backward: (directions, n, tokens, d_out) gradients with respect to the consumer's outputs.
 
         Returns:
             (directions, n, n_groups + 1) fp64 sums over the tokens of the gradient times the change of the output, by
@@ -84,7 +84,7 @@ class Factor:
         return dense[:, self._inputs().to(dense.device)].to(_compute(dense))
 
     def _blocks(self, n_rows: int, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """The first rows of R, block by block: rows [start, stop) from column `start` on."""
+        """Yield the first rows of R, block by block: rows [start, stop) from column `start` on."""
         d = self.groups.n_groups * self.groups.size
         sizes = [min(ROWS, d - start) * (d - start) for start in range(0, n_rows, ROWS)]
         flat = self.triangle[: sum(sizes)]
@@ -96,7 +96,7 @@ class Factor:
 
 
 def _columns(left: Tensor, block: Tensor, start: int, stop: int) -> Tensor:
-    """(d_out, stop - start) the columns Y of a block of rows, from the weights that are left before it."""
+    """Return the columns Y (d_out, stop - start) of a block of rows, from the weights that are left before it."""
     corner = block[:, : stop - start]
     return torch.linalg.solve_triangular(corner, left[:, start:stop], upper=True, left=False, unitriangular=True)
 
@@ -106,11 +106,12 @@ def _compute(dense: Tensor) -> torch.dtype:
 
 
 def pack(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """A unit upper triangle as one vector: blocks of `ROWS` rows, each from its first column on.
+    """Return a unit upper triangle as one vector: blocks of `ROWS` rows, each from its first column on.
 
     Args:
-        rows: (d, d); what is not above the diagonal is not looked at.
-        dtype: of the model. Triangles of half-precision ones are kept in fp16, which has 11 digits where bf16 has 8.
+        rows: (d, d); only the entries above the diagonal are read.
+        dtype: of the model. Triangles of half-precision models are kept in fp16, which has 11 significant bits where
+            bf16 has 8.
     """
     stored = dtype if dtype in (torch.float32, torch.float64) else torch.float16
     blocks = []
@@ -123,7 +124,7 @@ def pack(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
-    """What a factor is made of, in one stage.
+    """Input for a factor of one layer in one stage.
 
     Args:
         groups: the set.
@@ -137,19 +138,21 @@ class LayerStatistics:
 
 
 def packed_size(d: int) -> int:
-    """Elements of a triangle (d, d) as `pack` lays it out."""
+    """Return the number of elements of a triangle (d, d) in the layout of `pack`."""
     return sum(min(ROWS, d - start) * (d - start) for start in range(0, d, ROWS))
 
 
 class FactoredMethod(WidthMethod):
-    """A method whose rest makes up for what goes: a bank keeps one triangle for all its levels in a stage."""
+    """Base class of methods where the rest compensates for what is dropped. A bank keeps one triangle for all levels in
+    a stage."""
 
     @abc.abstractmethod
     def factors(self, layers: Iterable[LayerStatistics]) -> Iterator[Factor]:
-        """Order and triangle of each of some layers of one shape, in one stage; takes the layers as it goes."""
+        """Yield order and triangle of each of several layers of one shape, in one stage. Layers are taken from the
+        iterable one after another."""
 
     def factor(self, groups: GroupSet, weights: LayerWeights, inputs: Tensor | None) -> Factor:
-        """Order and triangle of one layer; arguments as those of `prune`."""
+        """Return order and triangle of one layer; arguments as those of `prune`."""
         return next(iter(self.factors([LayerStatistics(groups, weights, inputs)])))
 
     def prune(
@@ -160,52 +163,52 @@ class FactoredMethod(WidthMethod):
 
 
 class FactoredWeights(GroupWeights):
-    """One group set at one level of one stage, whose consumer is made when it is asked for.
+    """One group set at one level of one stage, whose consumer is made on request.
 
     Args:
         factor: order and triangle.
         dense: (d_out, d) the consumer's dense weight.
-        n_kept: how many groups stay.
-        workshop: makes it, and keeps it ready for a while.
+        n_kept: number of groups that stay.
+        workshop: makes the consumer and caches it.
     """
 
     factor: Factor
 
     def __init__(self, factor: Factor, dense: Tensor, n_kept: int, workshop: Workshop) -> None:
         for name, value in {"kept": factor.kept(n_kept), "factor": factor, "_dense": dense, "_shop": workshop}.items():
-            object.__setattr__(self, name, value)  # frozen, as all of its kind
+            object.__setattr__(self, name, value)  # the dataclass is frozen
 
     def __getstate__(self) -> dict[str, Any]:
-        """In another process they are of the model and the workshop there (see `diffes.pruning.build.gathered`)."""
+        """Pickle without model and workshop; another process adds its own (see `diffes.pruning.build.gathered`)."""
         return {"kept": self.kept, "factor": self.factor}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FactoredWeights:
-        return self  # nothing of it changes
+        return self  # immutable
 
     @property
     def consumer(self) -> Tensor:  # type: ignore[override]
-        """(d_out, n_kept * size) in host memory, the same whenever it is made."""
+        """The consumer (d_out, n_kept * size) in host memory, the same whenever it is made."""
         shop: Workshop = self.__dict__["_shop"]
         return shop.make(self.factor, self.__dict__["_dense"], len(self.kept))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the indices; what is ready is the workshop's."""
+        """Bytes of the indices; cached consumers count for the workshop."""
         return self.kept.nbytes
 
 
 class Workshop:
-    """Triangles, and the levels made from them, within a limit of host memory.
+    """Store of triangles, and cache of the levels made from them, within a limit of host memory.
 
-    Half of it is for triangles; those beyond lie in a temporary file, which goes when the process does. The rest is for
-    levels that are ready: the one that was not asked for longest makes room.
+    Half of the limit is for triangles; further ones lie in a temporary file, which is deleted when the process ends.
+    The rest is for levels that are ready; the least recently used one is dropped first.
 
     Args:
         limit: bytes of host memory.
 
     Attributes:
-        seconds: that making levels took.
-        made: how many consumers were made.
+        seconds: time that making levels took.
+        made: number of consumers made.
         filed: bytes of the triangles in the file.
     """
 
@@ -222,11 +225,11 @@ class Workshop:
         return self._held + self._ready_bytes
 
     def __reduce__(self) -> Any:
-        """In another process there is another workshop of as much memory."""
+        """Pickle as an empty workshop with the same limit."""
         return Workshop, (self.limit,)
 
     def keep(self, factor: Factor) -> Factor:
-        """The same factor with its triangle where there is room for it.
+        """Return the same factor with its triangle in memory, or in the temporary file where memory has no room.
 
         Raises:
             DiffesError: the temporary file has no room either.
@@ -252,7 +255,7 @@ class Workshop:
         return Factor(factor.groups, factor.order, stored)
 
     def make(self, factor: Factor, dense: Tensor, n_kept: int) -> Tensor:
-        """A consumer (d_out, n_kept * size) in host memory, ready or made."""
+        """Return a consumer (d_out, n_kept * size) in host memory, from the cache or made now."""
         key = (factor, n_kept)
         if key in self._ready:
             self._ready.move_to_end(key)
@@ -270,13 +273,13 @@ class Workshop:
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """A vector in an open file, of which the first so many elements are read at a time.
+    """Vector in an open file, of which a prefix is read at a time.
 
     Args:
         file: open for reading.
         offset: bytes before it.
         dtype: of its elements.
-        size: how many.
+        size: number of elements.
     """
 
     file: Any
@@ -285,7 +288,7 @@ class Stored:
     size: int
 
     def __reduce__(self) -> Any:
-        """In another process it is a vector in memory: the file is this one's."""
+        """Pickle as a vector in memory, because the file belongs to this process."""
         return Tensor.detach, (self[: self.size],)
 
     def __getitem__(self, part: slice) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layer drop: the transformer blocks that change least go first, by a ranking of each stage's own."""
+"""Layer drop: the transformer blocks that change their input least are skipped first, ranked in each stage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffes.pruning.base import BlockChanges, DepthMethod
 
 
 class LayerDrop(DepthMethod):
-    """Skips blocks.
+    """Method that skips blocks.
 
     Args:
         importance: "cosine", 1 - cosine between a block's input and output, or "mse", their mean squared difference.

@@ -11,7 +11,8 @@ from diffes.pruning.base import GroupWeights, LayerWeights, WidthMethod, nested
 
 
 class Magnitude(WidthMethod):
-    """Importance of a group: the mean absolute weight of its rows in the producers and its columns in the consumer.
+    """Pruning by the importance of a group: the mean absolute weight of its rows in the producers and its columns in
+    the consumer.
 
     No data is used, so every stage has the same order.
     """

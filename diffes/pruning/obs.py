@@ -1,4 +1,4 @@
-"""OBS, the structured optimal brain surgeon: the cheapest group goes, the others make up for it, and so on."""
+"""OBS, the structured optimal brain surgeon: drop the cheapest group, let the others compensate, and repeat."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ BLOCK = 128  # single inputs dropped between two full updates
 
 
 def damped(second_moment: Tensor, damping: float) -> Tensor:
-    """`H` in fp64 with `damping` times its mean diagonal added to the diagonal, so that it can be inverted."""
+    """Return `H` in fp64 with `damping` times its mean diagonal added to the diagonal, so that it can be inverted."""
     hessian = second_moment.to(torch.float64, copy=True)
     hessian.diagonal().add_(damping * hessian.diagonal().mean().clamp_min(1e-12))
     return hessian
 
 
 class OBS(FactoredMethod):
-    """Drops groups one at a time with exact compensation.
+    """Method that drops groups one at a time with exact compensation.
 
-    With `H = E[x x^T]`, the group g of least loss `tr(W_g (H^-1_gg)^-1 W_g^T)` goes, the rest is updated by
+    With `H = E[x x^T]`, the group g of least loss `tr(W_g (H^-1_gg)^-1 W_g^T)` is dropped, the rest is updated by
     `W -= W_g (H^-1_gg)^-1 H^-1_g,:` and `H^-1` is down-dated. The weights left at any point are the least-squares
     optimum `W H[:,K] H[K,K]^-1` of the kept inputs K.
 
     Args:
-        damping: fraction of the mean diagonal of H added to it.
-        weighting: "uniform", or "log": H counts a sample less the later in the stage its timestep comes, falling
-            logarithmically from 1 to 1/2, because an early error is carried through all steps after it.
+        damping: fraction of the mean diagonal of H that is added to the diagonal.
+        weighting: "uniform", or "log": the weight of a sample in H falls logarithmically from 1 at the start of the
+            stage to 1/2 at its end, because an early error is carried through all later steps.
 
-    Source: Hassibi and Stork 1993 for single weights; grouped as in ZipLM. The weighting follows OBS-Diff, which lets
-        it fall over the whole trajectory; stages are calibrated apart here, so it falls inside each.
+    Source: Hassibi and Stork 1993 for single weights; grouped as in ZipLM. The weighting follows OBS-Diff, where it
+        falls over the whole trajectory; here stages are calibrated separately, so it falls inside each stage.
     """
 
     needs = "second_moment"
@@ -70,7 +70,7 @@ class OBS(FactoredMethod):
                 yield Factor(layer.groups, gone.to("cpu", torch.int32), packed)
 
     def _inverse(self, layer: LayerStatistics) -> Tensor:
-        """(d, d) fp64 `H^-1` of one layer."""
+        """Return `H^-1` (d, d) of one layer, in fp64."""
         if layer.inputs is None:
             raise TypeError("OBS.factors needs the second moment of the consumer's inputs, got None")
         triangle, failed = torch.linalg.cholesky_ex(damped(layer.inputs, self.damping))
@@ -83,8 +83,8 @@ class OBS(FactoredMethod):
 
 
 def _at_once(weight: Tensor) -> int:
-    """How many layers to eliminate side by side: on a GPU, which waits for launches, what half of its free memory
-    takes; on a CPU one."""
+    """Return how many layers are eliminated side by side: on a GPU, where launches cost time, as many as half of its
+    free memory takes; on a CPU, one."""
     if weight.device.type != "cuda":
         return 1
     d_out, d = weight.shape
@@ -92,9 +92,10 @@ def _at_once(weight: Tensor) -> int:
 
 
 def eliminate(groups: GroupSet, weight: Tensor, inverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Drops all groups of layers of one shape, cheapest first, each layer for itself.
+    """Drop all groups of layers of one shape, cheapest first, in each layer separately.
 
-    Groups of one input go in blocks: their order is found first, then one matrix product each updates `W` and `H^-1`.
+    Groups of one input are dropped in blocks: their order is found first, then `W` and `H^-1` are each updated by one
+    matrix product.
 
     Args:
         groups: the set, or one of the same shape.
@@ -103,9 +104,9 @@ def eliminate(groups: GroupSet, weight: Tensor, inverse: Tensor, dtype: torch.dt
         dtype: of the rows.
 
     Returns:
-        (layers, n_groups) indices of the groups, the first one dropped first; and rows (layers, d, d), in that order,
-        of `H^-1` at the time over its diagonal: what dropping an input takes from the others in units of its own
-        weights. Columns are in the order of the layer, those of inputs that went before are not to be looked at.
+        Indices (layers, n_groups) of the groups, in the order of dropping; and, in that order, rows (layers, d, d) of
+        `H^-1` at the time over its diagonal: what dropping an input takes from the others, in units of its own weights.
+        Columns are in the order of the layer; those of inputs dropped before carry no meaning.
     """
     every = torch.arange(len(weight), device=weight.device)[:, None]
     left = torch.arange(groups.n_groups, device=weight.device).repeat(len(weight), 1)
@@ -127,7 +128,7 @@ def eliminate(groups: GroupSet, weight: Tensor, inverse: Tensor, dtype: torch.dt
         places = torch.stack([groups.features(each) for each in left])[:, None].expand(found.shape)
         rows[:, done * groups.size :][:, : gone.shape[1]].scatter_(2, places, found.to(dtype))
         done += dropped.shape[1]
-        # The last ones left move to the places of the dropped ones, so that nothing else has to be copied.
+        # The last groups left move to the places of the dropped ones, so that nothing else has to be copied.
         n_left = left.shape[1] - dropped.shape[1]
         alive = torch.ones_like(left, dtype=torch.bool).scatter_(1, dropped, False)
         n = n_left * groups.size
@@ -145,19 +146,19 @@ def eliminate(groups: GroupSet, weight: Tensor, inverse: Tensor, dtype: torch.dt
 
 
 def cheapest_inputs(weight: Tensor, inverse: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The next inputs to go in each layer, without touching `W` and `H^-1`.
+    """Return the next inputs to drop in each layer, without changing `W` and `H^-1`.
 
-    The loss of input i is `S_ii / H^-1_ii` with `S = W^T W`. Dropping g takes `H^-1_gg f f^T` from `H^-1` and
-    `f u^T + u f^T` from `S`, with `f = H^-1_g / H^-1_gg` and `u = S_g - S_gg f / 2`. So the diagonals are kept up to
-    date, and a row is the one from before all drops less what the `f` and `u` since took from it.
+    The loss of input i is `S_ii / H^-1_ii` with `S = W^T W`. Dropping g subtracts `H^-1_gg f f^T` from `H^-1` and
+    `f u^T + u f^T` from `S`, with `f = H^-1_g / H^-1_gg` and `u = S_g - S_gg f / 2`. So only the diagonals are kept up
+    to date. A present row is the row from before all drops, less what the `f` and `u` found since subtract from it.
 
     Args:
         weight: (layers, d_out, d).
         inverse: (layers, d, d) `H^-1`.
-        count: how many, at most d.
+        count: number of inputs to drop, at most d.
 
     Returns:
-        (layers, count) indices, in the order of greedy elimination, and the f (layers, count, d) of each.
+        Indices (layers, count) in the order of greedy elimination, and the f (layers, count, d) of each.
     """
     n_layers, _, d = weight.shape
     every = torch.arange(n_layers, device=weight.device)
@@ -165,7 +166,7 @@ def cheapest_inputs(weight: Tensor, inverse: Tensor, count: int) -> tuple[Tensor
     alive = torch.ones_like(diagonal, dtype=torch.bool)
     f, u = weight.new_empty(n_layers, count, d), weight.new_empty(n_layers, count, d)
     pivots = weight.new_empty(n_layers, count)
-    # rows of S of those likely to go, by one product; reading W for each takes longer
+    # rows of S of the inputs likely to be dropped, by one product; reading W for each takes longer
     likely = (squares / diagonal).topk(min(2 * count, d), largest=False).indices
     products = weight.mT[every[:, None], likely] @ weight
     place = torch.full_like(diagonal, -1, dtype=torch.long)
@@ -188,17 +189,17 @@ def cheapest_inputs(weight: Tensor, inverse: Tensor, count: int) -> tuple[Tensor
 
 
 def _times(vectors: Tensor, matrices: Tensor) -> Tensor:
-    """(layers, d) products of vectors (layers, k) with matrices (layers, k, d)."""
+    """Return the products (layers, d) of vectors (layers, k) with matrices (layers, k, d)."""
     return (vectors[:, None] @ matrices)[:, 0]
 
 
 def elimination_loss(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
-    """(layers, n_groups) `tr(W_g (H^-1_gg)^-1 W_g^T)`: added squared error if a group went next."""
+    """Return `tr(W_g (H^-1_gg)^-1 W_g^T)` (layers, n_groups): the added squared error if a group went next."""
     blocks = inverse.unflatten(1, (-1, size)).unflatten(3, (-1, size)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
     columns = weight.unflatten(2, (-1, size)).permute(0, 2, 3, 1)  # (layers, n_groups, size, d_out)
     return torch.linalg.solve(blocks, columns @ columns.mT).diagonal(dim1=2, dim2=3).sum(2)
 
 
 def _move(tensor: Tensor, origin: Tensor, to: Tensor) -> None:
-    """Puts what stands at places of the first dimension to others."""
+    """Copy entries of the first dimension from the places `origin` to the places `to`."""
     tensor[to] = tensor[origin]  # index_select would copy the whole of a view

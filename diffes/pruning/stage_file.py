@@ -1,4 +1,4 @@
-"""A calibrated stage as files of its own, from which a calibration that was killed goes on."""
+"""Files of one calibrated stage, from which an interrupted calibration continues."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffes.pruning.factors import Factor, FactoredWeights, Workshop, packed_siz
 
 
 def write_stage(path: Path, bank: WeightBank, adapter: ModelAdapter) -> None:
-    """Writes the bank of one stage: triangles, not the levels made from them; the tensors first, then `path`.
+    """Write the bank of one stage: triangles, not the levels made from them; tensors first, then `path`.
 
     Args:
         path: of the JSON; the tensors go beside it, as safetensors.
@@ -27,7 +27,7 @@ def write_stage(path: Path, bank: WeightBank, adapter: ModelAdapter) -> None:
         adapter: the model that it was made for.
     """
     tensors: dict[str, Tensor] = {}
-    places: dict[int, str] = {}  # of triangles, and of weights without one, by their id
+    places: dict[int, str] = {}  # places of triangles, and of weights without one, by their id
     entries: list[dict[str, Any]] = []
     for (stage, level), entry in bank.items():
         found: dict[str, Any] = {}
@@ -54,7 +54,7 @@ def _tensors(source: Factor | GroupWeights) -> dict[str, Tensor]:
 
 
 def read_stage(path: Path, adapter: ModelAdapter) -> WeightBank:
-    """The bank of one stage that `write_stage` wrote; its triangles stay in the file, mapped.
+    """Read the bank of one stage that `write_stage` wrote. Its triangles stay in the file, memory-mapped.
 
     Raises:
         DiffesError: it is missing, damaged, or of another model.
@@ -66,7 +66,7 @@ def read_stage(path: Path, adapter: ModelAdapter) -> WeightBank:
             raise ValueError("its tensors are not those that were written, or of another model")
         with safe_open(beside, framework="pt") as file:
             return _bank(data, file, adapter)
-    except Exception as error:  # safetensors' own error class, and whatever is not of the model leads to
+    except Exception as error:  # safetensors' own error class, and any error that data of another model cause
         raise DiffesError(f"{beside} is damaged ({error}): {AGAIN}") from error
 
 
@@ -74,7 +74,7 @@ def _bank(data: dict[str, Any], file: Any, adapter: ModelAdapter) -> WeightBank:
     sets = {prunable.name: prunable for prunable in adapter.prunable(data["kind"])}
     names, workshop = set(file.keys()), Workshop()
     factors: dict[str, Factor] = {}
-    known: dict[tuple[str, int], GroupWeights] = {}  # what was one object is one again
+    known: dict[tuple[str, int], GroupWeights] = {}  # shared weights become one object again
     entries: dict[Key, StageWeights] = {}
     for each in data["entries"]:
         entry: dict[str, GroupWeights] = {}

@@ -11,7 +11,7 @@ from diffes.pruning.base import GroupWeights, LayerWeights, WidthMethod, nested
 
 
 class Wanda(WidthMethod):
-    """Importance of a group: the sum of `|W_ij| * ||X_j||` over its columns j in the consumer.
+    """Pruning by the importance of a group: the sum of `|W_ij| * ||X_j||` over its columns j in the consumer.
 
     Source: Sun et al. 2023 score single weights so; here their scores are summed over a group.
     """

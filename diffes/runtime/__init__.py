@@ -1,1 +1,1 @@
-"""A schedule inside a diffusers pipeline: routing thin weights, applying a run, taking it off again."""
+"""Schedules and plans inside a diffusers pipeline: routing pruned weights, applying a run, removing it."""

@@ -1,4 +1,4 @@
-"""The result, back in diffusers: `apply` a run to a pipeline, `remove` it again, or `load` both in one line."""
+"""Use of results in diffusers: `apply` a run to a pipeline, `remove` it again, or `load` both in one line."""
 
 from __future__ import annotations
 
@@ -27,31 +27,32 @@ _ATTRIBUTE = "_diffes_applied"
 
 @dataclass(frozen=True)
 class _Applied:
-    """What runs on a pipeline, and the scheduler that it had before, where a plan took its place."""
+    """Router of a pipeline, and the scheduler that a plan's scheduler replaced, if any."""
 
     router: Router
     scheduler: Any = None
 
 
 def apply(pipe: P, run: str | Path | Plan, *, calls: float | None = None, resident: str = "auto") -> P:
-    """Make a pipeline run the schedule of a run, or a plan; from then on only diffusers' own calls are needed.
+    """Make a pipeline run the schedule of a run, or a plan. From then on only diffusers' own calls are needed.
 
-    Of a schedule, any scheduler, number of steps and guidance will do: routing goes by timestep. A plan brings a
-    scheduler of its own, with its timesteps and coefficients: the pipeline makes the plan's calls, whatever
-    `num_inference_steps` it is given (a warning says so), and other timesteps are refused. `pipe.save_pretrained` goes
-    on writing the dense pipeline with its own scheduler. Move the pipeline to its device and dtype, and load LoRAs,
-    first. `torch.compile` comes after, with `torch._dynamo.config.recompile_limit` above the number of different
-    levels, because each is compiled for itself. A run applied before is removed first.
+    A schedule works with any number of steps, guidance and scheduler that counts in training timesteps, because routing
+    depends on the timestep alone. A plan brings a scheduler of its own, with its timesteps and coefficients: the
+    pipeline makes the plan's calls, whatever `num_inference_steps` it is given (a warning says so), and other timesteps
+    are refused.
+    `pipe.save_pretrained` still writes the dense pipeline with its own scheduler. Move the pipeline to its device and
+    dtype, and load LoRAs, first. Call `torch.compile` afterwards, with `torch._dynamo.config.recompile_limit` above the
+    number of different levels, because each level is compiled separately. A run applied before is removed first.
 
     Args:
         pipe: the pipeline that the run was made for.
         run: the folder of a run or of a front, or one that `diffes export` or `diffes fit` wrote; or a plan whose calls
             are all dense.
-        calls: of a front, what the plan may cost, in dense denoiser calls; the best one within is taken, and of all
-            plans where it is left out.
+        calls: highest cost of a front's plan, in dense denoiser calls; the best plan within is taken, and the best of
+            all where it is left out.
         resident: which pruned layers stay ready on the device: "all" of this schedule, so that a change of stage or
-            level moves nothing, "stream" none but those in use, in the memory of the dense weights (see `Router`), or
-            "auto", what goes into half of the memory that is free.
+            level moves nothing; "stream" none but those in use, in the memory of the dense weights (see `Router`); or
+            "auto", as many as fit into half of the memory that is free.
 
     Returns:
         The same pipeline.
@@ -88,7 +89,7 @@ def apply(pipe: P, run: str | Path | Plan, *, calls: float | None = None, reside
     if previous:
         previous.router.remove()
     try:
-        needed = bank.for_schedule(schedule)  # and no more, so that no more is kept for reuse than it needs
+        needed = bank.for_schedule(schedule)  # no more, so that no unneeded outputs are kept for reuse
         router = Router(adapter, needed, resident=resident)
         if folder is not None:
             check_fingerprint(adapter.denoiser, header.get("fingerprint"), folder / BANK)
@@ -108,7 +109,7 @@ def apply(pipe: P, run: str | Path | Plan, *, calls: float | None = None, reside
 
 
 def remove(pipe: P) -> P:
-    """Makes a pipeline dense again, bit for bit, and gives it the scheduler back that a plan took the place of.
+    """Make a pipeline dense again, bit for bit, and restore the scheduler that a plan's replaced.
 
     Returns:
         The same pipeline.
@@ -142,13 +143,13 @@ def check_alone(plan: Plan, calls: float | None) -> None:
 
 
 def planned_scheduler(own: Any, plan: Plan, facts: Mapping[str, Any]) -> PlanScheduler:
-    """Return the scheduler of a plan, for a pipeline whose own it replaces.
+    """Return the scheduler of a plan, for a pipeline whose own scheduler it replaces.
 
     Args:
         own: of the pipeline.
         plan: with coefficients, or of a solver that makes them from the timesteps alone.
-        facts: of the folder that the plan is from: the `prediction_type` that it was made for and, of its one point,
-            `sigmas`, the noise over the signal at each call.
+        facts: of the plan's folder: the `prediction_type` that it was made for and, of its one point, `sigmas`, the
+            noise over the signal at each call.
 
     Raises:
         DiffesError: the plan has to be fitted first, or was fitted for another prediction type or noise process.
@@ -177,7 +178,7 @@ def planned_scheduler(own: Any, plan: Plan, facts: Mapping[str, Any]) -> PlanSch
 
 
 def put_scheduler(pipe: Any, scheduler: Any) -> None:
-    """Give a pipeline a scheduler; its `model_index.json` names the pipeline's own one, whatever the scheduler is."""
+    """Give a pipeline a scheduler. Its `model_index.json` still names the pipeline's own one."""
     pipe.scheduler = scheduler
     own = own_of(scheduler)
     if own is not scheduler:
@@ -192,14 +193,14 @@ def load(
     calls: float | None = None,
     resident: str = "auto",
 ) -> Any:
-    """Opens what a run was made for, with the run applied.
+    """Load the pipeline that a run was made for, with the run applied.
 
     Args:
         run: a folder that `diffes export` wrote, or the folder of a run or of a front.
         device: "cpu", "cuda", "cuda:1"; "auto" takes cuda where there is one.
-        dtype: what the model computes in; as in the search when left out.
-        calls: of a front, what the plan may cost, in dense denoiser calls (see `apply`).
-        resident: which thin layers stay ready on the device (see `apply`).
+        dtype: of the model; that of the search when left out.
+        calls: highest cost of a front's plan, in dense denoiser calls (see `apply`).
+        resident: which pruned layers stay ready on the device (see `apply`).
 
     Returns:
         The diffusers pipeline. Its base model comes from the folder, from diffes itself or, by its hub id, from the
@@ -217,10 +218,10 @@ def load(
 
 
 def pick_device(name: str) -> str:
-    """Resolves "auto".
+    """Return the name of a device, "auto" resolved.
 
     Raises:
-        DiffesError: the device holds no numbers.
+        DiffesError: the device is "meta", which holds no numbers.
     """
     if name.split(":")[0] == "meta":
         raise DiffesError(f"device {name!r} holds no numbers, so nothing can run there; choose cpu or cuda")

@@ -1,4 +1,4 @@
-"""What a run leaves to be used: `schedule.json`, or the `front.json` of many plans, and a bank."""
+"""Results of a run: `schedule.json`, or the `front.json` of many plans, and a bank."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from diffes.search.schedule import Plan, Schedule
 SCHEDULE, FRONT, BANK = "schedule.json", "front.json", "bank.safetensors"
 SCHEDULE_VERSION, FRONT_VERSION = 1, 2
 VERSIONS = {SCHEDULE: SCHEDULE_VERSION, FRONT: FRONT_VERSION}
-POINT = ("timesteps", "levels", "solver", "coefficients")  # what a point says of its plan
-BASE = "base"  # of an exported folder: its copy of the base model
+POINT = ("timesteps", "levels", "solver", "coefficients")  # keys of a point that belong to its plan
+BASE = "base"  # an exported folder's copy of the base model
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
 
 def write_schedule(folder: Path, schedule: Schedule, facts: Mapping[str, Any]) -> None:
-    """Writes `schedule.json` after its bank, with digests of both."""
+    """Write `schedule.json` after its bank, with digests of both."""
     _write(folder, SCHEDULE, {**schedule.to_json(), **facts})
 
 
 def read_schedule(folder: Path) -> tuple[Schedule, dict[str, Any]]:
-    """The schedule of a run and all that `schedule.json` says, checked against its digest and its bank's.
+    """Return the schedule of a run and all data of `schedule.json`, checked against its digest and that of its bank.
 
     Raises:
         DiffesError: there is none, or it or its bank was truncated or altered.
@@ -40,23 +40,22 @@ def read_schedule(folder: Path) -> tuple[Schedule, dict[str, Any]]:
 
 
 def write_front(folder: Path, data: Mapping[str, Any]) -> None:
-    """Writes `front.json` after its bank, with digests of both."""
+    """Write `front.json` after its bank, with digests of both."""
     _write(folder, FRONT, data)
 
 
 def read_front(folder: Path) -> dict[str, Any]:
-    """All that the `front.json` of a front says, checked against its digest and its bank's; errors as
-    `read_schedule`."""
+    """Return all data of `front.json`, checked against its digest and that of its bank; errors as `read_schedule`."""
     return _read(folder, FRONT, FrontFile)
 
 
 def chosen(folder: Path, calls: float | None) -> tuple[Schedule | Plan, dict[str, Any]]:
-    """What a folder offers to be run, and the facts of its JSON: its schedule, or a plan of its front, whose point is
-    then the only one in `points`.
+    """Return the schedule or plan that a folder offers to run, and the facts of its JSON: its one schedule, or a plan
+    of its front. For a plan, `points` holds only the point of this plan.
 
     Args:
         folder: of a run, of a front, or an exported one.
-        calls: what a plan may cost; the best within is taken, by its mean over the probes of the final fit.
+        calls: highest cost of a plan; the best plan within is taken, by its mean over the probes of the final fit.
 
     Raises:
         DiffesError: the folder is damaged or holds neither, or no plan is that cheap.
@@ -83,21 +82,21 @@ def chosen(folder: Path, calls: float | None) -> tuple[Schedule | Plan, dict[str
 
 
 def plan_of(data: Mapping[str, Any], point: Mapping[str, Any]) -> Plan:
-    """The plan of a point of a front; of fronts of format 1 its solver is the front's and makes the coefficients."""
+    """Return the plan of a point of a front. In format 1 the solver is the front's and makes the coefficients."""
     shared = {name: data[name] for name in ("stages", "max_level", "solver")}
     return Plan.from_json({**shared, **{k: point[k] for k in POINT if k in point}})
 
 
 def ranked(point: Mapping[str, Any]) -> float | None:
-    """By what a plan of a front is chosen, higher is better: its fitness on the probes of the final fit. Fronts of
-    format 1 had none, and their plans are chosen by what they were reported with. None of a plan that failed."""
+    """Return the value by which a plan of a front is chosen, higher is better: its fitness on the probes of the final
+    fit. Fronts of format 1 have none, so their plans are chosen by the held-out mean. None for a plan that failed."""
     found: float | None = point.get("fit_mean", point["heldout_mean"])
     return None if point["heldout_mean"] is None else found
 
 
 def best_within(points: Sequence[Mapping[str, Any]], calls: float | None) -> Mapping[str, Any] | None:
-    """Of points of a front the best within a number of dense calls (see `ranked`); failed ones are left out. None where
-    there is none."""
+    """Return the best point of a front that costs at most `calls` dense calls (see `ranked`), without failed ones. None
+    where there is none."""
     known = [(rank, point) for point in points if (rank := ranked(point)) is not None]
     within = [(rank, point) for rank, point in known if calls is None or point["cost"] <= calls * (1 + 1e-6)]
     return max(within, key=lambda pair: pair[0], default=(0.0, None))[1]
@@ -129,10 +128,11 @@ def _read(folder: Path, name: str, form: type[Artifact]) -> dict[str, Any]:
 
 
 def base_model(folder: Path, facts: Mapping[str, Any]) -> str:
-    """The name, path or hub id of the model that a schedule was made for; relative paths are the folder's own.
+    """Return the name, path or hub id of the model that a schedule was made for. Relative paths start at the folder.
 
-    A folder that came from somebody else says what is loaded, so it may only name what it holds itself, what ships
-    with diffes or what is on a hub. A path to elsewhere is taken from a run on this machine, which has a `config.json`.
+    A folder from somebody else decides what is loaded, so it may only name a model that it contains, that ships with
+    diffes, or that is on a hub. A path to elsewhere is accepted only from a run on this machine, which has a
+    `config.json`.
 
     Raises:
         DiffesError: it names something else.

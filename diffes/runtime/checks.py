@@ -1,4 +1,4 @@
-"""What a denoiser must be before it can be routed, each thing refused with the way out."""
+"""Checks that a denoiser can be routed. Each error names the remedy."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ COMPUTED_IN = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
 def check_not_offloaded(denoiser: Any) -> None:
-    """Refuses a denoiser whose parameters something else moves between devices.
+    """Check that nothing else moves the denoiser's parameters between devices.
 
     Raises:
         DiffesError: hooks of accelerate, or of diffusers' group offloading, are on it.
     """
-    own = vars(denoiser)  # at every call: a module's `getattr` takes ten times as long to say no
+    own = vars(denoiser)  # checked at every call, and a failed `getattr` of a module takes ten times as long
     registry = own.get("_diffusers_hook")
     grouped = registry is not None and any("group_offloading" in name for name in registry.hooks)
     if "_hf_hook" in own or grouped:
@@ -33,11 +33,11 @@ def check_not_offloaded(denoiser: Any) -> None:
 
 
 def check_cuttable(adapter: ModelAdapter) -> None:
-    """Refuses a denoiser with layers that cannot be told apart, or cut to thin ones.
+    """Check that all layers of a denoiser can be found by name and cut to pruned ones.
 
     Raises:
-        DiffesError: a layer inside it was compiled for itself, weights are quantised or cast at every call, or
-            attention has fused projections or weights of its own.
+        DiffesError: a layer inside it was compiled by itself, weights are quantised or cast at every call, or attention
+            has fused projections or weights of its own.
     """
     for path, module in adapter.denoiser.named_modules():
         if hasattr(module, "_orig_mod"):
@@ -64,7 +64,7 @@ def check_cuttable(adapter: ModelAdapter) -> None:
 
 
 def check_attention(name: str, attention: Any) -> None:
-    """Refuses attention that reads other weights than those that are cut.
+    """Check that attention reads no other weights than those that are cut.
 
     Raises:
         DiffesError: its projections are fused, or its processor has weights (IP-Adapter).
@@ -82,14 +82,15 @@ def check_attention(name: str, attention: Any) -> None:
 
 
 def is_fused(attention: Any) -> bool:
-    """Whether attention reads `to_qkv` in place of `to_q`, `to_k`, `to_v`; of older classes, its processor decides."""
+    """Return True where attention reads `to_qkv`, not `to_q`, `to_k`, `to_v`; in older classes, the processor tells."""
     if not getattr(attention, "fused_projections", False):
         return False
     return isinstance(attention, AttentionModuleMixin) or "Fused" in type(attention.processor).__name__
 
 
 def tree_of(denoiser: nn.Module, sets: Sequence[GroupSet]) -> Iterator[tuple[dict[str, Any], str, nn.Module]]:
-    """Children of a module, the name of one of them, and that one: each step on the way to the layers of the sets."""
+    """Yield each step of the module tree on the way to the layers of the sets: the children of a module, the name of
+    one of them, and this child."""
     known = set()
     for path in (path for groups in sets for path in (*groups.producers, groups.consumer)):
         module = denoiser
@@ -102,7 +103,7 @@ def tree_of(denoiser: nn.Module, sets: Sequence[GroupSet]) -> Iterator[tuple[dic
 
 
 def replaced() -> DiffesError:
-    """What is said where layers are others than those that are routed."""
+    """Return the error for layers that are no longer those that are routed."""
     return DiffesError(
         "layers of the model were replaced (a LoRA loaded, fused or unloaded?) while a schedule was routed through it: "
         "call diffes.remove(pipe), load it, call diffes.apply again"
@@ -110,7 +111,7 @@ def replaced() -> DiffesError:
 
 
 def written(name: str) -> DiffesError:
-    """What is said where weights of a layer were written to."""
+    """Return the error for weights of a layer that were written to."""
     return DiffesError(
         f"weights of {name} were written to (a training step, load_state_dict, a scaled LoRA?) while a schedule was "
         "routed through it; what is written to thin weights is lost at the next stage, and a run is made for the "

@@ -1,4 +1,4 @@
-"""Rows of dense tensors that change places in their own memory: a thin tensor is then their first rows, and no copy."""
+"""Dense tensors whose rows change places in their own memory: a pruned tensor is then their first rows, and no copy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Held:
     """A parameter of a layer, and its dense tensor.
 
     Attributes:
-        device: where the layer computes.
+        device: device on which the layer computes.
     """
 
     def __init__(self, layer: nn.Module, name: str) -> None:
@@ -34,29 +34,29 @@ class Held:
         self.device = self.dense.device
 
     def put_away(self) -> None:
-        """Moves the dense tensor into host memory, where it waits until it is needed; nothing where it lies there."""
+        """Move the dense tensor into host memory until it is needed. Does nothing where it is there already."""
         if self.dense.is_cuda:
             self.dense = torch.empty_like(self.dense, device="cpu", pin_memory=True).copy_(self.dense)
 
     def put_back(self) -> None:
-        """Moves it to the device again."""
+        """Move the dense tensor to the device again."""
         self.dense = self.dense.to(self.device)
 
     def is_part(self) -> bool:
-        """Whether the parameter is now some rows of the dense tensor's memory."""
+        """Return True where the parameter is now some rows of the dense tensor's memory."""
         now, then = self.parameter, self.dense
         return len(now) != len(then) and _memory(now) == _memory(then)
 
 
 @dataclass
 class _Move:
-    """Rows on their way.
+    """Change of order in progress.
 
     Args:
-        order: which group lies at each place afterwards.
-        start: the first place where that is another one than before.
-        sources: where the groups from there on lie before, up to the last place that changes.
-        taken: the tensor that is written to, and what was taken out of it; those before it are done.
+        order: the group at each place afterwards.
+        start: the first place whose group changes.
+        sources: earlier places of the groups from `start` on, up to the last place that changes.
+        taken: number of the tensor being written to, and the rows copied out of it; the tensors before it are done.
     """
 
     order: np.ndarray[Any, np.dtype[np.int64]]
@@ -66,15 +66,16 @@ class _Move:
 
 
 class InPlace:
-    """Tensors with one order of their groups of rows, which changes without a second copy of more than one of them.
+    """Tensors whose groups of rows share one order. The order changes without a second copy of more than one tensor.
 
-    What moves is taken out of a tensor before anything is written to it, and kept until the next tensor's turn:
-    wherever that is interrupted, it is written once more, and the rest follows, the next time an order is asked for.
+    Rows that move are copied out of a tensor before anything is written to it, and kept until the next tensor's turn.
+    After an interruption, they are written once more, and the rest follows, the next time an order is requested.
 
     Args:
         held: the tensors, each with memory of its own.
         n_groups: of the set.
-        layers: of rows: in a tensor of two, those of gate i lie `n_groups` groups below those of value i.
+        layers: number of layers of rows: in a tensor of two, the rows of gate i lie `n_groups` groups below those of
+            value i.
 
     Attributes:
         modules: those that the tensors belong to.
@@ -84,15 +85,15 @@ class InPlace:
         self._held = held
         self.modules = [each.layer for each in held]
         self._n_groups, self._layers = n_groups, layers
-        self._order = np.arange(n_groups * layers)  # which group of which layer lies at each place
+        self._order = np.arange(n_groups * layers)  # number of the group at each place, layer by layer
         self._move: _Move | None = None
 
     def dense(self) -> None:
-        """Puts all rows back to where they were."""
+        """Put all rows back to their dense places."""
         self.first(np.arange(self._n_groups))
 
     def first(self, groups: np.ndarray[Any, Any]) -> list[Tensor]:
-        """The rows of some groups, in their order, layer by layer, which then lie first in each tensor."""
+        """Move the rows of some groups, in their order, layer by layer, to the front of each tensor; return them."""
         self._finish()
         kept = np.concatenate([groups + layer * self._n_groups for layer in range(self._layers)])
         order, n = self._order.copy(), len(kept)
@@ -112,7 +113,7 @@ class InPlace:
         return [held.dense.narrow(0, 0, n_rows) for held in self._held]
 
     def _finish(self) -> None:
-        """Moves what is on its way, from wherever that was interrupted."""
+        """Finish a move from the point where it was interrupted."""
         move = self._move
         if move is None:
             return
@@ -130,17 +131,18 @@ class InPlace:
 def in_place(
     held: Sequence[Held], others: Sequence[Held], n_groups: int, size: int, alone: frozenset[int]
 ) -> InPlace | None:
-    """What moves the rows of a group set's producers.
+    """Return the mover of the rows of a group set's producers.
 
     Args:
         held: their tensors.
-        others: tensors around the set that are put away while it is thin.
+        others: tensors around the set that are put away while it is pruned.
         n_groups: of the set.
         size: rows of a group.
-        alone: where memory starts that may be written to (see `unshared`).
+        alone: start addresses of memory that may be written to (see `unshared`).
 
     Returns:
-        None where a tensor shares its memory, or not all have the same rows in one place: then thin layers are copies.
+        None where a tensor shares its memory, or not all have the same rows in one place: then pruned layers are
+        copies.
     """
     n_rows = len(held[0].dense)
     alike = all(len(each.dense) == n_rows and each.device == held[0].device for each in held)
@@ -151,7 +153,7 @@ def in_place(
 
 
 def unshared(model: nn.Module) -> frozenset[int]:
-    """Where memory starts that one tensor of a model, under one name and in one process, has to itself."""
+    """Return the start addresses of memory that only one tensor of a model uses, under one name, in one process."""
     modules = [module for _, module in model.named_modules(remove_duplicate=False)]
     found = [each for m in modules for each in (*m._parameters.values(), *m._buffers.values()) if each is not None]
     uses = Counter(map(_memory, found))
@@ -161,7 +163,7 @@ def unshared(model: nn.Module) -> frozenset[int]:
         if uses[_memory(each)] == 1
         and each.is_contiguous()
         and each.untyped_storage().nbytes() == each.nbytes
-        and not each.is_inference()  # nothing may be written to it
+        and not each.is_inference()  # may not be written to
         and not (each.device.type == "cpu" and each.is_shared())
     )
 
@@ -171,16 +173,16 @@ def _memory(tensor: Tensor) -> int:
 
 
 def streamed(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of a bank, on a device. To a GPU it goes out of memory that is pinned from then on, and nothing waits
-    for it but what the GPU computes next."""
+    """Return a tensor of a bank on a device. For a GPU, the tensor's host memory is pinned from then on, and only the
+    GPU's next computations wait for the copy."""
     if device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
         tensor.data = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def copied(module: nn.Module, weights: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """A hook: what a `state_dict` holds of a layer is a copy, which stays as it is when rows move."""
+    """Copy a layer's tensors in a `state_dict`, as a hook, so that they stay as they are when rows move."""
     for name in module._parameters:
         tensor = weights.get(prefix + name)
-        if tensor is not None and not isinstance(tensor, nn.Parameter):  # with `keep_vars` it is the parameter
+        if tensor is not None and not isinstance(tensor, nn.Parameter):  # with `keep_vars` it is the parameter itself
             weights[prefix + name] = tensor.clone()

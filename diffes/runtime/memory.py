@@ -1,4 +1,4 @@
-"""What a denoiser call may reuse: outputs of layers that earlier calls of the same run computed."""
+"""Memory of a sampling run: layer outputs of earlier calls that a denoiser call may reuse."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from diffes.runtime.parts import Part, put_forward
 
 @dataclass(frozen=True)
 class Memory:
-    """What is kept of one run, for one batch.
+    """Layer outputs of one run, for one batch.
 
-    A call goes on with it where it is the run's next one: on the same conditions, in a batch of the same shape, and
-    later than the one before; under a plan at the plan's next call. Any other call begins a run. A sampler may call
-    twice at a place (Heun), but not at its first.
+    A call continues the run where it is the run's next one: on the same conditions, in a batch of the same shape, and
+    later than the call before; under a plan, at the plan's next call. Any other call begins a run. A sampler may call
+    twice at a place (Heun), but not at the run's first.
 
     Args:
-        begun: place of the run's first call, which rises along a run: the number of the call under a plan, else its
-            timestep, negated.
-        last: of its latest call.
+        begun: place of the run's first call. Places rise along a run: under a plan a place is the number of the call,
+            else its timestep, negated.
+        last: place of the run's latest call.
         shape: of the latents.
-        conditions: all other tensors that a call was given, beside its timestep.
+        conditions: all other tensors that a call was given, except its timestep.
         outputs: by module path, the last one that was computed.
     """
 
@@ -43,13 +43,12 @@ class Memory:
     def of_call(
         cls, before: Memory | None, place: float, counted: bool, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Memory:
-        """Return the memory with which a denoiser call is made: that of its run so far, or an empty one where a run
-        begins.
+        """Return the memory for a denoiser call: that of its run so far, or an empty one where a run begins.
 
         Args:
-            before: of the call before it.
+            before: memory of the call before it.
             place: of the call in its run.
-            counted: whether places are numbers of calls, of which none is left out.
+            counted: True where places are numbers of calls, none of which is left out.
             args: of the call.
             kwargs: of the call.
         """
@@ -74,18 +73,18 @@ class Memory:
 
 
 class ReusePart(Part):
-    """The layers of one set whose outputs are remembered while a schedule is routed, and given again by thin levels.
+    """The layers of one set whose outputs are remembered while a schedule is routed, and reused at pruned levels.
 
-    Only the forwards of modules are replaced, on the instances, over what other parts put there; what was there before
-    is put back.
+    Only the forwards of modules are replaced, on the instances, over those that other parts set. The earlier ones are
+    put back.
 
     Args:
         adapter: the model.
         groups: the set.
-        memory: of the call that is made.
+        memory: returns the memory of the present call.
 
     Attributes:
-        watched: of which modules outputs are remembered from the next `load_dense` or `load_thin` on.
+        watched: paths of the modules whose outputs are remembered from the next `load_dense` or `load_thin` on.
     """
 
     def __init__(self, adapter: ModelAdapter, groups: ReuseSet, memory: Callable[[], Memory]) -> None:
@@ -93,11 +92,11 @@ class ReusePart(Part):
         self._memory = memory
         everything = {*groups.sources, *(groups.idle([groups.n_groups - 1]))}
         self._modules: dict[str, nn.Module] = {path: adapter.denoiser.get_submodule(path) for path in everything}
-        self._covered: dict[str, Any] = {}  # by module path, the forward that was there before, None of a class
+        self._covered: dict[str, Any] = {}  # by module path, the earlier forward, None where it is that of the class
         self.watched: frozenset[str] = frozenset()
 
     def uncover(self) -> None:
-        """Puts the forwards back that were there before, so that other parts may change them."""
+        """Put the earlier forwards back, so that other parts may change them."""
         for path, own in self._covered.items():
             put_forward(self._modules[path], own)
         self._covered = {}
@@ -132,6 +131,6 @@ class ReusePart(Part):
 
 
 def placeholder(hidden_states: Tensor, *_args: Any, **kwargs: Any) -> Any:
-    """What stands for the output of a layer that is not computed, and that nothing reads: one channel of its input."""
+    """Return a stand-in for the output of a layer that is neither computed nor read: one channel of its input."""
     first = hidden_states[:, :1]
     return (first,) if kwargs.get("return_dict") is False else first

@@ -1,4 +1,4 @@
-"""What a router changes in a denoiser: the weights of the layers around a group set, or the forwards of blocks."""
+"""Parts of a denoiser that a router changes: weights of the layers around a group set, or forwards of blocks."""
 
 from __future__ import annotations
 
@@ -18,67 +18,67 @@ from diffes.runtime.resident import Resident
 
 
 class Part:
-    """The layers of one set, which are dense or thin."""
+    """The layers of one set, either dense or pruned."""
 
     def load_dense(self) -> None:
-        """Puts what was there before back, bit for bit."""
+        """Restore the dense layers, bit for bit."""
         raise NotImplementedError
 
     def load_thin(self, thin: GroupWeights) -> None:
-        """Leaves these groups alone."""
+        """Keep only these groups."""
         raise NotImplementedError
 
     def note(self) -> None:
-        """Takes the layers as they are now for those that were loaded."""
+        """Record the present state of the layers as the state that was loaded."""
 
     def check_dense(self) -> None:
-        """Refuses layers whose dense tensors another router has changed the order of.
+        """Check that no other router has changed the order of the layers' dense tensors.
 
         Raises:
             DiffesError: their rows lie elsewhere.
         """
 
     def check_unchanged(self) -> None:
-        """Refuses what would be computed wrongly, or lost, because the layers are not as they were loaded.
+        """Check that the layers are as they were loaded. Otherwise results would be wrong, or changes would be lost.
 
         Raises:
             DiffesError: they were moved, cast, written to, or given adapters.
         """
 
     def released(self) -> None:
-        """Mends what was made of thin layers while they were there; called once routing has ended."""
+        """Repair what was derived from pruned layers while they were loaded. Called once routing has ended."""
 
     def outdated(self) -> bool:
-        """Whether the same has to be loaded again, because of what was set since."""
+        """Return True where the same weights must be loaded again, because a setting changed since."""
         return False
 
     @property
     def changed(self) -> bool:
-        """Whether something wrote to the layers since they were loaded."""
+        """True where the layers were written to since they were loaded."""
         return False
 
     @property
     def spoilt(self) -> bool:
-        """Whether it wrote to thin layers whose memory is that of dense ones."""
+        """True where pruned layers that share the memory of dense ones were written to."""
         return False
 
 
 class WidthPart(Part):
     """The layers around one group set, with their dense tensors at hand.
 
-    Attention keeps the processor that it has, whenever that was set; where it has no heads left, what the adapter says
-    stands in for its forward, or one head whose outputs are multiplied by zeros.
+    Attention keeps its processor, even one that is set later. Where attention has no heads left, the adapter's
+    replacement stands in for its forward, or else one head whose outputs are multiplied by zeros.
 
     Args:
         adapter: the model.
         groups: the set.
-        resident: keeps thin layers ready.
-        alone: where memory starts in which rows of producers may change places (see `diffes.runtime.in_place`), so that
-            thin ones are no copies.
+        resident: cache of pruned layers.
+        alone: start addresses of the memory in which rows of producers may change places (see
+            `diffes.runtime.in_place`), so that pruned layers are no copies.
 
     Attributes:
         modules: those whose parameters are swapped.
-        in_place: what has rows change places; None where thin layers are copies.
+        in_place: moves the rows; None where pruned layers are copies.
     """
 
     def __init__(
@@ -90,22 +90,22 @@ class WidthPart(Part):
         denoiser = adapter.denoiser
         producers = [denoiser.get_submodule(path) for path in groups.producers]
         consumer = denoiser.get_submodule(groups.consumer)
-        layers = [layer for layer in (*producers, consumer) if hasattr(layer, "base_layer")]  # others have no adapters
+        layers = [layer for layer in (*producers, consumer) if hasattr(layer, "base_layer")]  # those with adapters
         self._adapters = [(layer, _adapters(layer)) for layer in layers]
         self.consumer = Held(_base(consumer), "weight")
         by_row = [held for layer in producers for held in (*_own(layer), *_lora(layer, "lora_B"))]
         self._by_row, self._by_column = by_row, _lora(consumer, "lora_A")
         self._held = (self.consumer, *self._by_row, *self._by_column)
-        self._away = (self.consumer, *self._by_column)  # while rows are first in place
+        self._away = (self.consumer, *self._by_column)  # put away while pruned rows are in place
         self.in_place = in_place(by_row, self._away, groups.n_groups, groups.size, alone)
         self._parameters = [held.parameter for held in self._held]
         self._places: list[Any] = [(held.layer._parameters, held.name, held.parameter) for held in self._held]
         self.note()
         self.modules = [held.layer for held in self._held]
-        self._thin: GroupWeights | None = None  # what is loaded
+        self._thin: GroupWeights | None = None  # the weights that are loaded
         self.attention: Any = denoiser.get_submodule(groups.name) if groups.kind == "heads" else None
         self._forward = self.attention.__dict__.get("forward") if self.attention is not None else None
-        self._bypassed: Any = None  # the processor that was there when attention lost its last head
+        self._bypassed: Any = None  # the processor at the time when attention lost its last head
         if self.attention is not None:
             check_attention(groups.name, self.attention)
 
@@ -166,7 +166,7 @@ class WidthPart(Part):
         self._load(thin)
 
     def released(self) -> None:
-        if self.attention is not None and is_fused(self.attention):  # since routing began, maybe of thin layers
+        if self.attention is not None and is_fused(self.attention):  # since routing began, maybe from pruned layers
             self.attention.fuse_projections()
 
     def _load(self, thin: GroupWeights | None) -> None:
@@ -194,19 +194,19 @@ class WidthPart(Part):
                 put_forward(attention, partial(stand_in, attention))
 
     def _tensors(self, thin: GroupWeights | None) -> list[Tensor]:
-        """What each parameter holds where these groups are left; all, where there is None."""
+        """Return what each parameter holds where these groups are left; None stands for all groups."""
         if thin is None:  # the dense tensor itself, unless the model was moved since
             if self.in_place is not None:
                 self.in_place.dense()
             for held in self._away:
                 held.put_back()
             return [held.dense.to(held.parameter.device, held.parameter.dtype) for held in self._held]
-        if self.in_place is not None or not thin.kept.numel():  # the latter goes by the processor that is there
+        if self.in_place is not None or not thin.kept.numel():  # without heads, it depends on the present processor
             return self._cut(thin)
         return self._resident.get(self.groups.name, thin, lambda: self._cut(thin))
 
     def _cut(self, thin: GroupWeights) -> list[Tensor]:
-        """What each parameter holds where some of the groups are left, made anew."""
+        """Build what each parameter holds where some of the groups are left."""
         device, width = self.consumer.device, self.consumer.dense.shape[1]
         silent = self._bypassed is not None and "forward" not in self.attention.__dict__
         kept = thin.kept.new_zeros(1) if silent else thin.kept
@@ -214,7 +214,7 @@ class WidthPart(Part):
         if self.in_place is not None:
             rows = self.in_place.first(kept.cpu().numpy())
         else:
-            gated = torch.cat([features, features + width])  # value rows lie over gate rows
+            gated = torch.cat([features, features + width])  # value rows lie above gate rows
             rows = [h.dense.index_select(0, gated if len(h.dense) == 2 * width else features) for h in self._by_row]
         columns = [held.dense.to(device).index_select(1, features) for held in self._by_column]
         if silent:
@@ -230,7 +230,7 @@ class WidthPart(Part):
 
 
 class DepthPart(Part):
-    """All blocks; a skipped one stays where it is (other layers may read parts of it) and hands its input on.
+    """All blocks. A skipped block stays in the model, because other layers may read parts of it, and returns its input.
 
     Args:
         adapter: the model.
@@ -242,7 +242,7 @@ class DepthPart(Part):
         self.blocks = [adapter.denoiser.get_submodule(path) for path in blocks.blocks]
         self._forwards = [
             block.__dict__.get("forward") for block in self.blocks
-        ]  # one of their own, where hooks set it
+        ]  # a forward of the instance, where hooks set one
 
     def load_dense(self) -> None:
         for block, forward in zip(self.blocks, self._forwards, strict=True):
@@ -255,7 +255,7 @@ class DepthPart(Part):
 
 
 def put_forward(module: nn.Module, forward: Any) -> None:
-    """Gives a module a forward of its own, or, where that is None, that of its class."""
+    """Set the forward of a module instance, or, where it is None, restore that of its class."""
     if forward is None:
         module.__dict__.pop("forward", None)
     else:
@@ -263,7 +263,7 @@ def put_forward(module: nn.Module, forward: Any) -> None:
 
 
 def _versions(parameters: Sequence[Tensor]) -> list[int]:
-    """How often each was written to; of those that were made in inference mode nobody counts."""
+    """Return how often each parameter was written to; an empty list in inference mode, which does not count."""
     try:
         return [parameter._version for parameter in parameters]
     except RuntimeError:
@@ -275,18 +275,18 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _base(layer: Any) -> Any:
-    """The layer itself, where peft has put adapters around it."""
+    """Return the layer itself, without the adapters that peft has put around it."""
     return getattr(layer, "base_layer", layer)
 
 
 def _own(layer: Any) -> list[Held]:
-    """Weight and bias of a layer, without its adapters'."""
+    """Return weight and bias of a layer, without those of its adapters."""
     base = _base(layer)
     return [Held(base, name) for name in ("weight", "bias") if getattr(base, name, None) is not None]
 
 
 def _lora(layer: Any, part: str) -> list[Held]:
-    """The LoRA matrices that peft put beside a layer.
+    """Return the LoRA matrices that peft put beside a layer.
 
     Raises:
         DiffesError: the layer carries an adapter of another kind.
@@ -304,5 +304,5 @@ def _lora(layer: Any, part: str) -> list[Held]:
 
 
 def _adapters(layer: Any) -> tuple[bool, tuple[str, ...]]:
-    """Whether a layer's adapters are fused into it, and their names."""
+    """Return whether a layer's adapters are fused into it, and their names."""
     return getattr(layer, "merged", False), tuple(getattr(layer, "lora_A", ()))

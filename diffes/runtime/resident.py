@@ -1,4 +1,4 @@
-"""Thin layers that stay ready on the device, so that a change of stage or level is a change of pointers."""
+"""Cache of pruned layers on the device, so that a change of stage or level only changes pointers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from diffes.errors import DiffesError
 from diffes.pruning.base import GroupWeights
 
 MODES = ("auto", "all", "stream")
-CGROUP = Path("/sys/fs/cgroup")  # what a container may use, where it says so
+CGROUP = Path("/sys/fs/cgroup")  # memory limits of a container, where it has some
 
 
 class Resident:
-    """Tensors of group sets in their thin form, within a limit of bytes; those not used longest make room.
+    """Cache of the tensors of pruned group sets, within a limit of bytes. The least recently used are dropped.
 
     Args:
-        limit: bytes; 0 keeps nothing, None whatever comes.
+        limit: bytes; 0 keeps nothing, None keeps everything.
 
     Attributes:
         nbytes: of the tensors held. On the CPU the bank's own weights are among them.
@@ -34,8 +34,8 @@ class Resident:
         self._held: OrderedDict[tuple[str, int], tuple[GroupWeights, list[Tensor]]] = OrderedDict()
 
     def get(self, name: str, thin: GroupWeights, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """The tensors of a set for these weights of a bank, held or made now."""
-        key = (name, id(thin))  # `thin` is held too, so that no other one takes its place in memory
+        """Return the tensors of a set for these weights of a bank, from the cache or made now."""
+        key = (name, id(thin))  # `thin` is held too, so that no other object gets its id
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key][1]
@@ -48,7 +48,7 @@ class Resident:
         return made
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Drop everything."""
         self._held.clear()
         self.nbytes = 0
 
@@ -57,11 +57,11 @@ class Resident:
 
 
 def limit_of(mode: str, device: torch.device) -> int | None:
-    """How many bytes of thin layers may stay on a device.
+    """Return how many bytes of pruned layers may stay on a device.
 
     Args:
-        mode: "all" keeps whatever is used, "stream" nothing (layers in use are then in the memory of the dense ones),
-            "auto" what goes into half of the memory that is free now.
+        mode: "all" keeps every layer that was used, "stream" none (layers in use then lie in the memory of the dense
+            ones), "auto" as many as fit into half of the memory that is free now.
         device: where the model is.
 
     Raises:
@@ -79,7 +79,7 @@ def _free(device: torch.device) -> int:
     try:  # a container's own limit
         most, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         return max(0, min(free, most - used))
-    except (OSError, ValueError):  # none, or "max"
+    except (OSError, ValueError):  # no limit, or "max"
         return free
 
 

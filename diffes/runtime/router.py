@@ -1,4 +1,4 @@
-"""The router: puts the thin weights of a stage into the denoiser when the sampler enters the stage."""
+"""Router: loads the pruned weights of a stage into the denoiser when the sampler enters the stage."""
 
 from __future__ import annotations
 
@@ -25,42 +25,45 @@ from diffes.runtime.resident import Resident, limit_of
 from diffes.search.schedule import Plan, Schedule
 from diffes.solvers.scheduler import PlanScheduler
 
-FAR = 2.0  # times the guidance that a plan was made for, or a part of it
-HALF_PRECISION = 4.5  # a timestep below 1000 is off by so much at most where it was handed on in bf16
+FAR = 2.0  # factor by which guidance may differ from that of a plan before a warning
+HALF_PRECISION = 4.5  # largest error of a timestep below 1000 that is passed in bf16
 SPOILT = "is in rows of the dense ones, because resident='stream' makes no copies of them: load the model again"
 
 
 class Router:
-    """Routes one schedule at a time through one denoiser.
+    """Router of one schedule or plan at a time through one denoiser.
 
-    A pre-forward hook reads the timestep of every call; when it lies in another stage than the last call's, what the
-    bank holds for it is put in place. Width: the parameters of the prunable layers are swapped; attention modules keep
-    their processors, only their number of heads changes; LoRA matrices on these layers are cut to match.
-    Depth: skipped blocks hand their input on. Reuse: layers give again what they gave in the last call of the run that
+    A pre-forward hook reads the timestep of every call. Where its stage or level differs from that of the last call,
+    the bank's weights for it are loaded. Width: the parameters of the prunable layers are swapped; attention modules
+    keep their processors, and only their number of heads changes; LoRA matrices on these layers are cut to match.
+    Depth: skipped blocks return their input. Reuse: layers return their output of the last call of the run that
     computed them; the first call of a run computes everything. The dense tensors themselves are kept and put back, so
-    restoration is exact. The bank stays in host memory; the device holds the dense weights, the present stage's thin
-    ones, and those that stay ready there. With "stream" it holds no more than the dense weights and one layer: thin
-    rows are the first ones of dense tensors, whose rows change places in their memory and are put back; thin consumers
-    take the place of dense ones, which wait in host memory. What else reads that memory, a `state_dict` from before,
-    sees rows in another order for as long as they are thin; where the model itself does, thin layers are copies.
+    restoration is exact.
+
+    The bank stays in host memory. The device holds the dense weights, the pruned weights of the present stage, and
+    those that stay ready there. With "stream" it holds no more than the dense weights and one layer: pruned rows are
+    the first rows of dense tensors, whose rows change places in their memory and are put back; pruned consumers take
+    the place of dense ones, which wait in host memory. Anything else that reads that memory, such as a `state_dict`
+    taken before, sees rows in another order while they are pruned. Where the model itself shares that memory, pruned
+    layers are copies.
 
     Args:
         adapter: the model, dense.
-        bank: thin weights, at least those of the schedules routed.
-        resident: which thin layers stay ready on the device: "all" that were used, so that a change of stage or level
-            moves nothing, "stream" (or 0) none, in the memory of the dense weights, or "auto": what goes into half of
-            the memory that is free now; or bytes.
+        bank: pruned weights, at least those of the schedules routed.
+        resident: which pruned layers stay ready on the device: "all" that were used, so that a change of stage or level
+            moves nothing; "stream" (or 0) none, those in use lie in the memory of the dense weights; "auto" as many as
+            fit into half of the memory that is free now; or a number of bytes.
 
     Attributes:
-        schedule: what is routed now; None while the model is dense.
+        schedule: the schedule or plan routed now; None while the model is dense.
         max_level: H, of the schedules that it routes.
-        memory: what the next call may reuse; None between runs, and where nothing is reused.
+        memory: outputs that the next call may reuse; None between runs, and where nothing is reused.
         timestep: of the last call.
-        resident: thin layers that are ready on the device.
-        guidance: lowest and highest scale that a plan was made for; None where nothing is known, or was said already.
+        resident: cache of pruned layers on the device.
+        guidance: lowest and highest scale that a plan was made for; None where unknown, or after the warning.
 
-    Whoever asks the model, or a part of it, for its `state_dict`, or gives it one, deals with the dense weights. A deep
-    copy of a routed model is routed too, by a router of its own.
+    `state_dict` and `load_state_dict` of the model, or of a part of it, read and write the dense weights. A deep copy
+    of a routed model is routed too, by a router of its own.
 
     Raises:
         DiffesError: the model is offloaded, compiled inside or quantised, or carries adapters that cannot be cut.
@@ -82,7 +85,7 @@ class Router:
         self._parts = {p.name: self._part(p, alone) for p in adapter.prunable(bank.kind)}
         self._tree = list(tree_of(adapter.denoiser, [p for p in adapter.prunable("width") if isinstance(p, GroupSet)]))
         self._reuse = [part for part in self._parts.values() if isinstance(part, ReusePart)]
-        self._keeps = False  # outputs that this schedule does not reuse
+        self._keeps = False  # True to keep outputs that this schedule does not reuse
         self._wanted: frozenset[str] = frozenset()  # modules whose outputs are kept
         self._reused_until = -math.inf  # the last place of a run at which outputs are reused
         parts = [part for part in self._parts.values() if isinstance(part, WidthPart)]
@@ -101,19 +104,20 @@ class Router:
         return ReusePart(self.adapter, prunable, self._remembered)
 
     def _remembered(self) -> Memory:
-        assert self.memory is not None  # layers are watched, and recalled, in calls that have one
+        assert self.memory is not None  # layers are watched, and recalled, only in calls with a memory
         return self.memory
 
     def install(self, schedule: Schedule | Plan, *, keep: bool = False) -> None:
-        """Routes a schedule or a plan from the next denoiser call on, in place of any schedule before.
+        """Route a schedule or a plan from the next denoiser call on, in place of any schedule before.
 
         Args:
-            schedule: what to route.
-            keep: also keeps outputs in `memory` that this schedule does not reuse, for others that go on from here.
+            schedule: the schedule or plan to route.
+            keep: True to keep also outputs in `memory` that this schedule does not reuse, for schedules that continue
+                from here.
 
         Raises:
             DiffesError: the bank lacks a stage and level of the schedule, the schedule is for another model, or another
-                router has rows of this one's weights in an order of its own.
+                router has changed the order of rows in this model's weights.
         """
         if schedule.max_level != self.max_level:
             raise DiffesError(
@@ -142,9 +146,8 @@ class Router:
             ]
 
     def remove(self) -> None:
-        """Makes the denoiser dense again, bit for bit, and takes the hooks away. What was written to thin weights is
-        lost, with a warning; where thin rows are those of the dense weights, it is in these, and the warning says so.
-        """
+        """Make the denoiser dense again, bit for bit, and remove the hooks. A warning tells of changes written to
+        pruned weights: they are lost or, where pruned rows are those of the dense weights, left in these."""
         parts = self._parts.values() if self._current is not None else ()
         lost, spoilt = any(part.changed for part in parts), any(part.spoilt for part in parts)
         self._load(None)
@@ -163,7 +166,7 @@ class Router:
 
     @contextmanager
     def routed(self, schedule: Schedule | Plan, *, keep: bool = False) -> Iterator[None]:
-        """Routes `schedule` inside the context, as `install` does; dense again however the context is left."""
+        """Route `schedule` inside the context, as `install` does, and make the model dense again at any exit."""
         try:
             self.install(schedule, keep=keep)
             yield
@@ -202,7 +205,7 @@ class Router:
 
         Raises:
             DiffesError: no scheduler of the plan counts the run, its calls are all made, or the denoiser was called at
-                another timestep than the scheduler handed out.
+                another timestep than the scheduler gave.
         """
         clock = self.adapter.clock
         counts = isinstance(clock, PlanScheduler) and clock.plan == plan.timesteps and clock.index < len(plan.calls)
@@ -215,8 +218,8 @@ class Router:
         )
 
     def _check_guidance(self) -> None:
-        """Warns, once, where the pipeline guides far more or less than the plan was made for. Pipelines that keep their
-        guidance scale say it (those of text to image do); `DiTPipeline` keeps none, so nothing is checked there."""
+        """Warn, once, where the pipeline's guidance scale is far above or below that of the plan. Text-to-image
+        pipelines keep their guidance scale as an attribute; `DiTPipeline` does not, so nothing is checked there."""
         given = getattr(self.adapter.pipe, "_guidance_scale", None)
         if self.guidance is None or not isinstance(given, int | float):
             return
@@ -231,7 +234,7 @@ class Router:
             self.guidance = None
 
     def _before_state(self, *_: Any) -> None:
-        """What is saved, and what is loaded over, is the dense model."""
+        """Load the dense model before a `state_dict` is saved or loaded."""
         if self._current is None and not self._swapping:
             return
         for name, part in self._parts.items():
@@ -244,7 +247,7 @@ class Router:
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         for part in made._parts.values():
             part.note()
-        made._swapping |= self._current is not None  # thin rows were copied apart from the dense ones
+        made._swapping |= self._current is not None  # pruned rows were copied apart from the dense ones
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -259,12 +262,12 @@ class Router:
             self.memory = None
 
     def _recalled(self, key: tuple[int, int]) -> list[str]:
-        """Modules that give an earlier output in a stage at a level."""
+        """Return the modules that return an earlier output in a stage at a level."""
         entry = self.bank[key]
         parts = [part for part in self._reuse if part.groups.name in entry]
         return [path for part in parts for path in part.groups.recalled(entry[part.groups.name].kept.tolist())]
 
-    @torch.inference_mode(False)  # or what is loaded in that mode could not be used outside of it
+    @torch.inference_mode(False)  # tensors made in inference mode could not be used outside of it
     def _load(self, weights: StageWeights | None, watching: bool = False) -> None:
         if weights is self._current and watching == self._watching and not self._swapping:
             return
@@ -272,7 +275,7 @@ class Router:
         for reuse in self._reuse:
             reuse.uncover()
         for name, part in self._parts.items():
-            thin = None if weights is None else weights.get(name)  # a set that is not named is dense
+            thin = None if weights is None else weights.get(name)  # sets that are not named are dense
             if isinstance(part, ReusePart):
                 part.watched = self._wanted if watching else frozenset()
             if thin is None:
@@ -291,7 +294,7 @@ def _last(schedule: Schedule | Plan, key: tuple[int, int]) -> float:
 
 
 def _owners(denoiser: nn.Module, parts: Sequence[WidthPart]) -> Iterator[nn.Module]:
-    """The denoiser, and every module with a parameter in it that is swapped."""
+    """Yield the denoiser, and every module that contains a swapped parameter."""
     swapped = {id(module) for part in parts for module in part.modules}
     for module in denoiser.modules():
         if module is denoiser or any(id(inner) in swapped for inner in module.modules()):
