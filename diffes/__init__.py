@@ -1,8 +1,8 @@
 """diffes: stage-wise structural pruning schedules for diffusion models, found by evolutionary search.
 
-`diffes.apply(pipe, "runs/x")` makes a diffusers pipeline run a schedule that was found; `diffes.remove(pipe)` takes it
-off again. `diffes.load(FOLDER)` opens an exported run, `diffes.load_pipeline("fashion-dit")` a pipeline that ships with
-the package. Searches run from the shell (`diffes search --help`) or on a `diffes.workbench(model="fashion-dit")`.
+`diffes.apply(pipe, "runs/x")` applies the schedule of a run to a diffusers pipeline; `diffes.remove(pipe)` removes it.
+`diffes.load(FOLDER)` opens an exported run, `diffes.load_pipeline("fashion-dit")` a pipeline that ships with the
+package. Searches run from the shell (`diffes search --help`) or on a `diffes.workbench(model="fashion-dit")`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """torch and diffusers are imported when something of theirs is first asked for: schedules need neither."""
+    """Import a public name on first use, because torch and diffusers load slowly and schedules need neither."""
     if name not in _LAZY:
         raise AttributeError(f"module 'diffes' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

@@ -1,4 +1,4 @@
-"""The one error a user of diffes can mend: what was wrong, what is allowed, what to do."""
+"""Errors that a user of diffes can fix. Messages say what was wrong, what is allowed and what to do."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable
 
 
 class DiffesError(ValueError):
-    """Bad input. The message is one paragraph; the command line prints it without a traceback and exits with 2."""
+    """Bad input. The message is one paragraph; the command line prints it without a traceback and exits with code 2."""
 
 
 class PluginError(DiffesError):
-    """What a plug-in of somebody else raised.
+    """Error that a third-party plug-in raised.
 
     Attributes:
-        trace: its own traceback, without ours; the command line shows it below the message.
+        trace: traceback of the plug-in, without that of diffes; the command line shows it below the message.
     """
 
     def __init__(self, message: str, trace: str = "") -> None:
@@ -23,7 +23,7 @@ class PluginError(DiffesError):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> DiffesError:
-    """Builds the error for a name that no registry knows, with the nearest known names first."""
+    """Build the error for an unknown name, with the nearest known names first."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
@@ -31,7 +31,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> DiffesError:
 
 
 def at_least(name: str, value: int, least: int, most: int = 10**6) -> int:
-    """The value, if it is a whole number that is large enough, and not so large that a search would never end.
+    """Return the value if it is a whole number from `least` to `most`. Beyond `most` a search might never end.
 
     Raises:
         DiffesError: it is not; the message names the parameter.

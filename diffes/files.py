@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place and moved, read without trust."""
+"""Files that are complete or missing, never partial: written to a temporary name, then moved, and checked when read."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from safetensors import SafetensorError
 from diffes.errors import DiffesError
 from diffes.forms import AGAIN, Form, checked
 
-CONFIG = "config.json"  # of a run folder: where it is, what is missing is still to come
+CONFIG = "config.json"  # a folder that holds it is a run, and its missing files are still to be written
 
 
 def write_safely(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file beside `path` and moves it there when it is whole; an error leaves `path` as it was.
+    """Let `write` fill a file beside `path`, and move it there when it is complete. An error leaves `path` as it was.
 
     Raises:
-        DiffesError: the disk is full, or the place cannot be written to.
+        DiffesError: the disk is full, or the folder cannot be written to.
     """
     partial = path.with_name(f".partial-{path.name}")
     try:
         try:
             write(partial)
-            partial.chmod(0o644)  # safetensors makes files that only their owner may read
+            partial.chmod(0o644)  # safetensors writes files that only their owner may read
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -39,25 +39,25 @@ def write_safely(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Indented JSON with a final newline."""
+    """Write indented JSON with a final newline."""
     text = json.dumps(data, indent=2, allow_nan=False) + "\n"
     write_safely(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON as its standard has it: no NaN, and nested less deep than a call stack.
+    """Parse standard JSON: no NaN, and nested no deeper than a call stack.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the text is not such JSON.
     """
     return from_json(text, allow_inf_nan=False)
 
 
 def read_json(path: Path, form: type[Form] = Form) -> dict[str, Any]:
-    """A JSON object from a run folder.
+    """Read a JSON object from a run folder.
 
     Raises:
-        DiffesError: the file is missing, truncated, no JSON object, or not of the form.
+        DiffesError: the file is missing, truncated, not a JSON object, or not of the form.
     """
     try:
         data = parse_json(path.read_bytes())
@@ -77,12 +77,12 @@ def read_json(path: Path, form: type[Form] = Form) -> dict[str, Any]:
 
 
 def write_sealed(path: Path, data: Mapping[str, Any]) -> None:
-    """JSON with a digest of all of it, `checksum`."""
+    """Write JSON with a digest of its content, `checksum`."""
     write_json(path, {**data, "checksum": checksum(data)})
 
 
 def check_seal(path: Path, data: Mapping[str, Any]) -> None:
-    """Refuses what was read from a sealed file and is not what was written.
+    """Check that the content of a sealed file is what was written.
 
     Raises:
         DiffesError: its digest differs.
@@ -92,12 +92,12 @@ def check_seal(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """Return the hex digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checksum(data: Mapping[str, Any]) -> str:
-    """Hex digest of everything in a JSON object but its own `checksum`."""
+    """Return the hex digest of everything in a JSON object but its own `checksum`."""
     content = {key: value for key, value in data.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

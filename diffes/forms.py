@@ -1,5 +1,8 @@
-"""What the JSON of a folder has to look like. A file may come from a stranger: a checksum says that it is whole, not
-that it is honest, so types and ranges are checked before anything is done with it."""
+"""Forms of the JSON files in a folder.
+
+A file may come from a stranger, and its checksum only shows that it is complete, not that it is honest. So types and
+ranges are checked before use.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ Number = Annotated[int, Field(ge=1, le=2**53)]
 Amount = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=4096)]  # it may be shown as it is
+Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=4096)]  # safe to print
 Prompt = Annotated[str, StringConstraints(pattern=r"\S")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Range = Annotated[list[Count], Field(min_length=2, max_length=2)]
@@ -26,30 +29,33 @@ Coefficients = Annotated[list[Annotated[list[float], Field(min_length=2, max_len
 CostTable = Annotated[list[Annotated[list[Amount], Field(min_length=1)]], Field(min_length=1)]
 
 
-TOLD = {  # what pydantic says in terms of its own
+TOLD = {  # plain messages in place of some of pydantic's
     "model_type": "it should be a JSON object",
     "string_pattern_mismatch": "it should be a text of another form, not empty",
 }
 
 
 class Form(BaseModel):
-    """A JSON object: numbers are finite, a whole number is no truth value and no text; other keys are left alone."""
+    """JSON object with strict types: numbers are finite, and no truth value or text is a whole number.
+
+    Unknown keys are allowed.
+    """
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow", protected_namespaces=())
 
 
 def checked(form: type[BaseModel], data: Any, path: object, hint: str = AGAIN, wrong: str = "is damaged") -> Any:
-    """The data as they are, if they are of the form.
+    """Check data against a form, and return them unchanged.
 
     Args:
-        form: what is expected.
-        data: what was read.
-        path: from where, for the message.
-        hint: what to do where it is not.
-        wrong: what is wrong with it then.
+        form: the expected form.
+        data: the data that were read.
+        path: their file, for the message.
+        hint: what the message says to do about an error.
+        wrong: what the message says about the file.
 
     Raises:
-        DiffesError: they are not; the message names the first place that is wrong and what is expected there.
+        DiffesError: the data do not match; the message names the first wrong place and what is expected there.
     """
     try:
         form.model_validate(data)
@@ -72,7 +78,7 @@ def _places(loc: tuple[int | str, ...]) -> Iterator[str]:
 
 
 class Split(Form):
-    """How levels are shared out over the layers (see `diffes.pruning.bank.split_of`)."""
+    """Split of the levels over the layers (see `diffes.pruning.bank.split_of`)."""
 
     sets: list[Text]
     groups: list[Count]
@@ -80,7 +86,7 @@ class Split(Form):
 
 
 class Pruned(Form):
-    """What a bank was made for and how."""
+    """Facts about a bank: its method, model, stages and levels."""
 
     method: Text
     allocation: Literal["damage", "equal"] = "equal"
@@ -92,7 +98,7 @@ class Pruned(Form):
 
 
 class StageEntry(Form):
-    """What a stage has at a level: of each set, where its tensors are, and how many groups stay."""
+    """Entry of a stage at a level: for each set, the place of its tensors, and the number of groups that stay."""
 
     stage: Count
     level: Number
@@ -100,7 +106,7 @@ class StageEntry(Form):
 
 
 class StageFile(Form):
-    """A calibrated stage, `calibration/stageN.json`."""
+    """Calibrated stage, `calibration/stageN.json`."""
 
     kind: Text
     max_level: Number
@@ -111,7 +117,7 @@ class StageFile(Form):
 
 
 class Artifact(Pruned):
-    """What `schedule.json` and `front.json` share."""
+    """Fields that `schedule.json` and `front.json` share."""
 
     format_version: Number
     guidance: Amount
@@ -139,7 +145,7 @@ class End(Form):
 
 
 class FrontPoint(Form):
-    """A plan of a front."""
+    """Plan of a front."""
 
     kind: Text
     budget: Positive
@@ -153,7 +159,7 @@ class FrontPoint(Form):
     levels: Annotated[list[Count], Field(min_length=1)]
     calls_spent: Count
     ms: Positive
-    solver: Text = "dpmsolver++"  # this, and what follows, since format 2
+    solver: Text = "dpmsolver++"  # this and the following fields: since format 2
     coefficients: Coefficients | None = None
     fit_mean: float | None = None
     latent_median: Amount | None = None
@@ -167,7 +173,7 @@ class FrontPoint(Form):
 
 
 class Reference(Form):
-    """What plans are compared with."""
+    """Reference that plans are compared with."""
 
     solver: Text
     steps: Number
@@ -192,14 +198,14 @@ class FrontFile(Artifact):
 
 
 class Fingerprint(Form):
-    """What a denoiser is recognised by."""
+    """Fingerprint that identifies a denoiser."""
 
     structure: Digest
     sample: list[float]
 
 
 class BankHeader(Form):
-    """The metadata of a bank; what older versions lack has a default."""
+    """Metadata of a bank. Fields that older versions lack have defaults."""
 
     format_version: Number
     kind: Text
@@ -212,7 +218,7 @@ class BankHeader(Form):
 
 
 class Measured(Form):
-    """A candidate on held-out probes."""
+    """Measurements of a candidate on held-out probes."""
 
     heldout_mean: float | None
     heldout_std: float | None = None
@@ -284,7 +290,7 @@ class ReportFile(Form):
 
 
 class CostsFile(Form):
-    """`costs.json` of a run; older ones had no checksum."""
+    """`costs.json` of a run. Older versions wrote no checksum."""
 
     cost: Text
     costs: CostTable
@@ -305,7 +311,7 @@ class ConfigFile(Form):
 
 
 class Prompts(Form):
-    """A file of prompts."""
+    """File of prompts."""
 
     search: Annotated[list[Prompt], Field(min_length=1)]
     heldout: Annotated[list[Prompt], Field(min_length=1)]
@@ -313,13 +319,13 @@ class Prompts(Form):
 
 
 class CellSettings(Form):
-    """Of a cell, what its record is read with."""
+    """Settings of a cell that are needed to read its record."""
 
     steps: Number
 
 
 class Cell(Form):
-    """A line of `cells.jsonl`; older ones lack what has a default."""
+    """Line of `cells.jsonl`. Fields that older versions lack have defaults."""
 
     settings: CellSettings
     versions: dict[Text, Text]
@@ -347,7 +353,7 @@ class Cell(Form):
 
 
 class Paid(Form):
-    """What a trial of a study says of an evaluation beside levels and fitness."""
+    """Facts about an evaluation that a trial of a study holds beside levels and fitness."""
 
     denoiser_calls: Count
     seconds: Amount

@@ -1,4 +1,4 @@
-"""Code of somebody else: what it raises is told in its name, with its own traceback and none of ours."""
+"""Third-party code: its errors are reported under its name, with its own traceback and without that of diffes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ OURS = ("diffes", "search_strategies")
 
 @contextmanager
 def guarded(thing: object, what: str, wanted: str) -> Iterator[None]:
-    """Names a plug-in in whatever it raises inside the block; what we wrote ourselves is left to raise as it does.
+    """Name a plug-in in the errors that it raises inside the block. Errors of our own code are left as they are.
 
     Args:
-        thing: what is called inside: a function, a class or an object of it.
-        what: how a message names it: "strategy HillClimb".
+        thing: what the block calls: a function, a class or an instance of it.
+        what: name of the plug-in in messages: "strategy HillClimb".
         wanted: what it must do: "return a list of proposals".
 
     Raises:
-        DiffesError: it refused something; its name is put in front.
-        PluginError: it raised anything else, or called `sys.exit`.
+        DiffesError: the plug-in raised a `DiffesError`; its name is put in front.
+        PluginError: the plug-in raised anything else, or called `sys.exit`.
     """
     if is_ours(thing):
         yield
@@ -41,12 +41,12 @@ def guarded(thing: object, what: str, wanted: str) -> Iterator[None]:
 
 
 def is_ours(thing: object) -> bool:
-    """Whether a function, class or object comes with this package."""
+    """Check whether a function, class or object comes with this package."""
     return str(getattr(thing, "__module__", "")).split(".")[0] in OURS
 
 
 def own_trace(error: BaseException) -> str:
-    """The traceback of an error from the first line on that is not ours; empty where all of it is."""
+    """Return the traceback of an error from the first frame outside this package on; empty if there is none."""
     place = error.__traceback__
     while place is not None and str(place.tb_frame.f_globals.get("__name__")).split(".")[0] in OURS:
         place = place.tb_next
@@ -54,5 +54,5 @@ def own_trace(error: BaseException) -> str:
 
 
 def unexpected(what: str, wanted: str, found: object) -> DiffesError:
-    """The error for a plug-in that returned something else than it must."""
+    """Build the error for a plug-in that returned something else than it must."""
     return DiffesError(f"{what} must {wanted}, got {reprlib.repr(found)}")

@@ -1,4 +1,4 @@
-"""Progress of long work."""
+"""Progress displays for long work."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ log = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
-    """What long work tells of its progress."""
+    """Progress display for long work."""
 
     def task(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
-        """Starts a bar; the function it gives, `advance(note, amount=1)`, moves it on and shows a note."""
+        """Start a bar, and give a function `advance(note, amount=1)` that advances it and shows a note."""
 
 
 class Silent:
-    """`Progress` that nobody sees, of a process that works for another."""
+    """Progress display that shows nothing, for a process that works for another."""
 
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[Callable[..., None]]:
@@ -32,10 +32,10 @@ class Silent:
 
 
 class RichProgress:
-    """`Progress` as bars in the terminal or the notebook; one line a finished task where there is neither.
+    """Progress display with bars in the terminal or notebook; elsewhere, with one line for each finished task.
 
-    A task inside another one has its bar below it, which goes away when it is done. Every task is logged as it begins
-    and when it is done.
+    The bar of a task inside another one is below it, and disappears when the task is done. Every task is logged when it
+    begins and when it is done.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class RichProgress:
             TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
         )  # fmt: skip
-        # what libraries print meanwhile goes its own way: in a notebook, redirected bars of tqdm come back for ever
+        # output of libraries is not redirected: in a notebook, redirected bars of tqdm would be redrawn for ever
         with Bars(*columns, console=console, redirect_stdout=False, redirect_stderr=False) as self._bars:
             bars = self._bars
             task = bars.add_task(f"{title:<32}", total=total, note="")

@@ -1,4 +1,4 @@
-"""Things found by name: strategies, mutations, pruning methods, metrics.
+"""Registries of things that are found by name: strategies, mutations, pruning methods, metrics.
 
 A name comes from a decorator in the running process or from an entry point of any installed package, ours included:
 built-in strategies and mutations are entry points in this project's own `pyproject.toml`.
@@ -22,12 +22,12 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Names of one kind of thing.
+    """Registry of the things of one kind, by name.
 
     Args:
-        kind: what the things are, as error messages say it ("strategy").
+        kind: name of the kind in error messages ("strategy").
         group: entry-point group in which installed packages offer more of them ("diffes.strategies").
-        base: the class that all of them are subclasses of; None for functions.
+        base: base class of all of them; None for functions.
     """
 
     def __init__(self, kind: str, group: str, base: type | None = None) -> None:
@@ -35,10 +35,10 @@ class Registry(Generic[T]):
         self.group = group
         self._base = base
         self._registered: dict[str, T] = {}
-        self._local: set[str] = set()  # names that other processes do not know, or know as something else
+        self._local: set[str] = set()  # names that mean nothing, or something else, in other processes
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that gives a thing its name; the last one of a name wins, so a notebook cell can be run again."""
+        """Return a decorator that gives a thing its name. The last one wins, so a notebook cell can be run again."""
 
         def add(thing: T) -> T:
             self._registered[name] = thing
@@ -49,16 +49,16 @@ class Registry(Generic[T]):
         return add
 
     def unregister(self, name: str) -> None:
-        """Takes a registered name back; names from entry points stay."""
+        """Remove a registered name. Names from entry points stay."""
         self._registered.pop(name, None)
         self._local.discard(name)
 
     def get(self, name: str) -> T:
-        """The thing of that name.
+        """Return the thing of a name.
 
         Raises:
-            DiffesError: nobody offers the name; the message lists the nearest ones. Or what is offered does not import,
-                or is something else.
+            DiffesError: the name is unknown (the message lists the nearest ones), or the thing does not import, or is
+                not of this kind.
         """
         if name not in self._registered:
             if name not in self._entry_points():
@@ -76,10 +76,10 @@ class Registry(Generic[T]):
         return thing
 
     def parse(self, spec: str) -> tuple[T, dict[str, Any]]:
-        """The thing and its options of a spec: a name, or `name:option=value,option=value`.
+        """Return the thing and the options of a spec: a name, or `name:option=value,option=value`.
 
         Raises:
-            DiffesError: nobody offers the name, or the options are not of that form.
+            DiffesError: the name is unknown, or the options are not of that form.
         """
         if not isinstance(spec, str):
             raise DiffesError(f"a {self.kind} is given by its name, got {spec!r}")
@@ -96,15 +96,15 @@ class Registry(Generic[T]):
         return self.get(name), options
 
     def bind(self, spec: str, n_args: int = 0, **kwargs: Any) -> Callable[..., Any]:
-        """The thing of a spec with keyword arguments and the options of the spec filled in, to be called with the rest.
+        """Bind keyword arguments and the options of a spec to its thing. Return a function of the other arguments.
 
         Args:
-            spec: as for `parse`.
-            n_args: how many positional arguments it will be called with.
-            kwargs: keyword arguments that are not the user's to choose.
+            spec: see `parse`.
+            n_args: number of positional arguments that it will be called with.
+            kwargs: keyword arguments that the user cannot choose.
 
         Raises:
-            DiffesError: as `parse`, or the thing has no such option.
+            DiffesError: see `parse`; or the thing has no such option.
         """
         thing: Any
         thing, options = self.parse(spec)
@@ -117,7 +117,12 @@ class Registry(Generic[T]):
         return functools.partial(thing, **kwargs, **options)
 
     def make(self, spec: str, *args: Any, **kwargs: Any) -> Any:
-        """Calls the thing of a spec with the arguments given and the options of the spec; errors as `bind`."""
+        """Call the thing of a spec with the given arguments and the options of the spec.
+
+        Raises:
+            DiffesError: see `bind`; or the thing refuses its options.
+            PluginError: the thing does not come with diffes and raised any other error.
+        """
         made = self.bind(spec, len(args), **kwargs)
         try:
             with guarded(self.parse(spec)[0], f"{self.kind} {spec!r}", "take these options"):
@@ -132,12 +137,15 @@ class Registry(Generic[T]):
             raise DiffesError(f"{self.kind} {spec!r}: an option is not of its type ({error})") from error
 
     def is_known_elsewhere(self, spec: str) -> bool:
-        """Whether other processes find the same by the name in a spec, and by all names that packages offer, of which
-        one may be a default: none was registered in this process alone."""
+        """Check whether other processes find the same thing by the name in a spec.
+
+        The same must hold for all names that packages offer, because one of them may be a default. It fails for names
+        that were registered in this process only.
+        """
         return not self._local or self._local.isdisjoint({spec.partition(":")[0], *self._entry_points()})
 
     def names(self) -> list[str]:
-        """All names, sorted; nothing is imported for it."""
+        """Return all names, sorted, without importing anything."""
         return sorted({*self._registered, *self._entry_points()})
 
     def _entry_points(self) -> dict[str, EntryPoint]:
@@ -146,5 +154,5 @@ class Registry(Generic[T]):
 
 @functools.cache
 def _offered(group: str, _path: tuple[str, ...]) -> dict[str, EntryPoint]:
-    """What the packages of a path offer, by name: to read it takes some 25 ms."""
+    """Return the entry points of the packages on a path, by name. Reading them takes some 25 ms, hence the cache."""
     return {point.name: point for point in entry_points(group=group)}

@@ -1,4 +1,4 @@
-"""What the commands do and show in the terminal; `diffes.cli` imports it when a command runs."""
+"""Work and terminal output of the commands. `diffes.cli` imports this module when a command runs."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ QUIET = {"TQDM_DISABLE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERB
 
 @contextmanager
 def session(log_file: Path | None = None) -> Iterator[ModuleType]:
-    """This module, with torch and diffusers loaded and what other libraries say kept off the terminal.
+    """Yield this module, with torch and diffusers loaded and messages of other libraries kept off the terminal.
 
     Args:
-        log_file: takes what diffes logs, and warnings of all libraries; it is added to. None keeps neither.
+        log_file: file to which the log of diffes and the warnings of all libraries are appended; None drops them.
 
     Raises:
-        DiffesError: the log file cannot be written to.
+        DiffesError: the log file cannot be written to, or code inside the block called `sys.exit`.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -70,7 +70,7 @@ def _handler(log_file: Path | None) -> logging.Handler:
 
 
 def search(config: RunConfig, out: Path, overwrite: bool, workers: WorkerOptions) -> None:
-    """A search of levels, and what it found."""
+    """Search levels, and show the result."""
     from diffes.study import report as reports
     from diffes.study.run import complete_run
 
@@ -94,7 +94,7 @@ def search(config: RunConfig, out: Path, overwrite: bool, workers: WorkerOptions
 
 
 def front(config: RunConfig, budgets: Sequence[float], out: Path, overwrite: bool, **options: Any) -> None:
-    """Plans at some budgets, and what they gain."""
+    """Search plans at some budgets, and show what they gain."""
     from diffes.study import front as fronts
 
     data = fronts.complete_front(config, budgets, out, RichProgress(), overwrite=overwrite, **options)
@@ -110,7 +110,7 @@ def front(config: RunConfig, budgets: Sequence[float], out: Path, overwrite: boo
 
 
 def fit(run: Path, out: Path, **options: Any) -> None:
-    """A plan, fitted again, and what that changed."""
+    """Fit a plan again, and show what that changed."""
     from diffes.study.fit import fit_run
 
     found = fit_run(run, out, progress=RichProgress(), **options)
@@ -120,7 +120,7 @@ def fit(run: Path, out: Path, **options: Any) -> None:
 
 
 def _show_front(points: Sequence[Mapping[str, Any]], title: str) -> None:
-    """The table of some plans; it fits 80 columns."""
+    """Print the table of some plans, which fits 80 columns."""
     from diffes.study import front as fronts
 
     table = Table(title=title, box=SIMPLE_HEAD)
@@ -132,7 +132,7 @@ def _show_front(points: Sequence[Mapping[str, Any]], title: str) -> None:
 
 
 def sample(run: Path, conditions: Sequence[int] | Sequence[str] | None, out: Path, **options: Any) -> None:
-    """Images of a run, in a PNG."""
+    """Sample images of a run, and write them to a PNG."""
     from diffes.study import plots
     from diffes.study.run import sample_images
 
@@ -143,7 +143,7 @@ def sample(run: Path, conditions: Sequence[int] | Sequence[str] | None, out: Pat
 
 
 def export(run: Path, out: Path, **options: Any) -> None:
-    """A folder that stands alone."""
+    """Export a run to a folder that works without it."""
     from diffes.study.export import export as write_export
 
     write_export(run, out, **options)
@@ -152,7 +152,7 @@ def export(run: Path, out: Path, **options: Any) -> None:
 
 
 def parse_variations(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """As `diffes.study.grid.parse_variations`."""
+    """Parse settings to vary; see `diffes.study.grid.parse_variations`."""
     from diffes.study import grid
 
     return grid.parse_variations(texts)
@@ -161,10 +161,10 @@ def parse_variations(texts: Sequence[str]) -> dict[str, list[Any]]:
 def experiment(
     config: RunConfig, varied: Mapping[str, Sequence[Any]], seeds: int, out: Path, workers: WorkerOptions
 ) -> None:
-    """A grid of searches, and its table.
+    """Run a grid of searches, and show its table.
 
     Raises:
-        DiffesError: a setting is unusable; or, once the others are done and shown, a cell failed.
+        DiffesError: a setting is unusable; or a cell failed, which is raised after the others are done and shown.
     """
     from diffes.study import grid
 
@@ -185,7 +185,7 @@ def experiment(
 
 
 def _list(out: Path, pattern: str) -> None:
-    """What was written to a folder: its files, in the order of their names."""
+    """Print the files that were written to a folder, sorted by name."""
     console.print(f"written to {out}:", highlight=False)
     for path in sorted(path for path in out.glob(pattern) if path.is_file()):
         console.print(f"  {path}  ({path.stat().st_size:,} bytes)", highlight=False)

@@ -1,6 +1,6 @@
 """Conformance suites for strategies, mutations and crossovers of your own.
 
-Subclass one in a test file and say what to test; pytest finds the tests:
+Subclass one in a test file, and name what it tests; pytest finds the tests:
 
     from diffes.testing import MutationConformance
 
@@ -47,7 +47,7 @@ SPACES = {
 }
 
 LINEAR = [[1 - 0.2 * level for level in range(5)]] * 16
-CROSSING = [[1.0, 1.05, 0.7, 0.75, 0.3 + 0.05 * node] for node in range(8)]  # thinner levels may cost more
+CROSSING = [[1.0, 1.05, 0.7, 0.75, 0.3 + 0.05 * node] for node in range(8)]  # a higher level may cost more
 PLANS = {
     "plans": PlanSpace.dense_calls(LINEAR, 4),
     "dense calls only": PlanSpace.dense_calls(LINEAR, 4, allowed=(0,)),
@@ -59,7 +59,7 @@ PLANS = {
     "no budget": PlanSpace.dense_calls(LINEAR, None),
 }
 
-LARGE = ("paper", "half")  # what a strategy that walks through all schedules may refuse
+LARGE = ("paper", "half")  # spaces that an exhaustive strategy may refuse
 
 
 def _global_random_states() -> tuple[Any, ...]:
@@ -68,10 +68,10 @@ def _global_random_states() -> tuple[Any, ...]:
 
 
 class _OperatorConformance:
-    """What holds for mutations and crossovers alike: chains of 200 applications in every space.
+    """Tests that mutations and crossovers share: chains of 200 applications in every space.
 
     Attributes:
-        name: of a registered operator.
+        name: name of a registered operator.
         applications: length of a chain.
         plans_only: True for an operator of plans, which refuses other spaces with a `DiffesError`.
     """
@@ -81,11 +81,11 @@ class _OperatorConformance:
     plans_only: ClassVar[bool] = False
 
     def spaces(self) -> Mapping[str, SearchSpace]:
-        """The spaces that it accepts."""
+        """Return the spaces that the operator accepts."""
         return PLANS if self.plans_only else SPACES | PLANS
 
     def large(self) -> SearchSpace:
-        """One in which there is much to change."""
+        """Return a space with much to change."""
         return PLANS["plans"] if self.plans_only else SPACES["half"]
 
     def operator(self) -> Callable[..., tuple[Any, ...]]:
@@ -95,11 +95,11 @@ class _OperatorConformance:
         raise NotImplementedError
 
     def chain(self, space: SearchSpace, seed: int) -> list[list[list[int]]]:
-        """The genomes after each application, each applied to the ones before."""
+        """Return the genomes after each application. Each application takes the genomes of the one before."""
         rng, operator = np.random.default_rng(seed), self.operator()
         genomes, found = [space.sample(rng) for _ in range(self.parents())], []
         for i in range(self.applications):
-            if i % 20 == 0:  # chains may come to rest, where there is nothing left to change
+            if i % 20 == 0:  # start afresh: a chain may reach genomes with nothing left to change
                 genomes = [space.sample(rng) for _ in range(self.parents())]
             genomes = list(operator(*[list(genome) for genome in genomes], space=space, rng=rng))
             found.append([list(genome) for genome in genomes])
@@ -174,23 +174,26 @@ class CrossoverConformance(_OperatorConformance):
 
 
 def separable(schedule: Schedule) -> float:
-    """A score for tests: the later a stage is sampled, the more a level costs."""
+    """Return a score for tests: the later a stage is sampled, the more a level costs."""
     weights = np.linspace(10, 1, len(schedule.levels))
     return -float(weights @ np.array(schedule.levels) ** 1.5)
 
 
 def evaluate(schedules: Sequence[Schedule], fidelity: float = 1.0) -> list[Evaluation]:
-    """An evaluator of `separable`."""
+    """Evaluate schedules by `separable`."""
     return [Evaluation(schedule, separable(schedule), 100, 0.01, fidelity) for schedule in schedules]
 
 
 def answer(batch: Sequence[Proposal]) -> list[Evaluation]:
-    """What `evaluate` says to a batch."""
+    """Evaluate a batch of proposals by `evaluate`."""
     return [evaluation for p in batch for evaluation in evaluate([p.schedule], p.fidelity)]
 
 
 def trace(strategy: Strategy, n: int = 48, *, backwards: bool = False, failing: int = 0) -> list[tuple[Any, ...]]:
-    """(levels, fidelity) of the first n schedules asked for, every `failing`-th evaluation a failure."""
+    """Return (levels, fidelity) of the first schedules asked for, at least n unless the strategy ends before.
+
+    Every `failing`-th evaluation is a failure, and 0 means none. `backwards` reverses the order of telling.
+    """
     asked: list[tuple[Any, ...]] = []
     while len(asked) < n and (batch := strategy.ask()):
         evaluations = answer(batch)
@@ -208,11 +211,11 @@ class StrategyConformance:
     """Tests of the strategy called `name`, which may have options: "evolution:mu=4,lam=16".
 
     Attributes:
-        name: of a registered strategy.
-        plans: False for what refuses spaces of plans with a `DiffesError`.
-        searches: False for a baseline that needs not find the optimum.
-        random: False for what does the same whatever the seed.
-        evaluations: how many it may take to find the optimum of a space of 85 schedules.
+        name: name of a registered strategy.
+        plans: False for a strategy that refuses spaces of plans with a `DiffesError`.
+        searches: False for a baseline that need not find the optimum.
+        random: False for a strategy that does the same for every seed.
+        evaluations: number of evaluations that it may take to find the optimum of a space of 85 schedules.
     """
 
     name: ClassVar[str]
@@ -222,11 +225,14 @@ class StrategyConformance:
     evaluations: ClassVar[int] = 200
 
     def make(self, space: SearchSpace | None = None, seed: int = 0) -> Strategy:
-        """A fresh one; spaces that it may refuse as too large are left out of the tests."""
+        """Make a new strategy. Tests leave out spaces that it refuses as too large."""
         return STRATEGIES.make(self.name, space or SPACES["small"], seed=seed)
 
     def spaces(self) -> dict[str, SearchSpace]:
-        """The spaces that it accepts: all but the largest, which it may refuse with a `DiffesError`, and plans."""
+        """Return the spaces that the strategy accepts.
+
+        It may refuse the largest with a `DiffesError`, and those of plans if `plans` is False.
+        """
         accepted: dict[str, SearchSpace] = {}
         for label, space in (SPACES | PLANS).items():
             may_refuse = label in LARGE or (label in PLANS and not self.plans)
@@ -288,7 +294,7 @@ class StrategyConformance:
         assert trace(self.make(), backwards=True) == trace(self.make())
 
     def test_an_asynchronous_one_takes_results_one_by_one(self) -> None:
-        """Some are always open, and what is open or told is not all that it asks for."""
+        """Tell results one by one while others are open. The strategy must keep asking for new schedules."""
         if not self.make().asynchronous:
             return
         strategy = self.make(SPACES["paper"])

@@ -1,1 +1,1 @@
-"""A calibrated model and what is done with it: a run and its folder, grids of runs, reports and figures."""
+"""Work on a calibrated model: runs and their folders, grids of runs, reports and figures."""

@@ -1,4 +1,4 @@
-"""What a search is calibrated on, and the bank that comes of it, as the settings of a run say."""
+"""Calibration data of a run, and the bank that is built from them, as the settings say."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from diffes.study.heldout import HELDOUT_SEED
 
 
 def uses_data(config: RunConfig) -> bool:
-    """Whether anything is measured for a bank, so that each of its stages takes a while."""
+    """Check whether a bank is built from measurements, so that each of its stages takes a while."""
     method = make_method(config.method)
     return method.needs_data or allocation_of(method.kind, config.allocation) == "damage"
 
@@ -38,15 +38,15 @@ def bank_of(
     data: CalibrationSet | None,
     progress: Callable[[int], None] | None = None,
 ) -> WeightBank:
-    """The bank of some stages, each of which depends on no other.
+    """Build the bank of some stages. Each stage is independent of the others.
 
     Args:
         config: the settings.
         adapter: the dense model.
         stages: their ranges of timesteps.
         only: numbers of the stages to prune.
-        data: of `calibration_of`; None where `uses_data` says so.
-        progress: told the stage after each.
+        data: result of `calibration_of`; None if `uses_data` is false.
+        progress: called with the number of each finished stage.
     """
     return build_bank(
         adapter, make_method(config.method), stages, data,
@@ -57,11 +57,11 @@ def bank_of(
 
 @dataclass(frozen=True)
 class Keep:
-    """Where a run keeps what its calibration has finished, so that a killed one goes on with it.
+    """Store of the finished parts of a calibration, so that a killed run can continue from them.
 
     Args:
-        begin: begins the run, if that was not done, and gives the folder; called when there is something to keep.
-        resumes: whether something may be there already.
+        begin: begins the run, unless it has begun, and returns the folder; called when the folder is first needed.
+        resumes: whether the folder may hold parts from an earlier process.
     """
 
     begin: Callable[[], Path]
@@ -70,12 +70,12 @@ class Keep:
     def stages(
         self, adapter: ModelAdapter, only: Sequence[int], make: Callable[[Sequence[int]], Iterable[WeightBank]]
     ) -> Iterator[WeightBank]:
-        """Banks of single stages, those that are there first; what is damaged is made anew.
+        """Yield the banks of single stages, the stored ones first. Build missing and damaged ones.
 
         Args:
             adapter: the dense model.
             only: numbers of the stages.
-            make: makes banks of single stages.
+            make: builds the banks of the given stages, one by one.
         """
         missing = list(only)
         for stage in only if self.resumes else ():
@@ -91,10 +91,10 @@ class Keep:
             yield read_stage(path, adapter)
 
     def samples(self, first: int, make: Callable[[], Tensor]) -> Tensor:
-        """Latents (n, C, h, w) from the `first` one on, read or made."""
+        """Return latents (n, C, h, w), from sample number `first` on. Read them, or make and store them."""
         path = self._place(f"samples{first}.safetensors")
         if self.resumes and path.exists():
-            with suppress(Exception):  # safetensors has an error class of its own; what is damaged is made anew
+            with suppress(Exception):  # safetensors has its own error class; a damaged file is made again
                 return load_file(path)["latents"]
         made = make()
         write_safely(path, lambda partial: save_file({"latents": made.cpu().contiguous()}, partial))
@@ -110,7 +110,7 @@ class Keep:
 
 
 def calibration_of(config: RunConfig, adapter: ModelAdapter, keep: Keep | None = None) -> CalibrationSet:
-    """Images that were named, those that came with the model, or samples of the dense model."""
+    """Return the calibration data: the images in the settings, else those of the model, else dense samples."""
     if config.calibration_data is not None:
         path: Path | None = Path(config.calibration_data)
     else:

@@ -1,4 +1,4 @@
-"""The card of an exported folder, Markdown with the front matter that hubs read: what it is, its use, measurements."""
+"""Card of an exported folder: description, use and measurements in Markdown, with the front matter that hubs read."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ CURRENCIES = {"macs": "MACs", "latency": "measured time"}
 
 
 def of_run(name: str, schedule: Schedule, facts: Mapping[str, Any], measured: Report) -> str:
-    """Card of a run.
+    """Write the card of a run.
 
     Args:
-        name: of the exported folder.
-        schedule: what was found.
-        facts: of its `schedule.json`.
+        name: name of the exported folder.
+        schedule: the schedule found.
+        facts: content of its `schedule.json`.
         measured: its report.
     """
     settings, timing = measured.run.settings, measured.timing
@@ -52,13 +52,13 @@ Levels (0 is dense, {schedule.max_level} is everything prunable), cleanest stage
 
 
 def of_plan(name: str, plan: Plan, facts: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]], pipeline: Any) -> str:
-    """Card of a plan, with a loop of plain torch that runs it.
+    """Write the card of a plan, with a loop of plain torch that runs it.
 
     Args:
-        name: of the exported folder.
-        plan: what is in it.
-        facts: of its `front.json`, whose one point is the plan's.
-        rivals: points of every kind that the front has at the plan's budget, its own among them.
+        name: name of the exported folder.
+        plan: the plan in the folder.
+        facts: content of its `front.json`, with the plan's point only.
+        rivals: points of every kind that the front has at the plan's budget, the plan's own included.
         pipeline: class of the base model's pipeline.
     """
     (point,), reference = facts["points"], facts["reference"]
@@ -115,7 +115,7 @@ first.
 
 
 def _call(pipeline: Any, facts: Mapping[str, Any]) -> str:
-    """Python that makes images with a pipeline."""
+    """Return Python code that makes images with a pipeline."""
     classes = "class_labels" in inspect.signature(pipeline.__call__).parameters
     conditions = "[0, 1]" if classes else '["a big fox on a purple background"]'
     return f"""images = pipe(
@@ -136,7 +136,7 @@ tags: [diffusion, pruning, diffes]
 
 
 def _bundled(facts: Mapping[str, Any]) -> bool:
-    """Whether the base model lies in the folder."""
+    """Check whether the base model lies in the folder."""
     return str(facts["model"]).startswith("./")
 
 
@@ -145,7 +145,7 @@ def _base(facts: Mapping[str, Any]) -> str:
 
 
 def _done(facts: Mapping[str, Any]) -> str:
-    """What levels do."""
+    """Return in words what the levels do."""
     of_kind = {
         "width": "heads and channels are removed",
         "depth": "transformer blocks are removed",

@@ -1,4 +1,4 @@
-"""One cell of a grid, in this process or whole in a worker: a search and what it found on held-out probes."""
+"""Cell of a grid: a search and its result on held-out probes, in this process or in a worker."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from diffes.study.workers import NAMED, CausedError, Worker
 
 
 def run_cell(bench: Workbench, heldout: HeldOut, journal: Path, progress: Progress, *, equal_calls: bool) -> RunRecord:
-    """One search and what it found, beside uniform pruning and fewer dense steps at the same cost.
+    """Run one search, and measure its result beside uniform pruning and fewer dense steps at the same cost.
 
     Args:
         bench: the calibrated model with the settings of the cell.
-        heldout: what measures on held-out probes.
-        journal: of the evaluations.
-        progress: told of the search.
-        equal_calls: whether it may spend the denoiser calls of `calls_of`, however many schedules those measure.
+        heldout: evaluator on held-out probes.
+        journal: file that keeps the evaluations.
+        progress: progress display.
+        equal_calls: whether the denoiser calls of `calls_of` are the limit, however many schedules they measure.
     """
     store = EvaluationStore(journal, bench.space)
     limited = bench
@@ -37,14 +37,14 @@ def run_cell(bench: Workbench, heldout: HeldOut, journal: Path, progress: Progre
 
 @dataclass(frozen=True)
 class Job:
-    """A cell as a worker is given it.
+    """Cell in the form that is sent to a worker.
 
     Args:
-        config: its settings.
+        config: settings of the cell.
         space: feasible schedules.
-        costs: what the budget counts.
-        journal: of its evaluations.
-        equal_calls: as of `run_cell`.
+        costs: (S, H + 1) cost of one call in each stage at each level.
+        journal: file that keeps the evaluations.
+        equal_calls: see `run_cell`.
     """
 
     config: RunConfig
@@ -55,7 +55,7 @@ class Job:
 
 
 class CellWorker(Worker):
-    """A worker that runs whole cells, too."""
+    """Worker that can also run whole cells."""
 
     def __init__(self, config: RunConfig, threads: int) -> None:
         super().__init__(config, threads)
@@ -63,11 +63,11 @@ class CellWorker(Worker):
         self._heldout: HeldOut | None = None
 
     def cell(self, job: Job) -> RunRecord:
-        """Runs a cell.
+        """Run a cell.
 
         Raises:
-            CausedError: an error that came of an `OSError`.
-            Exception: any other that the cell raised.
+            CausedError: the cell raised an error that an `OSError` caused.
+            Exception: the cell raised any other error.
         """
         assert self._router is not None
         config = replace(job.config, **{name: getattr(self._config, name) for name in NAMED})

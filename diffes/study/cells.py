@@ -1,4 +1,4 @@
-"""Cells in a folder: each a search and what it found on held-out probes, one after the other or whole in workers."""
+"""Cells in a folder: each is a search and its result on held-out probes. They run one by one, or whole in workers."""
 
 from __future__ import annotations
 
@@ -54,23 +54,23 @@ def finished(
     above: bool = False,
     workers: WorkerOptions = ALONE,
 ) -> tuple[dict[str, RunRecord], list[Failure]]:
-    """Runs cells in a folder that this process holds.
+    """Run the cells that are missing in a folder that this process holds.
 
     Args:
-        out: as of `grid.run_cells`.
-        cells: likewise.
-        progress: likewise.
-        seed: of the calibration.
-        equal_calls: as of `grid.run_cells`.
-        above: the cells are done; run each again at the budget above.
-        workers: who measures.
+        out: see `grid.run_cells`.
+        cells: see `grid.run_cells`.
+        progress: see `grid.run_cells`.
+        seed: seed of the calibration.
+        equal_calls: see `grid.run_cells`.
+        above: run finished cells again, each at the budget above.
+        workers: worker settings.
 
     Returns:
         All records in the folder, by key, and the cells that failed.
 
     Raises:
         DiffesError: a setting is unusable, or `out` cannot be written or holds something else.
-        OSError: likewise.
+        OSError: `out` cannot be written.
     """
     for cell in cells:
         check_settings(cell)
@@ -103,15 +103,15 @@ def finished(
 
 
 def whole_in_workers(group: Sequence[RunConfig], workers: WorkerOptions) -> list[RunConfig]:
-    """Cells that workers run whole, one each at a time.
+    """Return the cells that workers run whole, one cell per worker at a time.
 
-    Evaluations of the others are spread over all workers: of the last ones, fewer than there are workers; of cells that
-    are asynchronous, or of which only this process knows something; of all where workers do not see the folder, or an
-    evaluation has its time.
+    Evaluations of all other cells are spread over the workers. These are: the last cells, if they are fewer than the
+    workers; asynchronous cells; cells that need something registered in this process only; and all cells if workers do
+    not see the folder, or evaluations have a timeout.
 
     Args:
         group: cells of one calibrated model that are left to do.
-        workers: who measures.
+        workers: worker settings.
     """
     if not are_here(workers) or workers.evaluation_timeout is not None:
         return []
@@ -121,21 +121,21 @@ def whole_in_workers(group: Sequence[RunConfig], workers: WorkerOptions) -> list
 
 @dataclass
 class _Run:
-    """A command's cells: what they share, what is done, and what failed.
+    """State of a command that runs cells: what they share, which are done, and which failed.
 
     Args:
         out: the folder.
-        progress: told of the long parts.
-        seed: of the calibration.
-        workers: who measures.
-        equal_calls: as of `run_cell`.
-        above: whether cells are run at the budget above.
-        done: records by key, those that are added included.
-        costs: what budgets count, by key of the settings that they depend on, likewise.
+        progress: progress display.
+        seed: seed of the calibration.
+        workers: worker settings.
+        equal_calls: see `run_cell`.
+        above: whether cells run at the budget above.
+        done: records by key; new ones are added.
+        costs: cost tables by key of the settings that they depend on; new ones are added.
         failed: cells that failed, by key.
         pools: ends the workers.
-        bench: the calibrated model of the cell before.
-        heldout: what measured it on held-out probes.
+        bench: workbench of the previous cell.
+        heldout: evaluator of the previous cell on held-out probes.
     """
 
     out: Path
@@ -152,7 +152,7 @@ class _Run:
     heldout: HeldOut | None = None
 
     def one(self, cell: RunConfig) -> None:
-        """Runs a cell in this process, its evaluations on the workers where there are any."""
+        """Run a cell in this process. Its evaluations run on the workers, if there are any."""
         with self._noted(cell):
             bench = self._ready(cell)
             if self.heldout is None or not self.heldout.serves(bench):
@@ -162,14 +162,14 @@ class _Run:
             self._keep(cell, record)
 
     def side_by_side(self, cells: Sequence[RunConfig], advance: Callable[..., None]) -> None:
-        """Runs cells of one model whole in the workers, once all of them are priced.
+        """Run cells of one model whole in the workers, after the costs of all are known.
 
         Args:
             cells: the cells.
-            advance: moves the bar on.
+            advance: advances the bar.
         """
         jobs: dict[Path, Job] = {}
-        left: dict[Path, list[RunConfig]] = {}  # by journal: two cells may have one budget above
+        left: dict[Path, list[RunConfig]] = {}  # by journal: two cells may share a budget above
         for cell in cells:
             with self._noted(cell):
                 bench = self._ready(cell)
@@ -191,15 +191,15 @@ class _Run:
                     else:
                         self._keep(cell, found)
                 advance(f"{doing}, {bench.pool.waiting} waiting", len(left.pop(job.journal)))
-        except Exception as error:  # of workers that do not start
+        except Exception as error:  # the workers do not start
             for cell in itertools.chain(*left.values()):
                 self._note(cell, error)
                 advance("")
 
     def _ready(self, cell: RunConfig) -> Workbench:
-        """The calibrated model with the settings of a cell, at the budget above where that is what runs."""
+        """Return the workbench with the settings of a cell, at the budget above if `above` is set."""
         if self.bench is None or _model_of(self.bench.config) != _model_of(cell):
-            self.bench = None  # two calibrated models at a time may be too many
+            self.bench = None  # there may be no memory for two calibrated models
             self.pools.close()
             settings = replace(cell, **_ONLY_CALIBRATED, seed=self.seed)
             pool = self.pools.enter_context(pool_of(settings, self.workers, CellWorker))
@@ -218,7 +218,7 @@ class _Run:
         return (self.out / JOURNALS / f"{key_of(bench.config.to_json())}.journal").absolute()
 
     def _keep(self, cell: RunConfig, record: RunRecord) -> None:
-        """Adds the record of a cell to the folder."""
+        """Add the record of a cell to the folder."""
         key = key_of(cell.to_json())
         record = replace(self.done[key], above=record) if self.above else record
         with (self.out / CELLS).open("a", encoding="utf-8") as file:
@@ -227,18 +227,18 @@ class _Run:
 
     @contextmanager
     def _noted(self, cell: RunConfig) -> Iterator[None]:
-        """Notes that a cell failed where the block raises."""
+        """Note that a cell failed if the block raises."""
         try:
             yield
         except Exception as error:
             self._note(cell, error)
-            self.bench = self.bench if isinstance(error, DiffesError) else None  # whatever state it is in
+            self.bench = self.bench if isinstance(error, DiffesError) else None  # its state is unknown
 
     def _note(self, cell: RunConfig, error: Exception) -> None:
-        """Notes that a cell failed.
+        """Note that a cell failed.
 
         Raises:
-            Exception: the error, where there is no room or no access: the next cell would not fare better.
+            Exception: the error itself, if the disk is full or not accessible: the next cell would fail as well.
         """
         if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
             raise error
@@ -248,17 +248,19 @@ class _Run:
 
 
 def key_of(settings: Mapping[str, Any]) -> str:
-    """What a cell of these settings is known by; settings that came later had their defaults, and levels were equal in
-    all layers."""
+    """Return the key of a cell with these settings.
+
+    Settings that are missing because they were added later count as their defaults, a missing allocation as "equal".
+    """
     known = dataclasses.asdict(RunConfig()) | {"allocation": "equal"} | dict(settings)
     for name, default in LATER.items():
-        if known[name] == default:  # so that keys of before are found
+        if known[name] == default:  # so that keys of older versions are found
             del known[name]
     return checksum(known)[:16]
 
 
 def _model_of(config: RunConfig) -> list[Any]:
-    """Settings that are the same in all cells of one calibrated model."""
+    """Return the settings that are the same in all cells of one calibrated model."""
     return [getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in SHARED]
 
 
@@ -270,7 +272,7 @@ def _open(out: Path) -> None:
 
 
 def _read(path: Path) -> list[RunRecord]:
-    """Records of finished cells; a line that a kill cut off is dropped, so that its cell runs again."""
+    """Read the records of finished cells. Drop a line that a kill cut off, so that its cell runs again."""
     if not path.exists():
         return []
     content = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Figures that are curves or dots against an axis: searches as they go on, held-out fitness, fronts."""
+"""Figures of curves or points against an axis: progress of searches, held-out fitness, fronts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ OVER: dict[str, Any] = {
 
 
 def convergence(searches: Mapping[str, SearchResult], metric: str) -> Figure:
-    """Every evaluation of a search and the best so far as a line, by strategy.
+    """Draw every evaluation of each search, and its best so far as a line, by strategy.
 
-    What was measured over the budget, or on some of the probes only, is shown as such and never the best. The axis
-    leaves out the steep start of the lines; what is below it is counted in the label.
+    Evaluations over the budget, or on some of the probes only, have marks of their own and are never the best. The axis
+    leaves out the steep start of the lines; the label says how many evaluations lie below it.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 3.8))
@@ -62,14 +62,15 @@ def convergence_over_calls(
     allowed: int | None = None,
     what: str = "best fitness so far",
 ) -> Figure:
-    """Best so far over denoiser calls: the median over seeds as a line, the quartiles as a band; dotted where the
-    search had ended.
+    """Draw the best so far over denoiser calls: the median over seeds as a line, the quartiles as a band.
+
+    The line is dotted after the search has ended.
 
     Args:
         curves: by label, for each seed the points (denoiser calls, best fitness) at which the best rises.
-        metric: names the axis.
+        metric: name of the metric, for the label of the axis.
         allowed: denoiser calls that each search could spend.
-        what: names the axis where the points are something else; the best so far never falls.
+        what: label of the axis, for points that are something else than the best so far, which never falls.
     """
     runs_of = {label: [run for run in runs if run] for label, runs in curves.items()}
     runs_of = {label: runs for label, runs in runs_of.items() if runs}
@@ -104,13 +105,13 @@ def convergence_over_calls(
 
 
 def _value_at(points: Sequence[Sequence[float]], calls: np.ndarray) -> np.ndarray:
-    """The value of one run after each number of calls."""
+    """Return the value of one run after each number of calls."""
     at = np.searchsorted([point[0] for point in points], calls, side="right") - 1
     return np.array([point[1] for point in points])[np.maximum(at, 0)]
 
 
 def spread_by_label(values: Mapping[str, Sequence[float]], name: str) -> Figure:
-    """A mark for each seed and a bar at the median, by label."""
+    """Draw a mark for each seed and a bar at the median, by label."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 0.6 + 0.35 * len(values)))
         axes: Axes = figure.subplots()
@@ -133,13 +134,13 @@ def front(
     budget: tuple[float, str],
     marked: Mapping[str, tuple[float, float]],
 ) -> Figure:
-    """Fitness against MACs, by label; lines connect what nothing of the same label dominates.
+    """Draw fitness against MACs, by label. Lines connect points that no point of the same label dominates.
 
     Args:
-        named: points (MACs as a fraction of the dense model's, fitness, whether over the budget).
-        metric: names the axis.
-        budget: where it is on the axis of MACs, and what it is called.
-        marked: further points (MACs, fitness) by name: what was chosen, and uniform.
+        named: points (MACs as a fraction of the dense model's, fitness, whether over the budget) by label.
+        metric: name of the metric, which labels the axis.
+        budget: position of the budget on the axis of MACs, and its label.
+        marked: further points (MACs, fitness) by name: the chosen one, and uniform.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 4))
@@ -161,8 +162,10 @@ def front(
 
 
 def _front(axes: Axes, points: Sequence[tuple[float, float]], label: str, colour: str, marker: str, best: Any) -> None:
-    """Points (cost, value): filled and connected where none is cheaper and as good, `best` of values being better; else
-    hollow."""
+    """Draw points (cost, value), filled and connected if no other point is cheaper and as good, else hollow.
+
+    `best` is `max` or `min`, and picks the better of two values.
+    """
     ordered = sorted(points, key=lambda point: (point[0], point[1] if best is min else -point[1]))
     kept: list[tuple[float, float]] = []
     for point in ordered:
@@ -185,12 +188,12 @@ KINDS = {
 
 
 def fronts(points: Sequence[Mapping[str, Any]], currency: str, timing: Mapping[str, Any] | None = None) -> Figure:
-    """Error against cost, and against measured time, of the plans of a front, by kind.
+    """Draw the error of the plans of a front against cost, and against measured time, by kind.
 
     Args:
-        points: with `kind`, `budget` and `cost` in dense calls, `ms`, `latent_mse` and `heldout_mean`.
-        currency: what the cost counts.
-        timing: on what they were timed: `batch`, `device` and `threads`.
+        points: plans, with `kind`, `budget` and `cost` in dense calls, `ms`, `latent_mse` and `heldout_mean`.
+        currency: name of the currency of the cost.
+        timing: conditions of the timing: `batch`, `device` and `threads`.
     """
     known = [point for point in points if point["latent_mse"] is not None]
     budgets = sorted({point["budget"] for point in points})

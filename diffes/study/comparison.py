@@ -1,4 +1,4 @@
-"""What many searches found, for people: a table with a paired test, CSV, JSON and figures."""
+"""Comparison of many searches for readers: a table with a paired test, CSV, JSON and figures."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from diffes.study.equal_cost import at_budget, calls_of, config_of, cost_of, is_
 from diffes.study.record import RunRecord
 
 MEASURE = ("model", "metric", "steps", "guidance", "heldout", "dtype")  # settings that held-out fitness depends on
-ALIKE = (*MEASURE, "cost", "budget")  # and what it may cost
+ALIKE = (*MEASURE, "cost", "budget")  # settings that compared records share
 TIE = 1e-6  # relative: held-out values that differ by less are tied
 TABLE, CSV, JSON = "table.md", "results.csv", "results.json"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell that failed: its settings, and what went wrong in one line."""
+    """Cell that failed: its settings, and its error in one line."""
 
     settings: Mapping[str, Any]
     error: str
@@ -37,12 +37,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Finished cells; a notebook shows the table.
+    """Comparison of finished cells. A notebook shows its table.
 
     Args:
-        varied: names of the settings in which they differ, besides the seed.
-        records: one for each cell, as `diffes.study.cell.run_cell` makes them.
-        failed: cells that have none.
+        varied: names of the settings in which the cells differ, besides the seed.
+        records: one record for each cell, from `diffes.study.cell.run_cell`.
+        failed: cells that failed, which have no record.
     """
 
     varied: tuple[str, ...]
@@ -53,7 +53,7 @@ class Comparison:
         return tuple(settings[name] for name in self.varied)
 
     def _alike(self) -> list[dict[tuple[Any, ...], list[RunRecord]]]:
-        """Records by combination, those that can be compared together."""
+        """Return groups of records that can be compared, each by combination."""
         found: dict[tuple[Any, ...], dict[tuple[Any, ...], list[RunRecord]]] = {}
         for record in self.records:
             alike = found.setdefault(tuple(record.settings.get(name) for name in ALIKE), {})
@@ -61,14 +61,16 @@ class Comparison:
         return list(found.values())
 
     def to_interpolate(self) -> list[RunRecord]:
-        """Those that cost something else than what they are compared with, and were not searched at a budget above."""
+        """Return the records off their budget, in groups of unequal cost, that have no search at a budget above yet."""
         uneven = [alike for alike in self._alike() if not _even(alike)]
         records = [record for alike in uneven for records in alike.values() for record in records]
         return [record for record in records if is_off(record) and record.above is None]
 
     def measured(self) -> dict[tuple[Any, ...], list[RunRecord]]:
-        """Records by combination, at the same cost where it can be had: values between two budgets are interpolated to
-        the budget where combinations that are compared cost differently."""
+        """Return the records by combination, at the same cost where possible.
+
+        If compared combinations differ in cost, values are interpolated to the budget between two searches.
+        """
         found: dict[tuple[Any, ...], list[RunRecord]] = {}
         for alike in self._alike():
             even = _even(alike)
@@ -78,13 +80,13 @@ class Comparison:
         return {label: found[label] for label in order}
 
     def summary(self) -> list[dict[str, Any]]:
-        """One line for each combination of what was varied, over its seeds.
+        """Return one line for each combination of the varied settings, over its seeds.
 
         Each is compared with the first one that was measured in the same way and has the same budget, unless their
-        costs differ by more than 0.5 %: `difference` is the mean over seeds of held-out fitness less that of the first
-        one, with its 95 % t interval, `p` that of a two-sided Wilcoxon signed-rank test, both paired by seed, and
-        `p_holm` the same corrected for the number of combinations compared with the first (Holm). Seeds whose held-out
-        fitness is None, because a probe failed, are left out of the statistics; where all are, they are None.
+        costs differ by more than 0.5 %. `difference` is the mean over seeds of held-out fitness less that of the first
+        one, with its 95 % t interval; `p` is the p value of a two-sided Wilcoxon signed-rank test; both are paired by
+        seed. `p_holm` is `p` corrected for the number of combinations compared with the first (Holm). Seeds whose
+        held-out fitness is None, because a probe failed, are left out of the statistics; if all are, these are None.
         """
         references: dict[tuple[Any, ...], list[RunRecord]] = {}
         families: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -103,7 +105,7 @@ class Comparison:
         return lines
 
     def table(self, *, brief: bool = False) -> tuple[list[str], list[list[str]]]:
-        """Head and body of the table; a brief one fits a terminal."""
+        """Return head and body of the table. A brief one fits a terminal."""
         lines = self.summary()
         columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
             "held-out": lambda line: f"{_number(line['heldout_mean'])} ± {_number(line['heldout_std'])}",
@@ -131,7 +133,7 @@ class Comparison:
         return [*self.varied, *columns], body
 
     def notes(self) -> list[str]:
-        """What has to be known to read the table, in sentences."""
+        """Return the notes that explain the table, as sentences."""
         lines, notes = self.summary(), []
         if any(line["between"] for line in lines):
             notes.append(
@@ -154,7 +156,7 @@ class Comparison:
         return notes
 
     def markdown(self) -> str:
-        """The table in Markdown, and the notes below it."""
+        """Return the table in Markdown, with the notes below it."""
         head, body = self.table()
         rows = [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *body]]
         return "\n".join([*rows, *(f"\n{note}" for note in self.notes())]) + "\n"
@@ -162,11 +164,11 @@ class Comparison:
     _repr_markdown_ = markdown
 
     def figures(self) -> dict[str, Figure]:
-        """Figures by name.
+        """Draw the figures, by name.
 
         `convergence`: best so far over denoiser calls; `heldout`: held-out fitness of every seed; both at equal cost as
-        in the table. `schedules`: those found, over the seeds of each combination. Where metrics differ, the first two
-        are drawn for each, their names ending with it.
+        in the table. `schedules`: the schedules found, over the seeds of each combination. If metrics differ, the first
+        two are drawn for each metric, and their names end with it.
         """
         by_metric: dict[str, dict[str, list[RunRecord]]] = {}
         for label, records in self.measured().items():
@@ -189,7 +191,7 @@ class Comparison:
         return figures | {"schedules": plots.schedules(schedules)}
 
     def write(self, out: Path) -> None:
-        """CSV, JSON, the table in Markdown and the figures."""
+        """Write CSV, JSON, the table in Markdown and the figures."""
         files.write_safely(out / CSV, lambda path: _write_csv(self.records, path))
         data = {
             "varied": list(self.varied),
@@ -204,9 +206,10 @@ class Comparison:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p values corrected for their number.
+    """Correct p values for their number.
 
-    Source: Holm (1979), step-down: the k-th smallest of n times n - k + 1, never below a smaller one, at most 1.
+    Source: Holm (1979), step-down: the k-th smallest of n values is multiplied by n - k + 1, and raised to the
+    corrected value before it if that is larger; no value exceeds 1.
     """
     corrected, highest = [0.0] * len(p), 0.0
     for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
@@ -216,7 +219,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def _even(alike: Mapping[tuple[Any, ...], Sequence[RunRecord]]) -> bool:
-    """Whether combinations cost the same, on average over seeds."""
+    """Check whether combinations cost the same, on average over seeds."""
     return same([_cost(records) for records in alike.values()])
 
 
@@ -225,7 +228,7 @@ def _cost(records: Sequence[RunRecord]) -> float:
 
 
 def _between(own: Sequence[RunRecord]) -> list[float] | None:
-    """MACs of what was found at the budget and at the one above, means over those that were interpolated."""
+    """Return the mean MACs of the interpolated records, at the budget and at the one above; None if there are none."""
     if not own:
         return None
     above = [record.above.searched.macs_fraction for record in own if record.above is not None]
@@ -233,7 +236,7 @@ def _between(own: Sequence[RunRecord]) -> list[float] | None:
 
 
 def _line(records: Sequence[RunRecord], reference: Sequence[RunRecord]) -> dict[str, Any]:
-    """Statistics of one combination over its seeds."""
+    """Return the statistics of one combination over its seeds."""
     heldout = _known(record.searched.heldout_mean for record in records)
     compared = records is not reference
     same_cost = same([_cost(records), _cost(reference)]) if compared else None
@@ -257,7 +260,7 @@ def _line(records: Sequence[RunRecord], reference: Sequence[RunRecord]) -> dict[
 
 
 def _compared(records: Sequence[RunRecord], reference: Sequence[RunRecord] | None) -> dict[str, Any]:
-    """The comparison with another combination, paired by seed; None where there is none."""
+    """Compare with another combination, paired by seed. Values are None if there is no other combination."""
     theirs = {record.settings["seed"]: record.searched.heldout_mean for record in reference or ()}
     pairs = [(record.searched.heldout_mean, theirs.get(record.settings["seed"])) for record in records]
     differences = [
@@ -279,7 +282,7 @@ def _compared(records: Sequence[RunRecord], reference: Sequence[RunRecord] | Non
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % t interval of a mean."""
+    """Return the 95 % t interval of a mean."""
     if len(set(values)) == 1:
         return values[0], values[0]
     interval = ttest_1samp(values, 0.0).confidence_interval(0.95)
@@ -312,7 +315,7 @@ def _difference(line: Mapping[str, Any]) -> str:
 
 
 def _ahead(line: Mapping[str, Any]) -> str:
-    """How often ahead of the first combination, ties said to be ties."""
+    """Return in words how often a combination is ahead of the first, and how often tied."""
     if line["ahead"] is None:
         return ""
     ties = f", {line['tied']} tied" if line["tied"] else ""
@@ -320,7 +323,7 @@ def _ahead(line: Mapping[str, Any]) -> str:
 
 
 def _write_csv(records: Sequence[RunRecord], path: Path) -> None:
-    """A line for each cell as it was measured, and what it is worth at the budget where it was searched above, too."""
+    """Write a line for each cell as it was measured, with its value at the budget if it was searched above."""
     lines = []
     for record in records:
         row = record.to_json()

@@ -12,13 +12,13 @@ from diffes.search.schedule import Allocation
 
 LARGEST = 10**9
 Guidance = float | tuple[float, float]  # one scale, or the two ends of a range
-# settings that older versions had not, with what they did
+# settings that older versions did not have, with the values that they used
 LATER = {"time_limit": None, "threads": None, "asynchronous": False, "study": None}
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What to search, on what, and how long. The defaults finish in minutes on two CPU cores."""
+    """Settings of a run: model, pruning, search and limits. The defaults finish in minutes on two CPU cores."""
 
     model: str = "fashion-dit"
     """A shipped pipeline by name, a local folder in diffusers' format, or a hub id OWNER/NAME."""
@@ -127,7 +127,7 @@ class RunConfig:
 
     @property
     def scale(self) -> float:
-        """The guidance scale that calibration, timing and samples take: of a range the middle."""
+        """Guidance scale of calibration, timing and samples: the given scale, or the middle of a range."""
         return middle(self.guidance)
 
     @property
@@ -136,7 +136,7 @@ class RunConfig:
         return int(self.bank_memory * 1e9)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values by field name."""
+        """Return plain values by field name."""
         plain = dataclasses.asdict(self)
         return plain | {"guidance": list(self.guidance)} if isinstance(self.guidance, tuple) else plain
 
@@ -145,7 +145,7 @@ def checked_guidance(given: Any) -> Guidance:
     """Return a guidance scale, or a range of them as a tuple.
 
     Raises:
-        DiffesError: a scale is no finite number of at least 0, or a range has not two ends above 1 that rise.
+        DiffesError: a scale is not a finite number of at least 0, or a range does not have two rising ends above 1.
 
     Example:
         >>> checked_guidance([1.5, 4])
@@ -168,7 +168,7 @@ def checked_guidance(given: Any) -> Guidance:
 
 
 def check_one_scale(config: RunConfig) -> None:
-    """Raise where schedules of levels, which fit nothing, are given a range of guidance."""
+    """Raise if schedules of levels are given a range of guidance, over which only plans are fitted."""
     if isinstance(config.guidance, tuple):
         raise DiffesError(
             f"guidance {shown(config.guidance)} is a range, which plans are fitted over; schedules of levels take one "
@@ -193,7 +193,7 @@ def shown(guidance: Guidance) -> str:
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """How many processes measure, and where. What is found does not depend on it."""
+    """Worker settings: how many processes measure, and where. Results do not depend on them."""
 
     workers: int = 1
     """Processes that measure side by side, on Ray (pip install "diffes[ray]"), each with the model and the bank; 1 is

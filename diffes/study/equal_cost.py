@@ -1,9 +1,8 @@
-"""Searches are compared at the same cost: what was found cheaper is interpolated to its budget.
+"""Comparison of searches at the same cost: results that cost less than the budget are interpolated to it.
 
-A budget is what a schedule may cost at most, and few levels or stages cannot express every cost. Where the costs of
-what is compared differ, each search is made again at a budget so much higher that all of its schedules cost at least
-the first one's limit, with as many denoiser calls; what is compared is the value on the line between both results, at
-the budget itself.
+A budget is the most that a schedule may cost, and a few levels or stages cannot express every cost. If the compared
+results differ in cost, each search is repeated with as many denoiser calls at a higher budget, at which all of its
+schedules cost at least the first limit. The compared value lies on the line between both results, at the first budget.
 """
 
 from __future__ import annotations
@@ -18,28 +17,29 @@ from diffes.search.space import SearchSpace
 from diffes.study.config import RunConfig
 from diffes.study.record import Candidate, RunRecord
 
-TOLERANCE = 0.005  # relative: costs that differ by less are the same
+TOLERANCE = 0.005  # relative: costs that differ by less count as equal
 
 
 def calls_of(config: RunConfig) -> int:
-    """Denoiser calls, in rows, that a cell may spend: `max_calls`, or what `max_evals` whole evaluations cost."""
+    """Return the denoiser calls, in rows, that a cell may spend: `max_calls`, or those of `max_evals` evaluations."""
     if config.max_calls is not None:
         return config.max_calls
     return config.max_evals * config.probes * config.steps * (2 if config.scale > 1 else 1)
 
 
 def config_of(settings: Mapping[str, Any]) -> RunConfig:
-    """Settings as they were stored; those that came later have the values that they had before."""
+    """Build the settings from stored ones. Settings that were added later get the values that they had before."""
     known = {field.name for field in fields(RunConfig)}
     return RunConfig(**{"allocation": "equal"} | {name: value for name, value in settings.items() if name in known})
 
 
 def denser(config: RunConfig, space: SearchSpace) -> RunConfig:
-    """The settings with a budget whose schedules all cost at least the limit of the present one.
+    """Return the settings with a higher budget, at which all schedules cost at least the limit of the present one.
 
     Args:
         config: the settings.
-        space: their schedules. One that is feasible is less than its dearest step of one level below the limit.
+        space: their schedules. A feasible schedule is below the limit by less than the most expensive step of one
+            level.
     """
     dense = space.cost([0] * space.n_stages)
     steps = zip(space.steps, space.level_costs, strict=True)
@@ -50,32 +50,36 @@ def denser(config: RunConfig, space: SearchSpace) -> RunConfig:
 
 
 def target_of(settings: Mapping[str, Any]) -> float:
-    """What a schedule of these settings may cost, as a fraction of the dense model."""
+    """Return the most that a schedule of these settings may cost, as a fraction of the dense model."""
     return 1 - settings["budget"] if settings["cost"] == "level" else float(settings["budget"])
 
 
 def cost_of(settings: Mapping[str, Any], candidate: Candidate) -> float:
-    """What a schedule costs in the currency of its budget, as a fraction of the dense model; by MACs where it was not
-    noted."""
+    """Return the cost of a schedule in the currency of its budget, as a fraction of the dense model.
+
+    If it was not recorded, take one less the sparsity for budgets in levels, and the MACs for all others.
+    """
     if candidate.cost is not None:
         return candidate.cost
     return 1 - candidate.nominal_sparsity if settings["cost"] == "level" else candidate.macs_fraction
 
 
 def same(costs: Iterable[float]) -> bool:
-    """Whether costs differ by no more than the tolerance."""
+    """Check whether costs differ by no more than the tolerance."""
     costs = list(costs)
     return max(costs) <= min(costs) * (1 + TOLERANCE)
 
 
 def is_off(record: RunRecord) -> bool:
-    """Whether what was found costs something else than its budget."""
+    """Check whether the cost of the schedule found differs from the budget."""
     return not same([cost_of(record.settings, record.searched), target_of(record.settings)])
 
 
 def at_budget(record: RunRecord) -> RunRecord:
-    """The record with values at the budget itself, interpolated between its own result and that of the budget above;
-    as it is where that is missing or not needed."""
+    """Return the record with values at the budget itself, interpolated between its result and that of the budget above.
+
+    Return it unchanged if there is no budget above, or none is needed.
+    """
     above = record.above
     if above is None or not is_off(record):
         return record
@@ -114,7 +118,7 @@ Curve = tuple[tuple[int, float], ...]
 
 
 def _between(low: Curve, high: Curve, weight: float) -> Curve:
-    """The best so far of two searches, mixed after each number of calls; from where both have one."""
+    """Mix the best so far of two searches after each number of calls, from where both have one."""
     if not low or not high:
         return ()
     calls = sorted({n for n, _ in (*low, *high) if n >= max(low[0][0], high[0][0])})

@@ -1,4 +1,4 @@
-"""A finished run, or a plan of a front, as a folder that stands alone: base model or its name, JSON, bank, card."""
+"""Export of a finished run, or of a plan of a front, as a complete folder: base model or its name, JSON, bank, card."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ FILES = {
 def export(
     run: Path, out: Path, *, calls: float | None = None, dtype: str | None = None, overwrite: bool = False
 ) -> None:
-    """Writes a folder that `diffes.load` opens on another machine, and that can be pushed to a hub as it stands.
+    """Write a folder that `diffes.load` opens on another machine, and that can be pushed to a hub unchanged.
 
-    A base model that lies in a local folder is copied along; one that ships with diffes or comes from a hub is named.
-    The folder appears when it is whole; an error leaves `out` as it was.
+    A base model in a local folder is copied; one that ships with diffes or comes from a hub is only named. The folder
+    appears when it is complete; an error leaves `out` as it was.
 
     Args:
-        run: folder of a finished run, or of a front, of which one plan is taken.
+        run: folder of a finished run, or of a front, of which one plan is exported.
         out: the folder to write.
-        calls: of a front, what the plan may cost, in dense denoiser calls (see `diffes.apply`).
-        dtype: of the compensated weights in the bank; as in the run when left out.
+        calls: for a front, the most that the plan may cost, in dense denoiser calls (see `diffes.apply`).
+        dtype: data type of the compensated weights in the bank; as in the run when left out.
         overwrite: replace an earlier export.
 
     Raises:
@@ -81,7 +81,7 @@ def export(
 
 
 def _split_of(facts: Mapping[str, Any], bank: WeightBank) -> dict[str, Any]:
-    """The `split` of a JSON, where it has one, of what the bank holds and no more."""
+    """Return the `split` of a JSON, if it has one, reduced to the stages and levels that the bank holds."""
     if "split" not in facts:
         return {}
     places = {f"stage{stage}.level{level}" for stage, level in bank}
@@ -90,7 +90,7 @@ def _split_of(facts: Mapping[str, Any], bank: WeightBank) -> dict[str, Any]:
 
 
 def _check_place(out: Path, base: Path | None, overwrite: bool) -> None:
-    """Refuses to write over anything but an earlier export, and into the base model that is copied."""
+    """Raise if `out` holds anything but an earlier export, or lies in the base model that is copied."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         ours = {path.name for path in out.iterdir()} <= FILES and (out / CARD).is_file() if out.is_dir() else False
         if not (overwrite and ours):
@@ -102,7 +102,7 @@ def _check_place(out: Path, base: Path | None, overwrite: bool) -> None:
 
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `out` once it is filled; an error leaves `out` as it was."""
+    """Yield an empty folder, and put it in place of `out` once it is filled. An error leaves `out` as it was."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".partial-{out.name}-") as scratch:
@@ -110,7 +110,7 @@ def _whole(out: Path) -> Iterator[Path]:
             new.mkdir()
             yield new
             if out.is_dir():
-                os.replace(out, Path(scratch) / "before")  # goes with the scratch folder, once the new one is in place
+                os.replace(out, Path(scratch) / "before")  # removed with the scratch folder at the end
             try:
                 os.replace(new, out)
             except OSError:

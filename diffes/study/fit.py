@@ -1,4 +1,4 @@
-"""A fit without a search: coefficients for a plan that is known, on another guidance, prompts or model."""
+"""Fit without a search: coefficients for a known plan, at another guidance, or with other prompts or another model."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ AS_GIVEN = "as given"  # kind of the plan before it was fitted
 
 @dataclass(frozen=True)
 class Fit:
-    """A plan that was fitted, and what that changed on held-out probes.
+    """Fitted plan, and its quality on held-out probes before and after the fit.
 
     Args:
-        plan: with its coefficients; `diffes.apply` takes it where all its calls are dense, or the folder that was
-            written.
-        before: what was measured of the plan as it was given: `latent_mse`, `latent_interval`, `image_mse`, `ssim` and
-            more (see `diffes.measure.quality.Quality`). Of timesteps without coefficients, by DPM-Solver++ 2M.
-        after: the same of the fitted plan.
+        plan: the plan with its coefficients. `diffes.apply` takes it if all its calls are dense, else the folder that
+            was written.
+        before: quality of the plan as it was given: `latent_mse`, `latent_interval`, `image_mse`, `ssim` and more (see
+            `diffes.measure.quality.Quality`). Timesteps without coefficients are sampled by DPM-Solver++ 2M.
+        after: quality of the fitted plan.
     """
 
     plan: Plan
@@ -67,26 +67,25 @@ def fit(
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Fit:
-    """Fit the coefficients of a plan to the dense model at many steps, without any search.
+    """Fit the coefficients of a plan to the dense model at many steps, without a search.
 
-    It takes the denoiser calls of two references (of the fit and of the report) and a few runs of the plan.
+    The fit costs the denoiser calls of two references (for the fit and for the report) and of a few runs of the plan.
 
     Args:
-        pipe: the pipeline, with its LoRAs, as it will be used; no run is applied to it.
-        plan: the folder of a run, of a front or of an export, of which the timesteps and levels of one plan are taken;
-            or a plan; or the timesteps of dense calls, falling.
-        calls: of a folder, what the plan may cost, in dense calls; the best within is taken.
+        pipe: the pipeline as it will be used, with its LoRAs, but with no run applied.
+        plan: the folder of a run, a front or an export, which gives the timesteps and levels of one plan; or a plan; or
+            the timesteps of dense calls, falling.
+        calls: for a folder, the most that the plan may cost, in dense calls; the best such plan is taken.
         guidance: classifier-free guidance scale that the plan will be used at, or the two ends of a range, over which
-            the probes are spread; of a folder its own when left out, else 1.
-        prompts: of text-to-image models, a JSON file of prompts `search` and `heldout`; the model's own when left out.
+            the probes are spread. When left out: that of the folder, else 1.
+        prompts: for text-to-image models, a JSON file of prompts `search` and `heldout`; the model's own when left out.
         solver: a name of `diffes.solvers.SOLVERS` whose coefficients are fitted, with options after a colon.
-        probes: images that are fitted on.
-        heldout: images of the report.
-        seed: of the probes.
-        reference_steps: of the dense model.
-        out: a new folder that `diffes.apply`, `diffes sample` and `diffes export` take; nothing is written when left
-            out.
-        progress: told of the long parts; bars when left out.
+        probes: number of images for the fit.
+        heldout: number of images for the report.
+        seed: seed of the probes.
+        reference_steps: number of steps of the dense model.
+        out: a new folder, for `diffes.apply`, `diffes sample` and `diffes export`; nothing is written when left out.
+        progress: progress display; bars when left out.
 
     Raises:
         DiffesError: the plan or the folder is damaged or for another model, its levels are pruned and the model has
@@ -147,14 +146,14 @@ def fit(
 
 
 def fit_run(run: Path, out: Path, *, model: str | None = None, device: str = "auto", **options: Any) -> Fit:
-    """Fit a plan of a folder on its own model or another one, and write the folder of what was found (see `fit`).
+    """Fit a plan of a folder, on its own model or another one, and write the result to a folder (see `fit`).
 
     Args:
         run: folder of a front or of an export.
         out: folder to write.
-        model: a shipped name, a folder or a hub id in place of the run's own.
+        model: a shipped name, a folder or a hub id, in place of the run's own.
         device: where to run.
-        options: of `fit`.
+        options: further arguments of `fit`.
     """
     import torch
 
@@ -166,13 +165,13 @@ def fit_run(run: Path, out: Path, *, model: str | None = None, device: str = "au
 
 
 def _dense(adapter: ModelAdapter, timesteps: Sequence[int]) -> Plan:
-    """A plan of dense calls, stepped by DPM-Solver++ 2M as long as it is not fitted."""
+    """Build a plan of dense calls, stepped by DPM-Solver++ 2M until it is fitted."""
     calls = tuple((int(t), 0) for t in timesteps)
     return Plan(Stages.equal(1, adapter.n_timesteps), calls, adapter.max_level("width"), "dpmsolver++")
 
 
 def _bank_of(home: Path, facts: dict[str, Any], plan: Plan, adapter: ModelAdapter) -> WeightBank:
-    """The weights that a plan needs; where it prunes, they have to be of this very model."""
+    """Read the weights that a plan needs. If it has levels other than dense, check that they are of this very model."""
     bank, header = WeightBank.open(home / BANK, adapter.dtype)
     needed = bank.for_schedule(plan)
     if any(plan.levels):
@@ -183,7 +182,7 @@ def _bank_of(home: Path, facts: dict[str, Any], plan: Plan, adapter: ModelAdapte
 
 
 def _bench(adapter: ModelAdapter, router: Router, plan: Plan, guidance: Guidance, heldout: int, seed: int) -> Workbench:
-    """A workbench that measures and is not calibrated."""
+    """Build a workbench that measures, but is not calibrated."""
     stages, top = plan.stages, plan.max_level
     dtype = str(adapter.dtype).removeprefix("torch.")
     home = Path(adapter.pipe.config.get("_name_or_path") or type(adapter.pipe).__name__)
@@ -198,7 +197,7 @@ def _bench(adapter: ModelAdapter, router: Router, plan: Plan, guidance: Guidance
 
 
 def _named(facts: dict[str, Any], plan: Plan) -> tuple[str, float, float]:
-    """Kind, budget and cost of a plan: those of its folder."""
+    """Return kind, budget and cost of a plan: those of its folder, or those of dense calls if it has none."""
     if not facts:
         return "dense-fitted", float(len(plan.calls)), float(len(plan.calls))
     (point,) = facts["points"]
@@ -213,7 +212,7 @@ def _write(
     bank: WeightBank,
     both: Sequence[Finalist],
 ) -> None:
-    """The folder of a front of two plans: as it was given, and fitted."""
+    """Write the folder of a front of two plans: the one that was given, and the fitted one."""
     bench = plans.bench
     for row, ms in zip(rows, bench.milliseconds([each.plan for each in both], bench.config.probes), strict=True):
         row["ms"] = ms
@@ -226,5 +225,5 @@ def _write(
     files.write_safely(out / BANK, lambda partial: bank.save(partial, header))
     figure = charts.fronts(rows, data["currency"], data["timing"])
     files.write_safely(out / folder.FRONT, functools.partial(plots.save, figure))
-    files.write_json(out / files.CONFIG, folder.config_record(bench.config))  # of this machine, as of any run
+    files.write_json(out / files.CONFIG, folder.config_record(bench.config))  # as for any run, with the versions here
     write_front(out, data | {"points": rows})

@@ -1,4 +1,4 @@
-"""The run folder: which files it has, when a run may go into it, and what its settings are."""
+"""Run folder: its files, its settings, and the checks before a run may use it."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from diffes.study.lock import clear_leftovers, is_unused
 
 JOURNAL, REPORT, COSTS, LOGBOOK = "study.journal", "report.json", "costs.json", "logbook.csv"
 FIGURES = ("schedule.png", "split.png", "convergence.png", "images.png")
-FRONT = "front.png"  # of strategies that search one, and of `diffes front`
-JOURNALS = "journals"  # of `diffes front`
-CALIBRATION = "calibration"  # stages that are done, until the run is
-FRONT_FILES = (FRONT, PLANS, "table.npz", "plans.png")  # the table is of older versions
-LONGEST = 40  # characters of the longest name within a run folder, and more
-LIMITS = ("max_evals", "max_calls", "time_limit")  # of a search: raised, it goes on from what is there
+FRONT = "front.png"  # from strategies that search a front, and from `diffes front`
+JOURNALS = "journals"  # from `diffes front`
+CALIBRATION = "calibration"  # finished stages, until the run is finished
+FRONT_FILES = (FRONT, PLANS, "table.npz", "plans.png")  # older versions wrote the table
+LONGEST = 40  # at least the length of the longest file name in a run folder
+LIMITS = ("max_evals", "max_calls", "time_limit")  # limits of a search, which continues when they are raised
 FILES = (CONFIG, JOURNAL, COSTS, LOGBOOK, SCHEDULE, BANK, *FIGURES, REPORT)
 
 _TYPES: dict[str, Any] = {name: (hint | None, None) for name, hint in get_type_hints(RunConfig).items()}
 _TYPES["guidance"] = (float | list[float] | None, None)
-Settings = create_model("Settings", __base__=Form, **_TYPES)  # of a `config.json`; older ones have fewer
+Settings = create_model("Settings", __base__=Form, **_TYPES)  # settings in `config.json`; older files have fewer
 
 
 def config_record(config: RunConfig, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Settings, with those of a front, and the versions they ran with."""
+    """Return the settings, with those of a front (`extra`), and the versions of the libraries."""
     packages = ("diffes", "torch", "diffusers", "deap", "optuna", "pyiqa", "numpy", "safetensors")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     return {"settings": {**config.to_json(), **(extra or {})}, "versions": versions}
@@ -54,17 +54,18 @@ def open_run(
     extra: Mapping[str, Any] | None = None,
     finished: str = REPORT,
 ) -> bool:
-    """Checks that a run may go into `folder`, before any work is done and without touching what is there.
+    """Check that a run may use `folder`, before any work is done and without changing its content.
 
     Args:
-        folder: where to.
+        folder: the folder.
         config: the settings.
-        overwrite: whether what is there may be replaced.
+        overwrite: whether its content may be replaced.
         extra: settings of a front.
         finished: the file that only a finished run has.
 
     Returns:
-        True when a run of the same settings is there to go on with: an unfinished one, or any whose limits are raised.
+        True if the folder holds a run of the same settings that can continue: an unfinished one, or any whose limits
+        are raised.
 
     Raises:
         DiffesError: the folder cannot be written to, or holds something else, a finished run, or an unfinished one of
@@ -98,7 +99,7 @@ def open_run(
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether `config.json` is one of ours: models have files of that name too."""
+    """Check whether `config.json` was written by diffes: models have files of that name too."""
     try:
         record = read_json(folder / CONFIG, ConfigFile)
     except DiffesError:
@@ -133,7 +134,7 @@ def _check_same_run(folder: Path, now: Mapping[str, Any], finished: str) -> bool
 
 
 def _above(limit: float | None, other: float | None) -> bool:
-    """Whether a limit allows more than another; None is no limit."""
+    """Check whether a limit allows more than another; None is no limit."""
     return other is not None and (limit is None or limit > other)
 
 
@@ -145,12 +146,13 @@ def begin_run(
     extra: Mapping[str, Any] | None = None,
     finished: str = REPORT,
 ) -> Path:
-    """Clears the files of an earlier run, unless it is gone on with, and writes `config.json`.
+    """Remove the files of an earlier run, unless it continues, and write `config.json`.
 
-    What says that a run is finished goes first, `config.json` last: a folder is a run at any moment.
+    The file that marks a finished run is removed first, and `config.json` is replaced last, so that the folder is a
+    valid run at any moment.
 
     Returns:
-        The folder of its calibration, which may have to be made.
+        The folder of its calibration, which may not exist yet.
     """
     folder.mkdir(exist_ok=True)
     clear_leftovers(folder)
@@ -166,20 +168,20 @@ def begin_run(
 
 
 def end_run(folder: Path) -> None:
-    """Removes what only an unfinished run needs: of its calibration, a finished one has what it found."""
+    """Remove the calibration, which only an unfinished run needs."""
     shutil.rmtree(folder / CALIBRATION, ignore_errors=True)
 
 
 def write_costs(folder: Path, cost: str, costs: Table) -> None:
-    """`costs.json`: what a budget counts, by its name, and how much of it a call in each stage at each level is."""
+    """Write `costs.json`: the name of the currency, and the cost (S, H + 1) of a call in each stage at each level."""
     write_sealed(folder / COSTS, {"cost": cost, "costs": costs})
 
 
 def known_costs(folder: Path) -> Table | None:
-    """The costs that an earlier process measured, None where there are none.
+    """Read the costs that an earlier process measured; None if there are none.
 
     Raises:
-        DiffesError: they are damaged, or were altered after they were written.
+        DiffesError: the file is damaged, or was altered after it was written.
     """
     if not (folder / COSTS).exists():
         return None
@@ -191,7 +193,7 @@ def known_costs(folder: Path) -> Table | None:
 
 
 def write_logbook(folder: Path, logbook: tools.Logbook) -> None:
-    """`logbook.csv`: a line a generation."""
+    """Write `logbook.csv`, with a line for each generation."""
 
     def write(path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:

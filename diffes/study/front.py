@@ -1,4 +1,4 @@
-"""Plans at many budgets from one calibration: `diffes front`, and the folder that it leaves."""
+"""Plans at many budgets from one calibration: `diffes front`, and the folder that it writes."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ from diffes.study.workbench import prepare
 from diffes.study.workers import pool_of
 
 KINDS = ("dense", "off-the-shelf", "dense-planned", "dense-fitted", "levels", "joint")
-WITHOUT = {  # kinds that a search could do without, and begins with
+WITHOUT = {  # by kind of a search, the simpler kinds that it begins with and must not fall behind
     "dense-planned": ("dense",), "dense-fitted": ("dense", "dense-planned"), "levels": (),
     "joint": ("dense-planned", "dense-fitted"),
 }  # fmt: skip
-SLOWER = 0.95  # of the time of another plan: less than that is no noise
-IMAGES = 6  # of the picture that shows all kinds
+SLOWER = 0.95  # share of the time of another plan; anything below is not noise
+IMAGES = 6  # per row of the picture that shows all kinds
 PAPERS = "evolution"  # the strategy of "levels"
 
 
 @dataclass(frozen=True)
 class Point:
-    """A plan of a front.
+    """Plan of a front.
 
     Args:
         kind: "dense", evenly spaced dense calls by DPM-Solver++ 2M, the best of four spacings; "off-the-shelf", the
             same by the best of diffusers' multistep solvers; "dense-planned", 2M at timesteps that were searched for
-            it; "dense-fitted", dense calls searched with the solver fitted inside; "levels", the paper's search, a
-            level for each stage at evenly spaced timesteps, by 2M; "joint", timesteps and levels.
-        budget: in dense calls.
+            it; "dense-fitted", dense calls searched with the solver fitted in each evaluation; "levels", the paper's
+            search, a level for each stage at evenly spaced timesteps, by 2M; "joint", timesteps and levels.
+        budget: budget in dense calls.
         final: the plan, and its fitness on the probes of the final fit.
-        calls_spent: denoiser calls, in rows, of the search and the final fit that led to it, references excluded.
-        found: what its search measured.
+        calls_spent: denoiser calls, in rows, of its search and final fit, without those of the references.
+        found: result of its search.
     """
 
     kind: str
@@ -67,7 +67,7 @@ class Point:
 
     @property
     def plan(self) -> Plan:
-        """What is called, and how it steps."""
+        """Plan of the point: its calls and its solver."""
         return self.final.plan
 
 
@@ -85,33 +85,33 @@ def complete_front(
     on_evaluation: OnEvaluation | None = None,
     workers: WorkerOptions = ALONE,
 ) -> dict[str, Any]:
-    """Calibrates, searches every budget, fits what was found again, and writes the folder.
+    """Calibrate, search every budget, fit the plans found once more, and write the folder.
 
-    An unfinished one is gone on with, and a finished one whose limits are raised.
+    An unfinished front continues, and so does a finished one whose limits are raised.
 
     Args:
         config: the settings; its budget is not used, its cost is the currency.
-        budgets: in dense calls, each at least 1.
+        budgets: budgets in dense calls, each at least 1.
         out: the folder.
-        progress: told of the long parts.
+        progress: progress display.
         genes: "joint", all kinds of `Point`; "steps", those of dense calls.
-        solver: of "dense-fitted" and "joint"; one that is not fitted leaves "dense-fitted" out.
-        nodes: candidate timesteps.
-        fit_probes: probes of the final fit, which no search sees; 48 when left out.
+        solver: solver of "dense-fitted" and "joint"; a solver that is not fitted leaves "dense-fitted" out.
+        nodes: number of candidate timesteps.
+        fit_probes: number of probes of the final fit, which no search sees; 48 when left out.
         overwrite: replace what is there.
         on_evaluation: called with each evaluation of each search, those of earlier commands included.
-        workers: who measures.
+        workers: worker settings.
 
     Returns:
-        What `front.json` holds: what was calibrated and how, the reference, and `points`, a row for each plan. Of its
-        calls, in the order of sampling, a row states `timesteps` (training timesteps), `sigmas` (noise over signal
-        there, as diffusers' schedulers count it, without the 0 that it ends at), `levels` (0 is dense) and
-        `coefficients` (of the latents, then of the clean predictions, newest first); `cost` and `budget` are in dense
-        calls of the currency, `ms` is the time of a run; `fit_mean` is the fitness on the probes of the final fit, by
-        which plans are ranked, and all else is measured on held-out probes.
+        The content of `front.json`: facts about the calibration, the reference, and `points`, a row for each plan. For
+        its calls, in the order of sampling, a row has `timesteps` (training timesteps), `sigmas` (noise over signal
+        there, as diffusers' schedulers count it, without the final 0), `levels` (0 is dense) and `coefficients` (of the
+        latents, then of the clean predictions, newest first). `cost` and `budget` are in dense calls of the currency,
+        and `ms` is the time of a run. `fit_mean` is the fitness on the probes of the final fit, by which plans are
+        ranked; all else is measured on held-out probes.
 
     Raises:
-        DiffesError: bad settings, or `out` cannot be used; what is there is then untouched.
+        DiffesError: bad settings, or `out` cannot be used; its content is then untouched.
     """
     if not budgets or not 1 <= min(budgets) <= max(budgets) < math.inf:
         raise DiffesError(
@@ -141,11 +141,11 @@ def _front_in(
     on_evaluation: OnEvaluation | None,
     workers: WorkerOptions,
 ) -> dict[str, Any]:
-    """The front, in a folder that this process holds; `extra` are its settings beside those of every run."""
+    """Make the front in a folder that this process holds. `extra` are its settings beside those of every run."""
     genes: Genes = extra["genes"]
     resumes = folder.open_run(out, config, overwrite=overwrite, extra=extra, finished=FRONT)
     costs = folder.known_costs(out) if resumes else None
-    settings = replace(config, budget=0.0 if config.cost == "level" else 1.0)  # of schedules, which are not searched
+    settings = replace(config, budget=0.0 if config.cost == "level" else 1.0)  # for schedules, not searched here
 
     @functools.cache
     def begin() -> Path:
@@ -181,7 +181,7 @@ def _front_in(
 
 
 def make_references(plans: Plans, progress: Progress) -> None:
-    """Samples the dense reference on the probes of the search, of the final fit and of the report, with a bar."""
+    """Sample the dense reference on the probes of the search, of the final fit and of the report, with a bar."""
     config = plans.bench.config
     sizes = {"searched": config.probes, "refitted": plans.fit_probes, "heldout": config.heldout}
     if isinstance(config.guidance, tuple):
@@ -201,20 +201,21 @@ def searched(
     on_evaluation: OnEvaluation | None = None,
     kinds: Sequence[str] = KINDS,
 ) -> list[Point]:
-    """A point of each kind at one budget; on the probes of the final fit, none is worse than those it could do without.
+    """Search a point of each kind at one budget.
 
-    Each search begins with what those before it found, and its best few plans are fitted and compared on probes that it
-    has not seen. Searches of dense calls have as many evaluations as the settings say, and those of "levels" and
-    "joint" no more denoiser calls than that of "dense-fitted" took.
+    Each search begins with the plans of simpler kinds (`WITHOUT`), and its best few plans are fitted and compared on
+    probes that it has not seen. On these, no point is worse than those of the simpler kinds. Searches of dense calls
+    have as many evaluations as the settings say. Those of "levels" and "joint" spend at most the denoiser calls that
+    the search of "dense-fitted" took.
 
     Args:
         plans: the workbench, solver and nodes.
-        budget: in dense calls.
+        budget: budget in dense calls.
         genes: "joint" for all kinds, "steps" for dense ones only.
-        progress: told of every evaluation; bars when left out.
-        journals: folder that keeps evaluations; those that it has are not paid for again.
+        progress: progress display; bars when left out.
+        journals: folder that keeps evaluations; stored ones are not paid for again.
         on_evaluation: called with each evaluation of each search.
-        kinds: those wanted, in the order of `KINDS`.
+        kinds: the kinds wanted, in the order of `KINDS`.
     """
     points: dict[str, Point] = {}
     left_out = {"levels", "joint"} if genes == "steps" else set[str]()
@@ -235,7 +236,7 @@ def searched(
 
 
 class Unaffordable(Exception):
-    """No schedule of levels is as cheap as the budget, however few of its steps are dense."""
+    """Error: even the cheapest schedule of levels exceeds the budget."""
 
 
 def _found(
@@ -247,7 +248,7 @@ def _found(
     journals: Path | None,
     on_evaluation: OnEvaluation | None,
 ) -> tuple[Finalist, SearchResult]:
-    """What a search finds, and the best of its finalists and of the points that it could do without."""
+    """Search plans of a kind. Return the best of its finalists and of the simpler kinds, and the search result."""
     genes: Genes = "levels" if kind == "levels" else "joint" if kind == "joint" else "steps"
     solver = SOLVER if kind in ("dense-planned", "levels") else plans.solver
     known = [points[name].final for name in WITHOUT[kind] if name in points]
@@ -278,7 +279,7 @@ def _found(
 
 
 def _write_bank(plans: Plans, made: Sequence[Plan], out: Path) -> dict[str, Any]:
-    """One bank for all plans of the front; returns how its levels are shared out over the layers."""
+    """Write one bank for all plans of the front. Return how its levels are shared out over the layers."""
     adapter = plans.bench.adapter
     bank = plans.bench.router.bank.for_schedule(*made)
     split = split_of(bank, adapter.prunable(bank.kind))
@@ -294,7 +295,7 @@ def _made_for(plans: Plans) -> dict[str, Any]:
 
 
 def facts_of(plans: Plans) -> dict[str, Any]:
-    """Return what `front.json` says beside its points: what was calibrated and how, and the reference."""
+    """Return the content of `front.json` without its points: facts about the calibration, and the reference."""
     config, process = plans.bench.config, plans.heldout.process
     return {
         **_made_for(plans),
@@ -324,11 +325,11 @@ def row_of(
 
     Args:
         plans: the workbench and its held-out probes.
-        kind: of the plan (see `Point`).
-        budget: in dense calls.
+        kind: kind of the plan (see `Point`).
+        budget: budget in dense calls.
         final: the plan and its fitness on the probes of the final fit.
-        quality: compares with the held-out reference.
-        cost: in dense calls; as the workbench counts it when left out.
+        quality: compares latents with the held-out reference.
+        cost: cost in dense calls; as the workbench counts it when left out.
     """
     heldout, plan = plans.heldout, final.plan
     latents = heldout.latents(plan)
@@ -345,7 +346,7 @@ def row_of(
 
 
 def _at_ends(plans: Plans, plan: Plan) -> dict[str, Any]:
-    """Return the held-out error of a plan at both ends of a range of guidance, where there is one."""
+    """Return the held-out error of a plan at both ends of a range of guidance, if there is a range."""
     ends: list[dict[str, Any]] = [
         {"guidance": guidance, **latent_quality(evaluator.latents(plan), evaluator.final_reference)}
         for guidance, evaluator in plans.ends.items()
@@ -354,7 +355,10 @@ def _at_ends(plans: Plans, plan: Plan) -> dict[str, Any]:
 
 
 def _measured(plans: Plans, points: Sequence[Point]) -> tuple[list[dict[str, Any]], list[Tensor]]:
-    """Rows of `front.json`: every plan on held-out probes, and timed, all taking turns; latents of its first probes."""
+    """Return the rows of `front.json` and the latents of the first probes of each plan.
+
+    Every plan is measured on held-out probes and timed, all taking turns.
+    """
     bench = plans.bench
     quality = Quality(bench.adapter, plans.heldout.final_reference)
     rows, pictures = [], []
@@ -369,7 +373,7 @@ def _measured(plans: Plans, points: Sequence[Point]) -> tuple[list[dict[str, Any
 
 
 def _shown(plans: Plans, points: Sequence[Point], pictures: Sequence[Tensor]) -> dict[str, Figure]:
-    """Images of held-out probes and the searches, at the budget in the middle."""
+    """Draw images of held-out probes, and the searches, at the middle budget."""
     budgets = sorted({point.budget for point in points})
     shown = budgets[(len(budgets) - 1) // 2]
     adapter, heldout = plans.bench.adapter, plans.heldout
@@ -386,15 +390,15 @@ def _shown(plans: Plans, points: Sequence[Point], pictures: Sequence[Tensor]) ->
 
 
 def _priced(plans: Plans, point: Point) -> str:
-    """What a plan costs, in words: its calls, and where they are not all dense, what they come to."""
+    """Return the cost of a plan in words: the number of its calls, and their cost unless all are dense."""
     n = len(point.plan.calls)
     return f"{n} calls" if not any(point.plan.levels) else f"{n} calls at the\ncost of {plans.cost(point.plan):.3g}"
 
 
 def verdicts(data: Mapping[str, Any]) -> list[str]:
-    """What each budget shows, in plain sentences.
+    """Return a sentence for each budget that compares its plans.
 
-    Which plan is ahead is decided on the probes of the final fit, and how far it is ahead is said of held-out probes.
+    Plans were chosen on the probes of the final fit; differences in error are those on held-out probes.
     """
     lines, pruned = [], "pruned or reusing calls" if "reuse" in data["kind"] else "pruned calls"
     points = [point for point in data["points"] if point["latent_mse"] is not None]
@@ -427,7 +431,7 @@ def verdicts(data: Mapping[str, Any]) -> list[str]:
 
 
 def _added(joint: Mapping[str, Any], dense: Mapping[str, Any], pruned: str) -> str:
-    """What pruned calls add to a plan of dense ones."""
+    """Return in words what pruned calls add to a plan of dense calls."""
     if not any(joint["levels"]):
         return f"{pruned} add nothing, the best plan found is dense"
     gain = float(_over(dense, joint))
@@ -442,15 +446,14 @@ def _over(rival: Mapping[str, Any], point: Mapping[str, Any]) -> str:
 
 
 def _fastest(points: Sequence[Mapping[str, Any]], bar: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Of the points that are at least as fit as one, the one that takes the least time; None where that is no
-    less than what it takes itself."""
+    """Return the fastest of the points that are at least as fit as `bar`; None unless it saves over 5 % of the time."""
     good = [point for point in points if (rank := ranked(point)) is not None and rank >= (ranked(bar) or 0.0)]
     found = min(good, key=lambda point: point["ms"])
     return found if found["ms"] < SLOWER * bar["ms"] else None
 
 
 def rows_of(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Table of a front: a line for each plan, by budget."""
+    """Return the table of a front: a row for each plan, by budget."""
     return [
         (
             f"{point['budget']:g}", point["kind"], f"{point['cost']:.2f}", str(point["n_calls"]),
@@ -463,7 +466,7 @@ def rows_of(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _with(point: Mapping[str, Any], name: str, digits: int, spread: Any) -> str:
-    """A number, with its standard error or its interval, whose ends have a digit less."""
+    """Format a number with its standard error or its interval, whose ends have one digit less."""
     if (value := point.get(name)) is None:
         return "failed" if point["heldout_mean"] is None else "-"
     if isinstance(spread, list):

@@ -1,4 +1,4 @@
-"""Many searches side by side: any settings varied, over seeds, each cell measured on held-out probes."""
+"""Grids of searches: any settings are varied, over seeds, and each cell is measured on held-out probes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from diffes.study.lock import held
 from diffes.study.record import RunRecord
 
 CALLS_OF = {"probes", "steps", "guidance"}  # settings on which the calls of an evaluation depend
-UNSEEN = {"seed", "storage", "study", "device", "bank_memory"}  # settings that no table needs to tell apart
+UNSEEN = {"seed", "storage", "study", "device", "bank_memory"}  # settings that get no column in a table
 
 
 def parse_variations(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """What `diffes ablate` is to vary.
+    """Parse the settings that `diffes ablate` varies.
 
     Args:
-        texts: `option=value,value,...`; an option may come again. A value with options of its own, which has a colon
-            in it, is taken whole: `method=obs:damping=0.1,weighting=log`.
+        texts: `option=value,value,...`; an option may come again. A value with a colon has options of its own and is
+            not split at commas: `method=obs:damping=0.1,weighting=log`.
 
     Returns:
         Values by the name of the setting, in the order given.
@@ -71,9 +71,10 @@ def _convert(name: str, text: str, hint: Any) -> Any:
 
 
 def grid(base: RunConfig, varied: Mapping[str, Sequence[Any]], seeds: int) -> list[RunConfig]:
-    """Every combination of the values varied, times seeds from `base.seed` on; those of one calibrated model together.
+    """Return every combination of the varied values, times seeds from `base.seed` on, grouped by calibrated model.
 
-    Where combinations differ in what an evaluation costs, all may spend the denoiser calls of `base`.
+    If combinations may differ in the cost of an evaluation, and no limit is varied, all may spend the denoiser calls
+    of `base`.
 
     Raises:
         DiffesError: a value is out of its range, or there are no seeds or values.
@@ -104,15 +105,15 @@ def run_experiment(
     progress: Progress,
     workers: WorkerOptions = ALONE,
 ) -> Comparison:
-    """Runs the cells of a grid and writes what is found into `out`, with what earlier commands found there.
+    """Run the cells of a grid, and write all results in `out`, those of earlier commands included.
 
-    A cell that fails is noted, and tried again by the next command; the others go on. Where costs of what is compared
-    differ by more than 0.5 %, the searches are made again at a budget above, so that values at the budget itself lie
-    between two measured ones; each search may spend the same denoiser calls.
+    A cell that fails is noted, and the next command tries it again; the others go on. If the compared costs differ by
+    more than 0.5 %, the searches are repeated at a higher budget, so that values at the budget itself lie between two
+    measured ones. Each search may spend the same number of denoiser calls.
 
     Raises:
-        DiffesError: as `grid` and `run_cells`, or all cells failed.
-        OSError: as `run_cells`.
+        DiffesError: see `grid` and `run_cells`; or all cells failed.
+        OSError: see `run_cells`.
     """
     cells = grid(base, varied, seeds)
     with held(out):
@@ -137,7 +138,7 @@ def _comparison(
     done: Mapping[str, RunRecord],
     failed: Sequence[Failure],
 ) -> Comparison:
-    """What was found, the cells of this command first, by all settings in which any two of them differ."""
+    """Build the comparison, the cells of this command first, by all settings in which any two cells differ."""
     keys = dict.fromkeys([*(key_of(cell.to_json()) for cell in cells), *done])
     records = [done[key] for key in keys if key in done]
     settings = [*(record.settings for record in records), *(each.settings for each in failed)]
@@ -149,24 +150,24 @@ def _comparison(
 def run_cells(
     cells: Sequence[RunConfig], out: Path, progress: Progress, *, equal_calls: bool = True
 ) -> list[RunRecord]:
-    """Runs the cells that are not in `out` yet, one after the other; what is finished is safe.
+    """Run the cells that are not in `out` yet, one after the other. Each is saved when it is finished.
 
-    A cell that was interrupted goes on from its own journal. One that fails does not stop the others.
+    An interrupted cell continues from its own journal. A cell that fails does not stop the others.
 
     Args:
-        cells: settings; those of one calibrated model should follow each other.
+        cells: settings of each cell; cells of one calibrated model should follow each other.
         out: folder of the results.
-        progress: shows the cell within all of them, and the search within the cell.
-        equal_calls: every cell may spend the denoiser calls of `calls_of`, however many schedules those measure; else
-            it stops at its own `max_evals` or `max_calls`.
+        progress: progress display of the cells, and of the search within a cell.
+        equal_calls: every cell may spend the denoiser calls of `calls_of`, however many schedules they measure; else it
+            stops at its own `max_evals` or `max_calls`.
 
     Returns:
         A record for each cell, in their order.
 
     Raises:
-        DiffesError: a setting is unusable, or `out` cannot be written, is in use, or holds something else; or, once
-            the others are done, a cell failed.
-        OSError: likewise.
+        DiffesError: a setting is unusable, or `out` cannot be written, is in use, or holds something else; or a cell
+            failed, which is raised after the others are done.
+        OSError: `out` cannot be written.
     """
     with held(out):
         calibrated = cells[0].seed if cells else 0

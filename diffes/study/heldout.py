@@ -1,4 +1,4 @@
-"""Scores on held-out probes, which no search sees: the one place where a candidate is measured for a report."""
+"""Scores on held-out probes, which no search sees. All candidates of a report are measured here."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ HELDOUT_SEED = 1_000_000_007  # of the held-out probes: the same for every run, 
 
 
 class HeldOut:
-    """Measures schedules, or the dense model at a number of steps, each once.
+    """Evaluator on held-out probes of schedules and of the dense model at a number of steps. It measures each once.
 
     Args:
-        bench: whose model, metric and number of held-out probes.
+        bench: workbench with the model, the metric and the number of held-out probes.
     """
 
     def __init__(self, bench: Workbench) -> None:
@@ -31,15 +31,15 @@ class HeldOut:
         self._known: dict[Schedule | int, Candidate] = {}
 
     def serves(self, bench: Workbench) -> bool:
-        """Whether another workbench would measure the same."""
+        """Check whether another workbench has the same model, metric and number of held-out probes."""
         return self._kind == (bench.router, bench.metric, bench.config.heldout)
 
     def __call__(self, candidate: Schedule | int, search: float | None = None) -> Candidate:
-        """What a schedule, or the dense model at a number of steps, is worth.
+        """Measure a schedule, or the dense model at a number of steps.
 
         Args:
             candidate: the schedule, or the number of steps.
-            search: its fitness on a search's own probes, where there is one.
+            search: its fitness on the probes of a search, if there is one.
         """
         if candidate not in self._known:
             self._known[candidate] = self._measure(candidate)
@@ -59,7 +59,7 @@ class HeldOut:
 
 
 def record_of(bench: Workbench, heldout: HeldOut, result: SearchResult) -> RunRecord:
-    """What a search on a workbench found, measured on held-out probes beside its rivals at the same cost."""
+    """Build the record of a search: the schedule found and its rivals at the same cost, on held-out probes."""
     best, uniform = result.best.schedule, bench.uniform()
     return RunRecord(
         **config_record(bench.config),

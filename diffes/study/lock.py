@@ -1,4 +1,4 @@
-"""One process a run folder: a lock that the operating system takes back from an owner that died."""
+"""Lock of a run folder, held by one process at a time. The operating system releases the lock of a dead process."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from filelock import FileLock, Timeout
 from diffes.errors import DiffesError
 
 LOCK = ".lock"
-LEFTOVERS = (".partial-", ".write-test", LOCK)  # starts of names of what a killed process leaves behind
+LEFTOVERS = (".partial-", ".write-test", LOCK)  # name prefixes of files that a killed process leaves behind
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keeps other processes, and other searches of this one, out of a run folder until the block ends.
+    """Keep other processes, and other searches of this process, out of a run folder until the block ends.
 
-    The folder is made where there is none, and taken away again where nothing was put into it. An owner that was
-    killed holds nothing: its lock file stays and is taken over.
+    Create the folder if it is missing; then remove it again if it stays empty. A killed process holds no lock: its lock
+    file stays, and the next process takes it over.
 
     Raises:
-        DiffesError: the folder is in use, and by whom; or it is a file, or cannot be written to.
+        DiffesError: the folder is in use (the message says by whom), is a file, or cannot be written to.
     """
     path, made = folder / LOCK, False
     lock = FileLock(path, timeout=0)
@@ -42,15 +42,15 @@ def held(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise DiffesError(f"cannot write to --out {folder} ({error}); name another folder") from error
     try:
-        with suppress(OSError):  # a full disk is met, and told, by what is written next
+        with suppress(OSError):  # on a full disk the next write fails, with a message
             now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
             path.write_text(f"process {os.getpid()} on {platform.node() or 'this machine'} since {now}", "utf-8")
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: who waits for it looks again
+        path.unlink(missing_ok=True)  # while the lock is held: a waiting process notices and tries again
         lock.release()
         if made:
-            with suppress(OSError):  # there is something in it
+            with suppress(OSError):  # the folder is not empty
                 folder.rmdir()
 
 
@@ -62,12 +62,12 @@ def _holder(path: Path) -> str:
 
 
 def is_unused(folder: Path) -> bool:
-    """Whether nothing is in a folder but what a killed process of ours left behind, or there is no folder."""
+    """Check whether a folder is missing, or holds nothing but files that a killed process of diffes left behind."""
     return not folder.is_dir() or all(path.name.startswith(LEFTOVERS) for path in folder.iterdir())
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Removes what a killed process of ours left behind in a folder that this one holds; its lock stays."""
+    """Remove files that a killed process left behind in a folder that this process holds. Keep the lock file."""
     for path in folder.iterdir():
         if path.is_file() and path.name.startswith(LEFTOVERS) and path.name != LOCK:
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Python that runs a plan in plain torch, for the card of an exported folder."""
+"""Python program that runs a plan in plain torch, for the card of an exported folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GUIDED = "\n    no, yes = out.chunk(2)\n    out = no + {guidance!r} * (yes - no)
 
 
 def rows_of(plan: Plan, sigmas: Sequence[float]) -> Sequence[Sequence[float]]:
-    """Return the coefficients of each call of a plan; of a solver that fits nothing, made from noise over signal."""
+    """Return the coefficients of each call of a plan; without fitted ones, compute them from noise over signal."""
     if plan.coefficients is not None:
         return plan.coefficients
     noises = [Noise((1 + sigma**2) ** -0.5, sigma * (1 + sigma**2) ** -0.5) for sigma in sigmas]
@@ -26,10 +26,10 @@ def plain_loop(plan: Plan, facts: Mapping[str, Any], model: str, name: str, pipe
     """Return a program of at most 25 lines that samples two images of a plan, with its own loop and arithmetic.
 
     Args:
-        plan: whose calls are made.
-        facts: of its `front.json`, whose one point is the plan's.
+        plan: the plan that the program runs.
+        facts: content of its `front.json`, with the plan's point only.
         model: name, path or hub id of the base model.
-        name: of the exported folder.
+        name: name of the exported folder.
         pipeline: class of the base model's pipeline.
     """
     (point,), guidance = facts["points"], facts["guidance"]

@@ -1,4 +1,4 @@
-"""Plans on a calibrated model: their space in dense calls, the search, and the final fit of what it found."""
+"""Plans on a calibrated model: their space in dense calls, their search, and the final fit of the plans found."""
 
 from __future__ import annotations
 
@@ -33,16 +33,24 @@ from diffes.study.workbench import Workbench, shown
 Genes = Literal["levels", "steps", "joint"]
 REFERENCE_STEPS = 200
 FIT_PROBES = 48  # further probes of the search's split, on which the best plans are fitted and compared again
-FIT_SEED = 2_000_000_011  # of these, with the run's own seed added
-FINALISTS = 4  # plans of each search that are
-EVEN_FINALISTS = 2  # and evenly spaced ones
-POWERS, SHIFTS = (1.0, 1.25, 1.5, 2.0), (0.0, 0.25, 0.5, 0.75)  # of spacings that searches begin with
+FIT_SEED = 2_000_000_011  # seed of these probes, before the run's own seed is added
+FINALISTS = 4  # plans of each search that take part in the final fit
+EVEN_FINALISTS = 2  # evenly spaced plans that take part
+POWERS, SHIFTS = (1.0, 1.25, 1.5, 2.0), (0.0, 0.25, 0.5, 0.75)  # spacings that searches begin with
 OFF_THE_SHELF = (SOLVER, "dpmsolver++3m", "unipc:order=2", "unipc:order=3")
 
 
 def call_costs(bench: Workbench, progress: Progress, timed_at: int | None = None) -> Table:
-    """(S, H + 1) cost of a call in each stage at each level: the workbench's, where time is counted with the change of
-    weights before the call, measured on as many images a call as a search has probes where nothing else is said."""
+    """Return the cost (S, H + 1) of a call in each stage at each level.
+
+    Costs other than time are those of the workbench. Time is measured, and includes the change of weights before a
+    call.
+
+    Args:
+        bench: the workbench.
+        progress: progress display.
+        timed_at: images per timed call; as many as a search has probes when left out.
+    """
     if not CURRENCIES.get(bench.config.cost).timed:
         return bench.costs
     probes = bench.adapter.make_probes(timed_at or bench.config.probes, HELDOUT_SEED, "heldout")
@@ -51,11 +59,11 @@ def call_costs(bench: Workbench, progress: Progress, timed_at: int | None = None
 
 @dataclass(frozen=True)
 class Finalist:
-    """A plan that was fitted and measured on the probes of the final fit.
+    """Plan that was fitted and measured on the probes of the final fit.
 
     Args:
-        plan: with its coefficients, where they were fitted.
-        fitness: mean on those probes.
+        plan: the plan, with its coefficients if its solver fits.
+        fitness: mean fitness on these probes.
     """
 
     plan: Plan
@@ -64,17 +72,17 @@ class Finalist:
 
 @dataclass(frozen=True)
 class Plans:
-    """Which timesteps to call, at which levels, and how to step between them, on a workbench.
+    """Plans on a workbench: which timesteps call the denoiser, at which levels, with which solver.
 
     Args:
-        bench: the calibrated model; levels, costs and probes are its own, costs in its currency, which must be
-            one of a call: macs or latency.
-        solver: of the plans: a name of `diffes.solvers.SOLVERS`, with options after a colon.
-        nodes: candidate timesteps, at least 2.
-        reference_steps: of the dense model that all plans are compared with, by DPM-Solver++ 2M.
+        bench: the calibrated model, which gives levels, costs and probes. Its currency must be a cost of single calls:
+            macs or latency.
+        solver: solver of the plans: a name of `diffes.solvers.SOLVERS`, with options after a colon.
+        nodes: number of candidate timesteps, at least 2.
+        reference_steps: steps of the dense model that all plans are compared with, by DPM-Solver++ 2M.
         known_costs: `call_costs` of an earlier process; measured when left out.
-        timed_at: images a call that is timed, where time is the cost; as many as a search has probes when left out.
-        fit_probes: of the final fit.
+        timed_at: images per timed call, if time is the cost; as many as a search has probes when left out.
+        fit_probes: number of probes of the final fit.
     """
 
     bench: Workbench
@@ -97,27 +105,27 @@ class Plans:
 
     @property
     def fits(self) -> bool:
-        """Whether the solver's coefficients are fitted."""
+        """True if the solver's coefficients are fitted."""
         return SOLVERS.parse(self.solver)[0].fits
 
     @cached_property
     def call_costs(self) -> Table:
-        """(S, H + 1) what `call_costs` says, or what was known."""
+        """Cost (S, H + 1) of a call in each stage at each level: `known_costs`, or measured by `call_costs`."""
         return self.known_costs or call_costs(self.bench, RichProgress(), self.timed_at)
 
     @cached_property
     def costs(self) -> list[list[float]]:
-        """(nodes, H + 1) cost of a call at each node, the cleanest first, at each level."""
+        """Cost (nodes, H + 1) of a call at each node, the cleanest first, at each level."""
         stages, table = self.bench.space.stages, self.call_costs
         grid = Stages.equal(self.nodes, self.bench.adapter.n_timesteps)
         return [list(table[stages.stage_of(hi - 1)]) for _, hi in grid.ranges]
 
     def space(self, calls: float | None, genes: Genes = "joint", starts: Sequence[Sequence[int]] = ()) -> PlanSpace:
-        """Plans that cost at most so many dense calls.
+        """Return the space of plans that cost at most so many dense calls.
 
         Args:
-            calls: the budget; None allows all.
-            genes: "steps", where every call is dense, or "joint".
+            calls: the budget in dense calls; None allows all.
+            genes: "steps" (every call is dense) or "joint".
             starts: plans that a search begins with.
 
         Raises:
@@ -132,14 +140,14 @@ class Plans:
     def evaluator(
         self, n_probes: int, seed: int, split: Split = "search", fits: bool = True, guidance: float | None = None
     ) -> PlanEvaluator:
-        """Return what measures plans, on probes of its own, against the dense model at many steps.
+        """Build an evaluator of plans, with its own probes, against the dense model at many steps.
 
         Args:
-            n_probes: drawn for it.
-            seed: of their noise.
-            split: of prompts.
-            fits: whether it can also fit solvers.
-            guidance: of all probes; as the settings say when left out, which may be a range.
+            n_probes: number of probes.
+            seed: seed of their noise.
+            split: split of the prompts.
+            fits: whether the evaluator can also fit solvers.
+            guidance: guidance scale of all probes; as in the settings when left out, which may be a range.
         """
         config, probes = self.bench.config, self.bench.adapter.make_probes(n_probes, seed, split)
         if guidance is None and isinstance(config.guidance, tuple):
@@ -152,73 +160,78 @@ class Plans:
 
     @cached_property
     def searched(self) -> PlanEvaluator:
-        """On the probes of a search."""
+        """Evaluator on the probes of a search."""
         return self.evaluator(self.bench.config.probes, self.bench.config.seed)
 
     @cached_property
     def refitted(self) -> PlanEvaluator:
-        """On the probes of the final fit, which a search does not see."""
+        """Evaluator on the probes of the final fit, which no search sees."""
         return self.evaluator(self.fit_probes, FIT_SEED + self.bench.config.seed)
 
     @cached_property
     def heldout(self) -> PlanEvaluator:
-        """On probes that neither search nor fit sees."""
+        """Evaluator on held-out probes, which neither search nor fit sees."""
         return self.evaluator(self.bench.config.heldout, HELDOUT_SEED, "heldout", fits=False)
 
     @cached_property
     def ends(self) -> dict[float, PlanEvaluator]:
-        """On the held-out probes at each end of a range of guidance; none where there is no range."""
+        """Evaluators on the held-out probes at both ends of a range of guidance; empty if there is no range."""
         guidance, n = self.bench.config.guidance, self.bench.config.heldout
         ends = guidance if isinstance(guidance, tuple) else ()
         return {end: self.evaluator(n, HELDOUT_SEED, "heldout", fits=False, guidance=end) for end in ends}
 
     @property
     def reference_calls(self) -> int:
-        """Denoiser calls, in rows, of the references that search and fit are made on."""
+        """Denoiser calls, in rows, of the references of the search and of the final fit."""
         return self.searched.reference_calls + self.refitted.reference_calls
 
     @property
     def denoiser_calls(self) -> int:
-        """Denoiser calls, in rows, of what is measured beside the searches."""
+        """Denoiser calls, in rows, of measurements outside the searches."""
         return self.searched.denoiser_calls + self.refitted.denoiser_calls
 
     def spaced(self, calls: float) -> list[list[int]]:
-        """Timesteps of as many calls as a budget pays, evenly spaced in each of diffusers' ways."""
+        """Return the timesteps of as many dense calls as a budget pays for, in each of diffusers' even spacings."""
         n = max(int(calls + 1e-9), 1)
         return [spaced(self.bench.adapter.pipe.scheduler, n, name) for name in SPACINGS]
 
     def of_dense(self, timesteps: Sequence[int], solver: str) -> Plan:
-        """The plan of dense calls at some timesteps, the noisiest first."""
+        """Return the plan of dense calls at some timesteps, the noisiest first."""
         space = self.bench.space
         return Plan(space.stages, tuple((t, 0) for t in timesteps), space.max_level, solver)
 
     def even(self, calls: float, solvers: Sequence[str]) -> Finalist:
-        """Of evenly spaced dense calls, by some solvers, the best: of all spacings on the probes of the search, and of
-        the best few on those of the final fit."""
+        """Return the best plan of evenly spaced dense calls by some solvers.
+
+        All spacings are compared on the probes of the search, and the best few on those of the final fit.
+        """
         plans = [self.of_dense(timesteps, solver) for solver in solvers for timesteps in self.spaced(calls)]
         distinct = list(dict.fromkeys(plans))
         distinct.sort(key=lambda plan: -self.searched.measured(plan)[0])
         return self.best(distinct[:EVEN_FINALISTS])
 
     def best(self, plans: Sequence[Plan]) -> Finalist:
-        """The best of some plans on the probes of the final fit; those whose solver fits are fitted there."""
+        """Return the best of some plans on the probes of the final fit. Plans whose solver fits are fitted there."""
         found = [self.finalist(plan) for plan in plans]
         return max(found, key=lambda finalist: finalist.fitness)
 
     def finalist(self, plan: Plan) -> Finalist:
-        """A plan, fitted on the probes of the final fit where its solver fits, and measured on them."""
+        """Measure a plan on the probes of the final fit. Fit it there if its solver fits."""
         fitness, rows = self.refitted.measured(plan)
         return Finalist(plan if rows is None else replace(plan, coefficients=rows), fitness)
 
     def polished(self, final: Finalist) -> Finalist:
-        """A finalist whose coefficients were fitted, after Gauss-Newton on the probes of the final fit."""
+        """Improve the fitted coefficients of a finalist by Gauss-Newton on the probes of the final fit.
+
+        Return it unchanged if it has no coefficients or does not get better.
+        """
         if final.plan.coefficients is None:
             return final
         plan = polished(self.refitted, final.plan)
         return max(final, Finalist(plan, self.refitted.measured(plan)[0]), key=lambda each: each.fitness)
 
     def finalists(self, found: SearchResult, evaluator: PlanEvaluator) -> list[Plan]:
-        """The best few plans of a search, without coefficients, the best first."""
+        """Return the best few plans of a search, without coefficients, the best first."""
         pairs = zip(found.evaluations, found.eligible, strict=True)
         fittest = sorted((e for e, counts in pairs if counts), key=lambda e: -e.fitness)
         return [evaluator.plan(e.schedule) for e in fittest[:FINALISTS]]
@@ -226,9 +239,17 @@ class Plans:
     def starts(
         self, calls: float, genes: Genes = "joint", known: Sequence[Sequence[int]] = ()
     ) -> list[tuple[int, ...]]:
-        """Plans (N,) that a search begins with, feasible and distinct: known ones, then in turn evenly spaced dense
-        calls and evenly spaced calls at one level, or at levels that fall on the way. Of dense calls alone also those
-        spaced by powers of time; where levels are searched too, the known plans stand for them."""
+        """Return the plans (N,) that a search begins with, feasible and distinct.
+
+        Known plans come first. Then evenly spaced dense calls alternate with evenly spaced calls at one level, or at
+        levels that fall along the run. If every call is dense, spacings by powers of time are added; a search of levels
+        takes them from the known plans.
+
+        Args:
+            calls: the budget in dense calls.
+            genes: "steps" (every call is dense) or "joint".
+            known: plans that were found before.
+        """
         space, n, size = self.space(calls, genes), max(int(calls + 1e-9), 1), self.bench.adapter.n_timesteps
         powers = itertools.product(POWERS, SHIFTS) if genes == "steps" else ()
         spacings = [*self.spaced(calls), *(power_spaced(n, size, power, shift) for power, shift in powers)]
@@ -239,7 +260,7 @@ class Plans:
         return [plan for plan in dict.fromkeys(found) if space.is_feasible(plan)]
 
     def nearest(self, plan: Plan) -> tuple[int, ...]:
-        """The genome (N,) whose calls are at the nodes nearest to those of a plan, each node called once."""
+        """Return the genome (N,) whose calls are at the nodes nearest to those of a plan, each node called once."""
         space = self.space(None)
         nodes = np.array([hi - 1 for _, hi in space.stages.ranges])
         levels = [space.skip] * self.nodes
@@ -249,12 +270,14 @@ class Plans:
 
     @cached_property
     def fixed(self) -> PlanEvaluator:
-        """What measures schedules as the paper's: a level for each stage, here at as many evenly spaced timesteps as
-        the workbench has steps, by DPM-Solver++ 2M, on the probes of a search."""
+        """Evaluator of the paper's schedules, a level for each stage, on the probes of a search.
+
+        They call as many evenly spaced timesteps as the workbench has steps, by DPM-Solver++ 2M.
+        """
         return self.searched.by(SOLVER, trailing(self.bench.config.steps, self.bench.adapter.n_timesteps))
 
     def level_space(self, calls: float) -> SearchSpace:
-        """Schedules, a level for each stage at the timesteps of `fixed`, that cost at most so many dense calls.
+        """Return the space of schedules at the timesteps of `fixed` that cost at most so many dense calls.
 
         Raises:
             DiffesError: the highest level in all stages costs more.
@@ -285,18 +308,18 @@ class Plans:
         progress: Progress | None = None,
         on_evaluation: OnEvaluation | None = None,
     ) -> SearchResult:
-        """A search for the best plan within a budget.
+        """Search the best plan within a budget.
 
         Args:
             calls: the budget, in dense calls.
-            genes: "steps", "joint" or "levels"; of the latter the results are schedules, measured by `fixed`.
-            solver: of "steps" and "joint"; the plans' own when left out.
-            starts: plans that it begins with; `self.starts` when left out. Not of "levels".
+            genes: "steps", "joint" or "levels"; results of "levels" are schedules, measured by `fixed`.
+            solver: solver of "steps" and "joint"; the plans' own when left out.
+            starts: plans that the search begins with; `self.starts` when left out. Not used by "levels".
             strategy: spec of a strategy; the workbench's own, with its operators, when left out.
-            max_evals: plans to evaluate; as the workbench's settings say when left out.
-            max_calls: denoiser calls to spend, in rows; likewise.
-            store: keeps the evaluations; what it has is not paid for again.
-            progress: told of every evaluation; bars when left out.
+            max_evals: plans to evaluate; as in the workbench's settings when left out.
+            max_calls: denoiser calls to spend, in rows; as in the workbench's settings when left out.
+            store: keeps the evaluations; stored ones are not paid for again.
+            progress: progress display; bars when left out.
             on_evaluation: called with each evaluation.
 
         Raises:
@@ -321,10 +344,10 @@ class Plans:
 
     @property
     def _unit(self) -> float:
-        """Cost of a dense call, in the unit of `costs`: the mean where it differs by node."""
+        """Cost of a dense call, in the unit of `costs`, averaged over nodes."""
         return float(np.mean([row[0] for row in self.costs]))
 
     def cost(self, plan: Plan) -> float:
-        """Cost of a plan in dense calls, exactly."""
+        """Return the exact cost of a plan in dense calls."""
         stages, costs = self.bench.space.stages, self.call_costs
         return sum(costs[stages.stage_of(timestep)][level] for timestep, level in plan.calls) / self._unit

@@ -1,4 +1,7 @@
-"""Figures in general, and those that are maps: schedules, damage, splits, plans, images. Curves are in `charts`."""
+"""Helpers of all figures, and figures that are maps: schedules, sensitivity, splits, plans, images.
+
+Curves are in `charts`.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,10 @@ from diffes.adapters import AnySet
 from diffes.search.schedule import Schedule, Stages
 
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-LINES = 3  # as many schedules can be told apart as lines; more are rows of a heat map
+LINES = 3  # at most so many schedules are drawn as lines; more become rows of a heat map
 LATER = "timestep (sampling goes from left to right)"
-CALM = 1e-4  # relative differences below are none that an axis should show
-_LOOKS = {  # colour and marker of what is drawn in several figures
+CALM = 1e-4  # relative differences below this are too small for an axis to show
+_LOOKS = {  # colour and marker of names that appear in several figures
     "evolution": ("#0b6e99", "o"), "surrogate": ("#d1603d", "s"), "evopress": ("#6a994e", "^"), "tpe": ("#7d5ba6", "D"),
     "random": ("#c99700", "v"), "uniform": ("#444444", "X"), "nsga2": ("#c2578b", "P"), "cmaes": ("#3fa7a0", "<"),
     "optuna:sampler=GPSampler": ("#8c5a3c", ">"), "mosaic": ("#9aa5b1", "*"), "exhaustive": ("#1b1b8f", "p"),
@@ -41,13 +44,15 @@ _OTHERS = tuple(dict.fromkeys(_LOOKS.values()))
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as a PNG, whatever the ending of the name."""
+    """Write a figure as a PNG, whatever the ending of the name."""
     figure.savefig(path, format="png", dpi=DPI, bbox_inches="tight")
 
 
 def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker by name: strategies and kinds of plans have theirs in every figure, other names what is left,
-    in their order."""
+    """Return colour and marker by name.
+
+    Strategies and kinds of plans look the same in every figure. Other names take the remaining looks, in order.
+    """
     names = list(dict.fromkeys(names))
     known = {name: _LOOKS[name] for name in names if name in _LOOKS}
     left = itertools.cycle([look for look in _OTHERS if look not in known.values()] or _OTHERS)
@@ -55,8 +60,10 @@ def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def limits(values: ArrayLike, below: float = 0.1, above: float = 0.1) -> tuple[float, float]:
-    """Limits of an axis around finite values, with room in shares of their spread; where they hardly differ, 1 % of
-    them around, so that no axis counts in 1e-9."""
+    """Return the limits of an axis around finite values, with margins as shares of their range.
+
+    If the values hardly differ, the margins are 1 % of the largest, so that no axis has ticks of 1e-9.
+    """
     known = np.asarray(values, dtype=float).ravel()
     known = known[np.isfinite(known)]
     if not known.size:
@@ -70,18 +77,19 @@ def limits(values: ArrayLike, below: float = 0.1, above: float = 0.1) -> tuple[f
 
 
 def plain(axes: Axes, which: Literal["x", "y"]) -> None:
-    """Labels of an axis are numbers as they are, without an offset."""
+    """Label an axis with the numbers as they are, without an offset."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_formatter(ScalarFormatter(useOffset=False))
 
 
 def schedules(named: Mapping[str, Schedule | Sequence[Schedule]]) -> Figure:
-    """Sparsity over timesteps in the order of sampling, noise on the left: lines for up to three names, else a heat map
-    with a row for each.
+    """Draw sparsity over timesteps in the order of sampling, noise on the left.
+
+    Up to three names are lines; more are the rows of a heat map.
 
     Args:
-        named: a schedule by name, or those of several seeds, of the same stages: their mean is drawn, and their
-            standard deviation beside it, in the heat map in a panel of its own.
+        named: by name, a schedule, or the schedules of several seeds with the same stages. Of several, the mean and the
+            standard deviation are drawn, the latter as a band around a line or in a second heat map.
     """
     runs = {name: [each] if isinstance(each, Schedule) else list(each) for name, each in named.items()}
     with matplotlib.rc_context(STYLE):
@@ -91,7 +99,7 @@ def schedules(named: Mapping[str, Schedule | Sequence[Schedule]]) -> Figure:
 def _lines(runs: Mapping[str, Sequence[Schedule]]) -> Figure:
     figure = Figure(figsize=(7, 3))
     axes: Axes = figure.subplots()
-    shapes = zip((4.5, 2.8, 1.5), ("-", "--", ":"), strict=True)  # so that lines on each other all show
+    shapes = zip((4.5, 2.8, 1.5), ("-", "--", ":"), strict=True)  # so that lines on top of each other all show
     for (name, (colour, _)), (width, line) in zip(looks(runs).items(), shapes, strict=False):
         edges, mean, spread = _sparsity(runs[name])
         many = f", mean of {len(runs[name])} seeds" if len(runs[name]) > 1 else ""
@@ -128,20 +136,22 @@ def _rows(runs: Mapping[str, Sequence[Schedule]]) -> Figure:
 
 
 def _sparsity(runs: Sequence[Schedule]) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """Edges (S + 1,) of the stages, and mean and standard deviation (S,) of the sparsity over the schedules."""
+    """Return the edges (S + 1,) of the stages, and mean and standard deviation (S,) of sparsity over schedules."""
     ranges = runs[0].stages.ranges
     values = np.array([np.array(each.levels) / each.max_level for each in runs])
     return [lo for lo, _ in ranges] + [ranges[-1][1]], values.mean(0), values.std(0, ddof=min(1, len(runs) - 1))
 
 
 def damage(table: Sequence[Sequence[float]], stages: Stages, metric: str) -> Figure:
-    """Heat map of what each level of each stage costs on its own, on a logarithmic scale, noise on the left.
+    """Draw a heat map of the sensitivity: the fitness that each level of each stage costs on its own.
+
+    The scale is logarithmic, and noise is on the left.
 
     Args:
         table: (S, H + 1) fitness of the dense model less that with one stage at one level; NaN in stages that no step
             of the sampler falls into. The first column, the dense model, is not drawn.
         stages: their ranges of timesteps.
-        metric: names the colours.
+        metric: name of the metric, for the label of the colour bar.
     """
     values = np.array(table, dtype=float)[::-1, 1:].T
     missing = np.isnan(values)
@@ -179,12 +189,12 @@ def damage(table: Sequence[Sequence[float]], stages: Stages, metric: str) -> Fig
 
 
 def split(prunable: Sequence[AnySet], kept: Sequence[Sequence[int]], schedule: Schedule) -> Figure:
-    """Heat map of how the levels of a schedule are shared out: what each layer loses in each stage, noise on the left.
+    """Draw a heat map of the fraction that each layer loses in each stage of a schedule, noise on the left.
 
     Args:
         prunable: the group sets, in the order of the forward pass.
-        kept: (S, sets) how many groups of each stay.
-        schedule: its stages and levels label the columns.
+        kept: (S, sets) number of groups of each set that stay.
+        schedule: the schedule, whose stages and levels label the columns.
     """
     short = [re.sub(r"transformer_blocks\.|attentions\.|_blocks", "", each.name) for each in prunable]
     with matplotlib.rc_context(STYLE):
@@ -203,7 +213,7 @@ def split(prunable: Sequence[AnySet], kept: Sequence[Sequence[int]], schedule: S
 
 
 def table(rows: Mapping[str, Sequence[float]], columns: Sequence[str]) -> Figure:
-    """Numbers by row and column, shaded within each column: the higher, the darker."""
+    """Draw a table of numbers, shaded within each column: the higher, the darker."""
     with matplotlib.rc_context(STYLE):
         values = np.array(list(rows.values()))
         figure = Figure(figsize=(1.6 + 1.1 * len(columns), 0.6 + 0.4 * len(rows)))
@@ -220,10 +230,10 @@ def table(rows: Mapping[str, Sequence[float]], columns: Sequence[str]) -> Figure
 
 
 def plans(points: Sequence[Mapping[str, Any]], max_level: int) -> Figure:
-    """Which timesteps each plan calls, and how thin: a row for each plan, noise on the left.
+    """Draw the timesteps that each plan calls, and the level of each call: a row for each plan, noise on the left.
 
     Args:
-        points: with `kind`, `budget`, `timesteps` and `levels`.
+        points: plans, with `kind`, `budget`, `timesteps` and `levels`.
         max_level: H.
     """
     with matplotlib.rc_context(STYLE):
@@ -246,12 +256,12 @@ def plans(points: Sequence[Mapping[str, Any]], max_level: int) -> Figure:
 
 
 def image_grid(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None, differences: bool = False) -> Figure:
-    """Rows of images (n, channels, h, w) in [0, 1], same noise in each column, a label for each row and column.
+    """Draw rows of images (n, channels, h, w) in [0, 1], with a label for each row and column.
 
     Args:
-        rows: images by label.
-        columns: labels.
-        differences: beside them, how far each image of the other rows is from that of the first row, averaged over
+        rows: images by label; the images of a column have the same noise.
+        columns: labels of the columns.
+        differences: also draw how far each image of the other rows is from that of the first row, averaged over
             channels, all on one scale.
     """
     n = max(len(images) for images in rows.values())
@@ -277,7 +287,7 @@ def image_grid(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None,
 
 
 def _strip(axes: Axes, images: Tensor, gap: int, n: int, cmap: str = "gray", vmax: float = 1.0) -> None:
-    """Up to n images (m, channels, h, w) beside each other, so many pixels apart; one channel is a map."""
+    """Draw up to n images (m, channels, h, w) side by side, `gap` pixels apart; one channel takes the colour map."""
     rows, value = images.float().cpu(), 1.0 if images.shape[1] == 3 else math.nan
     strip = pad(rows, (0, gap), value=value).permute(2, 0, 3, 1).flatten(1, 2)[:, :-gap]
     axes.imshow(strip.squeeze(2).numpy(), cmap=cmap, vmin=0, vmax=vmax)
@@ -285,7 +295,7 @@ def _strip(axes: Axes, images: Tensor, gap: int, n: int, cmap: str = "gray", vma
 
 
 def _differences(figure: Figure, column: np.ndarray, rows: Mapping[str, Tensor], gap: int, n: int) -> None:
-    """How far images are from those of the first row, below a bar that says how much; the first row is empty."""
+    """Draw how far images are from those of the first row. The colour bar takes the place of the first row."""
     (name, first), *others = ((name, images.float().cpu()) for name, images in rows.items())
     distances = [(images - first[: len(images)]).abs().mean(1, keepdim=True) for _, images in others]
     most = max((float(values.max()) for values in distances), default=0.0) or 1.0

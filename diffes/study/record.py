@@ -1,4 +1,4 @@
-"""What was measured, as values: a candidate on held-out probes, and a run with its rivals."""
+"""Measurements as values: a candidate on held-out probes, and a run with its rivals."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from diffes.search.schedule import Schedule
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to sample, on held-out probes.
+    """Schedule, or dense model at a number of steps, and its measurements on held-out probes.
 
     Args:
         steps: sampling steps.
-        levels: (S,) of the schedule; None where the model is dense.
-        heldout_mean: mean score over the held-out probes; None where a probe failed.
-        heldout_std: standard deviation of it, likewise.
+        levels: (S,) levels of the schedule; None for the dense model.
+        heldout_mean: mean score over the held-out probes; None if a probe failed.
+        heldout_std: standard deviation of the score; None if a probe failed.
         nominal_sparsity: removed fraction of the prunable parameters, averaged over steps.
         macs_fraction: MACs of the whole denoiser over the run, as a fraction of the dense model's at all steps.
-        search: fitness on the search's own probes, where it was measured.
-        ms: median milliseconds of a whole run, where it was timed.
-        cost: what the budget counts, as a fraction of the dense model's; None where it was not noted.
+        search: fitness on the search's own probes; None if it was not measured.
+        ms: median milliseconds of a whole run; None if it was not timed.
+        cost: cost in the currency of the budget, as a fraction of the dense model's; None if it was not recorded.
     """
 
     steps: int
@@ -40,21 +40,22 @@ class Candidate:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One search and what it found, beside its rivals at the same cost.
+    """Record of one search: its result beside its rivals at the same cost.
 
     Args:
-        settings: of the run, a `RunConfig` as JSON.
-        versions: of the libraries.
-        schedule: what was found.
-        searched: the schedule found.
-        uniform: the uniform schedule of the same budget.
-        fewer_steps: the dense model at the number of steps that costs as many MACs as the schedule found.
-        evaluations: distinct ones.
-        denoiser_calls: of the search, in rows, with those of facts about the model that its strategy asked for.
-        seconds: of evaluation.
+        settings: settings of the run, a `RunConfig` as JSON.
+        versions: versions of the libraries.
+        schedule: the schedule found.
+        searched: measurements of the schedule found.
+        uniform: measurements of the uniform schedule of the same budget.
+        fewer_steps: measurements of the dense model at the number of steps that costs as many MACs as the schedule
+            found.
+        evaluations: number of distinct evaluations.
+        denoiser_calls: denoiser calls of the search, in rows, including those that measured facts for its strategy.
+        seconds: seconds of evaluation.
         curve: (denoiser calls, best fitness) wherever the best so far rose, and at the end.
-        calibration_calls: denoiser calls, in rows, that calibrating took; 0 where it was not noted.
-        above: the same search at a higher budget, where this one found something cheaper than its own.
+        calibration_calls: denoiser calls of the calibration, in rows; 0 if they were not recorded.
+        above: the same search at a higher budget, if this one found a schedule cheaper than its own.
     """
 
     settings: Mapping[str, Any]
@@ -71,7 +72,7 @@ class RunRecord:
     above: RunRecord | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """A flat object, a line of `cells.jsonl`."""
+        """Return a flat object: a line of `cells.jsonl`."""
         return {
             "settings": dict(self.settings),
             "versions": dict(self.versions),
@@ -101,11 +102,14 @@ class RunRecord:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> RunRecord:
-        """The record that `to_json` wrote; what rows of older versions lack of the rivals is None.
+        """Build the record from the output of `to_json`.
+
+        Values of the rivals that rows of older versions lack are None; a missing sparsity of uniform is that of the
+        schedule found.
 
         Raises:
-            KeyError: the row is of something else.
-            DiffesError: what it says of the schedule is none.
+            KeyError: the row is not a record.
+            DiffesError: the row holds no valid schedule.
         """
         steps, schedule = row["settings"]["steps"], Schedule.from_json(row)
         fewer = row["fewer_steps"]
@@ -136,14 +140,14 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Timing:
-    """What whole runs from noise to pixels were timed on, all candidates taking turns.
+    """Conditions under which whole runs from noise to pixels were timed, all candidates taking turns.
 
     Args:
         dense_ms: median milliseconds of the dense model at all steps.
-        batch: images a run.
+        batch: images per run.
         repeats: runs of each candidate.
-        device: what they ran on.
-        threads: of torch, on a CPU.
+        device: name of the device.
+        threads: torch threads on the CPU.
     """
 
     dense_ms: float
@@ -153,22 +157,22 @@ class Timing:
     threads: int
 
     def speedup(self, candidate: Candidate) -> float:
-        """Of a timed candidate over the dense model."""
+        """Return the speed-up of a timed candidate over the dense model."""
         assert candidate.ms is not None
         return self.dense_ms / candidate.ms
 
 
 @dataclass(frozen=True)
 class Report:
-    """A finished run: what `report.json` holds.
+    """Report of a finished run: the content of `report.json`.
 
     Args:
-        run: the search, its candidates timed.
-        timing: what they were timed on.
+        run: record of the search, with its candidates timed.
+        timing: conditions of the timing.
         prunable_fraction: share of the denoiser's parameters that the last level removes.
         bank_bytes: size of the bank on disk.
-        front: by label, candidates along the front of fitness and cost, of strategies that search one.
-        paid_calls: denoiser calls of the search that workers really ran; None where there were none.
+        front: candidates along the front of fitness and cost, by label; empty for strategies that search no front.
+        paid_calls: denoiser calls of the search that workers really ran; None unless workers ran all evaluations.
     """
 
     run: RunRecord
@@ -179,7 +183,7 @@ class Report:
     paid_calls: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Nested objects by candidate."""
+        """Return nested objects, one for each candidate."""
         run, timing, settings = self.run, self.timing, self.run.settings
         searched, uniform, fewer = run.searched, run.uniform, run.fewer_steps
         return {
@@ -225,10 +229,12 @@ class Report:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], schedule: Schedule, facts: Mapping[str, Any]) -> Report:
-        """The report that `to_json` wrote, with the schedule and the facts of `schedule.json`; it has no curve.
+        """Build the report from the output of `to_json` and from the schedule and facts of `schedule.json`.
+
+        Its run has no curve.
 
         Raises:
-            KeyError: the data are of something else.
+            KeyError: the data are not a report.
         """
         steps, latency, searched = facts["steps"], data["latency"], data["fitness"]
         settings = {name: data[name] for name in ("model", "method", "metric", "strategy", "seed")}
@@ -274,7 +280,7 @@ def _heldout(candidate: Candidate) -> dict[str, float | None]:
 
 
 def _point(candidate: Candidate) -> dict[str, Any]:
-    """A point of a front: a schedule, or the dense model at a number of steps."""
+    """Return a point of a front as JSON: a schedule, or the dense model at a number of steps."""
     if candidate.levels is None:
         place: dict[str, Any] = {"steps": candidate.steps}
     else:
@@ -283,7 +289,7 @@ def _point(candidate: Candidate) -> dict[str, Any]:
 
 
 def rises(result: SearchResult) -> tuple[tuple[int, float], ...]:
-    """(denoiser calls, best fitness so far) at which the best of a search rose, and at its end."""
+    """Return (denoiser calls, best fitness so far) wherever the best of a search rose, and at its end."""
     curve = [point for point in zip(result.calls(), result.curve(), strict=True) if point[1] > -math.inf]
     found = [point for i, point in enumerate(curve) if i == 0 or point[1] > curve[i - 1][1]]
     return tuple([*found, curve[-1]] if curve and found[-1] != curve[-1] else found)

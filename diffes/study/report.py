@@ -1,4 +1,4 @@
-"""What a finished run measured, as rows of a table: for the terminal and for the card of an exported folder."""
+"""Measurements of a finished run as rows of a table, for the terminal and for the card of an exported folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMNS = ("", "held-out fitness", "spread", "sparsity", "MACs", "speed-up")
 
 
 def read_report(run: Path) -> Report:
-    """The report of a finished run.
+    """Read the report of a finished run.
 
     Raises:
         DiffesError: the run is unfinished, or one of its files is damaged.
@@ -28,7 +28,7 @@ def read_report(run: Path) -> Report:
 
 
 def rows(report: Report) -> list[tuple[str, ...]]:
-    """Dense, uniform and searched side by side, and the cheapest rival: fewer steps of the dense model."""
+    """Return the rows dense, uniform, searched, and the cheapest rival: fewer steps of the dense model."""
     run, timing = report.run, report.timing
     steps = run.settings["steps"]
 

@@ -1,4 +1,4 @@
-"""One run from settings to results: search, compare on held-out probes, write the run folder."""
+"""Run from settings to results: search, comparison on held-out probes, run folder."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from diffes.study.workbench import Workbench, prepare, search_on
 from diffes.study.workers import pool_of
 
 Advance = Callable[..., None]
-IMAGES = 6  # of the picture that shows all candidates
-OF_EACH = {  # settings in which those who share a study may differ
+IMAGES = 6  # per row of the picture that shows all candidates
+OF_EACH = {  # settings in which processes that share a study may differ
     "strategy", "mutation", "crossover", "max_evals", "max_calls", "time_limit", "heldout", "bank_memory", "storage",
     "device", "threads",
 }  # fmt: skip
-FRONT_POINTS = 10  # of a front, measured on held-out probes
+FRONT_POINTS = 10  # points of a front that are measured on held-out probes
 
 
 def complete_run(
@@ -55,20 +55,20 @@ def complete_run(
     on_evaluation: OnEvaluation | None = None,
     workers: WorkerOptions = ALONE,
 ) -> Report:
-    """A whole run, from settings to a run folder.
+    """Make a whole run, from settings to a run folder.
 
-    An unfinished one of the same settings in `out` is gone on with, and a finished one whose limits are raised.
+    An unfinished run of the same settings in `out` continues, and so does a finished one whose limits are raised.
 
     Args:
         config: the settings.
         out: the folder, which this process holds until the run is done.
-        progress: told of the long parts.
+        progress: progress display.
         overwrite: replace what is there.
-        on_evaluation: called with each evaluation of the search, stored already; those of earlier commands included.
-        workers: who measures.
+        on_evaluation: called with each evaluation after it is stored, those of earlier commands included.
+        workers: worker settings.
 
     Raises:
-        DiffesError: bad settings, or `out` cannot be used; what is there is then untouched.
+        DiffesError: bad settings, or `out` cannot be used; its content is then untouched.
         OSError: `out` cannot be written to.
     """
     check_one_scale(config)
@@ -84,7 +84,7 @@ def _run_in(
     on_evaluation: OnEvaluation | None,
     workers: WorkerOptions,
 ) -> Report:
-    """The run, in a folder that this process holds."""
+    """Make the run in a folder that this process holds."""
     if overwrite and config.study is not None:
         raise DiffesError(f"--overwrite would leave what others measured in --study {config.study}: name another study")
     resumes = folder.open_run(out, config, overwrite=overwrite)
@@ -115,7 +115,7 @@ def _run_in(
 
 
 def _searched(out: Path, bench: Workbench, progress: Progress, on_evaluation: OnEvaluation | None) -> SearchResult:
-    """What a search finds that goes on over what is in the folder, or in the database."""
+    """Search, beginning with the evaluations that are stored in the folder or in the database."""
     config = bench.config
     store = (
         EvaluationStore(out / folder.JOURNAL, bench.space)
@@ -131,7 +131,7 @@ def _searched(out: Path, bench: Workbench, progress: Progress, on_evaluation: On
 
 
 def _study_of(config: RunConfig, out: Path) -> tuple[str, str]:
-    """Name and owner of the study of a run in a database: those of the run folder, or of all with these settings."""
+    """Return name and owner of a run's study in a database: its own, or one shared by all with the same settings."""
     if config.study is None:
         return out.resolve().name, str(out.resolve())
     alike = {name: value for name, value in config.to_json().items() if name not in OF_EACH}
@@ -139,12 +139,12 @@ def _study_of(config: RunConfig, out: Path) -> tuple[str, str]:
 
 
 def _own_seed(config: RunConfig, out: Path) -> int:
-    """The seed of a strategy that shares a study: another for each folder, so that they ask for different things."""
+    """Return the seed of a strategy that shares a study: one per folder, so that each asks for other schedules."""
     return int.from_bytes(hashlib.sha256(f"{config.seed} {platform.node()} {out.resolve()}".encode()).digest()[:3])
 
 
 def write_result(bench: Workbench, schedule: Schedule, out: Path) -> None:
-    """The bank of the schedule, then the schedule itself."""
+    """Write the bank of the schedule, then the schedule itself."""
     config = bench.config
     bank = bench.router.bank.for_schedule(schedule)
     pruned = {**bench.made_for(), "split": split_of(bank, bench.adapter.prunable(bank.kind))}
@@ -162,7 +162,7 @@ def write_result(bench: Workbench, schedule: Schedule, out: Path) -> None:
 
 
 def _reported(bench: Workbench, result: SearchResult, heldout: HeldOut, out: Path, advance: Advance) -> Report:
-    """The schedule found beside its rivals: held-out fitness, MACs and speed."""
+    """Measure the schedule found beside its rivals: held-out fitness, MACs and speed."""
     record = record_of(bench, heldout, result)
     advance("held-out probes")
     best, uniform, fewer = result.best.schedule, bench.uniform(), record.fewer_steps.steps
@@ -187,7 +187,7 @@ def _reported(bench: Workbench, result: SearchResult, heldout: HeldOut, out: Pat
 
 
 def _front(bench: Workbench, front: Sequence[Evaluation], heldout: HeldOut) -> dict[str, list[Candidate]]:
-    """At most `FRONT_POINTS` along the front that was searched, its ends among them, and of the dense model."""
+    """Measure at most `FRONT_POINTS` along the searched front, with its ends, and of the dense model at fewer steps."""
     at = sorted({round(i * (len(front) - 1) / (FRONT_POINTS - 1)) for i in range(FRONT_POINTS)})
     searched = [heldout(front[i].schedule, front[i].fitness) for i in at]
     steps = bench.config.steps
@@ -197,7 +197,7 @@ def _front(bench: Workbench, front: Sequence[Evaluation], heldout: HeldOut) -> d
 
 
 def _draw(bench: Workbench, result: SearchResult, report: Report, out: Path) -> None:
-    """The figures of a run folder; its images are of held-out probes."""
+    """Draw the figures of a run folder. Its images are of held-out probes."""
     config, adapter, best, uniform = bench.config, bench.adapter, result.best.schedule, bench.uniform()
     fewer = report.run.fewer_steps.steps
     evaluator = bench.evaluator(IMAGES, HELDOUT_SEED, "heldout")
@@ -224,7 +224,7 @@ def _draw(bench: Workbench, result: SearchResult, report: Report, out: Path) -> 
 
 
 def _front_figure(bench: Workbench, report: Report) -> Figure:
-    """The front that was searched beside the dense model at fewer steps, with the budget and what was chosen."""
+    """Draw the searched front and the dense model at fewer steps, with the budget and the chosen schedule."""
     config, run = bench.config, report.run
 
     def over(candidate: Candidate) -> bool:
@@ -257,17 +257,17 @@ def sample_images(
     calls: float | None = None,
     resident: str = "auto",
 ) -> tuple[torch.Tensor, list[str]]:
-    """Images of the pipeline of a run, of a front or of an exported folder, routed.
+    """Sample images with the schedule or plan of a run, of a front or of an exported folder.
 
     Args:
         run: the folder.
         conditions: class ids or prompts, one image each; the model's first eight when left out.
-        seed: of the noise.
+        seed: seed of the noise.
         steps: sampling steps; as in the search when left out.
         guidance: guidance scale; as in the search when left out.
         device: where to run.
-        calls: of a front, what the plan may cost, in dense calls.
-        resident: which thin layers stay ready on the device (see `apply`).
+        calls: for a front, the most that the plan may cost, in dense calls.
+        resident: which pruned layers stay ready on the device (see `apply`).
 
     Returns:
         Images (n, channels, h, w) in [0, 1] and a label for each.
@@ -284,7 +284,7 @@ def sample_images(
     if isinstance(routed, Plan) and n_steps != own_steps:
         raise DiffesError(f"the plan of {run} makes {own_steps} denoiser calls, got steps {n_steps}: leave it out")
     if not isinstance(routed, Plan):
-        adapter.timesteps(n_steps)  # refuses numbers of steps that the scheduler cannot take
+        adapter.timesteps(n_steps)  # raises if the scheduler cannot take this number of steps
     adapter.pipe.set_progress_bar_config(disable=True)
     images = adapter.generate(
         wanted,

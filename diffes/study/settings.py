@@ -1,4 +1,4 @@
-"""Settings are checked before the long part: names, options, and whether a metric can score what the model makes."""
+"""Checks of the settings before the long part: names, options, and whether a metric can score the model's images."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ PLANNED = PlanSpace.dense_calls([[1.0, 0.5]] * 6, 2.0)
 
 
 def check_settings(config: RunConfig, space: SearchSpace = EXAMPLE) -> None:
-    """Checks what a search is made of.
+    """Check the strategy, its operators and the cost of a search.
 
     Args:
         config: the settings.
-        space: a small one of the kind that is searched.
+        space: a small space of the kind that is searched.
 
     Raises:
-        DiffesError: there is no such strategy, operator or cost, it takes no such options, or the strategy needs a fact
-            that nobody provides.
+        DiffesError: there is no such strategy, operator or cost, it takes no such options, the strategy needs a fact
+            that no run provides, or the settings do not go together.
     """
     if CURRENCIES.get(config.cost).timed and config.study is not None:
         raise DiffesError(
@@ -65,7 +65,7 @@ def check_settings(config: RunConfig, space: SearchSpace = EXAMPLE) -> None:
 
 
 def are_known_elsewhere(config: RunConfig) -> bool:
-    """Whether another process finds by their names what a search is made of, as this one does."""
+    """Check whether another process finds the same strategy, metric, cost and operators by their names."""
     options = STRATEGIES.parse(config.strategy)[1] | operators_of(config)
     named: list[tuple[Registry[Any], str]] = [
         (STRATEGIES, config.strategy), (METRICS, config.metric), (CURRENCIES, config.cost),
@@ -75,7 +75,7 @@ def are_known_elsewhere(config: RunConfig) -> bool:
 
 
 def check_visited(space: SearchSpace, config: RunConfig) -> None:
-    """Plans may call any timestep, so every stage has to be calibrated.
+    """Check that every stage is calibrated, because plans may call any timestep.
 
     Raises:
         DiffesError: a stage has no step and was, or would be, left out.
@@ -88,7 +88,7 @@ def check_visited(space: SearchSpace, config: RunConfig) -> None:
 
 
 def operators_of(config: RunConfig) -> dict[str, str]:
-    """The operators that the settings give to the strategy, by the name of its parameter.
+    """Return the operators that the settings give to the strategy, by the name of its parameter.
 
     Raises:
         DiffesError: the strategy takes none.
@@ -102,16 +102,16 @@ def operators_of(config: RunConfig) -> dict[str, str]:
 
 
 def _try_operator(registry: OperatorRegistry, spec: str, space: SearchSpace) -> None:
-    """Applies an operator once, so that one that is for other genomes says so before the long part."""
+    """Apply an operator once, so that an operator for other genomes raises before the long part."""
     rng = np.random.default_rng(0)
     BoundOperator(registry, spec, space, rng)(*(Genome(space.sample(rng)) for _ in range(registry.n_parents)))
 
 
 def try_adapter(adapter: ModelAdapter, n_steps: int, guidance: float) -> None:
-    """Looks at an adapter of somebody else and makes one step of sampling with it, before the long part.
+    """Check an adapter that does not come with diffes, and make one sampling step with it, before the long part.
 
     Raises:
-        DiffesError: it raises, or returns something else than it must.
+        DiffesError: the adapter raises, or returns something else than it must.
     """
     if is_ours(adapter):
         return
@@ -143,10 +143,10 @@ def try_adapter(adapter: ModelAdapter, n_steps: int, guidance: float) -> None:
 
 
 def try_metric(metric: Metric, adapter: ModelAdapter) -> None:
-    """Scores two images once, so that a metric that cannot work here says so before the long part.
+    """Score two images once, so that a metric that does not work here raises before the long part.
 
     Raises:
-        DiffesError: it does not score single images of this size.
+        DiffesError: the metric does not score single images of this size.
     """
     latents = adapter.make_probes(2, 0).noise.to(adapter.device, adapter.dtype)
     images = latents if metric.space == "latent" else adapter.decode(latents)

@@ -1,4 +1,4 @@
-"""DEAP's toolbox on a calibrated model: what any algorithm of DEAP runs on."""
+"""DEAP toolbox on a calibrated model, for any algorithm of DEAP."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from diffes.search.variation import make_toolbox
 
 
 class Measure:
-    """A toolbox's `evaluate` and `map`: fitness on the real pipeline, every schedule paid for once.
+    """Functions `evaluate` and `map` of a toolbox. They measure fitness on the real pipeline, each schedule once.
 
     Args:
-        ledger: what pays, counts and stores.
+        ledger: measures schedules, counts denoiser calls and stores evaluations.
     """
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
     def __call__(self, genome: Sequence[int]) -> tuple[float]:
-        """Fitness of one genome (S,), as DEAP wants it; -inf where it failed.
+        """Return the fitness of one genome (S,) in DEAP's form; -inf if the evaluation failed.
 
         Raises:
             DiffesError: the genome does not meet the budget.
@@ -34,7 +34,7 @@ class Measure:
         return self.batch([genome])[0]
 
     def batch(self, genomes: Iterable[Sequence[int]]) -> list[tuple[float]]:
-        """Fitness of many, measured together: what shares the start of its trajectory shares its denoiser calls."""
+        """Measure many genomes together and return their fitness. Equal starts of trajectories share denoiser calls."""
         space = self._ledger.space
         asked = [Proposal(space.schedule(list(g)), origin=getattr(g, "origin", None)) for g in genomes]
         new = list({p.schedule: p for p in asked if p not in self._ledger}.values())
@@ -46,7 +46,7 @@ class Measure:
         return [(self._ledger[proposal].fitness,) for proposal in asked]
 
     def map(self, function: Callable[..., Any], *many: Iterable[Any]) -> list[Any]:
-        """Python's `map`, but `evaluate` over a generation, as DEAP's algorithms ask for it, is one batch."""
+        """Apply a function as Python's `map` does. If it is `evaluate`, measure the whole generation as one batch."""
         return self.batch(*many) if getattr(function, "func", None) is self else list(map(function, *many))
 
 
@@ -59,7 +59,7 @@ def measuring_toolbox(
     crossover: str | None = None,
     store: EvaluationStore | None = None,
 ) -> base.Toolbox:
-    """A whole DEAP toolbox; see `Workbench.toolbox`."""
+    """Build a complete DEAP toolbox; see `Workbench.toolbox`."""
     ledger = Ledger(space, evaluate, store)
     measure = Measure(ledger)
     toolbox = make_toolbox(space, np.random.default_rng(seed), mutate=mutation, mate=crossover)

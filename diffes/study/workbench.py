@@ -1,4 +1,4 @@
-"""A calibrated model, ready to evaluate schedules: what searches, comparisons and notebooks work on."""
+"""Calibrated model that evaluates schedules, for searches, comparisons and notebooks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ from diffes.study.workers import Pool, pool_of
 
 @dataclass(frozen=True)
 class Workbench:
-    """A calibrated model, ready to evaluate schedules: what searches of the same model and method share.
+    """Calibrated model, ready to evaluate schedules. Searches of the same model and method share it.
 
     Args:
         config: the settings.
@@ -63,10 +63,10 @@ class Workbench:
         space: feasible schedules.
         router: the model with its bank of all stages and levels.
         metric: the fitness.
-        costs: (S, H + 1) what the budget counts of one call in each stage at each level.
-        make_evaluator: makes what measures the schedules of a search; left out, an evaluator in this process on the
-            search's probes.
-        pool: workers that measure in its place.
+        costs: (S, H + 1) cost of one call in each stage at each level, in the currency of the budget.
+        make_evaluator: builds the evaluator of a search; when left out, searches use an evaluator in this process on
+            their own probes.
+        pool: workers that measure in place of this process.
     """
 
     config: RunConfig
@@ -79,7 +79,7 @@ class Workbench:
     pool: Pool | None = None
 
     def profile(self) -> StageProfile:
-        """The dense model's loss in each stage, on the calibration data."""
+        """Measure the dense model's loss in each stage, on the calibration data."""
         return stage_profile(
             self.adapter, calibration_of(self.config, self.adapter), self.space.stages, self.config.seed
         )
@@ -93,14 +93,15 @@ class Workbench:
         workers: int = 1,
         **changes: Any,
     ) -> SearchResult:
-        """A search on this model, in memory.
+        """Run a search on this model, in memory.
 
         Args:
             strategy: name of a strategy, with options after a colon.
-            progress: told of every evaluation; bars when left out.
+            progress: progress display; bars when left out.
             on_evaluation: called with each evaluation.
-            workers: processes that measure side by side, on Ray; what is found is the same for any number.
-            changes: other settings than the workbench's own: seed, budget, metric, mutation, max_evals and so on.
+            workers: number of processes that measure in parallel, on Ray; the result does not depend on it, unless the
+                search is asynchronous.
+            changes: settings that replace the workbench's own: seed, budget, metric, mutation, max_evals and so on.
 
         Raises:
             DiffesError: a setting is unusable.
@@ -120,22 +121,22 @@ class Workbench:
         crossover: str | None = None,
         store: EvaluationStore | None = None,
     ) -> base.Toolbox:
-        """A DEAP toolbox on this model, for DEAP's own algorithms and any of yours.
+        """Build a DEAP toolbox on this model, for DEAP's own algorithms and for yours.
 
-        `individual()` and `population(n=16)` make genomes that meet the budget, `mutate` and `mate` keep it, `select`
-        is DEAP's `selBest`; `evaluate(individual)` measures on the real pipeline, each schedule once, `map` measures a
-        whole generation together, and `result()` is what was found and spent so far, as a search's. Register any other
-        operator of DEAP in their place; an individual that leaves the budget is refused when it is evaluated.
+        `individual()` and `population(n=16)` make genomes that meet the budget, `mutate` and `mate` keep them within
+        it, and `select` is DEAP's `selBest`. `evaluate(individual)` measures on the real pipeline, each schedule once,
+        `map` measures a whole generation together, and `result()` returns the search result so far. Register any other
+        operator of DEAP in their place; an individual that leaves the budget raises an error when it is evaluated.
 
-        DEAP's algorithms draw from Python's global `random`: call `random.seed(0)` before one to repeat it. Our
-        operators have a generator of their own: put `(toolbox.mutate, toolbox.mate)` into the pickle that DEAP's
+        DEAP's algorithms draw from Python's global `random`: call `random.seed(0)` before an algorithm to repeat it.
+        Our operators have their own generator: put `(toolbox.mutate, toolbox.mate)` into the pickle that DEAP's
         documentation makes as a checkpoint, and register them again.
 
         Args:
-            seed: of what the operators draw; the workbench's own when left out.
-            mutation: a mutation, with options after a colon; the workbench's own when left out.
-            crossover: a crossover, likewise.
-            store: keeps the evaluations; what it has is not paid for again.
+            seed: seed of the operators; the workbench's own when left out.
+            mutation: name of a mutation, with options after a colon; the workbench's own when left out.
+            crossover: name of a crossover, with options after a colon; the workbench's own when left out.
+            store: keeps the evaluations; stored ones are not paid for again.
 
         Raises:
             DiffesError: there is no such operator.
@@ -151,38 +152,40 @@ class Workbench:
         )
 
     def damage(self) -> list[list[float]]:
-        """(S, H + 1) how much fitness each level of each stage costs on its own, on the search's probes; NaN in stages
-        that no step falls into."""
+        """Measure the sensitivity (S, H + 1): the fitness that each level of each stage costs on its own.
+
+        It is measured on the search's probes, and is NaN in stages that no step falls into.
+        """
         return damage_table(self.evaluator(self.config.probes, self.config.seed), self.space)
 
     def macs_fraction(self, schedule: Schedule) -> float:
-        """MACs of a routed sampling run over those of the dense one, of the whole denoiser."""
+        """Return the MACs of a routed sampling run over those of the dense one, for the whole denoiser."""
         return macs_fraction(self.router, schedule, self.space.steps)
 
     def cost_fraction(self, schedule: Schedule) -> float:
-        """What the budget counts of a schedule, over that of the dense model."""
+        """Return the cost of a schedule in the currency of the budget, over that of the dense model."""
         return self.space.cost(schedule.levels) / self.space.cost([0] * self.space.n_stages)
 
     def fewer_steps(self, schedule: Schedule) -> int:
-        """The number of steps at which the dense model costs as many MACs as a schedule: its cheapest rival."""
+        """Return the number of steps at which the dense model costs as many MACs as a schedule: its cheapest rival."""
         return max(1, round(self.config.steps * self.macs_fraction(schedule)))
 
     def uniform(self) -> Schedule:
-        """The uniform schedule of the budget."""
+        """Return the uniform schedule of the budget."""
         return self.space.schedule(self.space.uniform())
 
     def with_metric(self, name: str) -> Workbench:
-        """The same workbench, measuring by another metric."""
+        """Return the same workbench with another metric."""
         return vary(self, replace(self.config, metric=name), RichProgress())
 
     def heldout(self) -> HeldOut:
-        """What scores schedules on held-out probes, which no search sees."""
+        """Return an evaluator on held-out probes, which no search sees."""
         return HeldOut(self)
 
     def evaluator(
         self, n_probes: int, seed: int, split: Split = "search", cache_bytes: int = CACHE_BYTES
     ) -> ScheduleEvaluator:
-        """An evaluator in this process, on probes of its own, which keeps so many bytes of sampling states."""
+        """Build an evaluator in this process, with its own probes and a cache of at most `cache_bytes` of states."""
         return ScheduleEvaluator(
             self.router,
             self.space.stages,
@@ -194,17 +197,17 @@ class Workbench:
         )
 
     def search_evaluator(self) -> Evaluator:
-        """What measures the schedules of a search, its probes drawn from the seed like everything else in it."""
+        """Return the evaluator of a search. Its probes are drawn from the seed, like everything else in the search."""
         if self.make_evaluator is not None:
             return self.make_evaluator(self)
         return self.measuring(self.evaluator(self.config.probes, self.config.seed))
 
     def measuring(self, evaluator: RoutedEvaluator) -> Evaluator:
-        """What measures for a search: workers, where there are any."""
+        """Return the evaluator spread over the workers, if there are any; else the evaluator itself."""
         return self.pool.evaluator(evaluator) if self.pool is not None else evaluator
 
     def made_for(self) -> dict[str, Any]:
-        """What a bank of this workbench was made for and how, as JSON beside it."""
+        """Return the facts about a bank of this workbench, for the JSON beside it: its method and its model."""
         home, kind = model_folder(self.config.model), self.router.bank.kind
         return {
             "method": self.config.method,
@@ -214,7 +217,7 @@ class Workbench:
         }
 
     def timed_on(self) -> dict[str, Any]:
-        """What runs are timed on: device, threads of torch, images a run and runs of each candidate."""
+        """Return the conditions of a timing: device, torch threads, images per run and runs of each candidate."""
         device = self.adapter.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         return {
@@ -227,11 +230,11 @@ class Workbench:
     def milliseconds(
         self, candidates: Sequence[Schedule | Plan | int], batch: int, repeats: int = LATENCY_REPEATS
     ) -> list[float]:
-        """Median milliseconds of whole runs, noise to pixels, of schedules, plans and numbers of dense steps.
+        """Measure the median milliseconds of whole runs, from noise to pixels.
 
         Args:
-            candidates: they take turns, so that all see the same machine.
-            batch: images a run.
+            candidates: schedules, plans and numbers of dense steps. They take turns, so that all see the same machine.
+            batch: images per run.
             repeats: runs of each that count.
         """
         probes = self.adapter.make_probes(batch, HELDOUT_SEED, "heldout")
@@ -254,15 +257,15 @@ class Workbench:
         return [times[distinct.index(candidate)] for candidate in candidates]
 
 
-FACTS: dict[str, Callable[[Workbench], Any]] = {"profile": Workbench.profile}  # by what a strategy may need
+FACTS: dict[str, Callable[[Workbench], Any]] = {"profile": Workbench.profile}  # facts that a strategy may need, by name
 
 
 def workbench(progress: Progress | None = None, **settings: Any) -> Workbench:
-    """A calibrated model to search on, as notebooks want it.
+    """Build a calibrated model to search on, for notebooks.
 
     Args:
-        progress: told of the calibration; bars when left out.
-        settings: of `diffes.RunConfig`, for instance model="fashion-dit", method="obs", stages=10.
+        progress: progress display; bars when left out.
+        settings: fields of `diffes.RunConfig`, for instance model="fashion-dit", method="obs", stages=10.
 
     Raises:
         DiffesError: a setting is unusable.
@@ -281,15 +284,15 @@ def prepare(
     pool: Pool | None = None,
     keep: Keep | None = None,
 ) -> Workbench:
-    """Loads, checks every setting, then calibrates and prunes: the long part comes last.
+    """Load the model, check every setting, then calibrate and prune. The long part comes last.
 
     Args:
         config: the settings.
-        progress: told of the long part.
-        costs: those of an earlier workbench of the same settings; measured anew when left out.
-        example: a small space of the kind that will be searched, on which the strategy and its operators are tried.
+        progress: progress display.
+        costs: costs of an earlier workbench of the same settings; measured when left out.
+        example: a small space of the kind that will be searched, to try the strategy and its operators on.
         pool: workers that calibrate, and measure later.
-        keep: keeps every stage as soon as it is calibrated.
+        keep: stores every stage as soon as it is calibrated.
 
     Raises:
         DiffesError: a name is unknown, the budget infeasible, the model or its calibration data unusable.
@@ -316,7 +319,7 @@ def prepare(
     if isinstance(example, PlanSpace):
         check_visited(space, config)
     elif config.cost == "level" and not STRATEGIES.parse(config.strategy)[0].needs:
-        check_settings(config, space)  # one that is too large for the strategy; other costs are not known yet
+        check_settings(config, space)  # it may be too large for the strategy; costs of other kinds are not known yet
     metric = make_metric(config.metric, adapter.device)
     try_metric(metric, adapter)
     memory, looks = config.bank_bytes, uses_data(config)
@@ -338,7 +341,7 @@ def prepare(
             data = calibration_of(config, adapter) if looks else None
             bank = bank_of(config, adapter, stages, space.visited, data, lambda stage: advance(f"stage {stage}"))
     router = Router(adapter, bank, resident=memory)
-    if len(method.parts) > 1:  # one alphabet: the cheaper a call, the higher its level
+    if len(method.parts) > 1:  # number the levels of all parts together: the cheaper a call, the higher its level
         macs = np.array(macs_by_level(router, stages, space.visited, space.max_level))[space.visited].mean(0)
         cheaper = sorted(range(1, space.max_level + 1), key=lambda k: -macs[k])
         router = Router(adapter, bank.in_order(cheaper), resident=memory)
@@ -349,13 +352,13 @@ def prepare(
 
 
 def vary(bench: Workbench, config: RunConfig, progress: Progress, costs: Table | None = None) -> Workbench:
-    """The same calibrated model with other settings of the search: strategy, budget, metric, seed and so on.
+    """Return the same calibrated model with other settings of the search: strategy, budget, metric, seed and so on.
 
     Args:
         bench: a workbench of the same model, method, stages, steps and guidance.
         config: the settings.
-        progress: told of what is measured.
-        costs: what the budget counts, where it was measured before.
+        progress: progress display.
+        costs: (S, H + 1) cost of one call in each stage at each level, if it was measured before.
 
     Raises:
         DiffesError: a name is unknown, or the budget infeasible.
@@ -372,7 +375,7 @@ def vary(bench: Workbench, config: RunConfig, progress: Progress, costs: Table |
 
 
 def _priced(bench: Workbench, progress: Progress) -> Workbench:
-    """The workbench with its costs, measured where they are not known, and the space of its budget."""
+    """Return the workbench with its costs, measured if they are not known, and the space of its budget."""
     config, space, costs = bench.config, bench.space, bench.costs
     if costs and [len(row) for row in costs] != [space.max_level + 1] * space.n_stages:
         raise DiffesError(f"the known costs are no table of {space.n_stages} stages by {space.max_level + 1} levels")
@@ -391,15 +394,16 @@ def search_on(
     on_evaluation: OnEvaluation | None = None,
     seed: int | None = None,
 ) -> SearchResult:
-    """One search on a workbench; everything in it is drawn from its seed. What measuring facts for its strategy takes
-    is part of its denoiser calls.
+    """Run one search on a workbench. Everything in it is drawn from its seed.
+
+    Denoiser calls that measure facts for its strategy count as calls of the search.
 
     Args:
         bench: the workbench.
-        progress: told of every evaluation.
-        store: keeps the evaluations; what it has is not paid for again.
+        progress: progress display.
+        store: keeps the evaluations; stored ones are not paid for again.
         on_evaluation: called with each evaluation.
-        seed: of the strategy; the workbench's own when left out.
+        seed: seed of the strategy; the workbench's own when left out.
     """
     config, space = bench.config, bench.space
     facts = {name: FACTS[name](bench) for name in STRATEGIES.parse(config.strategy)[0].needs}
@@ -413,7 +417,7 @@ def search_on(
             strategy,
             bench.search_evaluator(),
             max_evals=config.max_evals,
-            max_denoiser_calls=calls if calls is None else max(1, calls - spent),  # one evaluation at the least
+            max_denoiser_calls=calls if calls is None else max(1, calls - spent),  # at least one evaluation
             calls_before=spent,
             max_seconds=config.time_limit,
             store=store,
@@ -429,13 +433,13 @@ def shown(
     also: OnEvaluation | None = None,
     pool: Pool | None = None,
 ) -> OnEvaluation:
-    """What shows the best fitness so far as a search goes on, and what the workers do.
+    """Return a callback that shows the best fitness of a search so far, and the state of its workers.
 
     Args:
-        space: says which evaluations count.
-        metric: name of the fitness.
-        advance: moves the bar on.
-        also: called with each evaluation, too.
+        space: decides which evaluations count.
+        metric: name of the metric.
+        advance: advances the bar.
+        also: a further function that is called with each evaluation.
         pool: the workers.
     """
     best = -math.inf

@@ -1,5 +1,7 @@
-"""Calibration, evaluations and whole cells on many workers: processes of Ray, each with the model and the bank. Where
-evaluations are spread, strategy, store and counting stay with the process that searches."""
+"""Calibration, evaluations and whole cells on many workers: processes of Ray, each with the model and the bank.
+
+If single evaluations are spread, strategy, store and counting stay in the process that searches.
+"""
 
 from diffes.study.workers.cluster import are_here, check_asynchronous
 from diffes.study.workers.pool import Pool, pool_of

@@ -1,4 +1,4 @@
-"""Ray: whether it is there, whom it joins, what it has room for."""
+"""Ray cluster: checks of its import and its resources, and the connection to it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from diffes.study.config import RunConfig, WorkerOptions
 
 
 def check_asynchronous(config: RunConfig, options: WorkerOptions) -> None:
-    """Refuses an asynchronous search that nobody could be faster in.
+    """Raise if an asynchronous search has a single worker and no shared study.
 
     Raises:
-        DiffesError: it is asynchronous, with one worker and no study to share.
+        DiffesError: the search is asynchronous, with one worker and no study to share.
     """
     if config.asynchronous and config.study is None and options.workers == 1:
         raise DiffesError(
@@ -26,7 +26,7 @@ def check_asynchronous(config: RunConfig, options: WorkerOptions) -> None:
 
 
 def are_here(options: WorkerOptions) -> bool:
-    """Whether there are several workers, and all are to be on this machine, where they see its files."""
+    """Check whether there are several workers, all on this machine, so that they see its files."""
     if options.workers == 1 or options.ray_address is not None:
         return False
     ray = the_ray()
@@ -34,10 +34,10 @@ def are_here(options: WorkerOptions) -> bool:
 
 
 def the_ray() -> Any:
-    """Ray, which is an extra.
+    """Import Ray, which is an optional dependency.
 
     Raises:
-        DiffesError: it does not import.
+        DiffesError: Ray does not import.
     """
     try:
         import ray
@@ -47,8 +47,12 @@ def the_ray() -> Any:
 
 
 def connect(ray: Any, options: WorkerOptions) -> None:
-    """Joins the cluster that is named, or starts one on this machine."""
-    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}.items():  # it would report home
+    """Join the cluster in the options, or start one on this machine.
+
+    Raises:
+        DiffesError: there is no such cluster.
+    """
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}.items():  # no usage reports
         os.environ.setdefault(name, value)
     of_ours = {"include_dashboard": False} if options.ray_address is None else {}
     before = signal.getsignal(signal.SIGTERM)
@@ -61,11 +65,20 @@ def connect(ray: Any, options: WorkerOptions) -> None:
         raise DiffesError(f"there is no Ray cluster {where} ({type(error).__name__}: {reason})") from error
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray's own would end in `sys.exit`
+            signal.signal(signal.SIGTERM, before)  # Ray's own handler would call `sys.exit`
 
 
 def check_room(there: Mapping[str, float], each: Mapping[str, float], workers: int) -> None:
-    """Refuses more workers than a cluster will ever have room for."""
+    """Raise if there are more workers than the cluster has resources for.
+
+    Args:
+        there: resources of the cluster, by name.
+        each: resources that each worker takes, by name.
+        workers: number of workers.
+
+    Raises:
+        DiffesError: the workers need more of a resource than the cluster has.
+    """
     for name, wanted in each.items():
         if wanted * workers > there.get(name, 0.0):
             raise DiffesError(

@@ -1,4 +1,4 @@
-"""Things with tensors as Ray's object store takes them: mapped, not copied."""
+"""Pickling of objects with tensors, so that Ray's object store maps the tensors and does not copy them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class _Packer(pickle.Pickler):
-    """Puts the bytes of tensors beside the pickle."""
+    """Pickler that puts the bytes of tensors beside the pickle."""
 
     def reducer_override(self, thing: Any) -> Any:
         if type(thing) is not Tensor:
@@ -23,14 +23,14 @@ class _Packer(pickle.Pickler):
 
 
 def packed(thing: object) -> tuple[bytes, list[Any]]:
-    """A thing as a pickle, and the bytes of its tensors as arrays, which Ray's object store maps."""
+    """Pickle an object. Return the pickle, and the bytes of its tensors as arrays, which Ray's object store maps."""
     file, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
     _Packer(file, protocol=5, buffer_callback=buffers.append).dump(thing)
     return file.getvalue(), [np.asarray(memoryview(buffer)) for buffer in buffers]
 
 
 def unpacked(packed: tuple[bytes, list[Any]]) -> Any:
-    """The thing; its tensors are those of the arrays."""
+    """Restore an object. Its tensors share the memory of the arrays."""
     return pickle.loads(packed[0], buffers=packed[1])
 
 

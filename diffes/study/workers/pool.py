@@ -1,4 +1,4 @@
-"""Who does what: workers that are given tasks, replaced where they die, and ended with the pool."""
+"""Pool of workers: it gives them tasks, replaces those that die, and ends all when it closes."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from diffes.study.workers.spread import Spread
 from diffes.study.workers.worker import NAMED, CausedError, Worker
 
 log = logging.getLogger(__name__)
-LIVES = 3  # workers that may die of one evaluation before it is given up
+LIVES = 3  # workers that may die of one task before it is given up
 POLL_SECONDS = 1.0
-PATIENCE_SECONDS = 600.0  # until some worker has begun something
+PATIENCE_SECONDS = 600.0  # wait until any worker runs a task
 
 
 @dataclass
 class _Task:
-    """Something for a worker to do.
+    """Task of a worker.
 
     Args:
-        what: a schedule to measure, a stage to calibrate, a cell to run.
-        name: how a message names it.
-        asked: when it was asked for.
-        begun: when a worker took it.
-        deaths: workers that died of it.
+        what: a schedule to measure, a stage to calibrate, or a cell to run.
+        name: name of the task in messages.
+        asked: time when the task was made.
+        begun: time when a worker took it.
+        deaths: number of workers that died of it.
     """
 
     what: Any
@@ -53,22 +53,22 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Dead:
-    """A worker that died.
+    """Outcome of a worker that died.
 
     Args:
-        why: as Ray has it.
+        why: the reason, from Ray.
     """
 
     why: str
 
 
 class Pool:
-    """Workers of one model, and what they were sent. They start with the first thing that they are given to do.
+    """Pool of workers of one model, with the objects that were sent to them. The workers start with the first task.
 
     Args:
         config: the settings of the run.
-        options: how many workers, and where.
-        kind: their class.
+        options: worker settings.
+        kind: class of the workers.
 
     Raises:
         DiffesError: Ray is not installed.
@@ -86,20 +86,21 @@ class Pool:
         self._ours = False
         self._threads = config.threads or torch.get_num_threads()
         self._workers: list[Any] = []
-        self._busy: dict[Any, tuple[int, bool]] = {}  # who gets ready, or ends what nobody waits for; is it to be told?
-        self._failed = [0] * options.workers  # times in a row that it did not become ready
-        self._attached: list[Any] = [None] * options.workers  # to which evaluator
+        # workers that start, or attach (True: their errors are raised), or finish a task that is no longer wanted
+        self._busy: dict[Any, tuple[int, bool]] = {}
+        self._failed = [0] * options.workers  # failed starts in a row
+        self._attached: list[Any] = [None] * options.workers  # bank and evaluator of each worker
         self._bank: tuple[WeightBank | None, Any] = None, None
         self.waiting = 0  # tasks that no worker has begun
-        self._paid, self._since = 0, time.perf_counter()  # denoiser calls of the evaluations, from the first one on
+        self._paid, self._since = 0, time.perf_counter()  # denoiser calls of the evaluations, and when the first began
 
     def __str__(self) -> str:
-        """What they do, for a line of progress."""
+        """Return the state of the workers, for a progress display."""
         rate = self._paid / max(time.perf_counter() - self._since, 1e-9)
         return f"{len(self._workers)} workers, {rate:.3g} calls/s, {self.waiting} waiting"
 
     def close(self) -> None:
-        """Ends all workers, and Ray, where it was started for them."""
+        """End all workers, and Ray if it was started for them."""
         try:
             for worker in self._workers:
                 self._ray.kill(worker)
@@ -109,22 +110,22 @@ class Pool:
                 self._ray.shutdown()
 
     def evaluator(self, local: RoutedEvaluator) -> Spread:
-        """What measures as an evaluator of this process does, on the workers."""
+        """Return an evaluator on the workers that measures as the given one."""
         return Spread(self, local)
 
     def send(self, thing: object) -> Any:
-        """A reference to a thing in the object store; it is there for as long as the reference."""
+        """Put an object into the object store. Return a reference, which keeps it there as long as it lives."""
         self._start()
         return self._ray.put(thing)
 
     def send_bank(self, bank: WeightBank) -> Any:
-        """A reference to a bank, whose tensors the workers of a machine map; the last one is kept."""
+        """Return a reference to a bank, whose tensors the workers of a machine map. The last bank sent is kept."""
         if self._bank[0] is not bank:
             self._bank = bank, self.send(packed(bank))
         return self._bank[1]
 
     def banks(self, stages: Stages, only: Sequence[int]) -> Iterator[WeightBank]:
-        """Banks of single stages, as soon as each is done."""
+        """Calibrate stages on the workers, and yield the bank of each as soon as it is done."""
         now = time.perf_counter()
         tasks = [_Task(stage, f"the calibration of stage {stage}", now) for stage in only]
         for _, _, bank in self._done(tasks, lambda worker, stage: worker.calibrate.remote(stages, stage)):
@@ -132,11 +133,11 @@ class Pool:
         self._rest()
 
     def cells(self, bank: WeightBank, jobs: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-        """Whole cells, each with its record, or what was raised in it, as soon as it is done.
+        """Run whole cells, and yield each job with its record, or with the error that it raised, as soon as it is done.
 
         Args:
-            bank: of their model.
-            jobs: what `cell` of the workers is given, in an order in which neighbours share most.
+            bank: bank of their model.
+            jobs: arguments of the workers' `cell`, in an order in which neighbours share most.
         """
         now = time.perf_counter()
         tasks = [_Task(job, f"the cell of seed {job.config.seed} with {job.config.strategy}", now) for job in jobs]
@@ -153,14 +154,14 @@ class Pool:
         fidelity: float = 1.0,
         more: Callable[[], Sequence[Schedule]] | None = None,
     ) -> Iterator[tuple[Schedule, float, float, Rows | None, Measured]]:
-        """Each schedule with its fitness, seconds, coefficients and who measured it, as soon as it is done.
+        """Measure schedules, and yield each as soon as it is done: schedule, fitness, seconds, coefficients, worker.
 
         Args:
-            bank: reference of the bank.
-            sent: of the evaluator.
-            schedules: in an order in which neighbours share most.
+            bank: reference to the bank.
+            sent: reference to the evaluator.
+            schedules: the schedules, in an order in which neighbours share most.
             fidelity: the fraction of the probes.
-            more: gives more of them whenever a worker has nothing to do.
+            more: returns more schedules whenever a worker has nothing to do.
         """
 
         def tasks(schedules: Sequence[Schedule]) -> list[_Task]:
@@ -186,21 +187,22 @@ class Pool:
         more: Callable[[], Sequence[_Task]] | None = None,
         tolerant: bool = False,
     ) -> Iterator[tuple[_Task, int, Any]]:
-        """Tasks, who did them and what came out, as soon as each is done.
+        """Run tasks, and yield each with the number of its worker and its outcome, as soon as it is done.
 
-        Neighbours go to one worker, which has what they share; one that has nothing left takes from the end of the
-        longest row of another.
+        Neighbouring tasks go to one worker, which caches what they share. A worker without tasks takes the last task of
+        the longest remaining row.
 
         Args:
-            tasks: in an order in which neighbours share most.
-            begin: gives a worker a task; returns the reference of what comes out.
+            tasks: the tasks, in an order in which neighbours share most.
+            begin: gives a worker a task, and returns the reference to its outcome.
             attached: the bank, and the evaluator, that a worker needs first.
             limit: seconds that a task may take.
-            more: gives more tasks; asked where a worker has none, and after an empty answer not before one is done.
-            tolerant: what a task raised is what came out of it, and the others go on.
+            more: returns more tasks. It is called when a worker has none; after an empty answer, only once another task
+                is done.
+            tolerant: an error of a task is yielded as its outcome, and the others go on.
 
         Raises:
-            Exception: what the task raised.
+            Exception: the error of a task, unless `tolerant`.
         """
         self._start()
         n = len(self._workers)
@@ -240,7 +242,7 @@ class Pool:
                         if not tolerant:
                             raise
                         if not isinstance(error, DiffesError):
-                            self._wake(i)  # whatever state it is in
+                            self._wake(i)  # the state of this worker is unknown
                         found = error
                     yield task, i, found
                     dry = more is None
@@ -257,10 +259,10 @@ class Pool:
             self._busy |= {reference: (i, False) for reference, (i, _) in running.items()}
 
     def _outcome(self, reference: Any, name: str) -> Any:
-        """What came out of a task of that name; `_Dead` where the worker died of it.
+        """Return the outcome of a task; `_Dead` if its worker died.
 
         Raises:
-            Exception: what the task raised.
+            Exception: the task raised it.
         """
         errors = self._ray.exceptions
         try:
@@ -279,16 +281,16 @@ class Pool:
             return _Dead(" ".join(str(error).split())[:200])
 
     def _rest(self) -> None:
-        """Waits until no worker has anything to do: what is timed next would share the machine with it."""
+        """Wait until no worker is busy, because work would disturb what is timed next on the same machine."""
         while self._busy:
             self._settle(self._ray.wait(list(self._busy), timeout=POLL_SECONDS)[0])
 
     def _settle(self, done: Sequence[Any]) -> None:
-        """Takes workers that are ready; starts others where they are not.
+        """Free workers that are ready, and replace those that died.
 
         Raises:
-            DiffesError: none becomes ready in a place.
-            Exception: what a worker raised when it was told of an evaluator.
+            DiffesError: several workers in a row died in the same place.
+            Exception: a worker raised it as it started or was given an evaluator.
         """
         for reference in done:
             i, told = self._busy.pop(reference)
@@ -297,7 +299,7 @@ class Pool:
             except Exception:
                 if told:
                     raise
-                continue  # of an evaluation that nobody waits for any more
+                continue  # from a task that is no longer wanted
             if not isinstance(found, _Dead):
                 self._failed[i] = 0
                 continue
@@ -310,10 +312,10 @@ class Pool:
             self._wake(i)
 
     def _check_waiting(self, seconds: float) -> None:
-        """Gives up where no worker has begun anything for long: Ray has no room for them.
+        """Raise if no worker has run a task for long, because Ray has no room for the workers.
 
         Raises:
-            DiffesError: that is so.
+            DiffesError: `seconds` without a running task are too many.
         """
         if seconds > PATIENCE_SECONDS:
             raise DiffesError(
@@ -322,10 +324,10 @@ class Pool:
             )
 
     def _died(self, i: int, task: _Task, why: str) -> _Task:
-        """Puts another worker in the place of one, and gives what it had begun back.
+        """Replace a dead worker, and return its task.
 
         Raises:
-            DiffesError: several died of the same task.
+            DiffesError: several workers died of the same task.
         """
         task.deaths += 1
         log.warning("worker %d ended (%s); %s is repeated", i, why, task.name)
@@ -338,10 +340,10 @@ class Pool:
         return task
 
     def _start(self) -> None:
-        """Starts Ray, where nobody did, and the workers, where they are not there yet.
+        """Start Ray and the workers, unless they run already.
 
         Raises:
-            DiffesError: the cluster cannot be reached, or has no room for so many.
+            DiffesError: the cluster cannot be reached, or has no room for so many workers.
         """
         if self._workers:
             return
@@ -357,7 +359,7 @@ class Pool:
         gpus = options.gpus_per_worker
         if gpus is None:
             gpus = 1.0 if pick_device(self.config.device).startswith("cuda") else 0.0
-        cpus = 0 if options.ray_address is None else 1  # here as many as were asked for, there as many as have room
+        cpus = 0 if options.ray_address is None else 1  # on this machine any number; on a cluster one CPU each
         check_room(self._ray.cluster_resources(), {"CPU": cpus, "GPU": gpus}, options.workers)
         variables = {"OMP_NUM_THREADS": str(self._threads)}
         self._made = self._ray.remote(self._kind).options(
@@ -367,7 +369,7 @@ class Pool:
             self._wake(i)
 
     def _wake(self, i: int) -> None:
-        """Starts a worker in a place; whoever is there is ended."""
+        """Start a worker in place i. End the worker that is there."""
         for old in self._workers[i : i + 1]:
             self._ray.kill(old)
         self._workers[i : i + 1] = [self._made.remote(self.config, self._threads)]
@@ -377,7 +379,7 @@ class Pool:
 
 @contextmanager
 def pool_of(config: RunConfig, options: WorkerOptions, kind: type[Worker] = Worker) -> Iterator[Pool | None]:
-    """Workers for a while; None where this process is to measure alone."""
+    """Yield a pool of workers, and close it when the block ends. Yield None if this process measures alone."""
     check_asynchronous(config, options)
     if options.workers == 1:
         yield None

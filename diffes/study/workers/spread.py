@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 
 class Spread:
-    """An `Evaluator` on the workers of a pool; counts denoiser calls as the evaluator of this process would.
+    """Evaluator on the workers of a pool. It counts denoiser calls as the evaluator of this process would.
 
     Args:
         pool: the workers.
-        local: the evaluator; it counts, and measures nothing.
+        local: the evaluator of this process; it counts calls, and measures nothing.
     """
 
     def __init__(self, pool: Pool, local: RoutedEvaluator) -> None:
         self._pool, self._local = pool, local
         name = local.metric.name
         recipe: Callable[[torch.device], Metric] = partial(make_metric, name)
-        if name in METRICS.names():  # maybe of a notebook, of which workers know nothing
+        if name in METRICS.names():  # it may be defined in a notebook, which workers do not know
             recipe = partial(_metric, name, local.metric.function)
         self._recipe = recipe
         self._sent: Any = None
@@ -38,18 +38,18 @@ class Spread:
     def expect(
         self, schedules: Sequence[Schedule], fidelity: float = 1.0, paid: Mapping[Schedule, int] | None = None
     ) -> None:
-        """As of the evaluator of this process."""
+        """Count a batch before it is measured, as the evaluator of this process does."""
         self._local.expect(schedules, fidelity, paid)
 
     def __call__(self, schedules: Sequence[Schedule], fidelity: float = 1.0) -> Iterator[Evaluation]:
-        """Evaluates a batch; yields each when it is done, in whatever order."""
+        """Evaluate a batch, and yield each evaluation when it is done, in any order."""
         ordered = in_trie_order(schedules)
         calls = {schedule: self._local.count(schedule, fidelity) for schedule in ordered}
         for schedule, fitness, seconds, rows, measured in self._pool.measured(*self._ready(), ordered, fidelity):
             yield Evaluation(schedule, fitness, calls[schedule], seconds, fidelity, rows, measured)
 
     def steady(self, more: Callable[[], Sequence[Schedule]]) -> Iterator[Evaluation]:
-        """Evaluates what `more` gives whenever a worker is free; see `Evaluator`."""
+        """Evaluate the schedules that `more` returns whenever a worker is free; see `Evaluator`."""
         calls: dict[Schedule, int] = {}
 
         def counted() -> list[Schedule]:
@@ -61,7 +61,7 @@ class Spread:
             yield Evaluation(schedule, fitness, calls.pop(schedule), seconds, coefficients=rows, measured=measured)
 
     def _ready(self) -> tuple[Any, Any]:
-        """References of the bank and of the evaluator."""
+        """Send the bank and the evaluator, unless they were sent before. Return references to both."""
         bank = self._pool.send_bank(self._local.router.bank)
         if self._sent is None:
             self._sent = self._pool.send((packed(self._local.detached()), self._recipe))

@@ -1,4 +1,4 @@
-"""What runs in a process of its own: the model, a bank, an evaluator."""
+"""Worker in its own process, with the model, a bank and an evaluator."""
 
 from __future__ import annotations
 
@@ -27,19 +27,18 @@ NAMED = ("model", "prompts", "calibration_data")  # settings that may be paths
 
 
 class Worker:
-    """What runs in a process of its own. It keeps nothing that it could not be given again, so that any other can take
-    the place of one that died.
+    """Worker in its own process. Everything that it keeps can be sent again, so that a new worker can replace it.
 
     Args:
         config: the settings; the model is loaded as they say.
-        threads: of torch, the same in all.
+        threads: torch threads, the same in all workers.
     """
 
     def __init__(self, config: RunConfig, threads: int) -> None:
         torch.set_num_threads(threads)
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to it
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # no code writes to it
         device = pick_device(config.device)
-        device = "cuda" if device.startswith("cuda") else device  # Ray shows each worker its own GPUs alone
+        device = "cuda" if device.startswith("cuda") else device  # Ray shows each worker only its own GPUs
         pipe = load_pipeline(config.model, device=device, dtype=getattr(torch, config.dtype))
         pipe.set_progress_bar_config(disable=True)
         self._adapter = adapter_for(pipe)
@@ -47,31 +46,34 @@ class Worker:
             self._adapter.use_prompts(Path(config.prompts))
         self._config = config
         self._data: CalibrationSet | None = None
-        self._bank = ""  # the name that Ray gave the bank of the router
+        self._bank = ""  # Ray's id of the bank of the router
         self._router: Router | None = None
         self._evaluator: RoutedEvaluator | None = None
 
     def ready(self) -> None:
-        """Returns once the model is loaded."""
+        """Return once the model is loaded."""
 
     def calibrate(self, stages: Stages, stage: int) -> WeightBank:
-        """The bank of one stage, which depends on no other. It is copied: what Ray maps goes when Ray does."""
+        """Build the bank of one stage, which is independent of the others.
+
+        It is returned unpacked, so that the receiver copies it: memory that Ray maps is gone when Ray ends.
+        """
         if self._data is None and uses_data(self._config):
             self._data = calibration_of(self._config, self._adapter)
         return bank_of(self._config, self._adapter, stages, [stage], self._data)
 
     def attach(self, bank: list[Any], sent: list[Any] | None = None) -> None:
-        """Gets ready to measure, with a bank and an evaluator in place of those before.
+        """Get ready to measure, with a bank and an evaluator in place of earlier ones.
 
         Args:
-            bank: `packed`, as a list of one reference, so that it is fetched once.
-            sent: what `evaluator.detached()` gave, packed, and a recipe of its metric, likewise; left out, none is
-                needed.
+            bank: list of one reference to a packed bank, so that the bank is fetched only once.
+            sent: list of one reference to the packed `evaluator.detached()` and a function that makes its metric; left
+                out if no evaluator is needed.
         """
         name = bank[0].hex()
         self._evaluator = None
         if self._router is None or name != self._bank:
-            self._router = None  # there may be no room for two
+            self._router = None  # there may be no memory for two banks
             found = unpacked(the_ray().get(bank[0]))
             found = gathered(self._adapter, [found], self._config.bank_bytes, held=False)
             self._bank, self._router = name, Router(self._adapter, found, resident=self._config.bank_bytes)
@@ -81,11 +83,13 @@ class Worker:
         self._evaluator = unpacked(detached).attached(self._router, recipe(self._adapter.device))
 
     def measure(self, schedule: Schedule, fidelity: float) -> tuple[float, int, float, Rows | None]:
-        """Fitness of a schedule on a fraction of the probes, denoiser calls that were run for it, seconds, and the
-        coefficients that were fitted for it.
+        """Measure a schedule on a fraction of the probes.
+
+        Returns:
+            Fitness, denoiser calls that were run for it, seconds, and the coefficients that were fitted for it.
 
         Raises:
-            DiffesError: the device has no room for a single probe.
+            DiffesError: the device has no memory for a single probe.
         """
         evaluator = self._evaluator
         assert evaluator is not None
@@ -95,4 +99,4 @@ class Worker:
 
 
 class CausedError(Exception):
-    """An error and what it was raised from, which Ray loses; both are its arguments."""
+    """Error that carries an error and its cause as arguments, because Ray loses the cause."""
