@@ -1,1 +1,1 @@
-"""Search strategies and their operators: what diffes finds by name through its entry points."""
+"""Search strategies and their operators, which diffes finds by name through its entry points."""

@@ -14,11 +14,11 @@ from diffes.search.space import SearchSpace
 def level_exchange(
     one: Genome, other: Genome, *, space: SearchSpace, rng: np.random.Generator, rate: float = 0.5
 ) -> tuple[Genome, Genome]:
-    """Crossover: two children between their parents that keep the sum of levels.
+    """Make two children between their parents that keep the sum of levels.
 
     The difference of the parents is a list of single levels to move from one stage to another. Each move is drawn with
-    probability `rate`; the first child is the first parent with those moves made, the second child the second parent
-    with the same moves undone. Where parents agree, so do the children. Plans exchange levels at the nodes that
+    probability `rate`. The first child is the first parent with those moves made; the second child is the second parent
+    with the same moves undone. Where the parents agree, so do the children. Plans exchange levels at the nodes that
     both call.
 
     Args:
@@ -46,9 +46,9 @@ def level_exchange(
 
 
 def node_exchange(one: Genome, other: Genome, *, space: SearchSpace, rng: np.random.Generator) -> tuple[Genome, Genome]:
-    """Crossover of plans: the calls at cleaner nodes of one parent and at noisier nodes of the other, and the reverse.
+    """Exchange the calls of two plans at the nodes cleaner than a random cut.
 
-    The cut between the nodes is drawn; a child that would cost too much is repaired.
+    A child that would cost too much is repaired.
 
     Args:
         one: a feasible plan (N,); changed in place.

@@ -1,4 +1,4 @@
-"""The paper's search: an elitist (mu + lambda) evolution by level-switch mutation."""
+"""Search of the Diff-ES paper: an elitist (mu + lambda) evolution by level-switch mutation."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from diffes.search.variation import make_toolbox, vary
 
 
 class Evolution(Strategy):
-    """Keeps the mu fittest of parents and offspring; each generation asks for lambda schedules never seen before.
+    """Elitist evolution: it keeps the mu fittest of parents and offspring, and never asks for a schedule twice.
 
     Args:
         space: the feasible schedules.
         seed: the only source of randomness.
-        mu: survivors of a generation, at least 1.
-        lam: lambda, offspring of a generation, at least 1.
+        mu: survivors per generation, at least 1.
+        lam: lambda, offspring per generation, at least 1.
         initial: size of the hybrid first population, at least 1.
         mutation: a registered mutation or one of DEAP's, with options after a colon:
-            "level_switch:max_moves=3,max_levels=1", "deap.mutUniformInt:indpb=0.2"; None takes the space's own:
-            "level_switch" as the paper does, "plan_move" for plans.
-        crossover: a registered crossover or one of DEAP's, likewise; None goes without, as the paper does.
-        crossover_rate: how likely an offspring has two parents, in [0, 1], where there is a crossover.
+            "level_switch:max_moves=3,max_levels=1", "deap.mutUniformInt:indpb=0.2". None takes the default of the
+            space: "level_switch" as in the paper, "plan_move" for plans.
+        crossover: a registered crossover or one of DEAP's, likewise. None goes without, as in the paper.
+        crossover_rate: probability that an offspring has two parents, in [0, 1], if there is a crossover.
 
-    Source: Diff-ES, whose setting is mu = 4, lambda = 16, 50 generations on DiT and 100 on SDXL, 800 and more
-    evaluations. The defaults here are for searches of a hundred or so, where large generations leave too few of them.
-    Here an offspring that was asked before is mutated on until it is new, so that no evaluation is spent twice. The
-    same in plain DEAP is `eaMuPlusLambda` on `bench.toolbox()`.
+    Source: Diff-ES, with mu = 4, lambda = 16, and 50 generations on DiT or 100 on SDXL: 800 and more evaluations. The
+    defaults here are for searches of about a hundred evaluations, where large generations would be too few. An
+    offspring that was asked before is mutated until it is new, so that no evaluation is spent twice. The same in plain
+    DEAP is `eaMuPlusLambda` on `bench.toolbox()`.
     """
 
     operators = ("mutation", "crossover")

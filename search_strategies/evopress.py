@@ -15,17 +15,17 @@ from diffes.search.variation import make_toolbox, vary
 
 
 class EvoPress(Strategy):
-    """(1 + lambda) with rungs: all offspring on few probes, survivors on more, the last ones against the parent.
+    """(1 + lambda) evolution with rungs: all offspring on few probes, survivors on more, the last against the parent.
 
     Args:
         space: the feasible schedules.
         seed: the only source of randomness.
-        lam: lambda, offspring of a generation, at least 1; also the size of the hybrid first population, which is
-            larger where the space has more starts: on few probes they are cheap to tell apart.
+        lam: lambda, offspring per generation, at least 1. It is also the size of the hybrid first population, which is
+            larger if the space has more starts: on few probes they are cheap to tell apart.
         fidelities: the fraction of the probes of each rung, rising, the last one 1.
-        survivors: how many go on from each rung but the last, falling.
-        mutation: a registered mutation or one of DEAP's, with options after a colon; None takes the space's own of
-            small steps: "level_switch_small" as EvoPress does, "plan_move:max_moves=1" for plans.
+        survivors: number of schedules that go on from each rung but the last, falling.
+        mutation: a registered mutation or one of DEAP's, with options after a colon. None takes the small-step default
+            of the space: "level_switch_small" as in EvoPress, "plan_move:max_moves=1" for plans.
 
     Raises:
         DiffesError: the rungs are not as above.
@@ -71,7 +71,10 @@ class EvoPress(Strategy):
         return [self.propose(genome, fidelity=fidelity, origin=genome.origin) for genome in self._going_on]
 
     def _tell(self, evaluations: Sequence[Evaluation]) -> None:
-        """Of equals the one asked first goes on, but a newcomer as good as the parent takes its place."""
+        """Select those that go on to the next rung, or the next parent after the last rung.
+
+        Of equals the one asked first goes on, but an offspring as good as the parent takes its place.
+        """
         told = zip(evaluations, self._going_on, strict=True)
         ranked = [
             Genome(genome, evaluation.fitness, genome.origin)
@@ -86,7 +89,10 @@ class EvoPress(Strategy):
             self._parent = ranked[0]
 
     def _offspring(self) -> list[Genome]:
-        """Lambda distinct unseen genomes (S,), mutants of the parent as far as there are new ones; fewer at the end."""
+        """Return the first population, or later lambda distinct unseen genomes (S,): mutants of the parent.
+
+        Random genomes follow where no mutant is new, and there are fewer than lambda where no more are found.
+        """
         if self._parent is None:
             size = max(self.lam, len(self.space.starts))
             return [Genome(levels) for levels in hybrid(self.space, self._rng, size)]

@@ -1,4 +1,4 @@
-"""All schedules of a small space, in order: the optimum that other strategies are measured against."""
+"""Exhaustive search of a small space, in order: it finds the optimum that other strategies are compared with."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from diffes.search.strategy import Evaluation, Proposal, Strategy
 
 
 class Exhaustive(Strategy):
-    """Asks for every feasible schedule once, in lexicographic order.
+    """Strategy that asks for every feasible schedule once, in lexicographic order.
 
     Args:
         space: the feasible schedules.
-        seed: taken like every strategy does; nothing here is random.
-        limit: refuses spaces with more feasible schedules than this, at least 1.
-        batch: schedules asked at once, at least 1.
+        seed: not used, because nothing here is random; every strategy takes one.
+        limit: largest number of feasible schedules that is accepted, at least 1.
+        batch: number of schedules per batch, at least 1.
 
     Raises:
         DiffesError: the space is too large, or one of plans.
@@ -40,17 +40,17 @@ class Exhaustive(Strategy):
         return [self.propose(levels) for levels in itertools.islice(self._left, self.batch)]
 
     def _tell(self, evaluations: Sequence[Evaluation]) -> None:
-        """There is nothing to learn."""
+        """Do nothing: there is nothing to learn."""
 
 
 def feasible(space: SearchSpace) -> Iterator[list[int]]:
-    """All feasible genomes (S,) in lexicographic order, without walking through the others."""
+    """Yield all feasible genomes (S,) in lexicographic order, without walking through the others."""
     n, budget = space.n_stages, space.budget
     if budget is None:
         choices = [range(space.max_level + 1 if steps else 1) for steps in space.steps]
         yield from map(list, itertools.product(*choices))
         return
-    cheapest = [0] * (n + 1)  # what the stages from s on cost at least and at most
+    cheapest = [0] * (n + 1)  # least and largest cost of the stages from s on
     dearest = [0] * (n + 1)
     for s in reversed(range(n)):
         cheapest[s] = cheapest[s + 1] + space.steps[s] * space.level_costs[s][-1]

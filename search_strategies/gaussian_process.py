@@ -1,4 +1,4 @@
-"""A Gaussian process over schedules: a function of each feature, of each pair of them, and noise."""
+"""Gaussian process over schedules: a function of each feature, of each pair of them, and noise."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Kernel:
     """Covariance of schedules: a function of each feature, of each pair of them, and noise.
 
     Args:
-        parameters: (2 V + 2,) natural logarithms: how far each feature's function reaches, in its unit; how much each
-            counts; how much pairs count; variance of what neither explains.
-        grid: (G,) the values that features take, evenly spaced from 0 on; None where they are any numbers.
+        parameters: (2 V + 2,) natural logarithms of the reach of each feature's function, in its unit; of the weight of
+            each feature; of the weight of pairs; and of the variance of the noise.
+        grid: (G,) values that features take, evenly spaced from 0 on; None if they can be any numbers.
     """
 
     parameters: Floats
@@ -31,20 +31,20 @@ class Kernel:
 
     @classmethod
     def prior(cls, n: int, grid: Floats | None = None) -> Kernel:
-        """What is assumed of n features before anything was measured."""
+        """Return the kernel that is assumed for n features before anything was measured."""
         return cls(np.log([0.5] * n + [0.1] * n + [0.4, 0.01]), grid)
 
     def alone(self, a: Floats, b: Floats) -> Floats:
-        """(n, m, V) covariances of each feature's own function; features (n, V) and (m, V)."""
+        """Return the covariances (n, m, V) of each feature's own function, for features (n, V) and (m, V)."""
         return self.weight * np.exp(-(((a[:, None] - b[None]) / self.reach) ** 2) / 2)
 
     def __call__(self, a: Floats, b: Floats) -> Floats:
-        """(n, m) covariances, noise left out; features (n, V) and (m, V)."""
+        """Return the covariances (n, m) of features (n, V) and (m, V), without noise."""
         total, squares = self._looked_up(a, b) if self.grid is not None else self._added_up(a, b)
         return self.summed(total, squares)
 
     def _looked_up(self, a: Floats, b: Floats) -> tuple[Floats, Floats]:
-        """(n, m) sums over features of covariances and of their squares, as products with indicator matrices."""
+        """Return the sums (n, m) over features of covariances and of their squares, by products with indicators."""
         assert self.grid is not None
         points = np.repeat(self.grid[:, None], a.shape[1], axis=1)
         table = self.alone(points, points).transpose(2, 0, 1)  # (V, G, G)
@@ -56,7 +56,7 @@ class Kernel:
         return sums[: len(a)], sums[len(a) :]
 
     def _added_up(self, a: Floats, b: Floats) -> tuple[Floats, Floats]:
-        """(n, m) the same sums, feature by feature."""
+        """Return the same sums (n, m), added up feature by feature."""
         total, squares = np.zeros((len(a), len(b))), np.zeros((len(a), len(b)))
         for v, (reach, weight) in enumerate(zip(self.reach, self.weight, strict=True)):
             alone = weight * np.exp((a[:, v, None] - b[None, :, v]) ** 2 * (-0.5 / reach**2))
@@ -66,35 +66,38 @@ class Kernel:
 
     @property
     def reach(self) -> Floats:
-        """(V,) of each feature."""
+        """Reach (V,) of each feature's function."""
         return np.exp(self.parameters[: len(self.parameters) // 2 - 1])
 
     @property
     def weight(self) -> Floats:
-        """(V,) of each feature."""
+        """Weight (V,) of each feature."""
         return np.exp(self.parameters[len(self.parameters) // 2 - 1 : -2])
 
     @property
     def pairs(self) -> float:
-        """How much pairs count."""
+        """Weight of pairs."""
         return float(np.exp(self.parameters[-2]))
 
     @property
     def noise(self) -> float:
-        """Variance of what is not explained."""
+        """Variance of the noise."""
         return float(np.exp(self.parameters[-1])) + 1e-6
 
     @property
     def variance(self) -> float:
-        """Of the fitness of any schedule, noise left out."""
+        """Variance of the fitness of any schedule, without noise."""
         return float(self.summed(self.weight.sum(), (self.weight**2).sum()))
 
     def summed(self, total: Floats, squares: Floats) -> Floats:
-        """Covariances of what has these sums over features of covariances and of their squares."""
+        """Return the covariances that have these sums over features of covariances and of their squares."""
         return total + self.pairs * (total**2 - squares) / 2
 
     def fitted(self, levels: Floats, scores: Floats) -> Kernel:
-        """The kernel under which scores (n,) at features (n, V) are likeliest, given the prior; from here on."""
+        """Return the kernel under which scores (n,) at features (n, V) are likeliest, given the prior.
+
+        The optimisation starts from this kernel.
+        """
         prior = self.prior(levels.shape[1]).parameters
         likelihood = _Likelihood(levels, scores, self.grid)
 
@@ -109,14 +112,14 @@ class Kernel:
 
 
 class _Likelihood:
-    """How likely scores are under a kernel: logarithm, up to a constant, and gradient.
+    """Log-likelihood of scores under a kernel, up to a constant, and its gradient.
 
-    Each pair of schedules is looked at once. On a grid covariances are made for each distance there is, and looked up.
+    Each pair of schedules is used once. On a grid, covariances are computed once per distance and looked up.
 
     Args:
         levels: features (n, V).
         scores: (n,).
-        grid: (G,) the values that features take, evenly spaced from 0 on; None where they are any numbers.
+        grid: (G,) values that features take, evenly spaced from 0 on; None if they can be any numbers.
     """
 
     def __init__(self, levels: Floats, scores: Floats, grid: Floats | None) -> None:
@@ -135,15 +138,18 @@ class _Likelihood:
         self._marks = csr_array((np.ones(apart.size), apart.ravel(), rows), shape=shape)
 
     def _over_features(self, table: Floats) -> Floats:
-        """(P,) sums over features for each pair, of what each distance (V, G) or each pair (V, P) has."""
+        """Return the sums (P,) over features for each pair, from a table by distance (V, G) or by pair (V, P)."""
         return table.sum(0) if self._marks is None else self._marks @ table.ravel()
 
     def _over_pairs(self, worth: Floats) -> Floats:
-        """(V, G) sums over the pairs at each distance of what each pair (P,) has; where pairs are alone, that."""
+        """Return the sums (V, G) of a value per pair (P,) over the pairs at each distance.
+
+        Without a grid each pair has its own distance, and the values are returned.
+        """
         return worth if self._marks is None else (self._marks.T @ worth).reshape(self._squares.shape)
 
     def __call__(self, kernel: Kernel) -> tuple[float, Floats]:
-        """The value, and its gradient (2 V + 2,) by the kernel's parameters."""
+        """Return the log-likelihood, and its gradient (2 V + 2,) with respect to the kernel's parameters."""
         scores, weight, pairs = self.scores, kernel.weight, kernel.pairs
         alone = weight[:, None] * np.exp(self._squares * (-0.5 / kernel.reach[:, None] ** 2))
         squared = alone * alone
@@ -152,10 +158,10 @@ class _Likelihood:
         covariance.put(self._below, kernel.summed(total, squares))
         np.fill_diagonal(covariance, kernel.variance + kernel.noise)
         factor = np.linalg.cholesky(covariance)  # reads the lower triangle only
-        inverse, _ = dpotri(factor, lower=1)  # writes it only
+        inverse, _ = dpotri(factor, lower=1)  # writes the lower triangle only
         weights = cho_solve((factor, True), scores)
-        own = (weights**2 - np.diag(inverse)).sum() / 2  # of the value by the covariance, on the diagonal
-        outer = (np.outer(weights, weights) - inverse).take(self._below)  # and of both halves beside it
+        own = (weights**2 - np.diag(inverse)).sum() / 2  # derivative by the covariance: diagonal
+        outer = (np.outer(weights, weights) - inverse).take(self._below)  # and both halves off the diagonal
         by_pair = alone * self._over_pairs(outer * (1 + pairs * total)) - pairs * squared * self._over_pairs(outer)
         both = outer @ (total**2 - squares) + own * (weight.sum() ** 2 - (weight**2).sum())
         gradient = np.array([
@@ -187,14 +193,14 @@ class Model:
         self.weights = cho_solve((factor, True), scores)
 
     def predict(self, levels: Floats) -> tuple[Floats, Floats]:
-        """Mean and standard deviation (m,) of the scores at features (m, V), noise left out."""
+        """Predict the mean and standard deviation (m,) of the scores at features (m, V), without noise."""
         across = self.kernel(self.levels, levels)
         known = solve_triangular(self._factor, across, lower=True, check_finite=False)
         variance = np.maximum(self.kernel.variance - np.einsum("nm,nm->m", known, known), 1e-10)
         return across.T @ self.weights, np.sqrt(variance)
 
     def believing(self, levels: Floats, score: float) -> Model:
-        """The model as if a score had been measured at features (1, V)."""
+        """Return the model as if a score had been measured at features (1, V)."""
         n = len(self.scores)
         factor = np.zeros((n + 1, n + 1))
         factor[:n, :n] = self._factor

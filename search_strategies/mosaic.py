@@ -18,24 +18,24 @@ LEAST = 0.25  # sparsity of the most important segment over that of the least im
 
 
 class Mosaic(Strategy):
-    """Asks for one schedule, made from how fast the denoising loss changes along the trajectory.
+    """Strategy that asks for one schedule, made from how fast the denoising loss changes along the trajectory.
 
     The score of a stage is the gradient of the denoising loss plus `weight` times the logarithm of the signal-to-noise
-    ratio, both scaled to [0, 1]. The two edges that divide the scores into the most uniform three segments are the
-    edges of the schedule; a segment is pruned the less the higher its score is, and the middle one least.
+    ratio, both scaled to [0, 1]. Two edges divide the stages into the three segments whose scores are most uniform. The
+    higher the score of a segment, the less it is pruned; the middle one is pruned least.
 
     Args:
         space: the feasible schedules.
-        seed: taken like every strategy does; nothing here is random.
+        seed: not used, because nothing here is random; every strategy takes one.
         profile: loss and signal-to-noise ratio by stage; a run measures them.
         weight: lambda of the paper, at least 0.
 
     Raises:
-        DiffesError: there is no profile, it has another number of stages, the weight is negative, or the space is
-            one of plans.
+        DiffesError: there is no profile, it has another number of stages, the weight is negative, or the space is one
+            of plans.
 
-    Source: MosaicDiff (Guo et al. 2025), which sets edges and sparsities by hand from such a score; the rule that makes
-    them from it for any budget and number of stages is ours.
+    Source: MosaicDiff (Guo et al. 2025), which sets edges and sparsities by hand from such a score. The rule that finds
+    them for any budget and number of stages is ours.
     """
 
     needs = ("profile",)
@@ -59,7 +59,7 @@ class Mosaic(Strategy):
         return batch
 
     def _tell(self, evaluations: Sequence[Evaluation]) -> None:
-        """There is nothing to learn."""
+        """Do nothing: there is nothing to learn."""
 
     def _levels(self) -> list[int]:
         loss, log_snr = np.array(self.profile.loss), np.array(self.profile.log_snr)
@@ -68,7 +68,7 @@ class Mosaic(Strategy):
         shape = 1 - (1 - LEAST) * importance
         top = self.space.max_level
         low, high = 0.0, 1 / LEAST
-        for _ in range(50):  # the least thinning that is within the budget
+        for _ in range(50):  # find the least pruning within the budget
             middle = (low + high) / 2
             levels = [min(round(middle * top * s), top) for s in shape]
             low, high = (low, middle) if self.space.fits(levels) else (middle, high)
@@ -77,9 +77,9 @@ class Mosaic(Strategy):
 
 
 def segments(score: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Importance (S,) in [0, 1]: the mean score of each of three segments, the middle one at least as high as others.
+    """Return the importance (S,) in [0, 1]: the mean score of each of three segments, the middle one the highest.
 
-    The edges are those that leave the least variance inside the segments; fewer than three stages are segments each.
+    The edges leave the least variance inside the segments. Fewer than three stages are a segment each.
     """
     n = len(score)
     if n < 3:
@@ -94,6 +94,6 @@ def segments(score: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _unit(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Scaled to [0, 1]; zeros where all are equal."""
+    """Scale values to [0, 1]; return zeros where all are equal."""
     spread = np.ptp(values)
     return (values - values.min()) / spread if spread else np.zeros(len(values))

@@ -16,12 +16,12 @@ from diffes.search.space import SearchSpace
 def level_switch(
     genome: Genome, *, space: SearchSpace, rng: np.random.Generator, max_moves: int = 5, max_levels: int = 2
 ) -> tuple[Genome]:
-    """Shifts a few levels between pairs of stages.
+    """Shift a few levels between pairs of stages.
 
-    `n = min(U{1..m}, U{1..m})` moves; each draws two distinct visited stages i and j and an amount `a` in `U{1..A}`,
-    and shifts `min(a, L_i, H - L_j)` levels from i to j. That keeps the sum of levels, hence the budget where steps are
-    equal and costs linear; in other spaces a genome that left the budget is repaired. A genome of a single visited
-    stage stays as it is. Of a plan, the called nodes are what is visited.
+    It makes `n = min(U{1..m}, U{1..m})` moves. Each draws two distinct visited stages i and j and an amount `a` in
+    `U{1..A}`, and shifts `min(a, L_i, H - L_j)` levels from i to j. That keeps the sum of levels, hence the budget
+    where steps are equal and costs linear; in other spaces a genome that left the budget is repaired. A genome of a
+    single visited stage stays as it is. In a plan, the called nodes count as visited stages.
 
     Args:
         genome: feasible levels (S,); changed in place.
@@ -51,7 +51,7 @@ level_switch_small = functools.partial(level_switch, max_moves=3, max_levels=1)
 
 
 def swap_stages(genome: Genome, *, space: SearchSpace, rng: np.random.Generator) -> tuple[Genome]:
-    """Exchanges the levels of two visited stages that differ; a genome of equal levels stays as it is."""
+    """Exchange the levels of two visited stages that differ; a genome of equal levels stays as it is."""
     pairs = [(i, j) for i, j in itertools.combinations(space.visited, 2) if genome[i] != genome[j]]
     if pairs:
         i, j = pairs[int(rng.integers(len(pairs)))]
@@ -60,7 +60,7 @@ def swap_stages(genome: Genome, *, space: SearchSpace, rng: np.random.Generator)
 
 
 def shift_window(genome: Genome, *, space: SearchSpace, rng: np.random.Generator, max_shift: int = 2) -> tuple[Genome]:
-    """Moves a pattern along the trajectory: the levels of a window of visited stages rotate by a few stages.
+    """Rotate the levels of a window of visited stages by a few stages: move a pattern along the trajectory.
 
     Args:
         genome: feasible levels (S,); changed in place.
@@ -80,7 +80,7 @@ def shift_window(genome: Genome, *, space: SearchSpace, rng: np.random.Generator
 
 
 def level_step(genome: Genome, *, space: SearchSpace, rng: np.random.Generator, max_levels: int = 2) -> tuple[Genome]:
-    """Thins or thickens one visited stage by `U{1..max_levels}` levels; the repair takes it from others.
+    """Raise or lower the level of one visited stage by `U{1..max_levels}`; the repair changes others in return.
 
     In a space without a budget this is the step that changes what a schedule costs.
 
@@ -100,7 +100,7 @@ def level_step(genome: Genome, *, space: SearchSpace, rng: np.random.Generator, 
 def segment_transfer(
     genome: Genome, *, space: SearchSpace, rng: np.random.Generator, max_length: int = 3, max_levels: int = 2
 ) -> tuple[Genome]:
-    """Thickens one segment of the trajectory and thins another one of the same length, stage by stage.
+    """Lower the levels of one segment of the trajectory and raise those of another of the same length, stage by stage.
 
     Args:
         genome: feasible levels (S,); changed in place.
@@ -116,7 +116,7 @@ def segment_transfer(
     if len(called) < 2:
         return (genome,)
     length = int(rng.integers(1, min(max_length, len(called) // 2) + 1))
-    # two starts at least `length` apart: draw them in the shorter row that is left without the first segment's body
+    # draw two starts at least `length` apart, in the shorter row that is left without the first segment's body
     first, second = sorted(int(i) for i in rng.choice(len(called) - 2 * length + 2, 2, replace=False))
     segments = [called[first : first + length], called[second + length - 1 : second + 2 * length - 1]]
     source, target = segments if rng.random() < 0.5 else segments[::-1]

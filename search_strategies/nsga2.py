@@ -23,20 +23,20 @@ class TwoFitness(base.Fitness):  # type: ignore[misc]  # DEAP has no type hints
 
 
 class Nsga2(Strategy):
-    """Keeps a population spread along the front of fitness and cost; the budget only picks the result from it.
+    """Population spread along the front of fitness and cost; the budget only picks the result from it.
 
-    It asks for schedules of all costs. The result of the search is the best of those within the budget; the others are
-    the front (`SearchResult.front`).
+    It asks for schedules of all costs. The result of the search is the best within the budget; `SearchResult.front` has
+    the whole front.
 
     Args:
         space: the feasible schedules; its costs are the second objective.
         seed: the only source of randomness.
         mu: size of the population, at least 4.
-        lam: offspring of a generation, at least 1.
-        mutation: a registered mutation or one of DEAP's, with options after a colon; None takes the space's own. Half
-            of the offspring also change their cost, by `level_step`.
+        lam: offspring per generation, at least 1.
+        mutation: a registered mutation or one of DEAP's, with options after a colon; None takes the default of the
+            space. Half of the offspring also change their cost, by `level_step`.
         crossover: a registered crossover or one of DEAP's, likewise.
-        crossover_rate: how likely an offspring has two parents, in [0, 1].
+        crossover_rate: probability that an offspring has two parents, in [0, 1].
 
     Source: Deb et al. 2002, by DEAP's `selNSGA2` and `selTournamentDCD`.
     """
@@ -83,13 +83,13 @@ class Nsga2(Strategy):
         self._population = tools.selNSGA2(self._population, min(self.mu, len(self._population)))
 
     def _first(self) -> list[Genome]:
-        """A constant schedule of every level or number of calls, then the hybrid first population of the budget."""
+        """Build the first population: constants of all levels or numbers of calls, then the budget's hybrid one."""
         constant = self.space.constants()
         distinct = dict.fromkeys(tuple(levels) for levels in [*constant, *hybrid(self.space, self._rng, self.mu)])
         return [Genome(levels) for levels in distinct][: max(self.mu, len(constant))]
 
     def _offspring(self) -> list[Genome]:
-        """Lambda distinct unseen genomes (S,), of parents that won a tournament by domination, then by crowding."""
+        """Make lambda distinct unseen genomes (S,) of parents that won a tournament by domination, then by crowding."""
         parents = self._population
         if len(parents) >= 4:
             with confined(self._rng):
@@ -97,7 +97,7 @@ class Nsga2(Strategy):
         return vary(parents, self._toolbox, self.lam, space=self._free, rng=self._rng, seen=self._seen, cxpb=self._cxpb)
 
     def _mutate(self, genome: Genome) -> tuple[Genome]:
-        """The mutation, and every other time a step that changes the cost."""
+        """Apply the mutation and, half of the time, a step that changes the cost."""
         (genome,) = self._toolbox.shift(genome)
         if self._rng.random() < 0.5:
             (genome,) = self._toolbox.step(genome)

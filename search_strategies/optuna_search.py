@@ -25,10 +25,10 @@ SUGGESTION_TRIES = 10
 
 
 class OptunaSearch(Strategy):
-    """Asks for what a sampler suggests, one schedule at a time, moved onto the budget where it is off it.
+    """Strategy that asks for what a sampler suggests, one schedule at a time, repaired where it is off the budget.
 
-    Samplers know no budget. A suggestion that had to be repaired is closed as failed, which samplers ignore, and the
-    repaired point is added with its score, so that the model learns from schedules that were measured and no others.
+    Samplers know no budget. A suggestion that had to be repaired is closed as failed, which samplers ignore. The
+    repaired point is added with its score, so that the sampler learns from measured schedules only.
 
     Args:
         space: the feasible schedules.
@@ -38,7 +38,7 @@ class OptunaSearch(Strategy):
         options: further arguments of the sampler.
 
     Raises:
-        DiffesError: there is no such sampler, it lacks a library, takes no seed, or no such options.
+        DiffesError: there is no such sampler, it lacks a library, it takes no seed, or it takes no such options.
     """
 
     credits_suggestions: ClassVar[bool] = False
@@ -78,7 +78,7 @@ class OptunaSearch(Strategy):
                 )
 
     def _suggest(self) -> list[int] | None:
-        """An unseen feasible genome (S,) from the sampler, or None; its trial stays open where it gets the score."""
+        """Return an unseen feasible genome (S,) from the sampler, or None; its trial stays open if it gets a score."""
         for _ in range(SUGGESTION_TRIES):
             trial = self._study.ask(self._distributions)
             suggested = [self.space.genes[trial.params.get(f"level_{s:02d}", 0)] for s in range(self.space.n_stages)]
@@ -102,7 +102,7 @@ class Tpe(OptunaSearch):
         seed: the only source of randomness.
         startup: random suggestions before the model takes over, at least 1.
 
-    Source: Optuna's `TPESampler`, multivariate as is its default since version 5.
+    Source: Optuna's `TPESampler`, multivariate, which is its default since version 5.
     """
 
     def __init__(self, space: SearchSpace, *, seed: int, startup: int = 10) -> None:
@@ -113,7 +113,7 @@ class Tpe(OptunaSearch):
 class CmaEs(OptunaSearch):
     """CMA-ES with a margin for integers.
 
-    It learns from its own suggestions only, so each is given the score of the schedule that it was repaired to.
+    It learns from its own suggestions only, so each gets the score of the schedule that it was repaired to.
 
     Args:
         space: the feasible schedules.

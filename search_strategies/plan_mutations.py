@@ -1,7 +1,7 @@
-"""Mutations of plans: calls move, come, go, split and merge, and trade levels; what a plan costs stays in the budget.
+"""Mutations of plans: calls move, are added, dropped, split and merged, and trade levels, within the budget.
 
-Each takes a feasible plan (N,), changes it in place and returns it in a tuple; where a move finds nothing to change,
-the plan stays as it is. All refuse a space that is not one of plans with a `DiffesError`.
+Each takes a feasible plan (N,), changes it in place and returns it in a tuple. A move that finds nothing to change
+leaves the plan as it is. All raise a `DiffesError` if the space is not one of plans.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ TRIES = 10  # draws of `plan_move` until one changes something
 def move_call(
     genome: Genome, *, space: SearchSpace, rng: np.random.Generator, max_shift: int = MAX_SHIFT
 ) -> tuple[Genome]:
-    """Moves a random call to a random skipped node near it; its level goes with it.
+    """Move a random call to a random skipped node near it; the call keeps its level.
 
     Args:
         genome: a feasible plan (N,); changed in place.
         space: the feasible plans.
         rng: draws the call and the node.
-        max_shift: how many nodes away at most, at least 1.
+        max_shift: largest distance in nodes, at least 1.
     """
     plans = plans_only(space, "move_call")
     at_least("max_shift", max_shift, 1)
@@ -44,7 +44,7 @@ def move_call(
 
 
 def trade_levels(genome: Genome, *, space: SearchSpace, rng: np.random.Generator, max_levels: int = 2) -> tuple[Genome]:
-    """Makes a random call cheaper and another one denser, as far as that pays for it.
+    """Make a random call cheaper and another one denser, as far as the budget then allows.
 
     Args:
         genome: a feasible plan (N,); changed in place.
@@ -71,12 +71,14 @@ def trade_levels(genome: Genome, *, space: SearchSpace, rng: np.random.Generator
 
 
 def add_call(genome: Genome, *, space: SearchSpace, rng: np.random.Generator) -> tuple[Genome]:
-    """Calls a random skipped node, half of the time at the level of the nearest call; random other calls pay for it.
+    """Call a random skipped node; random other calls pay for it.
+
+    Half of the time the new call has the level of the nearest call, else a random one.
 
     Args:
         genome: a feasible plan (N,); changed in place.
         space: the feasible plans.
-        rng: draws the node, its level, and who pays.
+        rng: draws the node, its level, and the calls that pay.
     """
     plans = plans_only(space, "add_call")
     skip = plans.skip
@@ -87,7 +89,7 @@ def add_call(genome: Genome, *, space: SearchSpace, rng: np.random.Generator) ->
 
 
 def drop_call(genome: Genome, *, space: SearchSpace, rng: np.random.Generator) -> tuple[Genome]:
-    """Drops a random call; what that frees makes others denser, half of the time after a new call elsewhere.
+    """Drop a random call; what that frees makes others denser, half of the time after a new call elsewhere.
 
     A plan of one call stays as it is, and without a budget nothing is freed.
 
@@ -111,16 +113,16 @@ def drop_call(genome: Genome, *, space: SearchSpace, rng: np.random.Generator) -
 def split_call(
     genome: Genome, *, space: SearchSpace, rng: np.random.Generator, max_shift: int = MAX_SHIFT
 ) -> tuple[Genome]:
-    """Makes two cheaper calls of a random one, at two nodes near it or at its own and one near it.
+    """Replace a random call by two cheaper ones, at two nodes near it or at its own and one near it.
 
-    The two are as alike in cost as can be paid by the old call and what is left of the budget. Where no call can be
-    split within the budget, the plan stays as it is.
+    The two are as alike in cost as the old call and the unspent budget can pay for. If no call can be split within the
+    budget, the plan stays as it is.
 
     Args:
         genome: a feasible plan (N,); changed in place.
         space: the feasible plans.
         rng: draws the call and the nodes.
-        max_shift: how many nodes away at most, at least 1.
+        max_shift: largest distance in nodes, at least 1.
     """
     plans = plans_only(space, "split_call")
     at_least("max_shift", max_shift, 1)
@@ -140,7 +142,7 @@ def split_call(
 
 
 def merge_calls(genome: Genome, *, space: SearchSpace, rng: np.random.Generator) -> tuple[Genome]:
-    """Makes one denser call of two neighbouring ones, at a random node from the one to the other.
+    """Replace two neighbouring calls by one denser call, at a random node from the one to the other.
 
     It is as dense as both pay for. A plan of one call stays as it is.
 
@@ -174,7 +176,7 @@ MOVES: tuple[Callable[..., tuple[Genome]], ...] = (
 
 
 def plan_move(genome: Genome, *, space: SearchSpace, rng: np.random.Generator, max_moves: int = 3) -> tuple[Genome]:
-    """A few random moves: `n = min(U{1..m}, U{1..m})` draws of the other mutations of this module, each as likely.
+    """Make a few random moves: `n = min(U{1..m}, U{1..m})` draws of the other mutations here, all equally likely.
 
     A draw that finds nothing to change is repeated, up to 10 times.
 
@@ -198,23 +200,23 @@ def plan_move(genome: Genome, *, space: SearchSpace, rng: np.random.Generator, m
 
 
 def _one(choices: Sequence[T], rng: np.random.Generator) -> T:
-    """A random one of them."""
+    """Draw one of the choices at random."""
     return choices[int(rng.integers(len(choices)))]
 
 
 def _near(plans: PlanSpace, genome: Sequence[int], node: int, max_shift: int) -> list[int]:
-    """Skipped nodes at most so far from a node."""
+    """Return the skipped nodes at most `max_shift` away from a node."""
     around = range(max(node - max_shift, 0), min(node + max_shift + 1, plans.n_stages))
     return [other for other in around if genome[other] == plans.skip and other != node]
 
 
 def _payable(plans: PlanSpace, node: int) -> bool:
-    """Whether a plan may call this node at all."""
+    """Check whether the budget allows any call at this node."""
     return any(plans.pays(node, level) for level in plans.allowed)
 
 
 def _add(genome: Genome, plans: PlanSpace, node: int, rng: np.random.Generator) -> None:
-    """Calls a node, in place, at a level that can be paid at all; other calls pay for it."""
+    """Call a node, in place, at a level that the budget allows on its own; other calls pay for it."""
     nearest = min(plans.called(genome), key=lambda other: abs(other - node))
     level = genome[nearest] if rng.random() < 0.5 else _one(plans.allowed, rng)
     chosen = next(k for k in [level, *plans.cheaper(node, level)] if plans.pays(node, k))
@@ -223,9 +225,9 @@ def _add(genome: Genome, plans: PlanSpace, node: int, rng: np.random.Generator) 
 
 
 def _halves(plans: PlanSpace, genome: list[int], nodes: Sequence[int], price: int) -> tuple[int, int] | None:
-    """Levels of two calls, each cheaper than `price`, that can be paid together: the cheaper of them as dear as can be.
+    """Return the levels of two calls, each cheaper than `price`, that can be paid together; None if there are none.
 
-    None where there are no such levels.
+    The cheaper of the two calls costs as much as possible.
     """
     a, b = (plans.level_costs[node] for node in nodes)
     left = 2 * price if plans.budget is None else plans.budget - plans.cost(genome)

@@ -1,4 +1,4 @@
-"""How the surrogate sees plans: where along the trajectory compute is spent and calls are made."""
+"""View of plans for the surrogate: where along the trajectory compute is spent and calls are made."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from diffes.search.operators import MUTATIONS
 from diffes.search.plan import PlanSpace
 
 Floats = NDArray[np.float64]
-BINS = 8  # places along the trajectory at which a plan is looked at
+BINS = 8  # number of places along the trajectory at which a plan is described
 AROUND = 8  # mutations drawn around a plan
 
 
 class PlanView:
-    """What the model is told of a plan, which plans are near, and which denoiser calls plans share.
+    """View of plans for the model: their features, which are near, and which denoiser calls they share.
 
     Args:
         space: the feasible plans.
@@ -39,28 +39,31 @@ class PlanView:
 
     @property
     def n_features(self) -> int:
-        """Two a bin."""
+        """Number of features: two per bin."""
         return 2 * BINS
 
     def features(self, genomes: Sequence[Sequence[int]]) -> Floats:
-        """(n, 2 BINS) compute spent and calls made in each bin, 1 where the uniform plan has its share."""
+        """Return `log(1 + x)` (n, 2 BINS) of compute spent and of calls made in each bin.
+
+        `x` is about 1 where the uniform plan has its share.
+        """
         plans = np.array(genomes)
         spent = self._costs[np.arange(self.space.n_stages), plans] @ self._weights
         called = (plans != self.space.skip) @ self._weights
         return np.log1p(np.hstack([spent, called]) / self._scale)
 
     def neighbours(self, levels: tuple[int, ...], rng: np.random.Generator) -> list[tuple[int, ...]]:
-        """Distinct feasible plans that random single mutations lead to."""
+        """Return the distinct feasible plans that random single mutations lead to."""
         mutate = MUTATIONS.bind(self.space.small_mutation, 1, space=self.space, rng=rng)
         found = dict.fromkeys(tuple(mutate(list(levels))[0]) for _ in range(AROUND))
         found.pop(levels, None)
         return list(found)
 
     def states(self, levels: Sequence[int]) -> list[tuple[tuple[int, ...], float]]:
-        """What decides the state after each call, in the order of sampling, and the price of the call.
+        """Return what decides the state after each call, in the order of sampling, and the price of the call.
 
-        A call leads to the state at the next called node: it is decided by all nodes so far, that one, and the levels
-        before it. Prices are fractions of the calls of the uniform plan.
+        A call leads to the state at the next called node. All called nodes so far, that next one, and the levels before
+        it decide the state. Prices are fractions of the number of calls of the uniform plan.
         """
         called = self.space.called(levels)[::-1]
         path = list(itertools.chain(*((node, levels[node]) for node in called)))

@@ -1,4 +1,4 @@
-"""The baseline that a search has to beat: random schedules within the budget."""
+"""Random search: random schedules within the budget, the baseline that a search has to beat."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from diffes.search.strategy import Evaluation, Proposal, Strategy
 
 
 class RandomSearch(Strategy):
-    """Asks for random schedules, none of them twice, until it finds no more.
+    """Strategy that asks for random schedules, none of them twice, until it finds no more.
 
     Args:
         space: the feasible schedules.
         seed: the only source of randomness.
-        batch: schedules asked at once, at least 1.
+        batch: number of schedules per batch, at least 1.
     """
 
     def __init__(self, space: SearchSpace, *, seed: int, batch: int = 16) -> None:
@@ -35,4 +35,4 @@ class RandomSearch(Strategy):
         return batch
 
     def _tell(self, evaluations: Sequence[Evaluation]) -> None:
-        """There is nothing to learn."""
+        """Do nothing: there is nothing to learn."""

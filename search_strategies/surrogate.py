@@ -1,4 +1,4 @@
-"""Our own search: a model of what levels cost, alone and in pairs, and a climb to where it promises most."""
+"""Surrogate search: a model of what levels are worth, alone and in pairs, and climbs on its predictions."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from diffes.search.strategy import Evaluation, Proposal, Strategy
 from search_strategies.gaussian_process import Floats, Kernel, Model
 from search_strategies.plan_view import PlanView
 
-DP_UNITS = 2000  # costs are counted in at most so many units of the budget when it is solved
+DP_UNITS = 2000  # units in which dynamic programming counts the budget, at most
 PARENTS = 5  # fittest schedules from which a climb starts
 STRANGERS = 2  # random schedules from which a climb starts
-CLIMB = 10  # moves of a climb
-CURIOSITY = (0.0, 0.5, 1.0, 2.0)  # standard deviations added to what is believed, for each schedule of a batch
-THRIFT = 0.1  # worth of a whole run's denoiser calls, in standard deviations of the ranks
-NEWS = (
-    0.02  # share of new evaluations from which on the model is fitted again; until there are 200, every batch is news
-)
-MEMORY = 300  # fittest schedules that the model is fitted to
+CLIMB = 10  # moves of a climb, at most
+CURIOSITY = (0.0, 0.5, 1.0, 2.0)  # standard deviations added to the predicted mean, by schedule of a batch
+THRIFT = 0.1  # price of a whole run's denoiser calls, in standard deviations of the ranks
+NEWS = 0.02  # share of new evaluations that causes a new fit of the model; below 200 evaluations every batch does
+MEMORY = 300  # number of fittest schedules that the model is fitted to
 
 
 class Surrogate(Strategy):
-    """Few denoiser calls: a Gaussian process over schedules, and climbs on what it believes.
+    """Surrogate search for few denoiser calls: a Gaussian process over schedules, and climbs on its predictions.
 
-    What a schedule is worth is modelled as a sum over stages, each a smooth function of its level, and over pairs of
-    stages; how much each stage counts and how fast it varies is fitted. Ranks are modelled, not scores: fitness falls
-    off steeply, and what matters is the order at the top. Each schedule of a batch is the best that a climb passed:
-    from the optimum of the sum over stages, found exactly by dynamic programming, from the fittest schedules known and
-    from random ones, it moves single levels between stages as long as the upper bound rises of what the model believes.
-    That bound is the mean for the first schedule of a batch and two standard deviations above it for the last. Of
-    equals the one is asked that shares the first stages with one that was measured: it costs fewer denoiser calls.
+    The worth of a schedule is modelled as a sum over stages, each a smooth function of its level, and over pairs of
+    stages. A fit finds how much each stage counts and how fast it varies. The model is of ranks, not scores: fitness
+    falls off steeply, and what matters is the order at the top.
 
-    Plans are seen coarsely, by the compute and the calls along the trajectory; climbs on them begin with the fittest
-    and with random ones and follow random mutations.
+    Each schedule of a batch is the best that a climb passed. Climbs start from the optimum of the sum over stages,
+    found by dynamic programming (`solve`), from the fittest schedules known and from random ones. They move single
+    levels between stages as long as the upper bound of the prediction rises. That bound is the mean for the first
+    schedule of a batch and two standard deviations above it for the last. Among schedules of nearly equal bounds, it
+    asks for one that shares the first stages with a measured one: it costs fewer denoiser calls.
+
+    Of plans the model sees only how compute and calls are spread along the trajectory. Climbs on plans start from the
+    fittest and from random ones and follow random mutations.
 
     Args:
         space: the feasible schedules.
         seed: the only source of randomness.
         initial: size of the hybrid first population, at least 2.
-        batch: schedules asked at once, at least 1.
+        batch: number of schedules per batch, at least 1.
     """
 
     asynchronous = True
@@ -84,7 +84,7 @@ class Surrogate(Strategy):
             self._prefixes.update(state for state, _ in self._view.states(levels))
 
     def _random(self, n: int, chosen: Sequence[tuple[int, ...]]) -> list[Proposal]:
-        """Up to n unseen schedules that are not among those chosen."""
+        """Draw up to n unseen schedules that are not among those chosen."""
         taken: set[tuple[int, ...]] = {*self._known, *chosen, *self._open}
         batch: list[Proposal] = []
         while len(batch) < n and (levels := sample_unseen(self.space, self._rng, taken)) is not None:
@@ -97,11 +97,11 @@ class Surrogate(Strategy):
         return [proposal.schedule.levels for proposal in self.pending]
 
     def _price(self, levels: Sequence[int]) -> float:
-        """Fraction of a whole run's denoiser calls that measuring a schedule takes, given what was measured before."""
+        """Return the share of a whole run's denoiser calls that measuring a schedule takes, given what is measured."""
         return sum(price for state, price in self._view.states(levels) if state not in self._prefixes)
 
     def _promising(self, model: Model, ranked: Sequence[tuple[int, ...]]) -> list[Proposal]:
-        """The batch of unseen schedules, from the one that is believed best to the one that tells most."""
+        """Choose a batch of unseen schedules, from the one predicted best to the one that tells most."""
         batch: dict[tuple[int, ...], Proposal] = {}
         waiting = self._open
         taken = {*self._known, *waiting}
@@ -121,7 +121,10 @@ class Surrogate(Strategy):
         return [*batch.values(), *self._random(self.batch - len(batch), list(batch))]
 
     def _thrifty(self, genomes: Sequence[tuple[int, ...]], worth: Floats) -> int:
-        """Which genome is worth most once its price is taken off; those too far behind are not priced."""
+        """Return the index of the genome worth most after its price is taken off.
+
+        Genomes too far behind the best to win are not priced.
+        """
         top = int(np.argmax(worth))
         near = np.flatnonzero(worth >= worth[top] - THRIFT * self._price(genomes[top])).tolist()
         left = [worth[i] - THRIFT * self._price(genomes[i]) for i in near]
@@ -130,7 +133,7 @@ class Surrogate(Strategy):
     def _climb(
         self, model: Model, ranked: Sequence[tuple[int, ...]], curiosity: float
     ) -> dict[tuple[int, ...], Origin]:
-        """Feasible genomes that were passed on the way up, and from where."""
+        """Return the feasible genomes that were passed on the climbs, and where each came from."""
         passed: dict[tuple[int, ...], Origin] = {}
         if isinstance(self._view, StageView):
             optimum = self.space.repair(solve(self.space, self._view.table(model)), self._rng)
@@ -157,13 +160,13 @@ class Surrogate(Strategy):
 
 
 def ranks_of(fitness: Sequence[float]) -> Floats:
-    """Ranks (n,) of fitness (n,), 1 the lowest; equals have their mean."""
+    """Return the ranks (n,) of fitness (n,), 1 the lowest; equals get their mean rank."""
     _, places, counts = np.unique(fitness, return_inverse=True, return_counts=True)
     return (counts.cumsum() - (counts - 1) / 2)[places]
 
 
 class StageView:
-    """What the model is told of a schedule of stages, which schedules are near, and which denoiser calls they share.
+    """View of schedules for the model: their features, which are near, and which denoiser calls they share.
 
     Args:
         space: the feasible schedules.
@@ -180,15 +183,15 @@ class StageView:
 
     @property
     def n_features(self) -> int:
-        """One a visited stage."""
+        """Number of features: one per visited stage."""
         return len(self.space.visited)
 
     def features(self, genomes: Sequence[Sequence[int]]) -> Floats:
-        """Sparsity (n, V) of the visited stages."""
+        """Return the sparsity (n, V) of the visited stages."""
         return self.grid[np.array(genomes)[:, self.space.visited]]
 
     def neighbours(self, levels: tuple[int, ...], rng: np.random.Generator) -> list[tuple[int, ...]]:
-        """Distinct feasible genomes that one level moved from one stage to another leads to."""
+        """Return the distinct feasible genomes that moving one level from one stage to another leads to."""
         found: dict[tuple[int, ...], None] = {}
         thinner, denser = self._moves
         here = np.array(levels)
@@ -203,7 +206,7 @@ class StageView:
         return list(found)
 
     def _feasible(self, genomes: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """(n,) `is_feasible` of genomes (n, S) with levels in [0, H] that leave out the stages that are not visited."""
+        """Return `is_feasible` (n,) of genomes (n, S) whose levels are in [0, H], and 0 in stages not visited."""
         if self.space.budget is None:
             return np.ones(len(genomes), dtype=bool)
         stages = np.arange(self.space.n_stages)
@@ -212,13 +215,16 @@ class StageView:
         return (cost <= self.space.budget) & ((genomes == 0) | thinnest).all(1)
 
     def states(self, levels: Sequence[int]) -> list[tuple[tuple[int, ...], float]]:
-        """What decides the state after each visited stage, in the order of sampling, and its share of a run's calls."""
+        """Return what decides the state after each visited stage, and the share of a run's calls in the stage.
+
+        Stages are in the order of sampling.
+        """
         sampled = self.space.visited[::-1]
         path = [levels[s] for s in sampled]
         return [(tuple(path[: i + 1]), self.space.steps[s] / sum(self.space.steps)) for i, s in enumerate(sampled)]
 
     def table(self, model: Model) -> Floats:
-        """(S, H + 1) what the model believes each level of each stage to be worth on its own."""
+        """Return the predicted worth (S, H + 1) of each level of each stage on its own."""
         top = self.space.max_level
         table = np.zeros((self.space.n_stages, top + 1))
         grid = np.repeat(np.arange(top + 1)[:, None] / max(top, 1), len(self.space.visited), axis=1)
@@ -227,16 +233,16 @@ class StageView:
 
 
 def solve(space: SearchSpace, table: Floats) -> list[int]:
-    """The genome (S,) within the budget with the largest sum of `table[s, level]`, by dynamic programming.
+    """Return the genome (S,) within the budget with the largest sum of `table[s, level]`, by dynamic programming.
 
-    Exact as long as the budget has no more than 2,000 units; finer costs are rounded up to as many.
+    It is exact if the budget has no more than 2,000 units; finer costs are rounded up to as many.
 
     Args:
         space: the feasible schedules.
         table: (S, H + 1) worth of each level of each stage.
     """
     costs = np.array([[n * cost for cost in row] for n, row in zip(space.steps, space.level_costs, strict=True)])
-    costs -= costs[:, -1:]  # what all schedules pay
+    costs -= costs[:, -1:]  # all schedules pay this
     dense = int(costs[:, 0].sum())
     limit = dense if space.budget is None else space.budget - space.cost([space.max_level] * space.n_stages)
     unit = max(1.0, limit / DP_UNITS)

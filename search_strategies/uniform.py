@@ -1,4 +1,4 @@
-"""The baseline without a search: the same level everywhere."""
+"""Uniform schedule: the baseline without a search, the same level everywhere."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from diffes.search.strategy import Evaluation, Proposal, Strategy
 
 
 class Uniform(Strategy):
-    """Asks for the uniform schedule, once.
+    """Strategy that asks for the uniform schedule, once.
 
     Args:
         space: the feasible schedules.
-        seed: taken like every strategy does; nothing here is random.
+        seed: not used, because nothing here is random; every strategy takes one.
     """
 
     def __init__(self, space: SearchSpace, *, seed: int) -> None:
@@ -26,4 +26,4 @@ class Uniform(Strategy):
         return batch
 
     def _tell(self, evaluations: Sequence[Evaluation]) -> None:
-        """There is nothing to learn."""
+        """Do nothing: there is nothing to learn."""

@@ -1,1 +1,1 @@
-"""What is measured: fitness on probes, metrics, and what a schedule costs."""
+"""Measurements: fitness on probes, metrics, and the cost of a schedule."""

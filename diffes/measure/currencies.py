@@ -1,4 +1,4 @@
-"""What a budget counts: levels, multiply-accumulates of the whole denoiser, or measured time; by registry."""
+"""Currencies of a budget: levels, multiply-accumulates of the whole denoiser, or measured time; by registry."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ Advance = Callable[[str], None]
 
 
 def _silent(note: str) -> None:
-    """Nobody is told."""
+    """Ignore a note about progress."""
 
 
 class Currency(abc.ABC):
-    """What a budget counts; `--cost NAME` finds one by its entry point in `diffes.costs`.
+    """Currency of a budget; `--cost NAME` finds one by its entry point in `diffes.costs`.
 
     Attributes:
         counted: whether its table takes a while to make.
         timed: whether it depends on the number of probes, as time does.
-        changing: whether the weights of a level are put in place for every call, as plans do, and that is paid for, or
-            once a stage.
-        advance: told of each stage that is done.
+        changing: whether the weights of a level are put in place for every call, as in plans, and paid for; else once a
+            stage.
+        advance: progress callback, called after each stage.
     """
 
     counted: ClassVar[bool] = True
@@ -51,7 +51,7 @@ class Currency(abc.ABC):
 
     @abc.abstractmethod
     def table(self, router: Router, stages: Stages, visited: Sequence[int], max_level: int, probes: Probes) -> Table:
-        """(S, H + 1) cost of one denoiser call in each stage at each level, in any unit.
+        """Return the cost (S, H + 1) of one denoiser call in each stage at each level, in any unit.
 
         Args:
             router: the model with its bank.
@@ -62,12 +62,12 @@ class Currency(abc.ABC):
         """
 
     def space(self, stages: Stages, steps: Sequence[int], costs: Table, budget: float) -> SearchSpace:
-        """Schedules that cost at most `budget` times the dense model, for a table (S, H + 1) of costs."""
+        """Return the space of schedules that cost at most `budget` times the dense model, by costs (S, H + 1)."""
         return SearchSpace.dense_fraction(stages, steps, costs, budget)
 
 
 class Level(Currency):
-    """The paper's: the mean level over the steps, as a fraction of H; the budget is the sparsity to reach."""
+    """Currency of the paper: the mean level over the steps, as a fraction of H; the budget is the sparsity to reach."""
 
     counted = False
 
@@ -100,14 +100,14 @@ CURRENCIES: Registry[type[Currency]] = Registry("cost", "diffes.costs", Currency
 def costs_of(
     name: str, router: Router, space: SearchSpace, probes: Probes, progress: Progress, changing: bool
 ) -> Table:
-    """(S, H + 1) cost of a call, in a currency, in the stages of a space; behind a bar where that takes a while.
+    """Return the cost (S, H + 1) of a call in a currency, in the stages of a space; show progress if it takes a while.
 
     Args:
-        name: of the currency.
+        name: name of the currency.
         router: the model with its bank.
         space: its stages and levels.
         probes: the batch of a call that is timed.
-        progress: told of each stage.
+        progress: progress display.
         changing: whether the level's weights are put in place before every call.
     """
     currency: Currency = CURRENCIES.make(name)
@@ -127,9 +127,14 @@ def costs_of(
 
 
 def macs_fraction(router: Router, schedule: Schedule, steps: Sequence[int]) -> float:
-    """MACs of a routed sampling run over those of the dense one; `steps` (S,) are the calls per stage.
+    """Return the MACs of a routed sampling run over those of the dense one.
 
-    The first call of a run computes everything where its level would reuse something.
+    The first call of a run computes everything, even if its level would reuse something.
+
+    Args:
+        router: the model with its bank.
+        schedule: the levels.
+        steps: (S,) denoiser calls per stage.
     """
     macs_of = _macs(router, schedule.stages)
     dense = macs_of(0, 0)
@@ -144,10 +149,11 @@ def macs_fraction(router: Router, schedule: Schedule, steps: Sequence[int]) -> f
 def macs_by_level(
     router: Router, stages: Stages, visited: Sequence[int], max_level: int, advance: Advance = _silent
 ) -> Table:
-    """(S, H + 1) multiply-accumulates of one denoiser call on a batch of one; in stages not visited those when dense.
+    """Return the multiply-accumulates (S, H + 1) of one denoiser call on a batch of one.
 
-    Of width they are the dense model's less what the missing groups would have taken, which is exact; of depth and
-    reuse they are counted over a call for each different choice of what is computed.
+    For width they are the dense model's minus what the missing groups would have taken, which is exact. For depth and
+    reuse they are counted over a call for each different choice of what is computed. Stages that are not visited get
+    those of a dense call.
     """
     macs_of = _macs(router, stages)
     table = [[macs_of(0, 0)] * (max_level + 1) for _ in range(len(stages))]
@@ -159,13 +165,14 @@ def macs_by_level(
 
 @dataclass(frozen=True)
 class _Counted:
-    """Multiply-accumulates of a model's calls, each counted once: a count takes a call.
+    """Multiply-accumulates of a model's calls, each counted once, because a count takes a call.
 
     Args:
-        modules: how many the denoiser had then.
-        dense: of a dense call.
-        by_group: of a group, by the name of its set; none where a layer has matrices beside its own, as with a LoRA.
-        by_choice: of a call, by what is computed in it.
+        modules: number of modules of the denoiser at that time.
+        dense: multiply-accumulates of a dense call.
+        by_group: those of a group, by the name of its set; empty if a layer has matrices beside its own, as with a
+            LoRA.
+        by_choice: those of a call, by what is computed in it.
     """
 
     modules: int
@@ -188,7 +195,7 @@ def _counted(adapter: ModelAdapter) -> _Counted:
 
 
 def _macs(router: Router, stages: Stages) -> Callable[[int, int], float]:
-    """What gives the multiply-accumulates of one call in a stage at a level."""
+    """Return a function that gives the multiply-accumulates of one call in a stage at a level."""
     adapter, bank, counted = router.adapter, router.bank, _counted(router.adapter)
     sets = adapter.prunable("width")
 
@@ -211,8 +218,10 @@ def _macs(router: Router, stages: Stages) -> Callable[[int, int], float]:
 
 @torch.no_grad()
 def macs_at(router: Router, stages: Stages, stage: int, level: int) -> int:
-    """Multiply-accumulates of one denoiser call on a batch of one, in a stage at a level; after a dense call, where it
-    reuses something of that."""
+    """Return the multiply-accumulates of one denoiser call on a batch of one, in a stage at a level.
+
+    The call follows a dense one if it reuses something of that.
+    """
     plan, adapter = _after_dense(router, stages, stage, level), router.adapter
     clock = clock_of(adapter, plan)
     with router.routed(plan), adapter.counted_by(clock):
@@ -224,14 +233,14 @@ def macs_at(router: Router, stages: Stages, stage: int, level: int) -> int:
 
 
 def _after_dense(router: Router, stages: Stages, stage: int, level: int) -> Plan:
-    """A dense call at the noisiest timestep, and one in a stage at a level."""
+    """Return a plan of a dense call at the noisiest timestep, and one in a stage at a level."""
     first, then = stages.ranges[-1][1] - 1, stages.ranges[stage][0]
     calls = ((first, 0), (then, level)) if first > then else ((then, level),)
     return Plan(stages, calls, router.max_level, solver="")
 
 
 def clock_of(adapter: ModelAdapter, plan: Plan) -> PlanScheduler:
-    """Return what counts the calls of a plan that are made by hand; `index` is the number of the next."""
+    """Return a scheduler that counts the calls of a plan that are made by hand; `index` is the number of the next."""
     return PlanScheduler.of(adapter.pipe.scheduler, plan.timesteps, "ddim")
 
 
@@ -246,20 +255,22 @@ def ms_by_level(
     changing: bool = False,
     advance: Advance = _silent,
 ) -> Table:
-    """(S, H + 1) median milliseconds of one denoiser call on the probes' batch, levels taking turns.
+    """Return the median milliseconds (S, H + 1) of one denoiser call on the probes' batch, levels taking turns.
 
-    Measured in one stage where levels remove the same from all layers in all of them, else in every visited one, with
-    fewer repeats; after a dense call, whose outputs a level may reuse. A dense call does the same in all stages: what a
-    level takes is its share of the dense calls between which it was timed, of the median dense call, so that a machine
-    that slows down on the way makes no stage dearer. For each of its multiply-accumulates it takes the same share in
-    all stages, the median: a search would else choose the stages in which a level happened to be timed short. With
-    `changing`, putting the level's weights in place of the dense ones is part of a call.
+    Each call is timed after a dense call, whose outputs a level may reuse. If each level leaves the same sizes in all
+    stages, one stage is measured, else every visited one, with fewer repeats.
+
+    A dense call does the same in all stages. So a level's time is divided by that of the dense calls timed in turn with
+    it, and multiplied by the median dense call: a machine that slows down on the way makes no stage more expensive. A
+    level's time per multiply-accumulate is taken to be the same in all stages, the median: else a search would choose
+    the stages in which a level happened to be timed short. With `changing`, putting the level's weights in place of the
+    dense ones is part of a call.
     """
     adapter, bank = router.adapter, router.bank
     sets, levels = adapter.prunable(bank.kind), range(1, max_level + 1)
 
     def shape(stage: int, level: int) -> list[object]:
-        """What a call's time depends on: of width the number of groups that stay, else which ones."""
+        """Return what a call's time depends on: for width the number of groups that stay, else which ones."""
         entry = bank[stage, level]
         counts = bank.kept((stage, level), sets)
         which = [entry[p.name].kept.tolist() for p in sets if p.name in entry and not isinstance(p, GroupSet)]
@@ -271,7 +282,7 @@ def ms_by_level(
     rounds = repeats if len(counted) == 1 else max(2, math.ceil(2 * repeats / len(counted)))
 
     def measured(n_probes: int) -> Table:
-        """(C, H + 1) of the stages that are counted, on as many probes as there is room for."""
+        """Return the times (C, H + 1) of the stages that are counted, on the first `n_probes` probes."""
         part = probes[:n_probes]
         latents = part.noise.to(adapter.device, adapter.dtype)
 
@@ -317,13 +328,13 @@ def interleaved_ms(
     device: torch.device,
     before: Sequence[Callable[[], object]] | None = None,
 ) -> list[float]:
-    """Median wall time in milliseconds of each of `runs`, taken in turns so that all see the same machine.
+    """Return the median wall time in milliseconds of each of `runs`, in turns so that all see the same machine.
 
     Args:
-        runs: what is timed.
+        runs: functions to time.
         repeats: rounds that count; one more goes first.
-        device: waited for before and after each.
-        before: what is done, untimed, before each run.
+        device: device to wait for before and after each run.
+        before: functions to call, untimed, before each run.
     """
     times: list[list[float]] = [[] for _ in runs]
     for repeat in range(repeats + 1):
@@ -341,8 +352,10 @@ def interleaved_ms(
 
 
 def prunable_fraction(adapter: ModelAdapter, kind: str) -> float:
-    """Share of the denoiser's parameters that the last level removes: what a sparsity is a fraction of. Reuse removes
-    none."""
+    """Return the share of the denoiser's parameters that the last level removes; reuse removes none.
+
+    A sparsity is a fraction of this share.
+    """
     denoiser = adapter.denoiser
     layers: set[str] = set()
     for prunable in adapter.prunable(kind):

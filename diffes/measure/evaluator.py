@@ -1,4 +1,4 @@
-"""Fitness: images of the routed pipeline on fixed probes, compared with the dense model's, at few denoiser calls."""
+"""Fitness of schedules: images of the routed pipeline on fixed probes, compared with the dense model's."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ from diffes.search.strategy import Evaluation, Rows
 T = TypeVar("T")
 Prefix = tuple[int | float | str, ...]
 Candidate = Schedule | Plan
-States = tuple[SamplingState, ...]  # of one run, for each part of the probes
+States = tuple[SamplingState, ...]  # states of one run, one per part of the probes
 BATCH = 32
 CACHE_BYTES = 1 << 28
 REUSE_CACHE_BYTES = 1 << 30  # states are larger where they hold what later calls reuse
 
 
 class RoutedEvaluator(abc.ABC):
-    """Measures what a router can run on one set of probes; an `Evaluator` for `run_search`.
+    """Evaluator of what a router can run, on one set of probes; an `Evaluator` for `run_search`.
 
-    Candidates that agree on what is sampled first share that part of the trajectory: states are cached, a batch is
-    walked as a trie, and only what differs is run. Scores are bit-identical to running all of it, because every
-    denoiser call is made on the same inputs in the same batch.
+    Candidates that agree on the first calls share that part of the trajectory: states are cached, a batch is walked as
+    a trie, and only what differs is run. Scores are bit-identical to running all of it, because every denoiser call is
+    made on the same inputs in the same batch.
 
-    Denoiser calls are counted in rows: a call on a batch of b counts b, both branches of guidance included. They are
-    what one process pays that measures everything in the order of the trie, whoever measures it: a search that goes on
-    over its store, or on many workers, counts as if it had never stopped and were alone.
+    Denoiser calls are counted in rows: a call on a batch of b counts b, both branches of guidance included. The count
+    is what a single process pays that measures everything in the order of the trie. So a search that goes on over its
+    store, or runs on many workers, counts as if it had never stopped and were alone.
 
     Args:
         router: the model with its bank; dense outside of an evaluation.
         probes: fixed noise and conditions.
         guidance: classifier-free guidance scale; 1 and less switch it off.
-        metric: what is measured.
+        metric: metric of the score.
         batch: probes per denoiser call (twice as many rows with guidance).
-        cache_bytes: how much memory the cached states may take.
+        cache_bytes: largest memory that the cached states may take.
 
     Attributes:
-        stages: in which levels were calibrated.
+        stages: stages in which levels were calibrated.
         final_reference: latents (n, C, h, w) that everything is compared with.
         reference: the same (n, ...) in the metric's space.
         denoiser_calls: rows counted so far, the references excluded.
@@ -82,14 +82,14 @@ class RoutedEvaluator(abc.ABC):
         check_finite(self.reference, "images of the dense model")
 
     def detached(self) -> RoutedEvaluator:
-        """The same probes and references without model, metric and cache, for another process."""
+        """Return a copy with the same probes and references, without model, metric and cache, for another process."""
         made = copy.copy(self)
         for name in ("router", "adapter", "metric", "_cache", "_alone", "_due"):
             delattr(made, name)
         return made
 
     def attached(self, router: Router, metric: Metric) -> RoutedEvaluator:
-        """What was detached, with the same model and metric in this process."""
+        """Return a copy of a detached evaluator with the same model and metric, in this process."""
         made, device = copy.copy(self), router.adapter.device
         made.router, made.adapter, made.metric, made._due = router, router.adapter, metric, {}
         made._cache, made._alone = (_StateCache(self._cache_bytes) for _ in range(2))
@@ -98,31 +98,33 @@ class RoutedEvaluator(abc.ABC):
 
     @abc.abstractmethod
     def _reference_steps(self) -> int | Any:
-        """Steps of the dense model that makes the reference, or its scheduler, ready."""
+        """Return the number of steps of the dense model that makes the reference, or its scheduler, ready to run."""
 
     @abc.abstractmethod
     def _routed(self, schedule: Candidate) -> Candidate:
-        """What the router is given for a genome."""
+        """Return the schedule or plan that the router is given for a genome."""
 
     @abc.abstractmethod
     def _path(self, schedule: Candidate) -> list[tuple[Prefix, int]]:
-        """The parts of the trajectory, from the noisiest on: what decides the state after each, given those before, and
-        its denoiser calls."""
+        """Return the parts of the trajectory, from the noisiest on.
+
+        Each part has what decides the state after it, given the parts before, and its number of denoiser calls.
+        """
 
     @abc.abstractmethod
     def _steps_of(self, schedule: Candidate) -> int | Any:
-        """Number of steps of a genome, or its scheduler, ready."""
+        """Return the number of steps of a genome, or its scheduler, ready to run."""
 
     def _resumed(self, states: States, schedule: Candidate) -> States:
-        """Cached states in which another genome may have been sampled, as the start of the rest of this one."""
+        """Return cached states, maybe sampled for another genome, as the start of the rest of this one."""
         return states
 
     def _coefficients(self, states: States) -> Rows | None:
-        """What was fitted in a run that is over; None where nothing was."""
+        """Return the coefficients that a finished run has fitted; None where nothing was fitted."""
         return None
 
     def __call__(self, schedules: Sequence[Schedule], fidelity: float = 1.0) -> Iterator[Evaluation]:
-        """Evaluates a batch in the order of the trie, so that neighbours follow each other; yields each when done."""
+        """Evaluate a batch in the order of the trie, so that neighbours follow each other; yield each when done."""
         for schedule in in_trie_order(schedules):
             start, before = time.perf_counter(), self.denoiser_calls
             fitness, rows = self.measured(schedule, fidelity)
@@ -130,20 +132,20 @@ class RoutedEvaluator(abc.ABC):
             yield Evaluation(schedule, fitness, calls, seconds, fidelity, rows)
 
     def steady(self, more: Callable[[], Sequence[Schedule]]) -> Iterator[Evaluation]:
-        """Evaluates what `more` gives until it gives nothing; see `Evaluator`."""
+        """Evaluate what `more` gives until it gives nothing; see `Evaluator`."""
         while schedules := more():
             yield from self(schedules)
 
     def expect(
         self, schedules: Sequence[Schedule], fidelity: float = 1.0, paid: Mapping[Schedule, int] | None = None
     ) -> None:
-        """Counts a whole batch before any of it is measured.
+        """Count the calls of a whole batch before any of it is measured.
 
         Args:
             schedules: the batch.
             fidelity: the fraction of the probes.
-            paid: what those of it cost that an earlier process measured. Where they were a batch of their own, which a
-                limit had cut, they are counted before the others.
+            paid: cost of those schedules in the batch that an earlier process measured. If they were a batch of their
+                own, because a limit had cut it, they are counted before the others.
         """
         before = self._alone.snapshot() if paid else None
         self._count_all(in_trie_order(schedules), fidelity)
@@ -159,7 +161,7 @@ class RoutedEvaluator(abc.ABC):
         self._due = {(schedule, fidelity): self.count(schedule, fidelity) for schedule in schedules}
 
     def count(self, schedule: Candidate, fidelity: float = 1.0) -> int:
-        """Denoiser calls, in rows, that a schedule costs after all those that were counted before."""
+        """Return the denoiser calls, in rows, that a schedule costs after all those that were counted before."""
         due = self._due.pop((schedule, fidelity), None)
         if due is not None:
             return due
@@ -171,25 +173,25 @@ class RoutedEvaluator(abc.ABC):
         return calls
 
     def scores(self, schedule: Candidate, fidelity: float = 1.0) -> Tensor:
-        """Score (n,) of each probe, or of the first `ceil(fidelity * n)`; higher is better."""
+        """Return the score (n,) of each probe, or of the first `ceil(fidelity * n)`; higher is better."""
         return self.scored(self.latents(schedule, fidelity))
 
     def scored(self, latents: Tensor) -> Tensor:
-        """Score (n,) of final latents (n, C, h, w) of the first n probes."""
+        """Return the score (n,) of final latents (n, C, h, w) of the first n probes."""
         return self.metric(self._in_metric_space(latents), self.reference[: len(latents)])
 
     def measured(self, schedule: Candidate, fidelity: float = 1.0) -> tuple[float, Rows | None]:
-        """Mean score of a schedule, and the coefficients that were fitted for it, where its solver fits."""
+        """Return the mean score of a schedule, and the coefficients that were fitted for it, where its solver fits."""
         latents, rows = self.sampled(schedule, fidelity)
         return float(self.scored(latents).mean()), rows
 
     def latents(self, schedule: Candidate, fidelity: float = 1.0) -> Tensor:
-        """Final latents (n, C, h, w) of the routed model."""
+        """Return the final latents (n, C, h, w) of the routed model."""
         return self.sampled(schedule, fidelity)[0]
 
     @torch.no_grad()
     def sampled(self, schedule: Candidate, fidelity: float = 1.0) -> tuple[Tensor, Rows | None]:
-        """Final latents (n, C, h, w) of the routed model, and the coefficients that were fitted, where the solver fits.
+        """Return the final latents (n, C, h, w) of the routed model, and the fitted coefficients where the solver fits.
 
         All parts of the probes advance together, call by call, because a fit is over all of them.
         """
@@ -204,8 +206,11 @@ class RoutedEvaluator(abc.ABC):
         return self.within_room(run)
 
     def within_room(self, run: Callable[[int], T]) -> T:
-        """What `run` gives, told how many probes may share a denoiser call. Where the device has no room, cached states
-        and layers that stay ready go first. Scores stay what they are, up to the rounding of another batch."""
+        """Return the result of `run`, which is told how many probes may share a denoiser call.
+
+        Where the device runs out of memory, cached states and layers that stay ready are freed first. Scores stay the
+        same, up to the rounding of another batch size.
+        """
 
         def free() -> None:
             self._cache = _StateCache(self._cache_bytes)
@@ -215,17 +220,17 @@ class RoutedEvaluator(abc.ABC):
 
     @torch.no_grad()
     def dense_latents(self, steps: int | Any) -> Tensor:
-        """Final latents (n, C, h, w) of the dense model at any number of steps, or by a scheduler that is ready."""
+        """Return the final latents (n, C, h, w) of the dense model, at any number of steps or by a ready scheduler."""
         parts = [self.probes[rows] for rows in self.parts()]
         return torch.cat([self.adapter.sample(part, steps, self.guidance) for part in parts])
 
     def dense_scores(self, steps: int | Any) -> Tensor:
-        """Score of each probe (n,) of the dense model with fewer steps, against the reference."""
+        """Return the score of each probe (n,) of the dense model with fewer steps, against the reference."""
         return self.scored(self.dense_latents(steps))
 
     @torch.no_grad()
     def _measured_reference(self) -> Tensor:
-        """Reference latents (n, C, h, w); on the way it is noted how large a state is, whatever the sampler keeps."""
+        """Return the reference latents (n, C, h, w); measure on the way how large a state is, with all it holds."""
         return self.within_room(self._reference_in_parts)
 
     def _reference_in_parts(self, n: int) -> Tensor:
@@ -247,11 +252,11 @@ class RoutedEvaluator(abc.ABC):
         return torch.cat(finals)
 
     def _pass_reference(self, state: SamplingState, rows: slice) -> None:
-        """Is shown each state of the reference, before every step and at the end."""
+        """Receive each state of the reference, before every step and at the end. Nothing is done with it here."""
         return
 
     def _check_timestep(self, timestep: float) -> None:
-        """Refuses an adapter that does not translate what its denoiser is called with."""
+        """Check that the adapter translates what its denoiser is called with to a training timestep."""
         found = self.router.timestep
         if self.stages.stage_of(found) != self.stages.stage_of(timestep):
             raise DiffesError(
@@ -260,7 +265,7 @@ class RoutedEvaluator(abc.ABC):
             )
 
     def parts(self, fidelity: float = 1.0, n: int | None = None) -> list[slice]:
-        """Which probes share a denoiser call: `n` at a time, or a batch where there is room for it."""
+        """Return the slices of probes that share a denoiser call: of `n` probes, or of a batch when left out."""
         last, n = self._n_probes(fidelity), n or self.batch
         return [slice(i, min(i + n, last)) for i in range(0, last, n)]
 
@@ -268,22 +273,22 @@ class RoutedEvaluator(abc.ABC):
         return math.ceil(fidelity * len(self.probes))
 
     def rows(self, probes: Probes) -> int:
-        """What one denoiser call on these probes counts."""
+        """Return the number of rows that one denoiser call on these probes counts."""
         return len(probes) * (2 if self.guidance > 1 else 1)
 
     def _prefixes(self, n_probes: int, schedule: Candidate) -> list[Prefix]:
-        """What decides the states after each part of the trajectory: the first so many probes, and all parts so far."""
+        """Return what decides the states after each part of the trajectory: number of probes, and all parts so far."""
         decided = [part for part, _ in self._path(schedule)]
         return [(n_probes, *itertools.chain(*decided[: i + 1])) for i in range(len(decided))]
 
     def _state_bytes(self, n_probes: int) -> int:
-        """What states of so many probes take at most; the same for those that were measured by an earlier process."""
+        """Return the most bytes that states of so many probes take, whichever process measures them."""
         return math.ceil(n_probes / self.batch) * self._fixed_bytes + math.ceil(self._row_bytes * n_probes)
 
     def _run(self, parts: Sequence[slice], schedule: Candidate) -> States:
-        """Walks the trajectory from the noisiest part, from the deepest cached states on."""
+        """Walk the trajectory from the noisiest part on, starting from the deepest cached states."""
         n_probes = parts[-1].stop
-        prefixes = [(len(parts), *prefix) for prefix in self._prefixes(n_probes, schedule)]  # room may have shrunk
+        prefixes = [(len(parts), *prefix) for prefix in self._prefixes(n_probes, schedule)]  # less room, more parts
         done, found = self._cache.deepest(prefixes)
         if found is None:
             steps = self._steps_of(schedule)
@@ -298,7 +303,7 @@ class RoutedEvaluator(abc.ABC):
         return states
 
     def stepped(self, states: States, parts: Sequence[slice]) -> States:
-        """One step of all parts; what later calls may reuse goes with each state."""
+        """Advance all parts by one step; what later calls may reuse goes with each state."""
         found = []
         for state, rows in zip(states, parts, strict=True):
             self.router.memory = state.memory
@@ -313,9 +318,9 @@ class RoutedEvaluator(abc.ABC):
 
 
 class ScheduleEvaluator(RoutedEvaluator):
-    """Measures schedules: a level for each stage, at a fixed number of the scheduler's own steps.
+    """Evaluator of schedules: a level for each stage, at a fixed number of the scheduler's own steps.
 
-    Its reference is the dense model at as many steps; see `RoutedEvaluator` for what both evaluators do.
+    The reference is the dense model with the same number of steps; see `RoutedEvaluator` for the rest.
 
     Args:
         router: the model with its bank; dense outside of an evaluation.
@@ -323,9 +328,9 @@ class ScheduleEvaluator(RoutedEvaluator):
         probes: fixed noise and conditions.
         n_steps: sampling steps.
         guidance: classifier-free guidance scale; 1 and less switch it off.
-        metric: what is measured.
+        metric: metric of the score.
         batch: probes per denoiser call (twice as many rows with guidance).
-        cache_bytes: how much memory the cached states may take.
+        cache_bytes: largest memory that the cached states may take.
 
     Attributes:
         steps: (S,) denoiser calls per stage.
@@ -367,12 +372,12 @@ class ScheduleEvaluator(RoutedEvaluator):
 
 
 def in_trie_order(schedules: Sequence[Schedule]) -> list[Schedule]:
-    """So that those follow each other that share the first calls, at the noisiest timesteps."""
+    """Sort schedules so that those that share the first calls, at the noisiest timesteps, follow each other."""
     return sorted(schedules, key=lambda schedule: schedule.levels[::-1])
 
 
 def size_of(thing: Any) -> int:
-    """Bytes that an object takes in memory, tensors, arrays, containers and attributes included; shared ones once."""
+    """Return the bytes that an object takes in memory: tensors, arrays, containers and attributes, shared ones once."""
     seen: set[int] = set()
 
     def count(each: Any) -> int:
@@ -395,7 +400,10 @@ def size_of(thing: Any) -> int:
 
 
 class _StateCache:
-    """The most recently used sampling states, within a number of bytes; or what would be kept, without the states."""
+    """Cache of the most recently used sampling states, within a number of bytes.
+
+    Put without states, it records what a cache would keep.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -403,15 +411,15 @@ class _StateCache:
         self._states: OrderedDict[Prefix, tuple[int, States | None]] = OrderedDict()
 
     def snapshot(self) -> tuple[OrderedDict[Prefix, tuple[int, States | None]], int]:
-        """What `restore` brings back."""
+        """Return what `restore` brings back."""
         return self._states.copy(), self._bytes
 
     def restore(self, before: tuple[OrderedDict[Prefix, tuple[int, States | None]], int]) -> None:
-        """As it was when the snapshot was taken."""
+        """Bring back the cache as it was when the snapshot was taken."""
         self._states, self._bytes = before
 
     def depth(self, prefixes: Sequence[Prefix]) -> int:
-        """How many parts the longest known prefix has, which counts as used now; 0 when none is known."""
+        """Return the number of parts of the longest known prefix, which counts as used now; 0 when none is known."""
         for i in reversed(range(len(prefixes))):
             if prefixes[i] in self._states:
                 self._states.move_to_end(prefixes[i])
@@ -419,13 +427,13 @@ class _StateCache:
         return 0
 
     def deepest(self, prefixes: Sequence[Prefix]) -> tuple[int, States | None]:
-        """How many parts the longest known prefix has, and copies of its states; (0, None) when none is known."""
+        """Return the number of parts of the longest known prefix, and copies of its states; (0, None) without one."""
         depth = self.depth(prefixes)
         states = self._states[prefixes[depth - 1]][1] if depth else None
         return depth, _copied(states)
 
     def put(self, prefix: Prefix, states: States | None, n_bytes: int) -> None:
-        """Adds a prefix that is not known yet; drops the least recently used ones that do not fit."""
+        """Add a prefix that is not known yet; drop the least recently used ones that do not fit."""
         self._states[prefix] = n_bytes, _copied(states)
         self._bytes += n_bytes
         while self._bytes > self._max_bytes and len(self._states) > 1:
@@ -434,8 +442,11 @@ class _StateCache:
 
 
 def _copied(states: States | None) -> States | None:
-    """States that later steps leave as they are. Configuration, tables of the noise process and the scheduler that a
-    plan's stands for, which no step writes to, are shared: they are larger than most latents."""
+    """Copy states so that later steps leave the originals as they are.
+
+    Configuration, tables of the noise process, and the scheduler that a plan's scheduler replaces are shared: no step
+    writes to them, and they are larger than most latents.
+    """
     if states is None:
         return None
     return tuple(replace(state, scheduler=_copied_scheduler(state.scheduler)) for state in states)

@@ -1,4 +1,4 @@
-"""Metrics by name. All of them are turned so that higher is better."""
+"""Metrics by name; for all of them higher is better."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Metric:
         name: as the user wrote it.
         space: whether it reads final latents or decoded images.
         needs_reference: whether it compares with the dense model's output from the same noise.
-        function: (n, ...) outputs and (n, ...) dense outputs to (n,) scores, higher is better.
+        function: from (n, ...) outputs and (n, ...) dense outputs to (n,) scores, higher is better.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Metric:
 
     @torch.no_grad()
     def __call__(self, outputs: Tensor, references: Tensor) -> Tensor:
-        """Scores (n,) in fp64 on the CPU; one that is no finite number becomes -inf, a failure."""
+        """Return scores (n,) in fp64 on the CPU; one that is no finite number becomes -inf, a failure."""
         what, wanted = f"metric {self.name!r}", f"return a tensor of {len(outputs)} scores, one a probe"
         with guarded(self.function, what, wanted):
             scores = self.function(outputs.float(), references.float())
@@ -51,21 +51,21 @@ class Metric:
 
 @METRICS.register("latent_mse")
 def latent_mse(outputs: Tensor, references: Tensor) -> Tensor:
-    """Negative mean squared difference of the final latents (n, C, h, w)."""
+    """Return the negative mean squared difference of the final latents (n, C, h, w)."""
     return -(outputs - references).square().flatten(1).mean(1)
 
 
 @METRICS.register("latent_cosine")
 def latent_cosine(outputs: Tensor, references: Tensor) -> Tensor:
-    """Cosine of the final latents (n, C, h, w), in [-1, 1]."""
+    """Return the cosine of the final latents (n, C, h, w), in [-1, 1]."""
     return F.cosine_similarity(outputs.flatten(1), references.flatten(1))
 
 
 def make_metric(name: str, device: torch.device) -> Metric:
-    """Finds a metric: a registered latent one, else any of pyiqa's by its name there.
+    """Make a metric: a registered latent one, else any of pyiqa's by its name there.
 
     Raises:
-        DiffesError: nobody knows the name, or pyiqa lacks a weight file and cannot fetch it.
+        DiffesError: the name is unknown, or pyiqa lacks a weight file and cannot fetch it.
     """
     if name in METRICS.names():
         return Metric(name, "latent", True, METRICS.get(name))
@@ -89,7 +89,7 @@ def make_metric(name: str, device: torch.device) -> Metric:
 
 
 def _pyiqa_function(model: Any) -> MetricFunction:
-    """Wraps a pyiqa model: three channels in, higher is better out."""
+    """Wrap a pyiqa model so that it takes three channels and higher is better."""
     sign = -1.0 if model.lower_better else 1.0
 
     def score(outputs: Tensor, references: Tensor) -> Tensor:

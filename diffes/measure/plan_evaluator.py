@@ -1,4 +1,4 @@
-"""Fitness of plans: images at timesteps of the plan's own, by a solver that may be fitted on the way."""
+"""Fitness of plans: images at timesteps of the plan's own, by a solver that may be fitted during the run."""
 
 from __future__ import annotations
 
@@ -24,31 +24,32 @@ from diffes.search.strategy import Rows
 from diffes.solvers import NoiseProcess, Solver, coefficients
 from diffes.solvers.scheduler import PlanScheduler
 
-OLD_PREDICTIONS = 2  # that the states of a fitted solver hold, in fp32
+OLD_PREDICTIONS = 2  # predictions that the states of a fitted solver hold, in fp32
 
 
 class PlanEvaluator(RoutedEvaluator):
-    """Measures plans, or genomes of a `PlanSpace`: which nodes are called, each at which level.
+    """Evaluator of plans, or of genomes of a `PlanSpace`: which nodes are called, each at which level.
 
-    The reference is the dense model at many steps of DPM-Solver++ 2M, spaced evenly down to the last timestep
-    ("trailing"), whatever the solver of the plans. A plan without coefficients whose solver fits is fitted on the
-    evaluator's own probes while it is sampled, without a further denoiser call: at each call, by least squares over all
+    The reference is the dense model at many steps of DPM-Solver++ 2M, evenly spaced down from the last timestep
+    ("trailing"), whatever the solver of the plans. A plan without coefficients whose solver fits is fitted while it is
+    sampled, on the evaluator's own probes and without a further denoiser call: at each call, by least squares over all
     probes, to the latents that the reference has at the next timestep.
 
     Args:
         router: the model with its bank; dense outside of an evaluation.
-        stages: in which the bank was calibrated.
-        solver: of genomes: a name of `diffes.solvers.SOLVERS`, with options after a colon.
+        stages: stages in which the bank was calibrated.
+        solver: solver of genomes: a name of `diffes.solvers.SOLVERS`, with options after a colon.
         probes: fixed noise and conditions.
         guidance: classifier-free guidance scale; 1 and less switch it off.
-        metric: what is measured.
-        reference_steps: of the dense model.
+        metric: metric of the score.
+        reference_steps: steps of the dense model.
         batch: probes per denoiser call (twice as many rows with guidance).
-        cache_bytes: how much memory the cached states may take.
+        cache_bytes: largest memory that the cached states may take.
         fits: whether the reference is recorded, so that solvers can be fitted to it.
 
     Attributes:
-        timesteps: where every genome calls, which then is a schedule: a level for each stage. None: genomes choose.
+        timesteps: timesteps that every genome calls; a genome then is a schedule, with a level for each stage. None:
+            genomes choose them.
         reference_calls: denoiser calls, in rows, of the reference.
         recorded: the reference at every step; None where nothing is fitted.
     """
@@ -79,7 +80,7 @@ class PlanEvaluator(RoutedEvaluator):
         self._row_bytes += OLD_PREDICTIONS * 4 * probes.noise[0].numel() * self.rows(probes) / len(probes)
 
     def plan(self, genome: Candidate) -> Plan:
-        """What a genome runs; a plan is run as it is."""
+        """Return the plan that a genome runs; a plan is returned as it is."""
         if isinstance(genome, Plan):
             return genome
         if self.timesteps is None:
@@ -88,11 +89,12 @@ class PlanEvaluator(RoutedEvaluator):
         return Plan(self.stages, calls, genome.max_level, self.solver)
 
     def by(self, solver: str, timesteps: Sequence[int] | None = None) -> PlanEvaluator:
-        """What measures genomes by another solver, with the same probes, reference and cache.
+        """Return an evaluator of genomes by another solver, with the same probes, reference and cache.
 
         Args:
             solver: its name, with options after a colon.
-            timesteps: where every genome calls, the noisiest first; it then is a schedule, a level for each stage.
+            timesteps: timesteps that every genome calls, the noisiest first; a genome then is a schedule, with a level
+                for each stage.
         """
         made = copy.copy(self)
         made.solver, made._due = solver, {}
@@ -100,11 +102,11 @@ class PlanEvaluator(RoutedEvaluator):
         return made
 
     def scheduler(self, plan: Plan) -> PlanScheduler:
-        """The scheduler of a plan, ready to run; of one to be fitted, with what its fit begins with."""
+        """Return the scheduler of a plan, ready to run; for a plan to be fitted, with what its fit begins with."""
         return PlanScheduler.of(self.adapter.pipe.scheduler, plan.timesteps, plan.rows, self.adapter.device)
 
     def fitted(self, plan: Plan) -> Plan:
-        """The plan with coefficients that are fitted on the evaluator's probes, whatever it had before."""
+        """Return the plan with coefficients that are fitted on the evaluator's probes, whatever it had before."""
         _, rows = self.sampled(replace(plan, coefficients=None))
         return replace(plan, coefficients=rows)
 
@@ -133,8 +135,11 @@ class PlanEvaluator(RoutedEvaluator):
         return self.plan(schedule)
 
     def _path(self, schedule: Candidate) -> list[tuple[Prefix, int]]:
-        """One call a part. A step ends at the next call, so what decides a state is that timestep too, and its row, or
-        what its fit begins with: some solvers lower their order before the end."""
+        """Return one part per call.
+
+        A step ends at the next call, so that timestep decides the state too, and so does the step's row, or what its
+        fit begins with: some solvers lower their order before the end.
+        """
         plan = self.plan(schedule)
         rows = plan.coefficients or coefficients(plan.solver, self.process.along(plan.timesteps))
         keeps = max(map(len, rows)) if plan.coefficients else -1
@@ -171,7 +176,7 @@ class PlanEvaluator(RoutedEvaluator):
         return tuple(after)
 
     def _fit(self, solver: Solver, states: States, parts: Sequence[slice], found: Sequence[tuple[Any, ...]]) -> Any:
-        """Coefficients of the present call, by least squares over all parts."""
+        """Fit the coefficients of the present call, by least squares over all parts."""
         if self.recorded is None:
             raise DiffesError("this evaluator has not recorded its reference, so no solver can be fitted to it")
         scheduler = states[0].scheduler
@@ -187,4 +192,4 @@ class PlanEvaluator(RoutedEvaluator):
         if len(row) != len(prior):
             name = f"solver {type(solver).__qualname__}"
             raise unexpected(name, f"return {len(prior)} coefficients from fit, as many as its prior has", row)
-        return row if all(map(math.isfinite, row)) else prior  # of latents that are no numbers: the run has failed
+        return row if all(map(math.isfinite, row)) else prior  # latents are not finite: the run has failed

@@ -1,4 +1,4 @@
-"""Gauss-Newton on the final latents over all coefficients of a plan, which a greedy fit leads only near to."""
+"""Polish of a plan after its greedy fit: Gauss-Newton on the final latents over all coefficients."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from diffes.search.schedule import Plan
 STEP = 1e-3  # of a finite difference, in units of the largest coefficient of its row
 DAMPING = 1e-3  # of the normal equations, relative to their diagonal
 SHORTER = (1.0, 0.5, 0.25)  # lengths of a step that are tried
-PROBES = 32  # on which derivatives are taken: half as many or twice as many lead nearly as far
+PROBES = 32  # number of probes for the derivatives; half as many or twice as many work nearly as well
 
 
 def polished(evaluator: PlanEvaluator, plan: Plan) -> Plan:
     """Return the plan after a step of damped Gauss-Newton on the final latents, where that lowers the error.
 
-    Every coefficient is moved a little in turn, and the run goes on from there: for n coefficients some n / 2 runs on
-    at most 32 of the probes. What is kept has a lower error over all of them.
+    Every coefficient is moved a little in turn, and the run goes on from there. For n coefficients this takes about n /
+    2 runs on at most 32 of the probes. A step is kept only if it lowers the error over all probes.
 
     Args:
-        evaluator: the probes and their reference.
-        plan: with coefficients.
+        evaluator: evaluator with the probes and their reference.
+        plan: plan with coefficients.
     """
     tried = [plan, *(_changed(plan, change) for change in _newton(evaluator, plan))]
     return min(tried, key=lambda each: _error(evaluator, each))
@@ -35,7 +35,7 @@ def _error(evaluator: PlanEvaluator, plan: Plan) -> float:
 
 
 def _newton(evaluator: PlanEvaluator, plan: Plan) -> list[dict[tuple[int, int], float]]:
-    """Changes of coefficients, by call and place, of steps of several lengths."""
+    """Return the changes of coefficients, by call and place, for steps of several lengths."""
     rows, n = plan.coefficients, len(evaluator.probes)
     assert rows is not None
     fidelity = min(PROBES, n) / n
@@ -54,7 +54,7 @@ def _newton(evaluator: PlanEvaluator, plan: Plan) -> list[dict[tuple[int, int], 
 
 
 def _changed(plan: Plan, changes: dict[tuple[int, int], float]) -> Plan:
-    """The plan with some of its coefficients changed by so much."""
+    """Return the plan with some of its coefficients changed by the given amounts."""
     rows = plan.coefficients or ()
     changed = (tuple(c + changes.get((i, k), 0.0) for k, c in enumerate(row)) for i, row in enumerate(rows))
     return replace(plan, coefficients=tuple(changed))

@@ -19,13 +19,13 @@ BATCH = 32
 
 @torch.no_grad()
 def stage_profile(adapter: ModelAdapter, data: CalibrationSet, stages: Stages, seed: int) -> StageProfile:
-    """The dense model's loss in each stage, at timesteps spread over the stage, and the stage's signal-to-noise ratio.
+    """Measure the dense model's loss in each stage, at timesteps spread over it, and its signal-to-noise ratio.
 
     Args:
         adapter: the dense model.
         data: clean latents, all of which are noised to each stage.
         stages: their ranges of timesteps.
-        seed: of the noise; stage s draws the same whatever the other stages do.
+        seed: seed of the noise; stage s draws the same noise whatever the other stages do.
     """
     losses, ratios = [], []
     for stage, (lo, hi) in enumerate(stages.ranges):
@@ -40,7 +40,7 @@ def stage_profile(adapter: ModelAdapter, data: CalibrationSet, stages: Stages, s
                 noisy = adapter.add_noise(clean.to(adapter.device, adapter.dtype), drawn, t)
                 predicted = adapter.denoise_once(noisy, t, [data.conditions[i] for i in rows.tolist()]).float().cpu()
                 wanted = adapter.target(clean.float().cpu(), drawn, t)
-                predicted = predicted[:, : wanted.shape[1]]  # models that learn the variance as well have it below
+                predicted = predicted[:, : wanted.shape[1]]  # models that also learn the variance have it there
                 found.append((predicted - wanted).square().flatten(1).mean(1))
             return torch.cat(found)
 
@@ -50,11 +50,10 @@ def stage_profile(adapter: ModelAdapter, data: CalibrationSet, stages: Stages, s
 
 
 def damage_table(evaluator: ScheduleEvaluator, space: SearchSpace) -> list[list[float]]:
-    """(S, H + 1) how much fitness each level of each stage costs on its own, on the evaluator's probes; NaN in stages
-    that no step falls into.
+    """Measure the sensitivity (S, H + 1) to each level of each stage: how much fitness it costs on its own.
 
-    Stages that agree with the dense model share its trajectory, so the whole table costs about half of as many
-    evaluations as it has cells.
+    It is measured on the evaluator's probes, and NaN in stages that no step falls into. Stages that agree with the
+    dense model share its trajectory, so the whole table costs about half as many evaluations as it has cells.
     """
     single = {
         (s, k): space.any_schedule([k if i == s else 0 for i in range(space.n_stages)])

@@ -1,4 +1,4 @@
-"""Quality of a plan on held-out probes, as a report states it: in latents and in images, with what is uncertain."""
+"""Quality of a plan on held-out probes, as a report states it: in latents and in images, with uncertainties."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ CONFIDENCE = 0.95
 
 
 class Quality:
-    """Compares final latents with those of the reference, from the same noise and conditions.
+    """Comparison of final latents with those of the reference, from the same noise and conditions.
 
     Args:
-        adapter: decodes latents.
+        adapter: adapter that decodes latents.
         reference: (n, C, h, w) final latents of the reference.
 
     Example:
@@ -51,10 +51,13 @@ class Quality:
     def of(self, latents: Tensor) -> dict[str, float | list[float] | None]:
         """Return the quality of final latents (n, C, h, w), by name.
 
-        `latent_mse`, `latent_median` and `latent_interval` (of the mean, 95 %, bootstrapped over probes) are of the
-        mean squared difference of latents, `image_mse` and `ssim` of images in [0, 1], each with its standard error
-        `image_mse_error` and `ssim_error`; `variance` is that of the latents over that of the reference's, which a
-        least-squares fit lowers where it cannot predict. None is no finite number, or SSIM without pyiqa.
+        - `latent_mse`, `latent_median` and `latent_interval`: mean, median and 95 % interval of the mean (bootstrapped
+          over probes) of the mean squared difference of latents.
+        - `image_mse` and `ssim`: of images in [0, 1], with their standard errors `image_mse_error` and `ssim_error`.
+        - `variance`: that of the latents over that of the reference's, which a least-squares fit lowers where it cannot
+          predict.
+
+        None stands for a number that is not finite, or for SSIM without pyiqa.
         """
         found = latents.float()
         images = self._decoded(found)
@@ -75,7 +78,7 @@ class Quality:
 
 
 def latent_quality(latents: Tensor, reference: Tensor) -> dict[str, float | list[float] | None]:
-    """Return the part of `Quality.of` that is of latents (n, C, h, w)."""
+    """Return the entries of `Quality.of` that are about latents (n, C, h, w)."""
     squares = (latents.float() - reference.float()).square().flatten(1).mean(1).double().cpu()
     return {
         "latent_mse": finite(squares.mean()),
@@ -104,7 +107,7 @@ def standard_error(values: Tensor) -> Tensor:
 
 
 def _variance(latents: Tensor) -> Tensor:
-    """Mean over channels of the variance of all entries of a channel."""
+    """Return the mean over channels of the variance of all entries of a channel."""
     return latents.transpose(0, 1).flatten(1).var(1).mean()
 
 

@@ -1,4 +1,4 @@
-"""The reference: a dense run of many steps, whose latents at any timestep are what solvers are fitted to."""
+"""Reference: a dense run of many steps. Solvers are fitted to its latents at any timestep."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Reference:
 
     Args:
         states: (m + 1, n, C, h, w) in fp32 on the CPU, the noisiest first; the last are the final latents.
-        timesteps: (m,) of the calls, falling.
+        timesteps: (m,) timesteps of the calls, falling.
         noises: (m + 1,) signal and noise at each call, and at the end.
     """
 
@@ -31,12 +31,12 @@ class Reference:
     def at(self, timestep: int | None, noise: Noise) -> Tensor:
         """Return latents (n, C, h, w) at a timestep, or the final ones where it is None.
 
-        Between two calls the clean prediction is held constant, so that latents over noise are linear in signal over
-        noise: from `x_j` and `x_(j+1)` of the run, `x = (s/s_j) x_j + (a - a_j s/s_j) D` with
-        `D = (x_(j+1) - (s_(j+1)/s_j) x_j) / (a_(j+1) - a_j s_(j+1)/s_j)`. It calls no denoiser.
+        Between two calls the clean prediction is held constant, so that `x/s` is linear in `a/s`: from `x_j` and
+        `x_(j+1)` of the run, `x = (s/s_j) x_j + (a - a_j s/s_j) D` with `D = (x_(j+1) - (s_(j+1)/s_j) x_j) / (a_(j+1) -
+        a_j s_(j+1)/s_j)`. This takes no denoiser call.
 
         Args:
-            timestep: in [0, T); above the noisiest call it is that call.
+            timestep: in [0, T); above the noisiest call, that call is taken.
             noise: signal `a` and noise `s` at the timestep.
         """
         if timestep is None:

@@ -1,1 +1,1 @@
-"""Schedules, the space of those that meet a budget, and the loop that searches it. No torch in here."""
+"""Schedules, the space of those that meet a budget, and the loop that searches it. Nothing here imports torch."""

@@ -1,4 +1,4 @@
-"""Databases that keep evaluations: which URLs will do, one that several processes make at once, whose a study is."""
+"""Databases that keep evaluations: valid URLs, creation by several processes at once, and owners of studies."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from optuna.storages import RDBStorage
 
 from diffes.errors import DiffesError
 
-OWNER = "run"  # user attribute of a study: the run folder that it belongs to, or the settings of all who share it
-ALIKE = "settings "  # how the latter begins
+OWNER = "run"  # user attribute of a study: the run folder that owns it, or the settings of all who share it
+ALIKE = "settings "  # prefix of such settings
 WAITS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds; making the tables takes less than their sum
-BEING_MADE = ("already exists", "UNIQUE constraint", "uplicate", "database is locked")  # what drivers say meanwhile
+BEING_MADE = ("already exists", "UNIQUE constraint", "uplicate", "database is locked")  # in drivers' messages meanwhile
 
 
 @contextlib.contextmanager
 def quiet_optuna() -> Iterator[None]:
-    """Keeps Optuna's log to warnings for as long as the block runs."""
+    """Limit Optuna's log to warnings while the block runs."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
     try:
@@ -29,10 +29,10 @@ def quiet_optuna() -> Iterator[None]:
 
 
 def check_url(url: str) -> None:
-    """Refuses what is no database that outlives the process.
+    """Check that a URL is of a database that outlives the process.
 
     Raises:
-        DiffesError: the text is no URL as SQLAlchemy has them, or of a database in memory.
+        DiffesError: the text is no URL in SQLAlchemy's form, or the database is in memory.
     """
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
@@ -52,10 +52,10 @@ def check_url(url: str) -> None:
 
 
 def open_database(url: str, waits: Sequence[float] = WAITS) -> RDBStorage:
-    """The database, its tables made where there are none, also where others make them at this moment.
+    """Open a database; make its tables if there are none, even while other processes make them.
 
     Args:
-        url: as SQLAlchemy has them.
+        url: URL in SQLAlchemy's form.
         waits: seconds before each further attempt while others make the tables.
 
     Raises:
@@ -77,9 +77,9 @@ def open_database(url: str, waits: Sequence[float] = WAITS) -> RDBStorage:
 
 
 def claimed_study(storage: RDBStorage, study: str, owner: str) -> optuna.Study:
-    """The study of that name, made for its owner where there is none; of several that make it at once one is first.
+    """Return the study of that name; make it for its owner if there is none. If several make it at once, one is first.
 
-    Whether it belongs to this owner is for the caller to see.
+    The caller has to check whether the study belongs to this owner.
     """
     try:
         made = optuna.create_study(storage=storage, study_name=study, direction="maximize")
@@ -87,7 +87,7 @@ def claimed_study(storage: RDBStorage, study: str, owner: str) -> optuna.Study:
         return made
     except optuna.exceptions.DuplicatedStudyError:
         theirs = optuna.load_study(study_name=study, storage=storage)
-        for wait in WAITS:  # between the two calls above
+        for wait in WAITS:  # others may be between the two calls above
             if OWNER in theirs.user_attrs or theirs.get_trials(deepcopy=False):
                 break
             time.sleep(wait)
@@ -95,13 +95,13 @@ def claimed_study(storage: RDBStorage, study: str, owner: str) -> optuna.Study:
 
 
 def check_owner(url: str, study: str, owner: str, *, fresh: bool) -> None:
-    """Refuses a study that this run may not write to, before there is anything to write.
+    """Check that this run may write to a study, before there is anything to write.
 
     Args:
-        url: the database.
+        url: URL of the database.
         study: its name.
-        owner: who wants to write.
-        fresh: whether it must have no evaluations yet.
+        owner: the owner that wants to write.
+        fresh: whether the study must have no evaluations yet.
 
     Raises:
         DiffesError: the database cannot be opened, or its study belongs to another owner or has evaluations.

@@ -1,4 +1,4 @@
-"""Individuals as DEAP knows them: a list of levels with a fitness, without `creator`."""
+"""Individuals in DEAP's form: a list of levels with a fitness, made without `creator`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from diffes.errors import DiffesError
 
 @dataclass(frozen=True)
 class Origin:
-    """How a schedule was come by; the store keeps it beside the evaluation.
+    """Origin of a schedule: how it was made. The store keeps it beside the evaluation.
 
     Args:
-        operator: name of what made it: a mutation, a crossover, a sampler; several are joined by " + ".
+        operator: name of the mutation, crossover or sampler that made it; several are joined by " + ".
         parents: levels (S,) of the schedules that it was made from.
     """
 
@@ -41,9 +41,9 @@ class Genome(list[int]):
     """Levels (S,) of a schedule with their `fitness`, which is empty until it is set, and their `origin`.
 
     Args:
-        levels: one a stage, stage 0 (the cleanest) first.
-        fitness: of a genome that was measured.
-        origin: how it was made; None for one that was not made from others.
+        levels: one per stage, stage 0 (the cleanest) first.
+        fitness: score of a measured genome.
+        origin: how it was made; None if it was not made from others.
     """
 
     def __init__(self, levels: Iterable[int] = (), fitness: float | None = None, origin: Origin | None = None) -> None:

@@ -1,4 +1,4 @@
-"""First populations: of schedules and of plans what is designed for them, and random ones that were not seen before."""
+"""First populations: schedules or plans designed for a space, and random ones that were not seen before."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffes.search.plan import PlanSpace
 from diffes.search.space import SearchSpace
 
 SAMPLE_TRIES = 200
-MIXES = 3  # even plans at thinner levels in a first population
+MIXES = 3  # number of evenly spaced plans at higher levels in a first population
 
 # Profiles over the trajectory: x in (0, 1) runs from the first sampled stage (S-1) to the last (0), i counts them.
 # Positive means a higher level.
@@ -29,10 +29,10 @@ SHAPES: dict[str, Callable[[float, int], float]] = {
 
 
 def shapes(space: SearchSpace) -> list[list[int]]:
-    """Feasible genomes (S,) of the seven shapes, in the order of `SHAPES`.
+    """Build feasible genomes (S,) of the seven shapes, in the order of `SHAPES`.
 
     Each swings around the uniform schedule's mean level as far as [0, H] allows and is then repaired. They are
-    distinct; there are fewer than seven where too few visited stages or levels leave some of them alike.
+    distinct: there are fewer than seven where too few visited stages or levels make some of them alike.
     """
     found: dict[tuple[int, ...], None] = {}
     for number, profile in enumerate(SHAPES.values()):
@@ -42,17 +42,16 @@ def shapes(space: SearchSpace) -> list[list[int]]:
 
 @functools.singledispatch
 def designed(space: SearchSpace, rng: np.random.Generator, size: int) -> Iterator[list[int]]:
-    """Genomes (S,) that a population of `size` begins with, the most important first: uniform and the shapes."""
+    """Yield the genomes (S,) that a population of `size` begins with, most important first: uniform and the shapes."""
     yield space.uniform()
     yield from shapes(space)
 
 
 @designed.register
 def _(space: PlanSpace, rng: np.random.Generator, size: int) -> Iterator[list[int]]:
-    """The starts of the space, uniform dense plans, even ones at thinner levels, and neighbours of the starts.
+    """Yield the starts, the uniform plan, evenly spaced plans at higher levels, and neighbours of the starts.
 
-    The neighbours are one mutation away, those of the first start first; they leave a quarter of the population to
-    random plans.
+    The neighbours are one mutation away; the starts take turns. They leave a quarter of the population to random plans.
     """
     yield from map(list, space.starts)
     yield space.uniform()
@@ -65,9 +64,9 @@ def _(space: PlanSpace, rng: np.random.Generator, size: int) -> Iterator[list[in
 
 
 def hybrid(space: SearchSpace, rng: np.random.Generator, size: int) -> list[list[int]]:
-    """What is designed for the space, and random genomes up to `size`: distinct, feasible ones (S,).
+    """Build a first population of up to `size` distinct feasible genomes (S,): designed ones, then random ones.
 
-    There are fewer when the space (or what 200 draws in a row find of it) is smaller than `size`.
+    There are fewer when the space, or what 200 draws in a row find of it, is smaller than `size`.
 
     Source: the "hybrid" initial population of Diff-ES (uniform, seven shapes, random); the profiles are our own.
     """
@@ -83,7 +82,7 @@ def hybrid(space: SearchSpace, rng: np.random.Generator, size: int) -> list[list
 def sample_unseen(
     space: SearchSpace, rng: np.random.Generator, seen: Container[tuple[int, ...]], tries: int = SAMPLE_TRIES
 ) -> list[int] | None:
-    """A random feasible genome (S,) that is not in `seen`; None when that many draws found none."""
+    """Draw a random feasible genome (S,) that is not in `seen`; None when `tries` draws found none."""
     for _ in range(tries):
         levels = space.sample(rng)
         if tuple(levels) not in seen:
@@ -92,7 +91,7 @@ def sample_unseen(
 
 
 def _swing(space: SearchSpace, profile: Callable[[float, int], float]) -> list[int]:
-    """Levels (S,) that follow a profile around the mean level, before the repair."""
+    """Build levels (S,) that follow a profile around the mean level, before the repair."""
     trajectory = space.visited[::-1]
     n = len(trajectory)
     swing = np.array([profile((i + 0.5) / n, i) for i in range(n)])

@@ -1,4 +1,4 @@
-"""What a search measured and what it cost: every schedule is paid for once."""
+"""Ledger of a search: what was measured and what it cost. Every schedule is paid for once."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ LOGGED = ("generation", "evaluations", "denoiser_calls", "best", "mean", "spread
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found and what it cost.
+    """Result of a search, and its cost.
 
     Args:
-        best: of the evaluations on all probes within the budget the one of highest fitness; of equals the first.
+        best: the fittest of the evaluations on all probes within the budget; of equals the first.
         evaluations: all distinct evaluations in the order in which the strategy asked for them.
-        eligible: for each, whether it is on all probes and within the budget.
-        denoiser_calls: sum over the evaluations, those replayed from a store included, and `calls_before`.
-        seconds: sum over the evaluations, likewise.
-        logbook: DEAP's, a line a generation (a batch of the strategy's): its number, evaluations and denoiser calls so
-            far, the best so far, mean and standard deviation of the generation's fitness (failures left out, None where
-            all failed), and its diversity, the share of visited stages in which two of its schedules differ, on
-            average.
-        calls_before: denoiser calls that were spent for the search before it began.
+        eligible: for each evaluation, whether it is on all probes and within the budget.
+        denoiser_calls: sum over the evaluations, those replayed from a store included, plus `calls_before`.
+        seconds: sum over the evaluations, those replayed from a store included.
+        logbook: DEAP's logbook with one line per generation (a batch of the strategy): its number; evaluations,
+            denoiser calls and best fitness so far; mean and standard deviation of its fitness (without failures; None
+            where all failed); and its diversity, the share of visited stages in which two of its schedules differ,
+            averaged over pairs.
+        calls_before: denoiser calls spent for the search before it began.
     """
 
     best: Evaluation
@@ -55,18 +55,18 @@ class SearchResult:
     calls_before: int = 0
 
     def curve(self) -> list[float]:
-        """Best eligible fitness so far after each evaluation, (len(evaluations),); -inf before the first."""
+        """Return the best eligible fitness so far after each evaluation, (len(evaluations),); -inf before the first."""
         pairs = zip(self.evaluations, self.eligible, strict=True)
         return list(itertools.accumulate((e.fitness if counts else -math.inf for e, counts in pairs), max))
 
     @property
     def paid_calls(self) -> int | None:
-        """Denoiser calls that workers really ran, in rows; None where not all evaluations are theirs."""
+        """Denoiser calls, in rows, that workers really ran; None where not all evaluations were made by workers."""
         paid = [e.measured.paid_calls for e in self.evaluations if e.measured is not None]
         return sum(paid) if len(paid) == len(self.evaluations) else None
 
     def front(self, space: SearchSpace) -> list[Evaluation]:
-        """What nothing else dominates in fitness and cost, on all probes, from the cheapest to the fittest."""
+        """Return the evaluations on all probes that no other dominates in fitness and cost, the cheapest first."""
         front: list[Evaluation] = []
         full = [e for e in self.evaluations if e.fidelity == 1 and e.fitness > -math.inf]
         for evaluation in sorted(full, key=lambda e: (space.cost(e.schedule.levels), -e.fitness)):
@@ -75,20 +75,20 @@ class SearchResult:
         return front
 
     def calls(self) -> list[int]:
-        """Denoiser calls spent after each evaluation, (len(evaluations),)."""
+        """Return the denoiser calls spent after each evaluation, (len(evaluations),)."""
         calls = (evaluation.denoiser_calls for evaluation in self.evaluations)
         return list(itertools.accumulate(calls, initial=self.calls_before))[1:]
 
 
 class Ledger:
-    """What was measured so far. A schedule is paid for once: what the memory or the store has costs nothing now.
+    """Record of what was measured so far. A schedule is paid for once: what memory or store holds costs nothing now.
 
     Args:
         space: the feasible schedules.
-        evaluate: measures what is new.
-        store: evaluations of earlier runs; takes those of this one as soon as they are measured.
-        on_evaluation: called with each distinct evaluation, stored already, for instance to show progress.
-        calls_before: denoiser calls that were spent for the search before it began.
+        evaluate: measures new schedules.
+        store: evaluations of earlier runs; receives those of this run as soon as they are measured.
+        on_evaluation: called with each distinct evaluation after it is stored, for instance to show progress.
+        calls_before: denoiser calls spent for the search before it began.
     """
 
     def __init__(
@@ -115,18 +115,25 @@ class Ledger:
         return self._known[key_of(proposal)]
 
     def measure(self, proposals: Sequence[Proposal]) -> Iterator[Evaluation]:
-        """Evaluations of distinct proposals that are not known yet, the store's first, each known once it is given."""
+        """Measure distinct proposals that are not known yet; yield those found in the store first.
+
+        Each evaluation is known to the ledger before it is yielded.
+        """
         for fidelity, part in itertools.groupby(proposals, key=lambda proposal: proposal.fidelity):
             for evaluation in self._measure(list(part), fidelity):
                 self.note(evaluation)
                 yield evaluation
 
     def measure_steadily(self, more: Callable[[], Sequence[Proposal]]) -> Iterator[tuple[Evaluation, bool]]:
-        """Evaluations of what `more` gives, which is asked whenever another one could begin, as soon as each is there;
-        and whether it was not known from another process meanwhile.
+        """Measure what `more` gives; yield each evaluation as soon as it is there, and whether it is new.
+
+        An evaluation is not new if another process has measured it meanwhile.
+
+        Args:
+            more: gives proposals; called whenever another measurement could begin.
 
         Raises:
-            DiffesError: the evaluator measures whole batches only, or something that it was not given.
+            DiffesError: the evaluator measures whole batches only, or returns something that it was not given.
         """
         steady = getattr(self._evaluate, "steady", None)
         if steady is None:
@@ -150,7 +157,7 @@ class Ledger:
             yield scored, is_new
 
     def note(self, evaluation: Evaluation) -> None:
-        """Takes what was measured, here or by an earlier process."""
+        """Record an evaluation that was measured here or by an earlier process."""
         self._known[key_of(evaluation)] = evaluation
         self._calls += evaluation.denoiser_calls
         if self.space.counts(evaluation.schedule, evaluation.fidelity):
@@ -159,12 +166,12 @@ class Ledger:
             self._on_evaluation(evaluation)
 
     def arrange(self, proposals: Sequence[Proposal]) -> None:
-        """Puts the latest evaluations into the order of a batch: they were measured in another one."""
+        """Put the latest evaluations into the order of a batch; they were measured in another order."""
         latest = {key_of(p): self._known.pop(key_of(p)) for p in proposals if p in self}
         self._known.update(latest)
 
     def log(self, batch: Sequence[Proposal]) -> None:
-        """Notes the statistics of a generation, in the logbook and in the store."""
+        """Record the statistics of a generation, in the logbook and in the store."""
         told = [self[proposal] for proposal in batch if proposal in self]
         finite = [evaluation.fitness for evaluation in told if evaluation.fitness > -math.inf]
         record = {
@@ -181,7 +188,7 @@ class Ledger:
             self._store.log(record)
 
     def settle(self) -> None:
-        """Measures the fittest on all probes where none was, so that a search which ends early has a result."""
+        """Measure the fittest schedule on all probes if none was yet, so that a search that ends early has a result."""
         told = self._known.values()
         if not any(self.space.counts(each.schedule, each.fidelity) for each in told):
             some = [each for each in told if each.fitness > -math.inf and self.space.counts(each.schedule, 1.0)]
@@ -190,10 +197,10 @@ class Ledger:
                 list(self.measure([Proposal(best.schedule)]))
 
     def result(self) -> SearchResult:
-        """What was found so far.
+        """Return what was found so far.
 
         Raises:
-            DiffesError: nothing was measured within the budget, or everything failed.
+            DiffesError: nothing was measured on all probes within the budget, or everything failed.
         """
         evaluations = tuple(self._known.values())
         if not evaluations:
@@ -235,7 +242,7 @@ class Ledger:
     def expect(
         self, schedules: Sequence[Schedule], fidelity: float = 1.0, paid: Mapping[Schedule, int] | None = None
     ) -> None:
-        """Tells the evaluator of a batch before it is measured, or of what others measured, if it wants to know."""
+        """Announce a batch, before it is measured or after others measured it, to an evaluator that has `expect`."""
         expect = getattr(self._evaluate, "expect", None)
         if schedules and expect is not None:
             expect(schedules, fidelity, paid)
@@ -251,7 +258,7 @@ class Ledger:
 
 
 def diversity(genomes: Sequence[Sequence[int]], space: SearchSpace) -> float:
-    """The share of visited stages in which two of the genomes (n, S) differ, on average over pairs: 0 to 1.
+    """Return the share of visited stages in which two of the genomes (n, S) differ, averaged over pairs: 0 to 1.
 
     Source: mean normalised Hamming distance.
     """
@@ -270,7 +277,10 @@ def _counts(values: Sequence[int]) -> list[int]:
 
 
 def _evaluated(schedules: list[Schedule], fidelity: float, evaluate: Evaluator) -> Iterator[Evaluation]:
-    """One evaluator call, checked: NaN and inf become a failure; what was not timed inside is timed from here."""
+    """Call the evaluator once and check what it yields.
+
+    NaN and inf become failures. An evaluation without a time of its own gets the time measured here.
+    """
     waiting = set(schedules)
     start = time.perf_counter()
     for evaluation in evaluate(schedules) if fidelity == 1 else evaluate(schedules, fidelity):
@@ -287,7 +297,7 @@ def _evaluated(schedules: list[Schedule], fidelity: float, evaluate: Evaluator) 
 
 
 def _check_given(evaluation: Any, waiting: Container[Schedule], fidelity: float) -> None:
-    """Refuses what is no evaluation, or not of a schedule that the evaluator was given and has not returned."""
+    """Raise an error for a result that is no evaluation, or of a schedule that is not waiting for one."""
     if not isinstance(evaluation, Evaluation):
         raise unexpected("the evaluator", "return one Evaluation per schedule", evaluation)
     if evaluation.schedule not in waiting or evaluation.fidelity != fidelity:
@@ -299,7 +309,7 @@ def _check_given(evaluation: Any, waiting: Container[Schedule], fidelity: float)
 
 
 def _scored(evaluation: Evaluation) -> Evaluation:
-    """The evaluation, as a failure where its fitness is no score: inf would beat every number."""
+    """Return the evaluation, as a failure where its fitness is NaN or inf: inf would beat every number."""
     if evaluation.fitness < math.inf:
         return evaluation
     found = "NaN" if math.isnan(evaluation.fitness) else "infinite"

@@ -1,4 +1,4 @@
-"""The loop of every search: a strategy asks, an evaluator measures, a store remembers."""
+"""Loop of every search: a strategy asks, an evaluator measures, a store remembers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from diffes.search.store import EvaluationStore
 
 MAX_IDLE_BATCHES = 50
-LINE = 16  # evaluations of a line of the logbook, where there are no generations
-ROUNDING = 1e-6  # tenths of evaluations do not add up exactly
+LINE = 16  # evaluations per line of the logbook, where there are no generations
+ROUNDING = 1e-6  # fractions of evaluations do not add up exactly
 
 
 def run_search(
@@ -33,39 +33,39 @@ def run_search(
     on_evaluation: OnEvaluation | None = None,
     asynchronous: bool = False,
 ) -> SearchResult:
-    """Runs a strategy until a limit is reached or it has nothing new to ask.
+    """Run a strategy until a limit is reached or it has nothing new to ask.
 
-    A schedule is paid for once: asked again, the strategy is told what is known. An evaluation found in the store costs
-    nothing now but counts towards the limits as it did when it was paid, so that a search run again over its store goes
-    the same way and ends in the same place, and with higher limits goes on from there.
+    A schedule is paid for once: when the strategy asks for it again, it is told the known evaluation. An evaluation
+    found in the store costs nothing now but counts towards the limits as it did when it was paid. So a search that runs
+    again over its store goes the same way and ends in the same place, and with higher limits goes on from there.
 
-    Where a limit in calls or seconds may end within a batch, its schedules are measured one by one in the order asked:
-    what the strategy wanted first is measured, whatever order suits the evaluator.
+    Where a limit in calls or seconds may end within a batch, its schedules are measured one by one in the order asked,
+    whatever order suits the evaluator: what the strategy wanted first is measured first.
 
-    Where a limit is reached before anything was measured on all probes, the fittest is, beyond the limit.
+    If a limit is reached before anything was measured on all probes, the fittest schedule is measured on all of them,
+    beyond the limit.
 
-    Where it is asynchronous, it asks as soon as a worker is free, and tells each result when it comes: no worker waits
-    for the others of a generation, and what is found depends on who is faster. Run again over its store, the strategy
-    is told all that is there, in the order in which it came, and goes on; what was open is lost. Over a store that is
-    shared, it is also told what other processes measured since, before each schedule. What is open when a limit is
-    reached is measured to its end.
+    An asynchronous search asks as soon as a worker is free and tells the strategy each result when it comes. No worker
+    waits for the others of a generation, and what is found depends on which worker is faster. Run again over its store,
+    the search tells the strategy all that is there, in the order in which it came, and goes on; schedules that were
+    open are lost. Over a shared store it also tells, before each schedule, what other processes have measured since.
+    Schedules that are open when a limit is reached are measured to the end.
 
     Args:
-        strategy: a fresh one; what it was told before does not count.
-        evaluate: measures the new schedules of a batch in one call, and best yields each as soon as it is measured.
-        max_evals: distinct evaluations, those on a fraction of the probes counted as that fraction; a batch that would
-            exceed it is cut.
-        max_denoiser_calls: the evaluation that reaches it is the last one.
-        max_seconds: seconds of evaluation, likewise.
-        calls_before: denoiser calls that were spent for this search before it began; counted in what it cost, not in
-            its limit.
-        store: evaluations of earlier runs; takes those of this one as soon as they are measured.
-        on_evaluation: called with each distinct evaluation, stored already, for instance to show progress.
-        asynchronous: steady state in place of generations.
+        strategy: a fresh strategy; what it was told before does not count.
+        evaluate: measures the new schedules of a batch in one call; it should yield each as soon as it is measured.
+        max_evals: limit on distinct evaluations; one on a fraction of the probes counts as that fraction. A batch that
+            would exceed the limit is cut.
+        max_denoiser_calls: limit on denoiser calls; the evaluation that reaches it is the last one.
+        max_seconds: limit on seconds of evaluation, likewise.
+        calls_before: denoiser calls spent for this search before it began; they count in its cost, not in its limit.
+        store: evaluations of earlier runs; receives those of this run as soon as they are measured.
+        on_evaluation: called with each distinct evaluation after it is stored, for instance to show progress.
+        asynchronous: run in steady state instead of in generations.
 
     Raises:
         DiffesError: no limit was given or one is not positive, the evaluator broke its contract, nothing could be
-            evaluated, or the search is asynchronous and the strategy or the evaluator wants whole batches.
+            evaluated, or the search is asynchronous and the strategy or the evaluator needs whole batches.
     """
     limits = _Limits({"max_evals": max_evals, "max_denoiser_calls": max_denoiser_calls, "max_seconds": max_seconds})
     ledger = Ledger(strategy.space, evaluate, store, on_evaluation, calls_before)
@@ -78,7 +78,7 @@ def run_search(
 
 
 def _search_in_batches(strategy: Strategy, ledger: Ledger, limits: _Limits) -> None:
-    """Asks for a generation, measures it, tells it whole."""
+    """Ask for a generation, measure it, tell all of it."""
     idle = 0
     while idle < MAX_IDLE_BATCHES and not limits.reached:
         batch = strategy.ask()
@@ -100,7 +100,7 @@ def _search_in_batches(strategy: Strategy, ledger: Ledger, limits: _Limits) -> N
 
 
 def _search_steadily(strategy: Strategy, ledger: Ledger, limits: _Limits, store: EvaluationStore | None) -> None:
-    """Asks whenever a worker is free, tells each result when it comes."""
+    """Ask whenever a worker is free, tell each result when it comes."""
     lines: list[Proposal] = []
 
     def learn(evaluation: Evaluation) -> None:
@@ -115,7 +115,7 @@ def _search_steadily(strategy: Strategy, ledger: Ledger, limits: _Limits, store:
     n_open = n_told = 0
 
     def recall(known: Sequence[Evaluation]) -> None:
-        """What another process measured is counted as if this one had."""
+        """Count what another process measured as if this one had measured it."""
         nonlocal n_told
         ledger.expect([evaluation.schedule for evaluation in known])
         for evaluation in known:
@@ -123,7 +123,7 @@ def _search_steadily(strategy: Strategy, ledger: Ledger, limits: _Limits, store:
             ledger.note(evaluation)
             learn(evaluation)
 
-    order = np.random.default_rng(strategy.seed)  # those who begin together should not begin with the same
+    order = np.random.default_rng(strategy.seed)  # processes that begin together should begin differently
     queue: list[Proposal] = []
     recall(store.evaluations() if store is not None else [])
 
@@ -150,7 +150,7 @@ def _search_steadily(strategy: Strategy, ledger: Ledger, limits: _Limits, store:
         recall(shared.refresh() if shared is not None else [])
         queue = [proposal for proposal in queue if proposal not in ledger] or fresh()
         queue = [] if limits.reached else limits.cut(queue, n_open)
-        n_given = 1 if shared is not None else limits.safe(queue, n_open)  # others may measure the rest before
+        n_given = 1 if shared is not None else limits.safe(queue, n_open)  # others may measure the rest meanwhile
         given, queue = queue[:n_given], queue[n_given:]
         n_open += len(given)
         return given
@@ -164,10 +164,10 @@ def _search_steadily(strategy: Strategy, ledger: Ledger, limits: _Limits, store:
 
 
 class _Limits:
-    """What a search may spend, and has spent.
+    """Limits of a search, and what it has spent of them.
 
     Args:
-        limits: by name; None is no limit.
+        limits: limits by name; None is no limit.
     """
 
     def __init__(self, limits: dict[str, float | None]) -> None:
@@ -178,7 +178,7 @@ class _Limits:
                 raise DiffesError(f"{name} must be above 0, got {limit}")
         self._limits = limits
         self._spent: dict[str, float] = dict.fromkeys(limits, 0.0)
-        self._dearest: dict[str, float] = {}  # what a whole evaluation cost at most
+        self._dearest: dict[str, float] = {}  # highest cost so far of an evaluation on all probes
 
     @property
     def reached(self) -> bool:
@@ -195,7 +195,7 @@ class _Limits:
             self._dearest[name] = max(self._dearest.get(name, 0.0), price / evaluation.fidelity)
 
     def cut(self, proposals: Sequence[Proposal], n_open: int = 0) -> list[Proposal]:
-        """As many proposals as `max_evals` allows beside those open; the last one may exceed it by a fraction."""
+        """Return as many proposals as `max_evals` allows beside those open; the last may exceed it by a fraction."""
         limit = self._limits["max_evals"]
         if limit is None:
             return list(proposals)
@@ -203,7 +203,7 @@ class _Limits:
         return [p for p, spent in zip(proposals, before, strict=False) if spent < limit - ROUNDING]
 
     def safe(self, proposals: Sequence[Proposal], n_open: int = 0) -> int:
-        """How many may be measured in any order: all, where no limit can end within them and those open, else one."""
+        """Return how many may be measured in any order: all if no limit can end within them and those open, else 1."""
         evaluations = sum(proposal.fidelity for proposal in proposals) + n_open
         for name in ("max_denoiser_calls", "max_seconds"):
             limit = self._limits[name]

@@ -1,4 +1,4 @@
-"""Mutations and crossovers by name: ours, those of other packages, and any that DEAP has."""
+"""Mutations and crossovers by name: those of diffes, of other packages, and of DEAP."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from diffes.search.genome import Genome, Origin
 from diffes.search.space import SearchSpace
 
 Operator = Callable[..., tuple[Any, ...]]
-DEAP = "deap."  # how the names of DEAP's own operators begin
+DEAP = "deap."  # prefix of the names of DEAP's own operators
 OURS = ("space", "rng")  # parameters of an operator that was written for diffes
 
 
 def mended(genome: Any, space: SearchSpace, rng: np.random.Generator) -> Any:
-    """The genome itself, repaired in place where an operator left the budget: the last line of most operators."""
+    """Return the genome itself, repaired in place if it is not feasible. Most operators end with this."""
     if not space.is_feasible(genome):
         genome[:] = space.repair(genome, rng)
     return genome
@@ -32,9 +32,9 @@ def mended(genome: Any, space: SearchSpace, rng: np.random.Generator) -> Any:
 
 @contextmanager
 def confined(rng: np.random.Generator) -> Iterator[None]:
-    """Python's and numpy's global random, seeded from `rng` inside the block, and as they were after it.
+    """Seed Python's and numpy's global random generators from `rng` for the block, and restore them after it.
 
-    What DEAP's own operators and selections draw is then decided by `rng`, and nobody outside notices.
+    `rng` then decides what DEAP's own operators and selections draw, and nothing outside the block changes.
     """
     python, legacy = random.getstate(), np.random.get_state()
     seed = int(rng.integers(2**32))
@@ -48,15 +48,15 @@ def confined(rng: np.random.Generator) -> Iterator[None]:
 
 
 class PlainOperator:
-    """An operator that knows nothing of diffes, as DEAP's are, made one that keeps the budget.
+    """Operator that does not know diffes, as DEAP's own, adapted to keep the budget.
 
-    It draws from the global `random`, which is confined and seeded while it runs. Its bounds (`low` and `up`) come from
-    the space where it has them; what it returns is rounded to whole levels and repaired to the budget.
+    It draws from the global `random`, which is seeded while it runs and restored after. Its bounds (`low` and `up`), if
+    it has them, come from the space. What it returns is rounded to whole levels and repaired to the budget.
 
     Args:
         name: for messages.
         function: `(genome, **options) -> (genome,)`, or with two genomes for a crossover.
-        n_parents: how many genomes it takes.
+        n_parents: number of genomes that it takes.
     """
 
     def __init__(self, name: str, function: Operator, n_parents: int) -> None:
@@ -102,7 +102,7 @@ class PlainOperator:
 
 
 def _whole(genome: Any) -> Any:
-    """The genome rounded to whole levels, in place where it is a list."""
+    """Round a genome to whole levels, in place where it is a list."""
     levels = [round(level) for level in genome]
     if not isinstance(genome, list):
         return levels
@@ -111,13 +111,13 @@ def _whole(genome: Any) -> Any:
 
 
 class OperatorRegistry(Registry[Operator]):
-    """Operators by name; `deap.NAME` is one of DEAP's. Plain ones, which take no `space` and `rng`, are adapted.
+    """Registry of operators; `deap.NAME` is one of DEAP's. Plain ones, which take no `space` and `rng`, are adapted.
 
     Args:
         kind: "mutation" or "crossover".
         group: entry-point group.
-        prefix: how DEAP's names of this kind begin.
-        n_parents: how many genomes an operator takes.
+        prefix: prefix of DEAP's names of this kind.
+        n_parents: number of genomes that an operator takes.
     """
 
     def __init__(self, kind: str, group: str, prefix: str, n_parents: int) -> None:
@@ -126,7 +126,7 @@ class OperatorRegistry(Registry[Operator]):
         self.n_parents = n_parents
 
     def get(self, name: str) -> Operator:
-        """The operator of that name, in the convention of `mutation`; errors as for any registry."""
+        """Return the operator of that name, in the form described at `mutation`; errors as for any registry."""
         function = self._of_deap(name) if name.startswith(DEAP) else super().get(name)
         if set(OURS) & set(inspect.signature(function).parameters):
             return function
@@ -148,21 +148,21 @@ CROSSOVERS = OperatorRegistry("crossover", "diffes.crossovers", "cx", 2)
 
 
 def mutation(name: str) -> Callable[[Operator], Operator]:
-    """Decorator that registers `function(genome, *, space, rng, **params) -> (genome,)` under a name.
+    """Register `function(genome, *, space, rng, **params) -> (genome,)` under a name, as a decorator.
 
-    The function is DEAP's convention with its generator as an argument: `genome` is a list of S levels that it may
-    change in place, `space` a `SearchSpace`, `rng` a `numpy.random.Generator` and its only source of randomness. It
+    The function follows DEAP's convention, with its generator as an argument: `genome` is a list of S levels that it
+    may change in place, `space` a `SearchSpace`, `rng` a `numpy.random.Generator` and its only source of randomness. It
     maps feasible genomes to feasible ones; `space.is_feasible` and `space.repair(genome, rng)` help with that. Further
     parameters are options: `--mutation name:param=value`. `diffes.testing.MutationConformance` checks all of it.
 
-    A plain DEAP operator, `function(individual, **params) -> (individual,)`, will do as well: what it draws from the
-    global `random` is seeded, what it returns is repaired to the budget.
+    A plain DEAP operator, `function(individual, **params) -> (individual,)`, works too: what it draws from the global
+    `random` is seeded, and what it returns is repaired to the budget.
     """
     return MUTATIONS.register(name)
 
 
 def crossover(name: str) -> Callable[[Operator], Operator]:
-    """Decorator that registers `function(one, other, *, space, rng, **params) -> (one, other)` under a name.
+    """Register `function(one, other, *, space, rng, **params) -> (one, other)` under a name, as a decorator.
 
     It maps two feasible genomes to two feasible ones, under the same conditions as a mutation.
     """
@@ -170,15 +170,15 @@ def crossover(name: str) -> Callable[[Operator], Operator]:
 
 
 class BoundOperator:
-    """A toolbox's `mutate` or `mate`: an operator with its space, generator and options.
+    """Mutation or crossover of a toolbox: an operator with its space, generator and options.
 
-    Genomes that it returns have no fitness, and an `origin` that names the operator and the last measured ancestors.
+    Genomes that it returns have no fitness. Their `origin` names the operator and the last measured ancestors.
 
     Args:
-        registry: where the operator is found.
+        registry: registry that has the operator.
         spec: its name, with options after a colon.
         space: the feasible schedules.
-        rng: what it draws from.
+        rng: source of its random draws.
 
     Raises:
         DiffesError: there is no such operator, or it takes no such options.
@@ -207,7 +207,7 @@ class BoundOperator:
         return tuple(made)
 
     def _checked(self, result: Any) -> Genome:
-        """What an operator made, as a genome."""
+        """Return what an operator made as a genome, checked."""
         what, n = f"operator {self.spec!r}", self._space.n_stages
         try:
             levels = [operator.index(level) for level in result]

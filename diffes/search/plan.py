@@ -1,4 +1,4 @@
-"""Plans: which nodes of a fine grid of timesteps call the denoiser, and at which level, under one cost."""
+"""Plans: which nodes of a fine grid of timesteps call the denoiser, at which levels, within one budget."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from diffes.search.space import COST_RESOLUTION, SearchSpace
 
 @dataclass(frozen=True)
 class PlanSpace(SearchSpace):
-    """Feasible plans.
+    """Space of feasible plans.
 
-    A plan is a schedule of N nodes, node 0 the cleanest, in which the value `max_level` means that the node is skipped:
-    the denoiser is not called there, which costs nothing. A plan is feasible when it costs no more than the budget,
-    has at least one call, and every call is at an allowed level. What is left of a budget may stay unspent.
+    A plan is a schedule of N nodes, node 0 the cleanest. The value `max_level` means that a node is skipped: the
+    denoiser is not called there, which costs nothing. A plan is feasible when it costs no more than the budget, has at
+    least one call, every call is at an allowed level, and the noisiest call reuses nothing. Part of the budget may stay
+    unspent.
 
     Args:
-        stages: one narrow range of timesteps a node; it is called at the noisiest of them, `hi - 1`.
+        stages: one narrow range of timesteps per node; the node is called at the noisiest of them, `hi - 1`.
         max_level: H + 1, the value of a skipped node; calls are at levels from 0 (dense) to H.
         steps: (N,) ones: a node is called once or not at all.
         level_costs: (N, H + 2) cost of a call at each node at each level, whole numbers, the last of each node 0. A
-            thinner level may cost more than a denser one.
+            higher level may cost more than a lower one.
         budget: the largest cost allowed; None allows all.
         allowed: levels that a call may have, rising: `(0,)` where only the timesteps are searched.
         starts: feasible plans (N,) from which a search starts.
-        reusing: levels that reuse what an earlier call computed, which the noisiest call of a plan cannot be at.
+        reusing: levels that reuse what an earlier call computed; the noisiest call of a plan cannot have one of them.
     """
 
     mutation: ClassVar[str] = "plan_move"
@@ -85,13 +86,13 @@ class PlanSpace(SearchSpace):
         n_timesteps: int = 1000,
         reusing: Sequence[int] = (),
     ) -> PlanSpace:
-        """A budget in dense calls, of whatever currency the costs are: MACs or milliseconds.
+        """Make a space whose budget is in dense calls, for costs in any currency: MACs or milliseconds.
 
         Costs are counted in millionths of a dense call and rounded up, so that no plan costs more than it should.
 
         Args:
             costs: (N, H + 1) cost of one call at each node, node 0 the cleanest, at each level, in any unit.
-            calls: largest cost of a plan over that of a dense call (their mean where it differs by node); None allows
+            calls: largest cost of a plan, in dense calls (in their mean cost where it differs by node); None allows
                 all.
             allowed: levels that a call may have; all when left out.
             starts: feasible plans (N,) from which a search starts; H + 1 is a skipped node.
@@ -124,17 +125,17 @@ class PlanSpace(SearchSpace):
 
     @property
     def skip(self) -> int:
-        """The value of a node without a call."""
+        """Value of a node without a call."""
         return self.max_level
 
     @property
     def genes(self) -> tuple[int, ...]:
-        """Values that a node may have: the allowed levels, and that of a skipped one."""
+        """Values that a node may have: the allowed levels, and `skip`."""
         return (*self.allowed, self.skip)
 
     @property
     def thinnest(self) -> int:
-        """The highest allowed level."""
+        """Highest allowed level."""
         return self.allowed[-1]
 
     @property
@@ -143,54 +144,56 @@ class PlanSpace(SearchSpace):
         return [level for level in self.allowed if level not in self.reusing]
 
     def called(self, levels: Sequence[int]) -> list[int]:
-        """Nodes that a plan (N,) calls, the cleanest first."""
+        """Return the nodes that a plan (N,) calls, the cleanest first."""
         skip = self.skip
         return [node for node, level in enumerate(levels) if level != skip]
 
     def fits(self, levels: Sequence[int]) -> bool:
-        """Whether a plan (N,) is within the budget, has a call, and only allowed ones; the same as feasible."""
+        """Check whether a plan (N,) is feasible, as the class defines it."""
         genes = len(levels) == self.n_stages and set(levels) <= set(self.genes) and min(levels) < self.skip
         return genes and levels[self.called(levels)[-1]] not in self.reusing and self.affords(levels)
 
     def cost(self, levels: Sequence[int]) -> int:
-        """Cost of a plan (N,), in millionths of a dense call where `dense_calls` made the space."""
+        """Return the cost of a plan (N,), in millionths of a dense call if `dense_calls` made the space."""
         return sum(map(operator.getitem, self.level_costs, levels))
 
     def affords(self, levels: Sequence[int]) -> bool:
-        """Whether a plan (N,) costs no more than the budget."""
+        """Check whether a plan (N,) costs no more than the budget."""
         return self.budget is None or self.cost(levels) <= self.budget
 
     def is_feasible(self, levels: Sequence[int]) -> bool:
-        """Whether a plan (N,) is feasible, in the sense of the class."""
+        """Check whether a plan (N,) is feasible, as the class defines it."""
         return self.fits(levels)
 
     def pays(self, node: int, level: int) -> bool:
-        """Whether a single call at a node can be paid."""
+        """Check whether the budget allows a single call at a node and level."""
         return self.budget is None or self.level_costs[node][level] <= self.budget
 
     def cheaper(self, node: int, level: int) -> list[int]:
-        """Allowed levels that cost less at a node than `level` does, the dearest first, of equals the denser first."""
+        """Return the allowed levels that cost less at a node than `level`, the most expensive first.
+
+        Of equals, the denser is first.
+        """
         costs = self.level_costs[node]
         return sorted((k for k in self.allowed if costs[k] < costs[level]), key=lambda k: (-costs[k], k))
 
     def denser(self, level: int) -> list[int]:
-        """Allowed levels that are denser than `level`, the thinnest of them first."""
+        """Return the allowed levels below `level`, the highest first."""
         return [k for k in reversed(self.allowed) if k < level]
 
     def grounded(self, levels: Sequence[int]) -> list[int]:
-        """The plan (N,) with its noisiest call at the densest level that reuses nothing, where it would reuse."""
+        """Return the plan (N,) with its noisiest call at the densest level that reuses nothing, if that call reuses."""
         plan, called = list(levels), self.called(levels)
         if called and plan[called[-1]] in self.reusing:
             plan[called[-1]] = self.first_levels[0]
         return plan
 
     def pay(self, levels: Sequence[int], rng: np.random.Generator, spare: Collection[int] = ()) -> list[int]:
-        """A plan (N,) within the budget, grounded: as long as it costs too much, a random call is dropped or made
-        cheaper.
+        """Return a grounded plan (N,) within the budget: while it is over, drop a random call or make it cheaper.
 
         Args:
             levels: (N,) allowed levels and skipped nodes.
-            rng: draws the calls, and whether they are dropped; each is as likely.
+            rng: draws the calls, and whether to drop them or make them cheaper, with equal probability.
             spare: nodes that are left alone, as long as there are others.
         """
         plan = self.grounded(levels)
@@ -205,9 +208,9 @@ class PlanSpace(SearchSpace):
         return plan
 
     def spend(self, levels: Sequence[int], rng: np.random.Generator) -> list[int]:
-        """A plan (N,) whose random calls are made denser, by one allowed level each time, as far as the budget goes.
+        """Return a plan (N,) in which random calls are made denser, one allowed level at a time, within the budget.
 
-        Without a budget nothing is left to spend, and the plan stays as it is.
+        Without a budget there is nothing to spend, and the plan is only grounded.
         """
         plan = self.grounded(levels)
         while self.budget is not None:
@@ -229,12 +232,12 @@ class PlanSpace(SearchSpace):
         return plan
 
     def repair(self, levels: Sequence[int], rng: np.random.Generator) -> list[int]:
-        """A feasible plan near any genome: its genes are made allowed ones, and random calls pay for what is too much.
+        """Return a feasible plan near any genome: levels become allowed ones, and random calls pay for excess cost.
 
-        Skipped nodes stay skipped; only where there would be no call at all, a random one that can be paid is made.
+        Skipped nodes stay skipped. Only if there would be no call at all, a random call that can be paid is added.
 
         Args:
-            levels: (N,) integers; a level that is not allowed becomes the nearest allowed one, of two the thinner.
+            levels: (N,) integers; a level that is not allowed becomes the nearest allowed one, the higher of two.
             rng: draws the calls.
         """
         levels = [min(int(level), self.skip) for level in levels]
@@ -247,10 +250,10 @@ class PlanSpace(SearchSpace):
         return plan
 
     def sample(self, rng: np.random.Generator) -> list[int]:
-        """A random feasible plan: a mix of levels, and as many calls as can be paid at about evenly spread nodes.
+        """Draw a random feasible plan: a mix of levels, and as many calls as can be paid at about evenly spaced nodes.
 
-        The mix is drawn between a single level and all allowed ones alike; each call is at a random node of its share
-        of the trajectory. Without a budget the number of calls is drawn, small ones as likely as large ones.
+        The mix ranges from a single level to all allowed levels alike. Each call is at a random node of its share of
+        the trajectory. Without a budget the logarithm of the number of calls is drawn uniformly.
         """
         mix = rng.dirichlet([0.5] * len(self.allowed))
         costs = np.array(self.level_costs)[:, list(self.allowed)].mean(0)
@@ -265,9 +268,10 @@ class PlanSpace(SearchSpace):
         return self.spend(self.repair(plan, rng), rng)
 
     def uniform(self) -> list[int]:
-        """As many calls as can be paid at the densest allowed level, evenly spread from the noisiest node on.
+        """Return as many calls as can be paid at the densest level, evenly spaced from the noisiest node on.
 
-        Where not even one can be paid there, it is at the densest level at which one can.
+        The level is the densest that reuses nothing and of which at least one call can be paid at the noisiest node. If
+        there is no such level, the plan is one random call that can be paid.
         """
         for level in self.first_levels:
             if (plan := self.even(level)) is not None:
@@ -276,16 +280,21 @@ class PlanSpace(SearchSpace):
         return [level if each == node else self.skip for each in range(self.n_stages)]
 
     def even(self, level: int) -> list[int] | None:
-        """As many calls as can be paid at one level, evenly spread from the noisiest node on, grounded; None if none
-        can."""
+        """Return as many calls as can be paid at one level, evenly spaced from the noisiest node on; None if none can.
+
+        The plan is grounded.
+        """
         for count in range(self.n_stages, 0, -1):
             if self.affords(plan := self.grounded(self._trailing(count, level))):
                 return plan
         return None
 
     def ramp(self, level: int) -> list[int] | None:
-        """As many evenly spread calls as can be paid whose levels fall evenly from one at the noisiest call to the
-        densest at the cleanest, each rounded to an allowed one; None if none can."""
+        """Return as many evenly spaced calls as can be paid, with levels that fall evenly along the trajectory.
+
+        They fall from `level` at the noisiest call to dense at the cleanest, each rounded to an allowed level that
+        reuses nothing. None if not even two calls can be paid.
+        """
         for count in range(self.n_stages, 1, -1):
             plan = [self.skip] * self.n_stages
             for i, node in enumerate(trailing(count, self.n_stages)):
@@ -296,12 +305,12 @@ class PlanSpace(SearchSpace):
         return None
 
     def constants(self) -> list[list[int]]:
-        """Evenly spread calls (N,) at the densest allowed level, from one to as many as there are nodes."""
+        """Return plans (N,) of evenly spaced calls at the densest allowed level, from one call to one per node."""
         counts = np.unique(np.geomspace(1, self.n_stages, 9).round().astype(int)).tolist()
         return [self._trailing(count, self.allowed[0]) for count in counts]
 
     def schedule(self, levels: Sequence[int]) -> Schedule:
-        """The plan as an immutable schedule.
+        """Return the plan as an immutable schedule.
 
         Raises:
             DiffesError: it is not feasible.
@@ -316,21 +325,21 @@ class PlanSpace(SearchSpace):
         return schedule
 
     def _trailing(self, count: int, level: int) -> list[int]:
-        """`count` calls at one level, spaced as diffusers' "trailing" timesteps: the noisiest node is one of them."""
+        """Place `count` calls at one level, spaced as diffusers' "trailing" timesteps; the noisiest node is called."""
         plan = [self.skip] * self.n_stages
         for node in trailing(count, self.n_stages):
             plan[node] = level
         return plan
 
     def _single(self, rng: np.random.Generator) -> tuple[int, int]:
-        """A random node and allowed level that can be paid on their own."""
+        """Draw a random node and allowed level that can be paid on their own."""
         levels = self.first_levels
         pairs = [(node, level) for node in range(self.n_stages) for level in levels if self.pays(node, level)]
         return pairs[int(rng.integers(len(pairs)))]
 
 
 def trailing(n: int, size: int) -> list[int]:
-    """`n` of `size` timesteps or nodes, evenly spread from the last one down, as diffusers' "trailing" spacing."""
+    """Return `n` of `size` timesteps or nodes, evenly spaced from the last one down: diffusers' "trailing" spacing."""
     return [round(size * (n - i) / n) - 1 for i in range(n)]
 
 
@@ -354,13 +363,13 @@ def power_spaced(n: int, size: int, power: float, shift: float) -> list[int]:
 
 
 def calls_of(plan: Schedule) -> tuple[tuple[int, int], ...]:
-    """Timestep and level of each call of a plan, in the order of sampling: the noisiest first."""
+    """Return the timestep and level of each call of a plan, in the order of sampling: the noisiest first."""
     nodes = zip(plan.stages.ranges, plan.levels, strict=True)
     return tuple((hi - 1, level) for (_, hi), level in nodes if level < plan.max_level)[::-1]
 
 
 def plans_only(space: SearchSpace, name: str) -> PlanSpace:
-    """The space, if it is one of plans.
+    """Return the space, if it is one of plans.
 
     Raises:
         DiffesError: it is not; the message says what `name` needs.
@@ -374,7 +383,7 @@ def plans_only(space: SearchSpace, name: str) -> PlanSpace:
 
 
 def schedules_only(space: SearchSpace, name: str) -> None:
-    """Refuses a space of plans.
+    """Check that a space is not one of plans.
 
     Raises:
         DiffesError: the space is one of plans; the message says what `name` needs.

@@ -1,4 +1,4 @@
-"""What a sampling run does where: the level of each stage, or the timesteps that are called and the level of each."""
+"""Schedules and plans: the level of each stage, or the timesteps that are called and the level of each call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from diffes.errors import DiffesError
 
-Allocation = Literal["damage", "equal"]  # how a level is shared out over the layers
+Allocation = Literal["damage", "equal"]  # how a level is divided among the layers
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Stages:
     """Contiguous ranges of training timesteps, from the cleanest (stage 0) to the noisiest (stage S-1).
 
     Args:
-        ranges: `(lo, hi)` per stage; stage `s` holds the timesteps `lo <= t < hi`; the first starts at 0, each next one
-            where the one before ended.
+        ranges: `(lo, hi)` per stage. Stage `s` holds the timesteps `lo <= t < hi`. The first starts at 0, each next one
+            where the one before ends.
 
     Source: Diff-ES numbers stages so that sampling starts in stage S-1 and ends in stage 0.
     """
@@ -40,7 +40,7 @@ class Stages:
 
     @classmethod
     def equal(cls, n_stages: int, n_timesteps: int = 1000) -> Stages:
-        """`n_stages` stages of (nearly) equal width: stage s covers [s*T/S, (s+1)*T/S)."""
+        """Make `n_stages` stages of (nearly) equal width: stage s covers [s*T/S, (s+1)*T/S)."""
         if not 1 <= n_stages <= n_timesteps:
             raise DiffesError(f"n_stages must be in [1, {n_timesteps}], got {n_stages}")
         edges = [s * n_timesteps // n_stages for s in range(n_stages + 1)]
@@ -50,12 +50,12 @@ class Stages:
         return len(self.ranges)
 
     def stage_of(self, timestep: float) -> int:
-        """The stage of a timestep; fractional ones count too, and those beyond an end belong to the end's stage."""
+        """Return the stage of a timestep, which may be fractional; one beyond an end belongs to the stage there."""
         uppers = [hi for _, hi in self.ranges]
         return min(bisect.bisect_right(uppers, timestep), len(self) - 1)
 
     def count_steps(self, timesteps: Iterable[float]) -> tuple[int, ...]:
-        """Denoiser calls per stage (S,) of a sampling run that visits these timesteps."""
+        """Count the denoiser calls per stage (S,) of a sampling run that visits these timesteps."""
         counts = [0] * len(self)
         for timestep in timesteps:
             counts[self.stage_of(timestep)] += 1
@@ -64,7 +64,7 @@ class Stages:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The level of each stage.
+    """Schedule: the level of each stage.
 
     Args:
         stages: their ranges of timesteps.
@@ -82,21 +82,25 @@ class Schedule:
         _check_levels(self.levels, self.max_level)
 
     def nominal_sparsity(self, steps: Sequence[int]) -> float:
-        """Removed fraction of the prunable parameters, averaged over steps; `steps` (S,) are the calls per stage."""
+        """Return the removed fraction of the prunable parameters, averaged over steps.
+
+        Args:
+            steps: (S,) denoiser calls per stage.
+        """
         total = sum(steps) * self.max_level
         return sum(n * level for n, level in zip(steps, self.levels, strict=True)) / total
 
     def key(self, timestep: float) -> tuple[int, int]:
-        """Stage and level of a denoiser call at a timestep."""
+        """Return the stage and level of a denoiser call at a timestep."""
         stage = self.stages.stage_of(timestep)
         return stage, self.levels[stage]
 
     def thin(self) -> list[tuple[int, int]]:
-        """Stage and level of every stage that is not dense."""
+        """Return the stage and level of every stage that is not dense."""
         return [(stage, level) for stage, level in enumerate(self.levels) if level]
 
     def to_json(self) -> dict[str, Any]:
-        """`stages`, `levels` and `max_level` as plain lists and numbers."""
+        """Return `stages`, `levels` and `max_level` as plain lists and numbers."""
         return {
             "stages": [list(stage) for stage in self.stages.ranges],
             "levels": list(self.levels),
@@ -105,10 +109,10 @@ class Schedule:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Schedule:
-        """The schedule that `to_json` wrote; other keys are left alone.
+        """Read the schedule that `to_json` wrote; other keys are ignored.
 
         Raises:
-            DiffesError: a key is missing or its value is not of the form above.
+            DiffesError: a key is missing, or its value does not have that form.
         """
         try:
             stages = tuple((int(lo), int(hi)) for lo, hi in data["stages"])
@@ -121,15 +125,15 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which timesteps call the denoiser, each at which level, and how the solver steps from one to the next.
+    """Plan: the timesteps that call the denoiser, the level of each call, and the solver's steps between them.
 
     Args:
         stages: the ranges of timesteps in which levels were calibrated.
-        calls: timestep and level of each call in the order of sampling; timesteps are whole and fall.
+        calls: timestep and level of each call in the order of sampling; timesteps are falling integers.
         max_level: H; levels are in [0, H], 0 is dense.
-        solver: name of the solver that made the coefficients, or makes them.
-        coefficients: a row of each call (see `diffes.solvers.Row`); None where the solver makes them: from the
-            timesteps alone, or by a fit.
+        solver: name of the solver that made the coefficients, or will make them.
+        coefficients: one row per call (see `diffes.solvers.Row`); None where the solver makes them, from the timesteps
+            alone or by a fit.
     """
 
     stages: Stages
@@ -146,34 +150,35 @@ class Plan:
 
     @property
     def timesteps(self) -> tuple[int, ...]:
-        """Of the calls, the noisiest first."""
+        """Timesteps of the calls, the noisiest first."""
         return tuple(timestep for timestep, _ in self.calls)
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """Of the calls, in the order of the timesteps."""
+        """Levels of the calls, in the order of the timesteps."""
         return tuple(level for _, level in self.calls)
 
     @property
     def rows(self) -> str | tuple[tuple[float, ...], ...]:
-        """The coefficients, or the name of the solver that makes them."""
+        """Coefficients, or the name of the solver that makes them."""
         return self.solver if self.coefficients is None else self.coefficients
 
     def keys(self) -> list[tuple[int, int]]:
-        """Stage and level of each call, in the order of the timesteps."""
+        """Return the stage and level of each call, in the order of the timesteps."""
         return [(self.stages.stage_of(timestep), level) for timestep, level in self.calls]
 
     def thin(self) -> list[tuple[int, int]]:
-        """Stage and level of every call that is not dense, each once."""
+        """Return the stage and level of every call that is not dense, without repeats."""
         return sorted({key for key in self.keys() if key[1]})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """The plan of `timesteps`, `levels`, `solver`, `stages`, `max_level` and, where they are there, `coefficients`;
-        other keys are left alone.
+        """Read a plan from `timesteps`, `levels`, `solver`, `stages`, `max_level` and, if present, `coefficients`.
+
+        Other keys are ignored.
 
         Raises:
-            DiffesError: a key is missing or its value is not of the form above.
+            DiffesError: a key is missing, or its value does not have the form above.
         """
         try:
             stages = tuple((int(lo), int(hi)) for lo, hi in data["stages"])
@@ -197,7 +202,7 @@ def check_timesteps(timesteps: Sequence[int], n_timesteps: int) -> None:
     """Check the timesteps of a plan.
 
     Raises:
-        DiffesError: there are none, or they do not fall within [0, `n_timesteps`).
+        DiffesError: there are none, they do not fall, or one is outside [0, `n_timesteps`).
     """
     edges = [n_timesteps, *timesteps, -1]
     if not timesteps or any(a <= b for a, b in itertools.pairwise(edges)):
@@ -210,8 +215,8 @@ def check_rows(rows: Sequence[Sequence[float]], n: int) -> None:
     """Check the coefficients of a plan of `n` calls.
 
     Raises:
-        DiffesError: there are more or fewer rows than calls, a row has fewer than 2 numbers or more than there are
-            predictions for, or a number is not finite.
+        DiffesError: there are more or fewer rows than calls, row `i` has fewer than 2 or more than `i` + 2 numbers, or
+            a number is not finite.
     """
     if len(rows) != n:
         raise DiffesError(f"a plan of {n} calls needs as many rows of coefficients, got {len(rows)}")

@@ -1,4 +1,4 @@
-"""The schedules a search may visit: stages, levels and a budget that every one of them meets exactly."""
+"""Search space of schedules: stages, levels and a budget that every schedule meets exactly."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ COST_RESOLUTION = 10**6  # measured costs are counted in millionths of the large
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Feasible schedules.
+    """Space of feasible schedules.
 
-    A schedule costs `sum_s steps[s] * level_costs[s][levels[s]]`. It fits when that is within the budget, and is
-    feasible when besides no single stage could be one level denser without leaving it. With equal steps and linear
-    costs this is the paper's equality, `sum_s L_s = S * target`; with unequal ones it is the nearest thing to it that
+    A schedule costs `sum_s steps[s] * level_costs[s][levels[s]]`. It fits when that is within the budget. It is
+    feasible when, besides, no single stage could be one level denser within the budget. With equal steps and linear
+    costs this is the paper's equality, `sum_s L_s = S * target`; with unequal ones it is the nearest condition that
     always has a solution.
 
     Args:
@@ -30,13 +30,13 @@ class SearchSpace:
         steps: (S,) denoiser calls in each stage; a stage that is never visited stays at level 0.
         level_costs: (S, H + 1) cost of one denoiser call in each stage at each level: whole numbers that never rise
             with the level. A level that costs as much as the next denser one is never feasible.
-        budget: the largest cost allowed, in the units of `steps * level_costs`; None allows all, and every genome whose
-            unvisited stages are dense is feasible then.
+        budget: the largest cost allowed, in the units of `steps * level_costs`. None allows all: every genome whose
+            unvisited stages are dense is then feasible.
 
     Attributes:
-        mutation: the operator of a search that was told no other.
-        small_mutation: likewise, of one that takes small steps.
-        crossover: likewise.
+        mutation: default mutation of a search.
+        small_mutation: default mutation of a search that takes small steps.
+        crossover: default crossover of a search.
     """
 
     mutation: ClassVar[str] = "level_switch"
@@ -66,7 +66,9 @@ class SearchSpace:
     def mean_sparsity(
         cls, stages: Stages, max_level: int, budget: float, steps: Sequence[int] | None = None
     ) -> SearchSpace:
-        """The paper's budget: the mean level over steps is `budget * max_level`, rounded up to what levels can express.
+        """Make a space with the paper's budget: a mean level over steps of `budget * max_level`.
+
+        The mean level is rounded up to what levels can express.
 
         Args:
             stages: their ranges of timesteps.
@@ -91,13 +93,13 @@ class SearchSpace:
     def dense_fraction(
         cls, stages: Stages, steps: Sequence[int], costs: Sequence[Sequence[float]], budget: float
     ) -> SearchSpace:
-        """A budget in what was measured: MACs or milliseconds, as a fraction of the dense model's.
+        """Make a space whose budget is a fraction of the dense model's measured cost: MACs or milliseconds.
 
         Args:
             stages: their ranges of timesteps.
             steps: (S,) denoiser calls per stage.
-            costs: (S, H + 1) cost of one call in each stage at each level, in any unit. A level counts
-                as much as the dearest thinner one, at most as the dense one, so that no budget is exceeded.
+            costs: (S, H + 1) cost of one call in each stage at each level, in any unit. A level counts as much as the
+                most expensive higher level, but at most as the dense one, so that no budget is exceeded.
             budget: largest cost of a schedule over that of the dense model, above 0 and at most 1.
 
         Raises:
@@ -119,7 +121,7 @@ class SearchSpace:
         return cls(stages, falling.shape[1] - 1, tuple(steps), whole, limit)
 
     def without_budget(self) -> Self:
-        """The same space, in which a schedule may cost what it likes."""
+        """Return the same space without a limit on costs."""
         return replace(self, budget=None)
 
     @property
@@ -129,7 +131,7 @@ class SearchSpace:
 
     @property
     def visited(self) -> list[int]:
-        """Stages with at least one denoiser call: the only ones whose level matters."""
+        """Stages with at least one denoiser call; the levels of others do not matter."""
         return [s for s, n in enumerate(self.steps) if n]
 
     @property
@@ -144,24 +146,24 @@ class SearchSpace:
 
     @property
     def thinnest(self) -> int:
-        """The highest level of a denoiser call."""
+        """Highest level of a denoiser call."""
         return self.max_level
 
     def called(self, levels: Sequence[int]) -> list[int]:
-        """Stages in which a genome (S,) calls the denoiser: those between which levels can be moved."""
+        """Return the stages in which a genome (S,) calls the denoiser; levels can be moved between them."""
         return self.visited
 
     def cost(self, levels: Sequence[int]) -> int:
-        """Cost of a genome (S,), in the units of the budget."""
+        """Return the cost of a genome (S,), in the units of the budget."""
         return sum(n * row[level] for n, row, level in zip(self.steps, self.level_costs, levels, strict=True))
 
     def fits(self, levels: Sequence[int]) -> bool:
-        """Whether a genome (S,) is within the budget, exactly on it or cheaper."""
+        """Check whether a genome (S,) costs no more than the budget."""
         in_range = len(levels) == self.n_stages and all(0 <= level <= self.max_level for level in levels)
         return in_range and (self.budget is None or self.cost(levels) <= self.budget)
 
     def is_feasible(self, levels: Sequence[int]) -> bool:
-        """Whether a genome (S,) meets the budget exactly, in the sense of the class."""
+        """Check whether a genome (S,) meets the budget exactly, as the class defines it."""
         if not self.fits(levels):
             return False
         if self.budget is None:
@@ -170,7 +172,9 @@ class SearchSpace:
         return all(cost + self._gain(s, level) > self.budget for s, level in enumerate(levels) if level > 0)
 
     def repair(self, levels: Sequence[int], rng: np.random.Generator) -> list[int]:
-        """A feasible genome near any genome: random stages are thinned until the budget holds, then thickened.
+        """Return a feasible genome near any genome.
+
+        Random stages are pruned more until the budget holds; then random stages are pruned less as far as it allows.
 
         Args:
             levels: (S,) integers; values outside [0, max_level] are clipped.
@@ -193,13 +197,13 @@ class SearchSpace:
         return repaired
 
     def sample(self, rng: np.random.Generator) -> list[int]:
-        """A random feasible genome: independent uniform levels, repaired."""
+        """Draw a random feasible genome: independent uniform levels, repaired."""
         return self.repair(rng.integers(0, self.max_level + 1, self.n_stages).tolist(), rng)
 
     def uniform(self) -> list[int]:
-        """The feasible genome nearest to a constant; what does not divide evenly is spread along the trajectory.
+        """Return the feasible genome nearest to a constant; a remainder is spread along the trajectory.
 
-        Without a budget it is the dense one.
+        Without a budget it is the dense genome.
         """
         if self.budget is None:
             return [0] * self.n_stages
@@ -216,19 +220,19 @@ class SearchSpace:
         return self.repair(levels, np.random.default_rng(0))
 
     def constants(self) -> list[list[int]]:
-        """Genomes (S,) that are the same everywhere, over the whole range of costs, whatever the budget."""
+        """Return the constant genome (S,) of each level, over the whole range of costs, whatever the budget."""
         return [[level if n else 0 for n in self.steps] for level in range(self.max_level + 1)]
 
     def counts(self, schedule: Schedule, fidelity: float) -> bool:
-        """Whether a measured schedule can be a search's result: on all probes and within the budget."""
+        """Check whether a measured schedule can be the result of a search: on all probes and within the budget."""
         return fidelity == 1 and self.fits(schedule.levels)
 
     def any_schedule(self, levels: Sequence[int]) -> Schedule:
-        """A genome (S,) as an immutable schedule, whatever it costs."""
+        """Return a genome (S,) as an immutable schedule, whatever it costs."""
         return Schedule(self.stages, tuple(int(level) for level in levels), self.max_level)
 
     def schedule(self, levels: Sequence[int]) -> Schedule:
-        """The genome as an immutable schedule.
+        """Return the genome as an immutable schedule.
 
         Raises:
             DiffesError: the genome does not meet the budget.
@@ -241,13 +245,15 @@ class SearchSpace:
         return schedule
 
     def _gain(self, stage: int, level: int) -> int:
-        """Added cost when a stage goes from `level` to the next denser one."""
+        """Return the added cost when a stage goes from `level` to the next denser one."""
         return self.steps[stage] * (self.level_costs[stage][level - 1] - self.level_costs[stage][level])
 
 
 def first_computes(costs: Sequence[Sequence[float]], steps: Sequence[int], reusing: Sequence[int]) -> list[list[float]]:
-    """(S, H + 1) costs of one call, with a dense one among those of the noisiest visited stage where a level reuses
-    something: the first call of a run computes everything.
+    """Return costs (S, H + 1) of one call in which the first call of a run computes everything.
+
+    At each level that reuses something, a call in the noisiest visited stage costs the mean over one dense call and the
+    remaining ones.
 
     Args:
         costs: (S, H + 1).

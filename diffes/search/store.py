@@ -1,4 +1,4 @@
-"""Every paid evaluation, kept in one Optuna journal: the memory that makes resuming a search a replay of it."""
+"""Store of every paid evaluation in one Optuna journal or database. Resuming a search replays it."""
 
 from __future__ import annotations
 
@@ -36,28 +36,33 @@ DIGEST = "digest"  # user attribute of a trial
 
 
 class EvaluationStore:
-    """Evaluations of one set of stages, on disk as an Optuna journal with one study.
+    """Evaluations of one set of stages, kept on disk as one Optuna study in a journal or a database.
 
-    `optuna-dashboard` and `optuna.visualization` open the file: a trial has a parameter `level_00..` per stage, the
-    fitness as its value, and as user attributes `denoiser_calls`, `seconds`, where a solver was fitted its
-    `coefficients`, a list a call, the `digest` of all these and, where the
-    strategy tells, `operator` and `parents` (numbers of trials), and where several workers measure, `worker`,
-    `waited` (seconds) and `paid_calls`. A failed evaluation (-inf) is a trial in state FAIL
-    with the user attribute `failed`; one on a fraction of the probes is PRUNED, its fitness an intermediate value at
-    the percentage of the probes; one beyond the budget is marked as infeasible. User attributes `generation_00000..` of
-    the study hold the statistics of each generation. The store knows schedules and nothing else: what they were
-    measured with (model, probes, metric) has to be the same for all evaluations of a study.
+    `optuna-dashboard` and `optuna.visualization` open it. Each evaluation is a trial:
+
+    - It has a parameter `level_00..` per stage, and the fitness as its value.
+    - User attributes are `denoiser_calls` and `seconds`; `coefficients`, a list per call, where a solver was fitted;
+      the `digest` of all these; `operator` and `parents` (numbers of trials) where the strategy tells; `worker`,
+      `waited` (seconds) and `paid_calls` where several workers measure.
+    - A failed evaluation (-inf) is in state FAIL, with the user attribute `failed`.
+    - One on a fraction of the probes is PRUNED, with the user attribute `fidelity`; its fitness is an intermediate
+      value at the percentage of the probes.
+    - One beyond the budget is marked as infeasible.
+
+    User attributes `generation_00000..` of the study hold the statistics of each generation. The store knows schedules
+    and nothing else: model, probes and metric have to be the same for all evaluations of a study.
 
     Args:
-        path: the journal, made, with its folder, when there is none; or the URL of a database, as SQLAlchemy has them.
+        path: path of the journal, which is made, with its folder, when there is none; or URL of a database, in
+            SQLAlchemy's form.
         space: the stages and max_level of every schedule in it, and the budget.
         study: name of the study; a journal holds one, a database may hold many.
-        owner: what a study of that name must belong to, where others may have one of that name.
+        owner: owner that the study must have, where others may have one of that name.
         shared: whether other processes add to the study meanwhile.
 
     Raises:
-        DiffesError: the file is no journal of this library, or one of other stages or of another max_level, or a value
-            in it is of a wrong type, out of its range, or was changed after it was written.
+        DiffesError: the file is no journal of this library, or it holds other stages or another max_level, or a value
+            in it has a wrong type, is out of its range, or was changed after it was written.
     """
 
     def __init__(
@@ -84,7 +89,7 @@ class EvaluationStore:
                     self._study = optuna.create_study(
                         storage=storage, study_name=study, direction="maximize", load_if_exists=True
                     )
-        except Exception as error:  # what is written in a journal is believed by Optuna, and fails where it leads to
+        except Exception as error:  # Optuna trusts a journal, so a damaged one fails in any way
             raise _no_journal(self.path, error) from error
         self._check_kind(owner)
         self._storage, self._study_id = storage, storage.get_study_id_from_name(study)
@@ -102,7 +107,7 @@ class EvaluationStore:
 
     @staticmethod
     def forget(url: str, study: str, owner: str) -> None:
-        """Deletes a study from a database, where there is one of that name.
+        """Delete a study from a database, if there is one of that name.
 
         Raises:
             DiffesError: the database cannot be opened, or the study belongs to another owner.
@@ -112,10 +117,10 @@ class EvaluationStore:
             optuna.delete_study(study_name=study, storage=open_database(url))
 
     def refresh(self) -> list[Evaluation]:
-        """What others have added since, and was not known.
+        """Read what others have added since; return the evaluations that were not known.
 
         Raises:
-            DiffesError: as of the constructor.
+            DiffesError: as in the constructor.
         """
         new = []
         for trial in self._study.get_trials(deepcopy=False):
@@ -137,20 +142,20 @@ class EvaluationStore:
         return new
 
     def get(self, schedule: Schedule, fidelity: float = 1.0) -> Evaluation | None:
-        """What was measured for a schedule, None when it never was."""
+        """Return the evaluation of a schedule, None if it was never measured."""
         return self._memo.get((schedule, fidelity))
 
     def known(self, schedules: Iterable[Schedule], fidelity: float = 1.0) -> list[Evaluation]:
-        """What was measured for any of these schedules, in the order in which it was added."""
+        """Return the evaluations of these schedules that are known, in the order in which they were added."""
         keys = {(schedule, fidelity) for schedule in schedules} & self._memo.keys()
         return [self._memo[key] for key in sorted(keys, key=self._places.__getitem__)]
 
     def evaluations(self) -> list[Evaluation]:
-        """All evaluations in the order in which they were added."""
+        """Return all evaluations in the order in which they were added."""
         return list(self._memo.values())
 
     def add(self, evaluation: Evaluation, origin: Origin | None = None) -> None:
-        """Writes an evaluation through to the disk; one that is known already changes nothing.
+        """Write an evaluation to disk at once; one that is known already changes nothing.
 
         Raises:
             DiffesError: the schedule has other stages or another max_level than the store, or its fitness is NaN.
@@ -171,19 +176,19 @@ class EvaluationStore:
         self._remember(evaluation, number)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Keeps the statistics of a generation, as a user attribute of the study; nothing is written twice.
+        """Keep the statistics of a generation as a user attribute of the study; nothing is written twice.
 
-        A study that is shared keeps none: every process has its own.
+        A shared study keeps none: every process has its own.
         """
         if self.shared:
             return
         name = f"{GENERATION}{record['generation']:05d}"
-        if self._logged.get(name) != record:  # a generation that a limit cut is whole when the search goes on
+        if self._logged.get(name) != record:  # a generation cut by a limit is completed when the search goes on
             self._study.set_user_attr(name, dict(record))
             self._logged[name] = dict(record)
 
     def logbook(self) -> list[dict[str, Any]]:
-        """The statistics of all generations, in their order."""
+        """Return the statistics of all generations, in order."""
         return [self._logged[name] for name in sorted(self._logged)]
 
     def _remember(self, evaluation: Evaluation, number: int) -> None:
@@ -193,7 +198,7 @@ class EvaluationStore:
         self._numbers.setdefault(evaluation.schedule.levels, number)
 
     def _check_kind(self, owner: str | None) -> None:
-        """Marks a new study with its stages and max_level; compares those of an old one."""
+        """Mark a new study with its stages, max_level and owner; compare those of an old one."""
         ours = {"stages": [list(stage) for stage in self.stages.ranges], "max_level": self.max_level}
         ours |= {OWNER: owner} if owner is not None else {}
         theirs = {key: self._study.user_attrs.get(key) for key in ours}
@@ -241,7 +246,7 @@ class EvaluationStore:
         return trial
 
     def _to_evaluation(self, trial: FrozenTrial) -> Evaluation:
-        """What a trial says, of the right types and in their ranges."""
+        """Return the evaluation of a trial, with types and ranges checked."""
         place = f"trial {trial.number} of {self.path}"
         paid = checked(Paid, trial.user_attrs, place, "restore it, or choose another file")
         try:
@@ -287,7 +292,7 @@ def _no_journal(path: object, error: Exception) -> DiffesError:
 
 
 def digest(evaluation: Evaluation) -> str:
-    """Hex digest of all that was measured, by which a value that was changed since is found."""
+    """Return a hex digest of all that was measured; it reveals a value that was changed since."""
     schedule = evaluation.schedule
     content: list[Any] = [
         schedule.stages.ranges, schedule.max_level, schedule.levels, float(evaluation.fitness),
@@ -299,9 +304,12 @@ def digest(evaluation: Evaluation) -> str:
 
 
 def _mend(path: Path, lock: JournalFileOpenLock) -> None:
-    """Cuts off the unfinished line that a process killed while writing left behind; a foreign file is left alone.
+    """Cut off the unfinished line that a process killed while writing left behind; leave a foreign file alone.
 
-    Optuna skips such a line when it reads, but then appends to it, and from there on the file cannot be read at all.
+    Optuna skips such a line when it reads, but then appends to it, and the file cannot be read from there on.
+
+    Raises:
+        DiffesError: the file is no journal.
     """
     if not path.exists():
         return

@@ -1,4 +1,4 @@
-"""What a search strategy is: it asks for schedules and is told how good they were."""
+"""Search strategies, which ask for schedules and are told how good they are, and the evaluators that measure them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from diffes.search.space import SearchSpace
 
 @dataclass(frozen=True)
 class Measured:
-    """Who measured a schedule, where several could.
+    """Record of the worker that measured a schedule, where there are several.
 
     Args:
         worker: its name.
         waited: seconds until a worker was free.
-        paid_calls: denoiser calls, in rows, that it really ran; what it shares with others another one may have.
+        paid_calls: denoiser calls, in rows, that it really ran; calls shared with other schedules may be another
+            worker's.
     """
 
     worker: str
@@ -39,13 +40,13 @@ class Evaluation:
     """One measured schedule.
 
     Args:
-        schedule: what was measured.
+        schedule: the measured schedule.
         fitness: higher is better; -inf is a run that failed; never NaN or inf.
-        denoiser_calls: what the measurement cost, batch-size weighted; what one process alone would have paid.
-        seconds: wall time of it.
-        fidelity: the fraction of the probes that it was measured on, above 0 and at most 1.
-        coefficients: of the solver, where they were fitted on these probes.
-        measured: by whom, where there were several workers.
+        denoiser_calls: cost of the measurement, weighted by batch size: what a single process would have paid.
+        seconds: wall time of the measurement.
+        fidelity: fraction of the probes that it was measured on, above 0 and at most 1.
+        coefficients: solver coefficients, where they were fitted on these probes.
+        measured: the worker, where there were several.
     """
 
     schedule: Schedule
@@ -59,12 +60,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a strategy asks for; `Strategy.propose` makes one.
+    """Proposal of a strategy to measure a schedule; `Strategy.propose` makes it.
 
     Args:
-        schedule: what is to be measured.
-        fidelity: the fraction of the probes to measure it on, above 0 and at most 1.
-        origin: how the strategy came by it; the store keeps it beside the evaluation.
+        schedule: the schedule to measure.
+        fidelity: fraction of the probes to measure it on, above 0 and at most 1.
+        origin: how the strategy made it; the store keeps it beside the evaluation.
     """
 
     schedule: Schedule
@@ -78,12 +79,12 @@ class Proposal:
 
 @dataclass(frozen=True)
 class StageProfile:
-    """What the dense model does in each stage; a strategy that `needs` a "profile" is given it by a run.
+    """Facts about the dense model in each stage; a run gives them to a strategy that `needs` a "profile".
 
     Args:
         loss: (S,) mean squared error of the denoiser's prediction.
         log_snr: (S,) natural logarithm of the signal-to-noise ratio in the middle of the stage.
-        calls: denoiser calls, in rows, that measuring it took; they are part of what the search costs.
+        calls: denoiser calls, in rows, spent on measuring it; they are part of the search's cost.
     """
 
     loss: tuple[float, ...]
@@ -92,22 +93,23 @@ class StageProfile:
 
 
 class Evaluator(Protocol):
-    """Measures schedules, one `Evaluation` each, in any order; those yielded early are safe early.
+    """Evaluator of schedules: it gives one `Evaluation` each, in any order. Those yielded early are stored early.
 
     `fidelity` is only passed when it is below 1. An evaluator that shares work between schedules may have a method
-    `expect(schedules, fidelity, paid)`, which is called with each batch before it is measured; `paid` is what those
-    schedules in it cost that an earlier run measured.
+    `expect(schedules, fidelity, paid)`, which is called with each batch before it is measured. `paid` holds the cost of
+    those schedules in the batch that an earlier run measured.
 
-    One that measures many at a time may have a method `steady(more)` for asynchronous searches, which yields each
-    evaluation, on all probes, as soon as it is there. It calls `more` for schedules where something could begin now; an
-    empty answer is good until the next evaluation was taken. It ends when nothing is open and `more` has nothing.
+    An evaluator that measures many schedules at a time may have a method `steady(more)` for asynchronous searches. It
+    yields each evaluation, on all probes, as soon as it is there. It calls `more` for schedules when a measurement
+    could begin; after an empty answer it does not ask again until the next evaluation was taken. It ends when nothing
+    is open and `more` gives nothing.
     """
 
     def __call__(self, schedules: Sequence[Schedule], fidelity: float = 1.0) -> Iterable[Evaluation]: ...
 
 
 class Strategy(abc.ABC):
-    """Ask and tell. A subclass writes `_ask` and `_tell`; the books are kept here.
+    """Base class of search strategies: ask and tell. A subclass writes `_ask` and `_tell`; this class keeps records.
 
     A strategy is a deterministic function of its seed and of the scores it was told, whatever the order within a batch.
 
@@ -118,13 +120,13 @@ class Strategy(abc.ABC):
     Attributes:
         explores: whether it also asks for schedules that do not meet the budget exactly, to learn from them. They never
             become the best if they cost more than the budget.
-        needs: facts about the model that its constructor takes as keyword arguments of these names and a run provides:
+        needs: names of facts about the model that its constructor takes as keyword arguments and a run provides:
             "profile", a `StageProfile`.
-        operators: those of "mutation" and "crossover" that its constructor takes, as specs.
-        asynchronous: whether it goes on well where results come one by one, while others are `pending`; it asks for
-            evaluations on all probes only.
-        best: the best evaluation on all probes within the budget told so far, None before the first; of equals the
-            first asked.
+        operators: which of "mutation" and "crossover" its constructor takes, as specs.
+        asynchronous: whether it works with results that come one by one, while other proposals are `pending`; it then
+            asks for evaluations on all probes only.
+        best: best evaluation on all probes within the budget told so far, None before the first; of equals the first
+            asked.
     """
 
     explores: ClassVar[bool] = False
@@ -140,20 +142,20 @@ class Strategy(abc.ABC):
         self._told: dict[Key, Evaluation] = {}
 
     def propose(self, levels: Sequence[int], *, fidelity: float = 1.0, origin: Origin | None = None) -> Proposal:
-        """A genome (S,) as something to ask for.
+        """Make a proposal of a genome (S,).
 
         Raises:
-            DiffesError: it does not meet the budget and the strategy does not explore, or the fidelity is not in
-                (0, 1].
+            DiffesError: it does not meet the budget and the strategy does not explore, or the fidelity is not above 0
+                and at most 1.
         """
         make = self.space.any_schedule if self.explores else self.space.schedule
         return Proposal(make(levels), fidelity, origin)
 
     def ask(self) -> list[Proposal]:
-        """The next batch: distinct proposals; empty when nothing is left to ask.
+        """Return the next batch of distinct proposals; empty when nothing is left to ask.
 
         Raises:
-            DiffesError: the batch before has not been told in full, or the subclass broke the contract.
+            DiffesError: the previous batch has not been told in full, or the subclass broke the contract.
         """
         name = f"strategy {type(self).__name__}"
         self._check_made(name)
@@ -163,7 +165,9 @@ class Strategy(abc.ABC):
         return list(self._asked)
 
     def ask_more(self) -> list[Proposal]:
-        """What to measure next, whatever is `pending`; it may be among it, or told before. Empty when nothing is left.
+        """Return what to measure next, whatever is `pending`; empty when nothing is left.
+
+        It may contain proposals that are pending or were told before.
 
         Raises:
             DiffesError: the strategy is not `asynchronous`, or the subclass broke the contract.
@@ -180,7 +184,7 @@ class Strategy(abc.ABC):
 
     @property
     def pending(self) -> list[Proposal]:
-        """What was asked for and is not told."""
+        """Proposals that were asked for and not told yet."""
         return [proposal for proposal in self._asked if key_of(proposal) not in self._told]
 
     def _check_made(self, name: str) -> None:
@@ -188,7 +192,7 @@ class Strategy(abc.ABC):
             raise DiffesError(f"{name} must call super().__init__(space, seed=seed) in its constructor")
 
     def _batch(self, name: str) -> list[Proposal]:
-        """What the subclass asks for, checked."""
+        """Return the proposals that the subclass asks for, checked."""
         wanted = "return a list of what self.propose(levels) gives"
         with guarded(self, name, f"{wanted} from _ask"):
             found = self._ask()
@@ -203,7 +207,7 @@ class Strategy(abc.ABC):
         return batch
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
-        """Takes results of the current batch, in any order and in as many parts as is convenient.
+        """Take results of the current batch, in any order and in any number of parts.
 
         Raises:
             DiffesError: a fitness is NaN or inf, or a schedule was not asked for at this fidelity, or was told before;
@@ -226,7 +230,7 @@ class Strategy(abc.ABC):
             self._learn(batch)
 
     def tell_one(self, evaluation: Evaluation) -> None:
-        """Takes a result as soon as it is there, of what `ask_more` gave or of what an earlier process measured.
+        """Take one result as soon as it is there: of a proposal from `ask_more`, or from an earlier process.
 
         Raises:
             DiffesError: its fitness is NaN or inf.
@@ -246,11 +250,11 @@ class Strategy(abc.ABC):
 
     @abc.abstractmethod
     def _ask(self) -> Sequence[Proposal]:
-        """The next batch, each made by `propose`; empty when exhausted."""
+        """Return the next batch, each made by `propose`; empty when exhausted."""
 
     @abc.abstractmethod
     def _tell(self, evaluations: Sequence[Evaluation]) -> None:
-        """Learns from the whole batch, in the order asked."""
+        """Learn from the whole batch, in the order asked."""
 
 
 def _check_fitness(evaluation: Evaluation) -> None:
@@ -265,7 +269,7 @@ Key = tuple[Schedule, float]
 
 
 def key_of(measured: Proposal | Evaluation) -> Key:
-    """What a measurement is known by: the schedule, and the fraction of the probes."""
+    """Return the key of a measurement: the schedule and the fraction of the probes."""
     return measured.schedule, measured.fidelity
 
 
@@ -273,5 +277,5 @@ STRATEGIES: Registry[type[Strategy]] = Registry("strategy", "diffes.strategies",
 
 
 def strategy(name: str) -> Callable[[type[Strategy]], type[Strategy]]:
-    """Decorator that registers a subclass of `Strategy` under a name; its constructor's parameters are its options."""
+    """Register a subclass of `Strategy` under a name, as a decorator; its constructor's parameters are its options."""
     return STRATEGIES.register(name)

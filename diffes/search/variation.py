@@ -1,4 +1,4 @@
-"""The variation step of every evolutionary strategy, and DEAP's toolbox that it works on."""
+"""Variation step of the evolutionary strategies, and the DEAP toolbox that it works on."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ MUTATION_TRIES = 20
 def make_toolbox(
     space: SearchSpace, rng: np.random.Generator, *, mutate: str | None = None, mate: str | None = None
 ) -> base.Toolbox:
-    """A DEAP toolbox on a space: all but `evaluate`.
+    """Make a DEAP toolbox for a space, complete but for `evaluate`.
 
-    `individual()` draws a random feasible genome, `population(n=16)` makes a hybrid first population,
-    `mutate(genome)` and `mate(one, other)` keep the budget, `select(genomes, k)` takes the k fittest, of equals the
-    earlier ones; `clone` and `map` are DEAP's own.
+    `individual()` draws a random feasible genome, `population(n=16)` makes a hybrid first population, `mutate(genome)`
+    and `mate(one, other)` keep the budget, `select(genomes, k)` takes the k fittest, the earlier of equals; `clone` and
+    `map` are DEAP's own.
 
     Args:
         space: the feasible schedules.
-        rng: what all of them draw from.
+        rng: source of all random draws.
         mutate: a registered mutation or one of DEAP's, with options after a colon: "level_switch:max_moves=3",
-            "deap.mutUniformInt:indpb=0.2"; the space's own when left out.
+            "deap.mutUniformInt:indpb=0.2"; the default of the space when left out.
         mate: a crossover, likewise.
 
     Raises:
@@ -44,12 +44,12 @@ def make_toolbox(
 
 
 def _individual(space: SearchSpace, rng: np.random.Generator) -> Genome:
-    """A random feasible genome (S,)."""
+    """Draw a random feasible genome (S,)."""
     return Genome(space.sample(rng))
 
 
 def _population(space: SearchSpace, rng: np.random.Generator, n: int = 16) -> list[Genome]:
-    """A hybrid first population of up to n distinct feasible genomes (S,)."""
+    """Make a hybrid first population of up to n distinct feasible genomes (S,)."""
     return [Genome(levels) for levels in hybrid(space, rng, n)]
 
 
@@ -63,28 +63,28 @@ def vary(
     seen: Set[tuple[int, ...]],
     cxpb: float = 0.0,
 ) -> list[Genome]:
-    """Children that were never seen, distinct; fewer than asked for, or none, where no more of them are found.
+    """Make `lambda_` distinct children that were never seen; fewer, or none, where no more are found.
 
-    Each is a random parent, crossed with another one with probability `cxpb`, and then mutated until it is new. When 20
-    mutations in a row do not lead to a new one, a random schedule takes its place.
+    Each child is a random parent, crossed with another one with probability `cxpb`, and then mutated until it is new.
+    When 20 mutations in a row lead to nothing new, a random schedule takes its place.
 
     Args:
         parents: measured genomes, at least one.
         toolbox: its `clone`, `mate` and `mutate` are used.
-        lambda_: how many.
-        space: where a random schedule is drawn from.
+        lambda_: number of children.
+        space: random schedules are drawn from it.
         rng: draws the parents, and whether they are crossed.
-        seen: levels (S,) that are no longer new.
+        seen: levels (S,) of schedules that are not new.
         cxpb: probability of a crossover, in [0, 1].
 
-    Source: the shape is that of DEAP's `varOr`, whose draws are from Python's global `random`. There an offspring is
-    crossed or mutated, not both, and may repeat what was measured.
+    Source: modelled on DEAP's `varOr`, which draws from Python's global `random`. There an offspring is crossed or
+    mutated, not both, and may repeat what was measured.
     """
     children: dict[tuple[int, ...], Genome] = {}
     while len(children) < lambda_:
         taken = seen | children.keys()
         child = _child(parents, toolbox, rng, taken, cxpb)
-        if tuple(child) in taken:  # hardly anything is new around here
+        if tuple(child) in taken:  # few new genomes are left near the parents
             levels = sample_unseen(space, rng, taken)
             if levels is None:
                 break

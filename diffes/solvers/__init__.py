@@ -1,4 +1,4 @@
-"""Solvers of plans: rows of coefficients, who makes them, and the scheduler that steps with them."""
+"""Solvers of plans: the rules that make rows of coefficients, and the scheduler that steps with them."""
 
 from diffes.solvers.base import SOLVERS, Row, Solver, coefficients, solver
 from diffes.solvers.process import END, Noise, NoiseProcess, own_of

@@ -1,4 +1,4 @@
-"""A solver: who makes the coefficients by which the next latents are computed from the present ones."""
+"""Solvers, which make the coefficients that compute the next latents from the present ones."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from diffes.registry import Registry
 from diffes.solvers.process import Floats, Noise
 
 Row = tuple[float, ...]
-"""Coefficients of one step: of the present latents, then of the clean predictions of the last calls, newest first."""
+"""Coefficients of one step: for the present latents, then for the clean predictions of the last calls, newest first."""
 
 
 class Solver(abc.ABC):
-    """A rule for the coefficients of every step of a sampling run.
+    """Rule for the coefficients of every step of a sampling run.
 
     One step of every usual solver is `x' = a x + b_0 D_i + b_1 D_(i-1) + ...` with the clean predictions `D` of the
     last calls, so a solver is a row `(a, b_0, b_1, ...)` for each call. A subclass writes `row`; one whose coefficients
     are found by least squares along the run also sets `fits` and writes `fit`.
 
     Attributes:
-        memory: clean predictions that a step reads at most.
+        memory: largest number of clean predictions that a step reads.
         fits: whether `fit` replaces the rows of `row`.
 
     Example:
@@ -40,17 +40,17 @@ class Solver(abc.ABC):
         """Return the coefficients of step `i`, which leads from `noises[i]` to `noises[i + 1]`.
 
         Args:
-            noises: (n + 1,) at each of n calls, and at the end.
-            i: in [0, n).
+            noises: (n + 1,) signal and noise at each of n calls, and at the end.
+            i: number of the step, in [0, n).
         """
 
     def fit(self, prior: Row, products: Floats) -> Row:
         """Return coefficients of one step that lead nearest to a target.
 
         Args:
-            prior: what `row` says, as many as there are terms; the missing ones are 0.
-            products: (k + 1, k + 1) inner products of the k terms, latents first, then predictions, and of the target,
-                which is the last.
+            prior: coefficients from `row`, as many as there are terms; missing ones are 0.
+            products: (k + 1, k + 1) inner products of the k terms (the latents, then the predictions) and of the
+                target, which is last.
         """
         return prior
 
@@ -77,14 +77,14 @@ def solver(name: str) -> Callable[[type[Solver]], type[Solver]]:
 
 
 def coefficients(name: str, noises: Sequence[Noise]) -> tuple[Row, ...]:
-    """Return the rows (n,) of a solver for a whole run; of one that fits, what it starts from.
+    """Return the rows (n,) of a solver for a whole run; of a solver that fits, the rows that the fit starts from.
 
     Args:
-        name: of the solver, with options after a colon.
-        noises: (n + 1,) at each call and at the end.
+        name: name of the solver, with options after a colon.
+        noises: (n + 1,) signal and noise at each call and at the end.
 
     Raises:
-        DiffesError: nobody offers the name, or it takes no such options.
+        DiffesError: there is no such solver, or it takes no such options.
 
     Example:
         >>> coefficients("dpmsolver++", [Noise(0.6, 0.8), Noise(1.0, 0.0)])

@@ -9,7 +9,7 @@ from diffes.solvers.process import Noise
 
 
 class DDIM(Solver):
-    """`x' = (s'/s) x + (a' - a s'/s) D_i`, with signal `a` and noise `s` before the step and after it.
+    """DDIM: `x' = (s'/s) x + (a' - a s'/s) D_i`, with signal `a` and noise `s` before the step and after it.
 
     It is Euler's method in the sigmas of a variance, and DPM-Solver++ of order 1.
 

@@ -1,4 +1,4 @@
-"""Coefficients fitted by least squares, so that every step leads to where the dense reference is."""
+"""Fitted solver: coefficients by least squares, so that every step leads to where the dense reference is."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from diffes.solvers.process import Floats, Noise
 
 
 class Fitted(DPMSolver):
-    """The coefficients of each step by ridge regression, from the run's own latents to those of the reference.
+    """Solver that fits each step by ridge regression, from the run's own latents to those of the reference.
 
     At call `i` the terms are the present latents and the clean predictions of the last calls, and the target is the
     latents that the reference has at the next timestep. Because the present latents are the run's own, each step also
     corrects the errors of those before it. The ridge pulls towards DPM-Solver++ 2M.
 
     Args:
-        memory: clean predictions that a step reads, at least 1.
-        ridge: relative to the mean square of each term, above 0.
-        scaled: multiply each step so that its latents have the mean square of the reference's. Least squares shrinks
-            towards the mean where there are too few calls to predict from.
+        memory: number of clean predictions that a step reads, at least 1.
+        ridge: strength of the ridge, relative to the mean square of each term, above 0.
+        scaled: whether to scale each step so that its latents have the mean square of the reference's. Least squares
+            shrinks towards the mean where there are too few calls to predict from.
 
     Example:
         >>> import numpy as np

@@ -1,4 +1,4 @@
-"""Multistep solvers of diffusers as rows of coefficients, and how diffusers spaces timesteps evenly."""
+"""Multistep solvers of diffusers as rows of coefficients, and the ways in which diffusers spaces timesteps evenly."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ SPACINGS: dict[str, dict[str, Any]] = {
 class OffTheShelf(Solver):
     """A multistep scheduler of diffusers as rows of coefficients.
 
-    Each of its steps is linear in the latents and in the predictions so far. It is run on unit vectors in fp64, one for
-    the noise that a run begins with and one for each clean prediction, which gives every latents of the run as a
-    combination of these; the part of the noise tells how much of the present latents is in the next ones.
+    Each of its steps is linear in the latents and in the predictions so far. To find the coefficients, it is run in
+    fp64 on unit vectors: one for the noise that a run begins with, and one for each clean prediction. All latents of
+    the run are then combinations of these. The share of the noise tells how much of the present latents is in the next
+    ones.
 
     Args:
-        order: of the solver, 1 to 3.
+        order: order of the solver, 1 to 3.
 
     Example:
         >>> from diffes.solvers import coefficients, Noise
@@ -107,8 +108,8 @@ def spaced(scheduler: Any, n: int, spacing: str) -> list[int]:
     """Return at most `n` timesteps of a pipeline's noise schedule, falling, as diffusers spaces them.
 
     Args:
-        scheduler: the pipeline's.
-        n: at least 1; where two would round to the same timestep there are fewer.
+        scheduler: the pipeline's scheduler.
+        n: at least 1; there are fewer where two round to the same timestep.
         spacing: a name of `SPACINGS`.
 
     Example:

@@ -1,4 +1,4 @@
-"""The noise process of a model: how much signal and noise its latents hold, and what its network predicts of them."""
+"""Noise process of a model: how much signal and noise its latents hold, and what its network predicts of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffes.errors import DiffesError
 
 Floats = NDArray[np.float64]
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
-LEAST_SIGNAL = 2.0**-12  # a process that ends in pure noise has no logarithm of its signal; diffusers' bound, squared
+LEAST_SIGNAL = 2.0**-12  # least alpha: pure noise has no logarithm of its signal; its square is diffusers' bound
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Noise:
     """Signal and noise at one timestep: latents are `alpha * clean + sigma * noise`.
 
     Args:
-        alpha: of the signal, in (0, 1].
-        sigma: of the noise, in [0, 1]; 0 at the end of sampling.
+        alpha: scale of the signal, in (0, 1].
+        sigma: scale of the noise, in [0, 1]; 0 at the end of sampling.
 
     Example:
         >>> round(Noise(0.6, 0.8).log_snr, 4)
@@ -38,11 +38,11 @@ class Noise:
         return float(np.log(self.alpha) - np.log(self.sigma)) if self.sigma else float("inf")
 
     def clean(self, latents: Tensor, output: Tensor, prediction: str) -> Tensor:
-        """Return the clean latents that an output of the network stands for, of the shape of both.
+        """Return the clean latents that an output of the network stands for, of the same shape.
 
         Args:
-            latents: that the network was given.
-            output: of the network, guidance included.
+            latents: latents that the network was given.
+            output: output of the network, guidance included.
             prediction: what the network is trained to predict.
         """
         if prediction == "epsilon":
@@ -58,7 +58,7 @@ END = Noise(1.0, 0.0)
 
 
 def own_of(scheduler: Any) -> Any:
-    """Return the pipeline's own scheduler, which the scheduler of a plan stands for."""
+    """Return the pipeline's own scheduler, also where a plan's scheduler has taken its place."""
     return getattr(scheduler, "replaces", None) or scheduler
 
 
@@ -67,10 +67,10 @@ class NoiseProcess:
     """Signal and noise at every training timestep, and what the network predicts.
 
     Args:
-        alphas: (T,) of the signal.
-        sigmas: (T,) of the noise, rising.
+        alphas: (T,) scales of the signal.
+        sigmas: (T,) scales of the noise, rising.
         prediction: "epsilon" (the noise), "v_prediction", "sample" (the clean latents) or "flow_prediction" (noise
-            less clean latents).
+            minus clean latents).
 
     Example:
         >>> from diffusers import DDIMScheduler
@@ -88,7 +88,7 @@ class NoiseProcess:
         """Read the process of a scheduler from its own tables.
 
         Args:
-            scheduler: one of diffusers with `alphas_cumprod`, or one of ours in the place of such.
+            scheduler: a scheduler of diffusers with `alphas_cumprod`, or one of ours in the place of such.
 
         Raises:
             DiffesError: the scheduler has no such table, or predicts something unknown.
@@ -113,5 +113,5 @@ class NoiseProcess:
         return Noise(float(self.alphas[timestep]), float(self.sigmas[timestep]))
 
     def along(self, timesteps: list[int] | tuple[int, ...]) -> list[Noise]:
-        """Return signal and noise at each of the timesteps (n,), and the end of sampling: n + 1."""
+        """Return signal and noise (n + 1,) at each of n timesteps and at the end of sampling."""
         return [*map(self.at, timesteps), END]

@@ -1,4 +1,4 @@
-"""The scheduler of a plan: it walks given timesteps and steps with given coefficients."""
+"""Scheduler of a plan: it visits given timesteps and steps with given coefficients."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     Attributes:
         timesteps: (n,) tensor of the timesteps.
-        keeps: clean predictions of earlier calls that are kept for the next step.
-        index: steps done since `set_timesteps`, which is the number of the call that comes next.
-        fits: solver that fits the coefficients on the way, where they are not fitted yet.
-        replaces: scheduler of the pipeline in whose place it stands, if it does; `save_pretrained` then writes that
-            one, so that diffusers alone opens the pipeline's folder.
+        keeps: number of clean predictions of earlier calls that are kept for the next step.
+        index: steps done since `set_timesteps`, which is the number of the next call.
+        fits: solver that fits the coefficients during the run, where they are not fitted yet.
+        replaces: the pipeline's scheduler whose place it takes, if any; `save_pretrained` then writes that one, so that
+            diffusers alone opens the pipeline's folder.
 
     Raises:
         DiffesError: an argument is not of the form above.
@@ -95,16 +95,16 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def of(
         cls, scheduler: Any, timesteps: Sequence[int], rows: str | Sequence[Row], device: Any = None
     ) -> PlanScheduler:
-        """Return a scheduler for a plan that takes the place of a pipeline's own.
+        """Make a scheduler for a plan that takes the place of a pipeline's own.
 
         Args:
-            scheduler: of the pipeline, from which the noise process is read.
-            timesteps: of the calls, falling.
+            scheduler: the pipeline's scheduler; the noise process is read from it.
+            timesteps: timesteps of the calls, falling.
             rows: coefficients, or the name of a solver that makes them.
-            device: of its timesteps.
+            device: device of its timesteps.
 
         Raises:
-            DiffesError: the solver is unknown, the noise process is, or the arguments are not of their form.
+            DiffesError: the solver or the noise process is unknown, or an argument is not of its form.
         """
         process = NoiseProcess.of(scheduler)
         check_timesteps(timesteps, len(process.alphas))
@@ -133,7 +133,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
     ) -> None:
-        """Begin a run at the plan's timesteps; another number of steps is replaced, with a warning that says so.
+        """Begin a run at the plan's timesteps. Another number of steps is replaced, with a warning.
 
         Raises:
             DiffesError: other timesteps are given, or sigmas.
@@ -172,10 +172,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Return the latents of the next call, or the final ones.
 
         Args:
-            model_output: of the network, guidance included.
+            model_output: output of the network, guidance included.
             timestep: not read: calls are counted.
             sample: latents that the network was given.
-            return_dict: whether they come as `prev_sample` of an object, or in a tuple.
+            return_dict: whether to return an object with `prev_sample`, or a tuple.
 
         Raises:
             DiffesError: the run is over.
@@ -198,14 +198,14 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return SchedulerOutput(prev_sample=after) if return_dict else (after,)
 
     def terms(self, model_output: Tensor, sample: Tensor, n: int) -> list[Tensor]:
-        """Return what the next step combines: latents and clean predictions of the last calls, `n` in all, in fp32."""
+        """Return the `n` terms of the next step in fp32: the latents, then the clean predictions of the last calls."""
         return [sample.float(), self.clean(model_output, sample), *self._clean][:n]
 
     def resumed(self, before: PlanScheduler) -> PlanScheduler:
-        """Return this scheduler in the middle of a run, where one of another plan was left that agrees with it so far.
+        """Return a copy of this scheduler that continues the run of another plan, which agrees with it so far.
 
         Args:
-            before: has made the same calls, with the same coefficients and `keeps`.
+            before: scheduler that has made the same calls, with the same coefficients and `keeps`.
         """
         made = copy.deepcopy(self, {id(self.replaces): self.replaces})
         made.coefficients[: before.index] = before.coefficients[: before.index]
