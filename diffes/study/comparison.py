@@ -24,6 +24,7 @@ from diffes.study.record import RunRecord
 MEASURE = ("model", "metric", "steps", "guidance", "heldout", "dtype")  # settings that held-out fitness depends on
 ALIKE = (*MEASURE, "cost", "budget")  # settings that compared records share
 TIE = 1e-6  # relative: held-out values that differ by less are tied
+RENAMED = {"stages": "stage_ranges", "heldout": "heldout_mean"}  # columns of results.csv, by their names in a record
 TABLE, CSV, JSON = "table.md", "results.csv", "results.json"
 
 
@@ -323,11 +324,15 @@ def _ahead(line: Mapping[str, Any]) -> str:
 
 
 def _write_csv(records: Sequence[RunRecord], path: Path) -> None:
-    """Write a line for each cell as it was measured, with its value at the budget if it was searched above."""
+    """Write a line for each cell as it was measured, with its value at the budget if it was searched above.
+
+    Settings keep their names; a measurement of the same name gets another one (`RENAMED`).
+    """
     lines = []
     for record in records:
         row = record.to_json()
-        line = row["settings"] | {k: v for k, v in row.items() if k not in ("settings", "versions", "curve", "above")}
+        measured = {k: v for k, v in row.items() if k not in ("settings", "versions", "curve", "above")}
+        line = row["settings"] | {RENAMED.get(k, k): v for k, v in measured.items()}
         above = record.above
         line["above_heldout"] = above.searched.heldout_mean if above else None
         line["above_macs"] = above.searched.macs_fraction if above else None

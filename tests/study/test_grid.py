@@ -96,6 +96,11 @@ def test_results_are_written_for_people_and_machines(base: RunConfig, tmp_path: 
     with (tmp_path / "results.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 8 and {line["strategy"] for line in lines} == {"evolution", "random"}
+    assert {line["stages"] for line in lines} == {str(base.stages)}  # settings keep their names and values
+    assert {line["heldout"] for line in lines} == {str(base.heldout)}
+    assert all(len(json.loads(line["stage_ranges"])) == base.stages for line in lines)
+    records = [json.loads(line)["heldout"] for line in (tmp_path / CELLS).read_text().splitlines()]
+    assert sorted(float(line["heldout_mean"]) for line in lines) == sorted(records)
     data = json.loads((tmp_path / "results.json").read_text())
     assert [line["seeds"] for line in data["summary"]] == [2] * 4
     assert (tmp_path / "table.md").read_text().split("\n\n")[0].count("\n") == 5
