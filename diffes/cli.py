@@ -87,7 +87,10 @@ def search(
             terminal.front(config, [budget], out, overwrite, genes=genes, workers=workers, **plans)
         return
     if calls is not None:
-        raise DiffesError(f"--calls {calls:g} is of plans; schedules of --genes levels have --budget, got no plan")
+        raise DiffesError(f"--calls {calls:g} sets the budget of plans; with --genes levels use --budget instead")
+    for name, value, default in (("solver", solver, "fitted"), ("nodes", nodes, 64), ("fit-probes", fit_probes, None)):
+        if value != default:
+            raise DiffesError(f"--{name} {value} is of plans, which --genes levels does not search: leave it out")
     out = out or _named(f"{config.method}-{config.strategy}-{config.budget:g}", config)
     with _terminal(log_file) as terminal:
         terminal.search(config, out, overwrite, workers)

@@ -90,7 +90,7 @@ class Registry(Generic[T]):
             if not (equals and option.isidentifier() and value):
                 raise DiffesError(f"{self.kind} {spec!r}: {part!r} is no option; write name:option=value,option=value")
             try:
-                options[option] = ast.literal_eval(value)
+                options[option] = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
             except (ValueError, SyntaxError):
                 options[option] = value
         return self.get(name), options

@@ -315,7 +315,9 @@ def test_bad_options_are_named(
         (["--mutation", "level_step:size=2"], "level_step"),
         (["--storage", "sqlite:///none.db"], "is for --genes levels"),
         (["--stages", "40"], "are not calibrated because no step of the workbench is in them"),
-        (["--genes", "levels", "--calls", "6"], "--calls 6 is of plans"),
+        (["--genes", "levels", "--calls", "6"], "--calls 6 sets the budget of plans"),
+        (["--genes", "levels", "--nodes", "8"], "--nodes 8 is of plans"),
+        (["--genes", "levels", "--solver", "ddim"], "--solver ddim is of plans"),
         (["--genes", "layers"], "levels"),
     ],
 )

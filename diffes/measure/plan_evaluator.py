@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,12 +15,11 @@ from diffes.errors import DiffesError
 from diffes.measure.evaluator import BATCH, CACHE_BYTES, Candidate, Prefix, RoutedEvaluator, States
 from diffes.measure.metrics import Metric
 from diffes.measure.reference import SOLVER, Reference, inner_products
-from diffes.plugins import unexpected
 from diffes.runtime.router import Router
 from diffes.search.plan import calls_of, trailing
 from diffes.search.schedule import Plan, Stages
 from diffes.search.strategy import Rows
-from diffes.solvers import NoiseProcess, Solver, coefficients
+from diffes.solvers import NoiseProcess, Solver, coefficients, fit_of
 from diffes.solvers.scheduler import PlanScheduler
 
 OLD_PREDICTIONS = 2  # predictions that the states of a fitted solver hold, in fp32
@@ -188,8 +186,4 @@ class PlanEvaluator(RoutedEvaluator):
             n = rows.stop - rows.start  # with guidance some pipelines hold each latent twice
             terms = [term[:n] for term in state.scheduler.terms(prediction, latents, len(prior))]
             products += inner_products(terms, target[rows])
-        row = solver.fit(prior, products.numpy())
-        if len(row) != len(prior):
-            name = f"solver {type(solver).__qualname__}"
-            raise unexpected(name, f"return {len(prior)} coefficients from fit, as many as its prior has", row)
-        return row if all(map(math.isfinite, row)) else prior  # latents are not finite: the run has failed
+        return fit_of(solver, prior, products.numpy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +28,8 @@ def polished(evaluator: PlanEvaluator, plan: Plan) -> Plan:
         plan: plan with coefficients.
     """
     tried = [plan, *(_changed(plan, change) for change in _newton(evaluator, plan))]
-    return min(tried, key=lambda each: _error(evaluator, each))
+    errors = [(error, each) for each in tried if math.isfinite(error := _error(evaluator, each))]
+    return min(errors, key=lambda pair: pair[0], default=(0.0, plan))[1]
 
 
 def _error(evaluator: PlanEvaluator, plan: Plan) -> float:
@@ -49,7 +51,10 @@ def _newton(evaluator: PlanEvaluator, plan: Plan) -> list[dict[tuple[int, int], 
     jacobian = torch.stack(columns).double()
     error = (start - evaluator.final_reference[: len(start)].float()).flatten().double()
     squares, target = (jacobian @ jacobian.T).cpu().numpy(), -(jacobian @ error).cpu().numpy()
-    step = np.linalg.solve(squares + DAMPING * np.diag(squares.diagonal()), target)
+    if not (np.isfinite(squares).all() and np.isfinite(target).all()):  # the plan fails: there is nothing to polish
+        return []
+    # least squares, because a coefficient of a term that is zero everywhere leaves the equations singular
+    step = np.linalg.lstsq(squares + DAMPING * np.diag(squares.diagonal()), target)[0]
     return [dict(zip(places, (length * step).tolist(), strict=True)) for length in SHORTER]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +23,15 @@ from diffes.solvers import SOLVERS, own_of
 from diffes.solvers.scheduler import PlanScheduler
 
 P = TypeVar("P", bound=DiffusionPipeline)
-_ATTRIBUTE = "_diffes_applied"
+APPLIED = "_diffes_applied"  # attribute of a routed denoiser
 
 
 @dataclass(frozen=True)
 class _Applied:
-    """Router of a pipeline, and the scheduler that a plan's scheduler replaced, if any."""
+    """Router of a denoiser, and the scheduler of the plan that it runs, if any."""
 
     router: Router
-    scheduler: Any = None
+    scheduler: PlanScheduler | None = None
 
 
 def apply(pipe: P, run: str | Path | Plan, *, calls: float | None = None, resident: str = "auto") -> P:
@@ -84,7 +85,7 @@ def apply(pipe: P, run: str | Path | Plan, *, calls: float | None = None, reside
             f"{folder or 'this plan'} has stages of {last} timesteps, and this pipeline {adapter.n_timesteps}: it was "
             "made for another"
         )
-    previous: _Applied | None = getattr(adapter.denoiser, _ATTRIBUTE, None)
+    previous: _Applied | None = getattr(adapter.denoiser, APPLIED, None)
     routed_before = previous.router.schedule if previous else None
     if previous:
         previous.router.remove()
@@ -94,7 +95,7 @@ def apply(pipe: P, run: str | Path | Plan, *, calls: float | None = None, reside
         if folder is not None:
             check_fingerprint(adapter.denoiser, header.get("fingerprint"), folder / BANK)
             check_bank(needed, header, adapter, folder / BANK)
-        own = previous.scheduler if previous and previous.scheduler is not None else pipe.scheduler
+        own = own_of(pipe.scheduler)
         planned = planned_scheduler(own, schedule, facts) if isinstance(schedule, Plan) else None
         if planned is not None and "guidance" in facts:
             router.guidance = tuple(facts.get("guidance_range") or [facts["guidance"]] * 2)
@@ -104,12 +105,16 @@ def apply(pipe: P, run: str | Path | Plan, *, calls: float | None = None, reside
             previous.router.install(routed_before)
         raise
     put_scheduler(pipe, own if planned is None else planned)
-    setattr(adapter.denoiser, _ATTRIBUTE, _Applied(router, None if planned is None else own))
+    setattr(adapter.denoiser, APPLIED, _Applied(router, planned))
     return pipe
 
 
 def remove(pipe: P) -> P:
     """Make a pipeline dense again, bit for bit, and restore the scheduler that a plan's replaced.
+
+    Pruned layers belong to the denoiser, and a plan's scheduler to the pipeline that the plan was applied to. Where
+    several pipelines share a denoiser, any of them makes it dense; a warning says if the scheduler of a plan stays in
+    another one, which `remove` restores there. A scheduler that was set after `apply` is kept.
 
     Returns:
         The same pipeline.
@@ -118,13 +123,21 @@ def remove(pipe: P) -> P:
         DiffesError: no run is applied to it.
     """
     denoiser = adapter_for(pipe).denoiser
-    applied: _Applied | None = getattr(denoiser, _ATTRIBUTE, None)
-    if applied is None:
+    applied: _Applied | None = getattr(denoiser, APPLIED, None)
+    planned = pipe.scheduler if own_of(pipe.scheduler) is not pipe.scheduler else None
+    if applied is None and planned is None:
         raise DiffesError("no run is applied to this pipeline: call diffes.apply(pipe, RUN) first")
-    applied.router.remove()
-    if applied.scheduler is not None:
-        put_scheduler(pipe, applied.scheduler)
-    delattr(denoiser, _ATTRIBUTE)
+    if applied is not None:
+        applied.router.remove()
+        delattr(denoiser, APPLIED)
+        if applied.scheduler is not None and applied.scheduler is not pipe.scheduler:
+            warnings.warn(
+                "the plan was applied to another pipeline around this denoiser, or the scheduler was set since: if a "
+                "pipeline still has the plan's scheduler, call diffes.remove on it, too",
+                stacklevel=2,
+            )
+    if planned is not None:
+        put_scheduler(pipe, own_of(planned))
     return pipe
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -202,13 +203,16 @@ def check_timesteps(timesteps: Sequence[int], n_timesteps: int) -> None:
     """Check the timesteps of a plan.
 
     Raises:
-        DiffesError: there are none, they do not fall, or one is outside [0, `n_timesteps`).
+        DiffesError: there are none, they do not fall, or one is no whole number in [0, `n_timesteps`).
     """
-    edges = [n_timesteps, *timesteps, -1]
-    if not timesteps or any(a <= b for a, b in itertools.pairwise(edges)):
+    if not all(isinstance(t, numbers.Integral) and not isinstance(t, bool) for t in timesteps):
+        raise DiffesError(f"the timesteps of a plan must be whole numbers, got {list(timesteps)}")
+    if not len(timesteps) or any(not 0 <= t < n_timesteps for t in timesteps):
         raise DiffesError(
-            f"the timesteps of a plan must fall within [0, {n_timesteps - 1}], at least one, got {list(timesteps)}"
+            f"the timesteps of a plan must lie in [0, {n_timesteps - 1}], at least one, got {list(timesteps)}"
         )
+    if any(a <= b for a, b in itertools.pairwise(timesteps)):
+        raise DiffesError(f"the timesteps of a plan must fall, each below the one before, got {list(timesteps)}")
 
 
 def check_rows(rows: Sequence[Sequence[float]], n: int) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
+import numpy as np
+
+from diffes.errors import at_least
+from diffes.plugins import guarded, unexpected
 from diffes.registry import Registry
 from diffes.solvers.process import Floats, Noise
 
@@ -90,5 +95,46 @@ def coefficients(name: str, noises: Sequence[Noise]) -> tuple[Row, ...]:
         >>> coefficients("dpmsolver++", [Noise(0.6, 0.8), Noise(1.0, 0.0)])
         ((0.0, 1.0),)
     """
-    made: Solver = SOLVERS.make(name)
-    return tuple(made.row(noises, i) for i in range(len(noises) - 1))
+    return rows_of(SOLVERS.make(name), noises)
+
+
+def rows_of(made: Solver, noises: Sequence[Noise]) -> tuple[Row, ...]:
+    """Return the rows (n,) of a solver for a whole run, checked (see `coefficients`).
+
+    Raises:
+        DiffesError: the solver's memory is no whole number from 1 on, or a row has no coefficients of the latents and
+            of 1 to `memory` predictions, or they are not finite.
+        PluginError: a solver of somebody else raised another error.
+    """
+    what = f"solver {type(made).__qualname__}"
+    memory = at_least(f"memory of {what}", made.memory, 1)
+    rows: list[Row] = []
+    for i in range(len(noises) - 1):
+        most = min(memory, i + 1)
+        wanted = f"return finite coefficients of the latents and of 1 to {most} predictions from row {i}"
+        with guarded(made, what, wanted):
+            given = made.row(noises, i)
+            found = tuple(float(each) for each in given)
+        if not 2 <= len(found) <= 1 + most or not all(map(math.isfinite, found)):
+            raise unexpected(what, wanted, given)
+        rows.append(found)
+    return tuple(rows)
+
+
+def fit_of(made: Solver, prior: Row, products: Floats) -> Row:
+    """Return the coefficients that a solver fits to products, checked; the prior where these are not finite, because
+    the run has failed.
+
+    Raises:
+        DiffesError: there are more or fewer than the prior has, or they are not finite.
+        PluginError: a solver of somebody else raised another error.
+    """
+    if not np.isfinite(products).all():
+        return prior
+    what, wanted = f"solver {type(made).__qualname__}", f"return {len(prior)} finite coefficients from fit"
+    with guarded(made, what, wanted):
+        given = made.fit(prior, products)
+        found = tuple(float(each) for each in given)
+    if len(found) != len(prior) or not all(map(math.isfinite, found)):
+        raise unexpected(what, f"{wanted}, as many as its prior has", given)
+    return found

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from diffes.errors import DiffesError
+from diffes.errors import DiffesError, at_least
 from diffes.solvers.base import Row
 from diffes.solvers.ddim import DDIM
 from diffes.solvers.dpmsolver import DPMSolver
@@ -36,8 +36,11 @@ class Fitted(DPMSolver):
     fits = True
 
     def __init__(self, memory: int = 3, ridge: float = 1e-5, scaled: bool = True) -> None:
-        if memory < 1 or not 0 < ridge < np.inf:
-            raise DiffesError(f"memory must be at least 1 and ridge above 0, got {memory} and {ridge}")
+        at_least("memory", memory, 1)
+        if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 < ridge < np.inf:
+            raise DiffesError(f"ridge must be a finite number above 0, got {ridge!r}")
+        if not isinstance(scaled, bool):
+            raise DiffesError(f"scaled must be true or false, got {scaled!r}")
         self.memory = memory
         self.ridge = ridge
         self.scaled = scaled
@@ -51,6 +54,6 @@ class Fitted(DPMSolver):
         squares, target, start = products[:-1, :-1], products[:-1, -1], np.array(prior)
         sizes = np.where(squares.diagonal() > 0, squares.diagonal(), 1.0)  # a term that is 0 keeps its prior
         found = start + np.linalg.solve(squares + self.ridge * np.diag(sizes), target - squares @ start)
-        if self.scaled:
-            found *= np.sqrt(products[-1, -1] / (found @ squares @ found))
+        if self.scaled and (square := found @ squares @ found) > 0:
+            found *= np.sqrt(products[-1, -1] / square)
         return tuple(float(each) for each in found)

@@ -123,4 +123,5 @@ def spaced(scheduler: Any, n: int, spacing: str) -> list[int]:
     settings = {"algorithm_type": "dpmsolver++", **plain, **ENDS, **SPACINGS[spacing]}
     made = DPMSolverMultistepScheduler.from_config(own_of(scheduler).config, **settings)
     made.set_timesteps(n)
-    return sorted({int(t) for t in made.timesteps}, reverse=True)
+    last = len(made.alphas_cumprod) - 1  # an offset of the steps may lead beyond it
+    return sorted({min(int(t), last) for t in made.timesteps}, reverse=True)

@@ -91,12 +91,18 @@ class NoiseProcess:
             scheduler: a scheduler of diffusers with `alphas_cumprod`, or one of ours in the place of such.
 
         Raises:
-            DiffesError: the scheduler has no such table, or predicts something unknown.
+            DiffesError: the scheduler has no such table, samples by flow matching, or predicts something unknown.
         """
         scheduler = own_of(scheduler)
         config, name = scheduler.config, type(scheduler).__name__
+        if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+            raise DiffesError(
+                f"{name} samples by flow matching, whose noise process plans do not know yet: use --genes levels, or a "
+                "pipeline that was trained to predict noise, velocity or clean latents"
+            )
         if hasattr(scheduler, "alphas_cumprod"):
-            signal = np.maximum(scheduler.alphas_cumprod.double().cpu().numpy(), LEAST_SIGNAL**2)
+            signal = scheduler.alphas_cumprod.double().cpu().numpy()
+            signal = np.where(signal > 0, signal, LEAST_SIGNAL**2)  # zero terminal SNR, with diffusers' bound
             alphas, sigmas = np.sqrt(signal), np.sqrt(1 - signal)
             prediction = config.get("prediction_type", "epsilon")
         else:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffes.errors import DiffesError
 from diffes.search.schedule import check_rows, check_timesteps
-from diffes.solvers.base import SOLVERS, Row, Solver
+from diffes.solvers.base import SOLVERS, Row, Solver, rows_of
 from diffes.solvers.ddim import DDIM
 from diffes.solvers.process import END, Noise, NoiseProcess, Prediction, own_of
 
@@ -31,7 +31,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         plan: timesteps of the calls, falling, in [0, `num_train_timesteps`).
         coefficients: a row for each call; row `i` has from 2 to `i` + 2 finite numbers.
         alphas: signal at each call, each in (0, 1].
-        sigmas: noise at each call, likewise. The last step ends at signal 1 and noise 0.
+        sigmas: noise at each call, each in [0, 1]. The last step ends at signal 1 and noise 0.
         prediction_type: what the network predicts: epsilon, v_prediction, sample or flow_prediction.
         num_train_timesteps: T.
 
@@ -44,7 +44,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             diffusers alone opens the pipeline's folder.
 
     Raises:
-        DiffesError: an argument is not of the form above.
+        DiffesError: an argument is not of the form above, or there is no plan.
 
     Example:
         >>> from diffusers import DDIMScheduler
@@ -63,13 +63,19 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
-        plan: Sequence[int] = (999,),
-        coefficients: Sequence[Sequence[float]] = ((0.0, 1.0),),
-        alphas: Sequence[float] = (1.0,),
-        sigmas: Sequence[float] = (0.0,),
+        plan: Sequence[int] = (),
+        coefficients: Sequence[Sequence[float]] = (),
+        alphas: Sequence[float] = (),
+        sigmas: Sequence[float] = (),
         prediction_type: str = "epsilon",
         num_train_timesteps: int = 1000,
     ) -> None:
+        if not len(plan):
+            raise DiffesError(
+                "a PlanScheduler needs a plan, and none is given. The folder of a pipeline holds the pipeline's own "
+                "scheduler, also while a plan is applied: keep the plan with `diffes export`, or its scheduler with "
+                "PlanScheduler.from_config(pipe.scheduler.config).save_pretrained"
+            )
         check_timesteps(plan, num_train_timesteps)
         self.plan = tuple(int(t) for t in plan)
         if not len(plan) == len(alphas) == len(sigmas):
@@ -80,6 +86,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise DiffesError(
                 f"prediction_type must be one of {', '.join(get_args(Prediction))}, got {prediction_type!r}"
             )
+        if not all(0 < a <= 1 and 0 <= s <= 1 for a, s in zip(alphas, sigmas, strict=True)):
+            raise DiffesError(f"alphas must lie in (0, 1] and sigmas in [0, 1], got {list(alphas)} and {list(sigmas)}")
         check_rows(coefficients, len(plan))
         self.coefficients = [tuple(float(each) for each in row) for row in coefficients]
         self.noises = [Noise(float(a), float(s)) for a, s in zip(alphas, sigmas, strict=True)]
@@ -112,7 +120,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         solver: Solver | None = SOLVERS.make(rows) if isinstance(rows, str) else None
         made: PlanScheduler = cls(
             plan=[int(t) for t in timesteps],
-            coefficients=rows if solver is None else [solver.row(noises, i) for i in range(len(timesteps))],
+            coefficients=rows if solver is None else rows_of(solver, noises),
             alphas=[noise.alpha for noise in noises[:-1]],
             sigmas=[noise.sigma for noise in noises[:-1]],
             prediction_type=process.prediction,

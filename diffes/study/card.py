@@ -96,8 +96,8 @@ The scheduler is the plan's, and makes its {len(plan.calls)} calls whatever `num
 ## Measured
 
 On {facts.get("heldout", "the")} held-out probes, against the dense model at {reference["steps"]} steps of
-`{reference["solver"]}` (spacing `{reference.get("spacing", "trailing")}`, final sigma zero), guidance
-{facts["guidance"]:g}; ms is the median time of a run{timed}.
+`{reference["solver"]}` (spacing `{reference.get("spacing", "trailing")}`, final sigma zero), {_guided(facts)}; ms is
+the median time of a run{timed}.
 This folder holds the `{point["kind"]}` plan; beside it is what else the front has at the same budget.
 
 {_table(front.COLUMNS, front.rows_of({"points": rivals}))}
@@ -133,6 +133,16 @@ tags: [diffusion, pruning, diffes]
 
 # {name}
 """
+
+
+def _guided(facts: Mapping[str, Any]) -> str:
+    """Return in words the guidance that a plan was measured at, with its errors at both ends of a range."""
+    if (both := facts.get("guidance_range")) is None:
+        return f"guidance {facts['guidance']:g}"
+    (point,) = facts["points"]
+    ends = [f"{end['latent_mse']:.5f} at {end['guidance']:g}" for end in point.get("ends") or () if end["latent_mse"]]
+    said = f"; this plan's latent MSE is {' and '.join(ends)}" if ends else ""
+    return f"each probe at a guidance of its own from {both[0]:g} to {both[1]:g}{said}"
 
 
 def _bundled(facts: Mapping[str, Any]) -> bool:

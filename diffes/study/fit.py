@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from diffes import files
 from diffes.adapters import ModelAdapter, adapter_for, load_pipeline
@@ -18,13 +20,13 @@ from diffes.measure.metrics import make_metric
 from diffes.measure.quality import Quality
 from diffes.progress import Progress, RichProgress
 from diffes.pruning.bank import WeightBank, check_bank, check_fingerprint, fingerprint
-from diffes.runtime.apply import pick_device
+from diffes.runtime.apply import APPLIED, pick_device
 from diffes.runtime.artifact import BANK, base_model, chosen, write_front
 from diffes.runtime.checks import check_cuttable
 from diffes.runtime.router import Router
-from diffes.search.schedule import Plan, Stages
+from diffes.search.schedule import Plan, Stages, check_timesteps
 from diffes.search.space import SearchSpace
-from diffes.solvers import SOLVERS
+from diffes.solvers import SOLVERS, own_of
 from diffes.study import charts, folder, plots
 from diffes.study.config import Guidance, RunConfig, checked_guidance, shown
 from diffes.study.front import facts_of, row_of
@@ -105,9 +107,13 @@ def fit(
         raise DiffesError(f"solver {solver!r} has no coefficients to fit; choose fitted")
     if guidance is not None:
         guidance = checked_guidance(guidance)
-    if out is not None and not is_unused(Path(out)):
-        raise DiffesError(f"{out} is not empty; name another folder")
+    if out is not None:
+        if not is_unused(Path(out)):
+            raise DiffesError(f"{out} is not an empty folder; name another one")
+        folder.check_writable(Path(out))
     adapter = adapter_for(pipe)
+    if own_of(pipe.scheduler) is not pipe.scheduler or hasattr(adapter.denoiser, APPLIED):
+        raise DiffesError("a run is applied to this pipeline, and a fit needs the dense one: diffes.remove(pipe) first")
     if prompts is not None:
         adapter.use_prompts(Path(prompts))
     facts: dict[str, Any] = {}
@@ -120,6 +126,8 @@ def fit(
             )
         given, bank = found, _bank_of(home, facts, found, adapter)
     else:
+        if calls is not None:
+            raise DiffesError(f"calls={calls} chooses a plan of a folder, and one plan is given: leave calls out")
         given = plan if isinstance(plan, Plan) else _dense(adapter, plan)  # type: ignore[arg-type]
         bank = WeightBank({}, "width", max_level=given.max_level)
         if any(given.levels):
@@ -141,7 +149,9 @@ def fit(
             for name, each in ((AS_GIVEN, as_given), (kind, fitted))
         ]
     if out is not None:
-        _write(Path(out), plans, rows, facts, bank, (as_given, fitted))
+        named = adapter.pipe.config.get("_name_or_path") or home is None
+        model = bench.made_for()["model"] if named else base_model(home, facts)  # type: ignore[arg-type]
+        _write(Path(out), plans, rows, facts | {"model": model}, bank, (as_given, fitted))
     return Fit(fitted.plan, *rows)
 
 
@@ -164,9 +174,13 @@ def fit_run(run: Path, out: Path, *, model: str | None = None, device: str = "au
     return fit(pipe, run, out=out, **options)
 
 
-def _dense(adapter: ModelAdapter, timesteps: Sequence[int]) -> Plan:
-    """Build a plan of dense calls, stepped by DPM-Solver++ 2M until it is fitted."""
-    calls = tuple((int(t), 0) for t in timesteps)
+def _dense(adapter: ModelAdapter, timesteps: Any) -> Plan:
+    """Return a plan of dense calls, stepped by DPM-Solver++ 2M as long as it is not fitted."""
+    if not isinstance(timesteps, Sequence | np.ndarray | Tensor):
+        raise DiffesError(f"a plan is a folder, a Plan, or the timesteps of dense calls, got {timesteps!r}")
+    given = timesteps.tolist() if isinstance(timesteps, np.ndarray | Tensor) else list(timesteps)
+    check_timesteps(given, adapter.n_timesteps)
+    calls = tuple((t, 0) for t in given)
     return Plan(Stages.equal(1, adapter.n_timesteps), calls, adapter.max_level("width"), "dpmsolver++")
 
 
@@ -220,7 +234,8 @@ def _write(
     kept = {
         name: facts[name] for name in ("method", "allocation", "kind", "model", "split", "currency") if name in facts
     }
-    data = facts_of(plans) | {"allocation": "equal"} | kept
+    data = facts_of(plans) | {"allocation": "equal", "nodes": len(both[0].plan.calls)} | kept
+    del data["search_probes"]  # there was no search
     header = {**data, "fingerprint": fingerprint(bench.adapter.denoiser)}
     files.write_safely(out / BANK, lambda partial: bank.save(partial, header))
     figure = charts.fronts(rows, data["currency"], data["timing"])

@@ -85,6 +85,16 @@ def open_run(
         except DiffesError:
             if not overwrite:
                 raise
+    check_writable(folder)
+    return resumes
+
+
+def check_writable(folder: Path) -> None:
+    """Check that files can be written to a folder, which may not exist yet. Leave nothing behind.
+
+    Raises:
+        DiffesError: they cannot.
+    """
     existed = folder.is_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +105,6 @@ def open_run(
             folder.rmdir()  # bad settings should leave nothing behind
     except OSError as error:
         raise DiffesError(f"cannot write to --out {folder} ({error}); name another folder") from error
-    return resumes
 
 
 def _is_run(folder: Path) -> bool:

@@ -113,6 +113,13 @@ def complete_front(
     Raises:
         DiffesError: bad settings, or `out` cannot be used; its content is then untouched.
     """
+    if len({f"{budget:g}" for budget in budgets}) < len(budgets):
+        raise DiffesError(f"budgets must differ, in six digits, got {list(budgets)}")
+    if genes == "steps" and solver != SOLVER and not SOLVERS.parse(solver)[0].fits:
+        raise DiffesError(
+            f"solver {solver!r} has no coefficients to fit, and --genes steps searches timesteps for fitted ones and "
+            f"for {SOLVER}: leave --solver out, or search --genes joint"
+        )
     if not budgets or not 1 <= min(budgets) <= max(budgets) < math.inf:
         raise DiffesError(
             f"budgets are numbers of dense calls, at least one budget and none below 1, which a dense call costs, got "
@@ -409,11 +416,11 @@ def verdicts(data: Mapping[str, Any]) -> list[str]:
         fitted, said = at.get("dense-fitted"), []
         best = at["dense-planned"] if fitted is None else fitted
         if fitted is None:
-            said.append(f"searched timesteps have {_over(at['dense'], best)} times less error than evenly spaced ones")
+            said.append(f"searched timesteps have {_against(at['dense'], best)} evenly spaced ones")
         else:
             said.append(
-                f"fitted coefficients have {_over(at['dense-planned'], fitted)} times less error than 2M at "
-                f"timesteps searched for it, and {_over(at['dense'], fitted)} times less than 2M at evenly spaced ones"
+                f"fitted coefficients have {_against(at['dense-planned'], fitted)} 2M at timesteps searched for it, "
+                f"and {_against(at['dense'], fitted, '')} 2M at evenly spaced ones"
             )
         if joint := at.get("joint"):
             said.append(_added(joint, best, pruned))
@@ -434,15 +441,22 @@ def _added(joint: Mapping[str, Any], dense: Mapping[str, Any], pruned: str) -> s
     """Return in words what pruned calls add to a plan of dense calls."""
     if not any(joint["levels"]):
         return f"{pruned} add nothing, the best plan found is dense"
-    gain = float(_over(dense, joint))
+    gain = _over(dense, joint)
     if gain <= 1:
         return f"{pruned} add nothing on held-out probes ({1 / gain:.2f} times the error of {dense['kind']})"
     slower = joint["ms"] / dense["ms"]
     return f"{pruned} have {gain:.2f} times less error than {dense['kind']} in {slower:.2f} times its milliseconds"
 
 
-def _over(rival: Mapping[str, Any], point: Mapping[str, Any]) -> str:
-    return f"{rival['latent_mse'] / max(point['latent_mse'], 1e-12):.2f}"
+def _against(rival: Mapping[str, Any], point: Mapping[str, Any], error: str = " error") -> str:
+    """Return in words how much less error a point has than a rival, or how much more."""
+    gain = _over(rival, point)
+    return f"{gain:.2f} times less{error} than" if gain >= 1 else f"{1 / gain:.2f} times the error of"
+
+
+def _over(rival: Mapping[str, Any], point: Mapping[str, Any]) -> float:
+    """Return the error of a rival over that of a point."""
+    return float(max(rival["latent_mse"], 1e-12) / max(point["latent_mse"], 1e-12))
 
 
 def _fastest(points: Sequence[Mapping[str, Any]], bar: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -469,6 +483,7 @@ def _with(point: Mapping[str, Any], name: str, digits: int, spread: Any) -> str:
     """Format a number with its standard error or its interval, whose ends have one digit less."""
     if (value := point.get(name)) is None:
         return "failed" if point["heldout_mean"] is None else "-"
+    digits = digits if abs(value) < 10 else 1
     if isinstance(spread, list):
         low, high = (f"{each:.{digits - 1}f}" for each in spread)
         return f"{value:.{digits}f} ({low} to {high})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,7 +25,7 @@ from diffes.search.schedule import Plan, Stages
 from diffes.search.space import SearchSpace, first_computes
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES
-from diffes.solvers import SOLVERS
+from diffes.solvers import SOLVERS, own_of
 from diffes.solvers.offtheshelf import SPACINGS, spaced
 from diffes.study.heldout import HELDOUT_SEED
 from diffes.study.settings import check_visited, operators_of
@@ -37,6 +38,7 @@ FIT_SEED = 2_000_000_011  # seed of these probes, before the run's own seed is a
 FINALISTS = 4  # plans of each search that take part in the final fit
 EVEN_FINALISTS = 2  # evenly spaced plans that take part
 POWERS, SHIFTS = (1.0, 1.25, 1.5, 2.0), (0.0, 0.25, 0.5, 0.75)  # spacings that searches begin with
+CLIPS = ("clip_sample", "thresholding")  # settings of schedulers that plans do not have
 OFF_THE_SHELF = (SOLVER, "dpmsolver++3m", "unipc:order=2", "unipc:order=3")
 
 
@@ -79,7 +81,8 @@ class Plans:
             macs or latency.
         solver: solver of the plans: a name of `diffes.solvers.SOLVERS`, with options after a colon.
         nodes: number of candidate timesteps, at least 2.
-        reference_steps: steps of the dense model that all plans are compared with, by DPM-Solver++ 2M.
+        reference_steps: steps of the dense model that all plans are compared with, by DPM-Solver++ 2M; where the model
+            has fewer training timesteps, all of these.
         known_costs: `call_costs` of an earlier process; measured when left out.
         timed_at: images per timed call, if time is the cost; as many as a search has probes when left out.
         fit_probes: number of probes of the final fit.
@@ -96,6 +99,15 @@ class Plans:
     def __post_init__(self) -> None:
         at_least("nodes", self.nodes, 2)
         at_least("fit_probes", self.fit_probes, 1)
+        at_least("reference_steps", self.reference_steps, 1)
+        scheduler, most = self.bench.adapter.pipe.scheduler, self.bench.adapter.n_timesteps
+        object.__setattr__(self, "reference_steps", min(self.reference_steps, most))
+        if clips := [name for name in CLIPS if own_of(scheduler).config.get(name)]:
+            warnings.warn(
+                f"the pipeline's scheduler has {clips[0]}, which no step of a plan or of its reference does: both run "
+                "without it",
+                stacklevel=2,
+            )
         SOLVERS.make(self.solver)
         if self.bench.config.cost == "level":
             raise DiffesError(

@@ -16,6 +16,7 @@ from conftest import altered, images, make_run, open_adapter, open_pipe, small_b
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -28,11 +29,12 @@ from diffes.adapters import ModelAdapter, adapter_for
 from diffes.errors import DiffesError
 from diffes.runtime import artifact
 from diffes.runtime.router import Router
-from diffes.search.schedule import Schedule, Stages
+from diffes.search.schedule import Plan, Schedule, Stages
 
 SCHEDULERS = [
     DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler,
 ]  # fmt: skip
+TWO_CALLS = Plan(Stages.equal(1), ((999, 0), (500, 0)), 4, "dpmsolver++")
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 
@@ -310,3 +312,33 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, tiny_folder: Path) -
         diffes.apply(pipe, tmp_path)
     with pytest.raises(DiffesError, match="no folder"):
         diffes.apply(pipe, tmp_path / "nothing")
+
+
+def test_pipelines_around_one_denoiser_keep_their_own_schedulers(tiny_folder: Path) -> None:
+    """Pruned layers belong to the denoiser, a plan's scheduler to the pipeline that it was applied to."""
+    one = open_pipe(tiny_folder)
+    other = DiTPipeline(**one.components)
+    other.scheduler = EulerDiscreteScheduler.from_config(one.scheduler.config)
+    own, others, before = one.scheduler, other.scheduler, images(one)
+    diffes.apply(one, TWO_CALLS)
+    with pytest.warns(UserWarning, match=r"call diffes\.remove on it, too"):
+        diffes.remove(other)
+    assert other.scheduler is others and isinstance(one.scheduler, diffes.PlanScheduler)
+    diffes.remove(one)
+    assert one.scheduler is own and np.array_equal(images(one), before)
+    diffes.apply(one, TWO_CALLS)
+    diffes.apply(other, TWO_CALLS)
+    diffes.remove(other)
+    diffes.remove(one)
+    assert (one.scheduler, other.scheduler) == (own, others) and np.array_equal(images(one), before)
+    with pytest.raises(DiffesError, match="no run is applied"):
+        diffes.remove(one)
+
+
+def test_a_scheduler_that_is_set_after_apply_is_kept(tiny_folder: Path) -> None:
+    pipe = open_pipe(tiny_folder)
+    diffes.apply(pipe, TWO_CALLS)
+    mine = pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.replaces.config)
+    diffes.apply(pipe, TWO_CALLS)
+    diffes.remove(pipe)
+    assert pipe.scheduler is mine

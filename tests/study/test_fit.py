@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Counting, images, open_pipe, small_config
+from diffusers import DDIMScheduler, UniPCMultistepScheduler
 
 import diffes
 from diffes.adapters import adapter_for, load_pipeline
@@ -19,6 +20,9 @@ from diffes.cli import main
 from diffes.errors import DiffesError
 from diffes.runtime.artifact import chosen, read_front
 from diffes.search.schedule import Plan
+from diffes.solvers import SOLVERS, Solver
+from diffes.solvers.offtheshelf import spaced
+from diffes.study.export import export
 from diffes.study.front import complete_front, verdicts
 from diffes.study.grid import run_experiment
 from diffes.study.run import complete_run
@@ -115,10 +119,17 @@ def test_bad_input_is_refused_before_anything_is_computed(
         ([999, 500], {"solver": "heun"}, "unknown solver of plans 'heun'"),
         ([999, 500], {"probes": 0}, "probes must be at least 1, got 0"),
         ([999, 500], {"guidance": float("nan")}, "guidance must be a finite number"),
-        ([999, 500], {"out": full}, "is not empty"),
+        ([999, 500], {"out": full}, "is not an empty folder"),
         ([500, 999], {}, "timesteps of a plan must fall"),
-        ([], {}, "timesteps of a plan must fall"),
-        ([1000], {}, "timesteps of a plan must fall within"),
+        ([], {}, "at least one, got"),
+        ([1000], {}, "timesteps of a plan must lie in"),
+        ([999.9, 500.2], {}, "must be whole numbers"),
+        (["a"], {}, "must be whole numbers"),
+        (None, {}, "a plan is a folder, a Plan, or the timesteps"),
+        ([999, 500], {"calls": 2.0}, "calls=2.0 chooses a plan of a folder"),
+        ([999, 500], {"reference_steps": 0}, "reference_steps must be at least 1"),
+        ([999, 500], {"out": full / "thesis.txt"}, "cannot write to"),
+        ([999, 500], {"out": "/proc/x/y"}, "cannot write to"),
         (pruned, {}, "pruned calls needs its bank"),
         (run, {}, "holds a schedule of levels"),
     ):
@@ -152,7 +163,9 @@ def test_a_range_of_guidance_is_fitted_over(tiny_sdxl_folder: Path, tmp_path: Pa
     low, high = by_kind["dense-fitted"]["ends"]
     assert (low["guidance"], high["guidance"]) == (1.5, 6.0) and low["latent_mse"] != high["latent_mse"]
     assert any("at guidance 6 dense-fitted has" in line for line in verdicts(data))
-    complete_front(replace(config, max_evals=4), [2.0], out, Counting(), genes="steps", nodes=6, fit_probes=3)
+    export(out, tmp_path / "export")
+    card = " ".join((tmp_path / "export" / "README.md").read_text().split())
+    assert "each probe at a guidance of its own from 1.5 to 6; this plan's latent MSE is" in card
     again = diffes.fit(open_pipe(tiny_sdxl_folder), out, **SMALL, progress=Counting())
     assert [end["guidance"] for end in again.after["ends"]] == [1.5, 6.0]
     pipe = diffes.load(out)
@@ -202,3 +215,107 @@ def test_schedules_of_levels_take_one_scale(tiny_folder: Path, tmp_path: Path) -
         with pytest.raises(DiffesError, match=r"1\.5 to 4 is a range"):
             refused()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_fit_names_the_model_that_it_was_made_on(front: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """Of another model, and of an export, whose own copy of the base model stays where it is."""
+    config = small_config(tiny_folder, method="magnitude", cost="macs", probes=2, heldout=2, max_evals=3)
+    complete_front(config, [2.0], tmp_path / "front", Counting(), genes="steps", nodes=6, fit_probes=2)
+    other = tmp_path / "other"
+    pipe = open_pipe(tiny_folder)
+    with torch.no_grad():
+        pipe.transformer.proj_out_2.weight.mul_(1.1)
+    pipe.save_pretrained(other)
+    options = ["--probes=2", "--heldout=2"]
+    main(["fit", str(tmp_path / "front"), str(tmp_path / "fit"), "--model", str(other), *options])
+    main(["export", str(tmp_path / "front"), str(tmp_path / "export")])
+    main(["fit", str(tmp_path / "export"), str(tmp_path / "again"), *options])
+    for made, base in (("fit", other), ("again", tmp_path / "export" / "base")):
+        assert Path(read_front(tmp_path / made)["model"]) == base.resolve()
+        loaded = diffes.load(tmp_path / made)
+        assert images(loaded, steps=2).shape[0] == 2
+        main(["export", str(tmp_path / made), str(tmp_path / f"export-{made}")])
+        assert np.array_equal(images(diffes.load(tmp_path / f"export-{made}"), steps=2), images(loaded, steps=2))
+
+
+def test_a_pipeline_with_a_run_applied_is_not_fitted(front: Path, tiny_sdxl_folder: Path) -> None:
+    pipe = diffes.apply(load_pipeline(str(tiny_sdxl_folder)), front)
+    with pytest.raises(DiffesError, match=r"a fit needs the dense one: diffes\.remove\(pipe\) first"):
+        diffes.fit(pipe, front, **SMALL)
+    diffes.remove(pipe)
+
+
+@pytest.mark.parametrize("settings", [{"use_flow_sigmas": True}, {"prediction_type": "flow_prediction"}])
+def test_flow_matching_is_refused(settings: dict[str, Any], tiny_folder: Path) -> None:
+    pipe = open_pipe(tiny_folder)
+    pipe.scheduler = UniPCMultistepScheduler(**settings)
+    with pytest.raises(DiffesError, match="samples by flow matching"):
+        diffes.fit(pipe, [999, 500], **SMALL)
+
+
+def test_models_of_few_timesteps_offsets_and_zero_predictions(tiny_folder: Path) -> None:
+    """The reference takes all timesteps where there are fewer than its steps; evenly spaced calls stay within the
+    timesteps; a term that is always zero leaves the polish something to solve."""
+    pipe = open_pipe(tiny_folder)
+    pipe.scheduler = DDIMScheduler(num_train_timesteps=12, clip_sample=False)
+    found = diffes.fit(pipe, [11, 5], probes=2, heldout=2, progress=Counting())
+    assert found.after["latent_mse"] is not None
+    assert spaced(DDIMScheduler(steps_offset=50), 30, "leading")[0] == 999
+    with torch.no_grad():
+        for parameter in (pipe.transformer.proj_out_2.weight, pipe.transformer.proj_out_2.bias):
+            parameter.zero_()
+    pipe.scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False)
+    found = diffes.fit(pipe, [999, 500, 100], **SMALL, progress=Counting())
+    assert found.after["latent_mse"] == pytest.approx(0, abs=1e-6)
+
+
+def test_clipping_that_plans_do_not_do_is_said(tiny_folder: Path) -> None:
+    pipe = open_pipe(tiny_folder)
+    pipe.scheduler = DDIMScheduler(clip_sample=True)
+    with pytest.warns(UserWarning, match="has clip_sample, which no step of a plan"):
+        diffes.fit(pipe, [999, 500], **SMALL, progress=Counting())
+
+
+class _Odd(Solver):
+    memory = 2
+    fits = True
+    made: Any = None
+
+    def row(self, noises: Any, i: int) -> Any:
+        return self.made["row"](noises, i) if "row" in self.made else (0.5, 0.5)
+
+    def fit(self, prior: Any, products: Any) -> Any:
+        return self.made["fit"](prior) if "fit" in self.made else prior
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ({"fit": lambda prior: None}, "solver _Odd failed .*finite coefficients from fit"),
+        ({"fit": lambda prior: prior[:1]}, "solver _Odd must return 2 finite coefficients from fit"),
+        ({"fit": lambda prior: [float("nan")] * len(prior)}, "solver _Odd must return 2 finite coefficients"),
+        ({"fit": lambda prior: 1 / 0}, "solver _Odd failed .ZeroDivisionError"),
+        ({"row": lambda noises, i: None}, "solver _Odd failed .TypeError"),
+        ({"row": lambda noises, i: (1.0,) * 5}, "of 1 to 1 predictions from row 0, got"),
+        ({"row": lambda noises, i: (float("inf"), 1.0)}, "solver _Odd must return finite coefficients"),
+        ({"row": lambda noises, i: noises[99]}, "solver _Odd failed .IndexError"),
+    ],
+)
+def test_solvers_that_misbehave_are_named(made: dict[str, Any], said: str, tiny_folder: Path) -> None:
+    SOLVERS.register("odd")(type("_Odd", (_Odd,), {"made": made, "__module__": "somebody"}))
+    try:
+        with pytest.raises(DiffesError, match=said):
+            diffes.fit(open_pipe(tiny_folder), [999, 500], solver="odd", **SMALL, progress=Counting())
+    finally:
+        SOLVERS.unregister("odd")
+
+
+def test_solvers_of_wild_coefficients_end_without_a_crash(tiny_folder: Path) -> None:
+    for wild in (0.0, 1e30):
+        made = {"fit": lambda prior, wild=wild: [wild] * len(prior)}
+        SOLVERS.register("odd")(type("_Odd", (_Odd,), {"made": made, "__module__": "somebody"}))
+        try:
+            found = diffes.fit(open_pipe(tiny_folder), [999, 500], solver="odd", **SMALL, progress=Counting())
+        finally:
+            SOLVERS.unregister("odd")
+        assert found.after["coefficients"][0] == pytest.approx([wild, wild])

@@ -237,6 +237,13 @@ def test_bad_input_is_refused(front: Path, run: Path, tiny_folder: Path, tmp_pat
     with pytest.raises(DiffesError, match="none below 1"):
         make(tiny_folder, tmp_path / "b", [3.0, 0.9])  # a thin call could be paid, a dense one cannot
     assert not (tmp_path / "b").exists()
+    with pytest.raises(DiffesError, match="budgets must differ"):
+        make(tiny_folder, tmp_path / "b", [2.0, 2.0000001])
+    with pytest.raises(DiffesError, match="'unipc' has no coefficients to fit, and --genes steps"):
+        complete_front(small_config(tiny_folder), [2.0], tmp_path / "b", Counting(), genes="steps", solver="unipc")
+    for calls in ("3", True, [3], -1):
+        with pytest.raises(DiffesError, match="calls must be a number of dense calls above 0"):
+            chosen(front, calls)  # type: ignore[arg-type]
     with pytest.raises(DiffesError, match="holds one schedule, not a front"):
         export(run, tmp_path / "c", calls=4.0)
     with pytest.raises(DiffesError, match=r"costs 0.1 dense calls or less: they cost \d\.\d\d to"):
