@@ -217,18 +217,19 @@ class BoundOperator:
             raise unexpected(what, f"return genomes of {n} whole levels", result)
         if not self._space.is_feasible(levels):
             raise unexpected(what, "return genomes that meet the budget (space.repair(genome, rng) makes one)", result)
-        if not isinstance(result, Genome):
+        if not (isinstance(result, list) and hasattr(result, "fitness")):
             return Genome(levels)
         result[:] = levels
-        return result
+        return result  # type: ignore[return-value]  # a genome, or an individual of DEAP's `creator`
 
     def _origin(self, genomes: Sequence[Genome]) -> Origin:
         operators: list[str] = []
         parents: list[tuple[int, ...]] = []
         for genome in genomes:
-            if genome.origin is not None and not genome.fitness.valid:  # changed since it was measured
-                operators += genome.origin.operator.split(" + ")
-                parents += genome.origin.parents
+            before = getattr(genome, "origin", None)  # individuals of DEAP's `creator` have none at first
+            if before is not None and not genome.fitness.valid:  # changed since it was measured
+                operators += before.operator.split(" + ")
+                parents += before.parents
             else:
                 parents.append(tuple(genome))
         return Origin(" + ".join(dict.fromkeys([*operators, self.spec])), tuple(dict.fromkeys(parents)))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from deap import algorithms, base, creator, tools
 
 from diffes.errors import DiffesError
 from diffes.search.genome import Genome, Origin
@@ -25,6 +26,7 @@ from diffes.search.operators import (
 )
 from diffes.search.schedule import Stages
 from diffes.search.space import SearchSpace
+from diffes.search.variation import make_toolbox
 from diffes.testing import SPACES, CrossoverConformance, MutationConformance
 
 PAPER = SPACES["paper"]
@@ -453,3 +455,23 @@ def test_an_operator_that_takes_a_space_and_no_generator_is_refused_by_name() ->
             bound(MUTATIONS, "half")
     finally:
         MUTATIONS.unregister("half")
+
+
+def test_individuals_of_deaps_creator_work_as_its_documentation_teaches() -> None:
+    """`creator.create("Individual", list, fitness=...)` and an algorithm of DEAP, on our mutation and crossover."""
+    creator.create("FitnessHigh", base.Fitness, weights=(1.0,))
+    creator.create("Individual", list, fitness=creator.FitnessHigh)
+    state = random.getstate()
+    try:
+        rng = np.random.default_rng(0)
+        toolbox = make_toolbox(PAPER, rng)
+        toolbox.register("individual", tools.initIterate, creator.Individual, lambda: PAPER.sample(rng))
+        toolbox.register("population", tools.initRepeat, list, toolbox.individual)
+        toolbox.register("evaluate", lambda genome: (-float(genome[0]),))
+        random.seed(0)
+        found, _ = algorithms.eaMuPlusLambda(toolbox.population(n=4), toolbox, 4, 8, 0.5, 0.5, 5, verbose=False)
+    finally:
+        random.setstate(state)
+        del creator.FitnessHigh, creator.Individual
+    assert all(type(each).__name__ == "Individual" and PAPER.is_feasible(each) for each in found)
+    assert max(each.fitness.values[0] for each in found) == 0.0
