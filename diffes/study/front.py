@@ -281,7 +281,10 @@ def _found(
     finalists = [plans.finalist(plan) for plan in plans.finalists(found, evaluator)]
     if kind == "dense-fitted":
         finalists += [plans.finalist(replace(each.plan, solver=solver, coefficients=None)) for each in known]
-    best = plans.polished(max(finalists, key=lambda each: each.fitness))
+    best = max(finalists, key=lambda each: each.fitness)
+    of_known = {(each.plan.calls, each.plan.solver) for each in known}  # those are polished already
+    if (best.plan.calls, best.plan.solver) not in of_known:
+        best = plans.polished(best)
     return max([best, *known], key=lambda each: each.fitness), found
 
 
