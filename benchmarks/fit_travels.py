@@ -26,6 +26,7 @@ from diffes.adapters import adapter_for, load_pipeline
 from diffes.adapters.prompts import default_prompts
 from diffes.measure.metrics import make_metric
 from diffes.measure.plan_evaluator import PlanEvaluator
+from diffes.measure.polish import polished
 from diffes.pruning.bank import WeightBank
 from diffes.runtime.router import Router
 from diffes.search.schedule import Plan, Stages
@@ -68,7 +69,8 @@ def measure(model: str, plan: Plan, where: dict[str, Any], args: argparse.Namesp
         )  # fmt: skip
 
     heldout = evaluator(args.probes, HELDOUT_SEED, "heldout", False)
-    again = evaluator(args.probes, FIT_SEED, "search", True).fitted(plan)
+    fits = evaluator(args.probes, FIT_SEED, "search", True)
+    again = polished(fits, fits.fitted(plan))  # as `diffes fit` does
     found = {"as made": plan, "2M": replace(plan, coefficients=None, solver="dpmsolver++"), "fitted there": again}
     return {name: -float(heldout.scores(each).mean()) for name, each in found.items()}
 

@@ -10,6 +10,10 @@ class DiffesError(ValueError):
     """Bad input. The message is one paragraph; the command line prints it without a traceback and exits with code 2."""
 
 
+class DiffesWarning(UserWarning):
+    """Warning for a user of diffes; the command line prints its message."""
+
+
 class PluginError(DiffesError):
     """Error that a third-party plug-in raised.
 

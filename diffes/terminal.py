@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from diffes import files
-from diffes.errors import DiffesError
+from diffes.errors import DiffesError, DiffesWarning
 from diffes.progress import RichProgress, console
 from diffes.study.config import RunConfig, WorkerOptions, shown
 
@@ -40,6 +41,14 @@ def session(log_file: Path | None = None) -> Iterator[ModuleType]:
     root.addHandler(handler)  # where the root has none, Python prints the warnings of libraries
     ours.setLevel(logging.INFO if log_file else level)
     logging.captureWarnings(True)
+    logged = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, DiffesWarning):
+            console.print(f"warning: {message}", highlight=False, markup=False)
+        logged(message, category, *place, **more)
+
+    warnings.showwarning = show
     try:
         with console.status("loading torch and diffusers"):
             import diffes.study.run  # noqa: F401
@@ -52,6 +61,7 @@ def session(log_file: Path | None = None) -> Iterator[ModuleType]:
         log.error("%s: %s", type(error).__name__, error, exc_info=not isinstance(error, DiffesError))
         raise
     finally:
+        warnings.showwarning = logged
         logging.captureWarnings(False)
         ours.setLevel(level)
         root.removeHandler(handler)

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffes.adapters import adapter_for, load_pipeline
-from diffes.errors import DiffesError
+from diffes.errors import DiffesError, DiffesWarning
 from diffes.pruning.bank import WeightBank, check_bank, check_fingerprint
 from diffes.runtime.artifact import BANK, base_model, chosen
 from diffes.runtime.checks import check_cuttable, check_not_offloaded
@@ -86,7 +86,8 @@ def apply(pipe: P, run: str | Path | Plan, *, calls: float | None = None, reside
             "made for another"
         )
     previous: _Applied | None = getattr(adapter.denoiser, APPLIED, None)
-    routed_before = previous.router.schedule if previous else None
+    routed_before, scheduler_before = previous.router.schedule if previous else None, pipe.scheduler
+    router: Router | None = None
     if previous:
         previous.router.remove()
     try:
@@ -100,12 +101,20 @@ def apply(pipe: P, run: str | Path | Plan, *, calls: float | None = None, reside
         if planned is not None and "guidance" in facts:
             router.guidance = tuple(facts.get("guidance_range") or [facts["guidance"]] * 2)
         router.install(schedule)
+        put_scheduler(pipe, own if planned is None else planned)
+        setattr(adapter.denoiser, APPLIED, _Applied(router, planned))
     except BaseException:
+        if router is not None and router.schedule is not None:
+            router.remove()
+        put_scheduler(pipe, scheduler_before)
         if previous and routed_before:
             previous.router.install(routed_before)
+            setattr(adapter.denoiser, APPLIED, previous)
+        elif hasattr(adapter.denoiser, APPLIED):
+            delattr(adapter.denoiser, APPLIED)
         raise
-    put_scheduler(pipe, own if planned is None else planned)
-    setattr(adapter.denoiser, APPLIED, _Applied(router, planned))
+    if previous is not None and previous.scheduler not in (None, scheduler_before):
+        _warn_of_another()
     return pipe
 
 
@@ -130,15 +139,20 @@ def remove(pipe: P) -> P:
     if applied is not None:
         applied.router.remove()
         delattr(denoiser, APPLIED)
-        if applied.scheduler is not None and applied.scheduler is not pipe.scheduler:
-            warnings.warn(
-                "the plan was applied to another pipeline around this denoiser, or the scheduler was set since: if a "
-                "pipeline still has the plan's scheduler, call diffes.remove on it, too",
-                stacklevel=2,
-            )
+        if applied.scheduler not in (None, pipe.scheduler):
+            _warn_of_another()
     if planned is not None:
         put_scheduler(pipe, own_of(planned))
     return pipe
+
+
+def _warn_of_another() -> None:
+    warnings.warn(
+        "a plan was applied to another pipeline around this denoiser, or the scheduler was set since: if a pipeline "
+        "still has that plan's scheduler, call diffes.remove on it, too",
+        DiffesWarning,
+        stacklevel=3,
+    )
 
 
 def check_alone(plan: Plan, calls: float | None) -> None:
@@ -152,7 +166,7 @@ def check_alone(plan: Plan, calls: float | None) -> None:
             f"a plan with levels {list(plan.levels)} needs the weights of its bank: give the folder that it is from"
         )
     if calls is not None:
-        raise DiffesError(f"calls={calls:g} chooses a plan of a folder, and one plan is given: leave calls out")
+        raise DiffesError(f"calls={calls} chooses a plan of a folder, and one plan is given: leave calls out")
 
 
 def planned_scheduler(own: Any, plan: Plan, facts: Mapping[str, Any]) -> PlanScheduler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ def chosen(folder: Path, calls: float | None) -> tuple[Schedule | Plan, dict[str
     Raises:
         DiffesError: the folder is damaged or holds neither, or no plan is that cheap.
     """
-    if calls is not None and (isinstance(calls, bool) or not isinstance(calls, int | float) or not calls > 0):
+    if calls is not None and (isinstance(calls, bool) or not isinstance(calls, numbers.Real) or not calls > 0):
         raise DiffesError(f"calls must be a number of dense calls above 0, got {calls!r}")
     if not (folder / FRONT).is_file():
         if calls is not None:

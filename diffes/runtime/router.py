@@ -15,7 +15,7 @@ from torch import nn
 
 from diffes.adapters import AnySet, BlockSet, GroupSet, ModelAdapter
 from diffes.adapters.groups import REUSE_SETS
-from diffes.errors import DiffesError
+from diffes.errors import DiffesError, DiffesWarning
 from diffes.pruning.bank import StageWeights, WeightBank
 from diffes.runtime.checks import check_cuttable, check_not_offloaded, replaced, tree_of, written
 from diffes.runtime.in_place import copied, unshared
@@ -161,6 +161,7 @@ class Router:
             warnings.warn(
                 "weights of the model were written to while a schedule was routed through it, and what was written to "
                 f"thin layers {SPOILT if spoilt else 'is lost: write again, now that it is dense'}",
+                DiffesWarning,
                 stacklevel=2,
             )
 
@@ -229,6 +230,7 @@ class Router:
             warnings.warn(
                 f"the plan that is applied was made for guidance {made_for}, and the pipeline is called with "
                 f"{given:g}: its error may be much larger; `diffes fit RUN OUT --guidance {given:g}` fits it again",
+                DiffesWarning,
                 stacklevel=2,
             )
             self.guidance = None

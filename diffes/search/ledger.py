@@ -207,6 +207,10 @@ class Ledger:
             raise DiffesError("the strategy asked for no schedule at all, so there is no result")
         eligible = tuple(self.space.counts(evaluation.schedule, evaluation.fidelity) for evaluation in evaluations)
         candidates = [evaluation for evaluation, counts in zip(evaluations, eligible, strict=True) if counts]
+        if all(evaluation.fitness == -math.inf for evaluation in evaluations):
+            raise DiffesError(
+                f"all {len(evaluations)} evaluations failed (fitness NaN or infinite), so there is no result"
+            )
         if not candidates:
             raise DiffesError(
                 f"none of {len(evaluations)} evaluations was on all probes and within the budget, so there is no "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import math
+import numbers
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -106,16 +107,17 @@ def rows_of(made: Solver, noises: Sequence[Noise]) -> tuple[Row, ...]:
             of 1 to `memory` predictions, or they are not finite.
         PluginError: a solver of somebody else raised another error.
     """
-    what = f"solver {type(made).__qualname__}"
-    memory = at_least(f"memory of {what}", made.memory, 1)
+    what, noises = f"solver {type(made).__qualname__}", tuple(noises)
+    with guarded(made, what, "have a memory, a whole number from 1 on"):
+        memory = at_least(f"memory of {what}", made.memory, 1)
     rows: list[Row] = []
     for i in range(len(noises) - 1):
         most = min(memory, i + 1)
         wanted = f"return finite coefficients of the latents and of 1 to {most} predictions from row {i}"
         with guarded(made, what, wanted):
             given = made.row(noises, i)
-            found = tuple(float(each) for each in given)
-        if not 2 <= len(found) <= 1 + most or not all(map(math.isfinite, found)):
+            found = _numbers(given)
+        if found is None or not 2 <= len(found) <= 1 + most:
             raise unexpected(what, wanted, given)
         rows.append(found)
     return tuple(rows)
@@ -134,7 +136,14 @@ def fit_of(made: Solver, prior: Row, products: Floats) -> Row:
     what, wanted = f"solver {type(made).__qualname__}", f"return {len(prior)} finite coefficients from fit"
     with guarded(made, what, wanted):
         given = made.fit(prior, products)
-        found = tuple(float(each) for each in given)
-    if len(found) != len(prior) or not all(map(math.isfinite, found)):
+        found = _numbers(given)
+    if found is None or len(found) != len(prior):
         raise unexpected(what, f"{wanted}, as many as its prior has", given)
     return found
+
+
+def _numbers(given: Sequence[Any]) -> Row | None:
+    """Return coefficients as floats; None where one is no finite number."""
+    known = tuple(given)
+    finite = all(isinstance(each, numbers.Real) and math.isfinite(each) for each in known)
+    return tuple(float(each) for each in known) if finite else None

@@ -13,7 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from diffes.errors import DiffesError
+from diffes.errors import DiffesError, DiffesWarning
 from diffes.search.schedule import check_rows, check_timesteps
 from diffes.solvers.base import SOLVERS, Row, Solver, rows_of
 from diffes.solvers.ddim import DDIM
@@ -157,6 +157,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             warnings.warn(
                 f"the plan that is applied makes {len(self.plan)} denoiser calls: num_inference_steps="
                 f"{num_inference_steps} is replaced (diffes.remove(pipe) brings the pipeline's own scheduler back)",
+                DiffesWarning,
                 stacklevel=2,
             )
         self.timesteps = torch.tensor(self.plan, device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -153,12 +154,12 @@ def checked_guidance(given: Any) -> Guidance:
     """
     ends = tuple(given) if isinstance(given, list | tuple) else (given,)
     for value in ends:
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise DiffesError(f"guidance must be a number, or two, got {given!r}")
         if not math.isfinite(value) or value < 0:
             raise DiffesError(f"guidance must be a finite number of at least 0, got {value}")
     if not isinstance(given, list | tuple):
-        return given  # type: ignore[no-any-return]
+        return given if isinstance(given, int | float) else float(given)
     if len(ends) != 2 or not 1 < ends[0] < ends[1]:
         raise DiffesError(
             f"a range of guidance has two ends, both above 1 (1 and less switch it off), the lower one first, got "

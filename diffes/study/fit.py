@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,9 +109,9 @@ def fit(
     if guidance is not None:
         guidance = checked_guidance(guidance)
     if out is not None:
+        folder.check_writable(Path(out))
         if not is_unused(Path(out)):
             raise DiffesError(f"{out} is not an empty folder; name another one")
-        folder.check_writable(Path(out))
     adapter = adapter_for(pipe)
     if own_of(pipe.scheduler) is not pipe.scheduler or hasattr(adapter.denoiser, APPLIED):
         raise DiffesError("a run is applied to this pipeline, and a fit needs the dense one: diffes.remove(pipe) first")
@@ -134,13 +135,21 @@ def fit(
             raise DiffesError("a plan with pruned calls needs its bank: give the folder that it is from, not the plan")
     if guidance is None:
         guidance = checked_guidance(facts.get("guidance_range") or facts.get("guidance", 1.0))
-    bench = _bench(adapter, Router(adapter, bank), given, guidance, heldout, seed)
+    model = adapter.pipe.config.get("_name_or_path") or (base_model(home, facts) if home else "")
+    if out is not None and not model:
+        raise DiffesError(
+            "this pipeline was not loaded from a folder or a hub, so a folder cannot name its model: save and load it "
+            "first (pipe.save_pretrained, from_pretrained), or leave out= out"
+        )
+    bench = _bench(adapter, Router(adapter, bank), given, model, guidance, heldout, seed)
     plans = Plans(bench, solver, reference_steps=reference_steps, fit_probes=probes)
     with (progress or RichProgress()).task(f"fitting at guidance {shown(guidance)}", probes + heldout) as advance:
         _ = plans.refitted
         advance(f"reference of {probes} images", probes)
         as_given = Finalist(given, plans.refitted.measured(given)[0])
         fitted = plans.polished(plans.finalist(replace(given, solver=solver, coefficients=None)))
+        if not math.isfinite(fitted.fitness):
+            raise DiffesError(f"the plan fitted by solver {solver!r} fails: its latents are not finite")
         quality = Quality(adapter, plans.heldout.final_reference)
         advance(f"reference of {heldout} images", heldout)
         kind, budget, cost = _named(facts, given)
@@ -149,9 +158,7 @@ def fit(
             for name, each in ((AS_GIVEN, as_given), (kind, fitted))
         ]
     if out is not None:
-        named = adapter.pipe.config.get("_name_or_path") or home is None
-        model = bench.made_for()["model"] if named else base_model(home, facts)  # type: ignore[arg-type]
-        _write(Path(out), plans, rows, facts | {"model": model}, bank, (as_given, fitted))
+        _write(Path(out), plans, rows, facts, bank, (as_given, fitted))
     return Fit(fitted.plan, *rows)
 
 
@@ -178,7 +185,7 @@ def _dense(adapter: ModelAdapter, timesteps: Any) -> Plan:
     """Return a plan of dense calls, stepped by DPM-Solver++ 2M as long as it is not fitted."""
     if not isinstance(timesteps, Sequence | np.ndarray | Tensor):
         raise DiffesError(f"a plan is a folder, a Plan, or the timesteps of dense calls, got {timesteps!r}")
-    given = timesteps.tolist() if isinstance(timesteps, np.ndarray | Tensor) else list(timesteps)
+    given = timesteps.reshape(-1).tolist() if isinstance(timesteps, np.ndarray | Tensor) else list(timesteps)
     check_timesteps(given, adapter.n_timesteps)
     calls = tuple((t, 0) for t in given)
     return Plan(Stages.equal(1, adapter.n_timesteps), calls, adapter.max_level("width"), "dpmsolver++")
@@ -195,11 +202,13 @@ def _bank_of(home: Path, facts: dict[str, Any], plan: Plan, adapter: ModelAdapte
     return needed
 
 
-def _bench(adapter: ModelAdapter, router: Router, plan: Plan, guidance: Guidance, heldout: int, seed: int) -> Workbench:
+def _bench(
+    adapter: ModelAdapter, router: Router, plan: Plan, model: str, guidance: Guidance, heldout: int, seed: int
+) -> Workbench:
     """Build a workbench that measures, but is not calibrated."""
     stages, top = plan.stages, plan.max_level
     dtype = str(adapter.dtype).removeprefix("torch.")
-    home = Path(adapter.pipe.config.get("_name_or_path") or type(adapter.pipe).__name__)
+    home = Path(model or type(adapter.pipe).__name__)
     name = home.name if home.resolve().parent == SHIPPED.resolve() else str(home)
     config = RunConfig(
         model=name, method=router.bank.kind, cost="macs", metric="latent_mse", guidance=guidance, heldout=heldout,
@@ -231,9 +240,7 @@ def _write(
     for row, ms in zip(rows, bench.milliseconds([each.plan for each in both], bench.config.probes), strict=True):
         row["ms"] = ms
     out.mkdir(parents=True, exist_ok=True)
-    kept = {
-        name: facts[name] for name in ("method", "allocation", "kind", "model", "split", "currency") if name in facts
-    }
+    kept = {name: facts[name] for name in ("method", "allocation", "kind", "split", "currency") if name in facts}
     data = facts_of(plans) | {"allocation": "equal", "nodes": len(both[0].plan.calls)} | kept
     del data["search_probes"]  # there was no search
     header = {**data, "fingerprint": fingerprint(bench.adapter.denoiser)}

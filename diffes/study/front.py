@@ -113,18 +113,18 @@ def complete_front(
     Raises:
         DiffesError: bad settings, or `out` cannot be used; its content is then untouched.
     """
-    if len({f"{budget:g}" for budget in budgets}) < len(budgets):
-        raise DiffesError(f"budgets must differ, in six digits, got {list(budgets)}")
     if genes == "steps" and solver != SOLVER and not SOLVERS.parse(solver)[0].fits:
         raise DiffesError(
             f"solver {solver!r} has no coefficients to fit, and --genes steps searches timesteps for fitted ones and "
             f"for {SOLVER}: leave --solver out, or search --genes joint"
         )
-    if not budgets or not 1 <= min(budgets) <= max(budgets) < math.inf:
+    if not budgets or not all(1 <= budget < math.inf for budget in budgets):
         raise DiffesError(
             f"budgets are numbers of dense calls, at least one budget and none below 1, which a dense call costs, got "
             f"{list(budgets)}"
         )
+    if len({f"{budget:g}" for budget in budgets}) < len(budgets):
+        raise DiffesError(f"budgets must differ, in six digits, got {list(budgets)}")
     SOLVERS.make(solver)
     at_least("nodes", nodes, 2)
     fit_probes = planned.FIT_PROBES if fit_probes is None else fit_probes

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from diffes.adapters import Split
-from diffes.errors import DiffesError, at_least
+from diffes.errors import DiffesError, DiffesWarning, at_least
 from diffes.measure.currencies import CURRENCIES, Table, costs_of
 from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.measure.polish import polished
@@ -106,6 +106,7 @@ class Plans:
             warnings.warn(
                 f"the pipeline's scheduler has {clips[0]}, which no step of a plan or of its reference does: both run "
                 "without it",
+                DiffesWarning,
                 stacklevel=2,
             )
         SOLVERS.make(self.solver)

@@ -44,6 +44,7 @@ from diffes.search.schedule import Plan, Schedule, Stages
 from diffes.search.space import SearchSpace, first_computes
 from diffes.search.store import EvaluationStore
 from diffes.search.strategy import STRATEGIES, Evaluation, Evaluator, StageProfile
+from diffes.solvers import NoiseProcess
 from diffes.solvers.scheduler import PlanScheduler
 from diffes.study.calibration import Keep, bank_of, calibration_of, uses_data
 from diffes.study.config import RunConfig, WorkerOptions
@@ -306,6 +307,8 @@ def prepare(
     adapter = adapter_for(pipe)
     if config.prompts is not None:
         adapter.use_prompts(Path(config.prompts))
+    if isinstance(example, PlanSpace):
+        NoiseProcess.of(pipe.scheduler)  # refuses processes that plans do not know
     try_adapter(adapter, config.steps, config.scale)
     if "reuse" in method.kind and config.cost == "level":
         raise DiffesError(

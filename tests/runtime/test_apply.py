@@ -27,6 +27,7 @@ from diffusers import (
 import diffes
 from diffes.adapters import ModelAdapter, adapter_for
 from diffes.errors import DiffesError
+from diffes.runtime import apply as apply_module
 from diffes.runtime import artifact
 from diffes.runtime.router import Router
 from diffes.search.schedule import Plan, Schedule, Stages
@@ -342,3 +343,27 @@ def test_a_scheduler_that_is_set_after_apply_is_kept(tiny_folder: Path) -> None:
     diffes.apply(pipe, TWO_CALLS)
     diffes.remove(pipe)
     assert pipe.scheduler is mine
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_an_apply_that_is_interrupted_leaves_what_was(
+    before: bool, any_run: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after the last layer is routed, as by Ctrl-C."""
+    pipe = open_pipe(tiny_model)
+    if before:
+        diffes.apply(pipe, any_run)
+    own, made = pipe.scheduler, images(pipe)
+
+    def stop(*_: Any) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(apply_module, "put_scheduler", stop)
+    with pytest.raises(KeyboardInterrupt):
+        diffes.apply(pipe, TWO_CALLS)
+    assert pipe.scheduler is own and np.array_equal(images(pipe), made)
+    if before:
+        diffes.remove(pipe)
+    with pytest.raises(DiffesError, match="no run is applied"):
+        diffes.remove(pipe)

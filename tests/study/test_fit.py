@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Counting, images, open_pipe, small_config
-from diffusers import DDIMScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, DiTPipeline, UniPCMultistepScheduler
 
 import diffes
 from diffes.adapters import adapter_for, load_pipeline
@@ -311,11 +311,34 @@ def test_solvers_that_misbehave_are_named(made: dict[str, Any], said: str, tiny_
 
 
 def test_solvers_of_wild_coefficients_end_without_a_crash(tiny_folder: Path) -> None:
-    for wild in (0.0, 1e30):
+    for wild in (0.0, 1e38):
         made = {"fit": lambda prior, wild=wild: [wild] * len(prior)}
         SOLVERS.register("odd")(type("_Odd", (_Odd,), {"made": made, "__module__": "somebody"}))
         try:
-            found = diffes.fit(open_pipe(tiny_folder), [999, 500], solver="odd", **SMALL, progress=Counting())
+            if wild:
+                with pytest.raises(DiffesError, match="fitted by solver 'odd' fails: its latents are not finite"):
+                    diffes.fit(open_pipe(tiny_folder), [999, 500], solver="odd", **SMALL, progress=Counting())
+            else:
+                found = diffes.fit(open_pipe(tiny_folder), [999, 500], solver="odd", **SMALL, progress=Counting())
+                assert found.after["coefficients"][0] == [0.0, 0.0]
         finally:
             SOLVERS.unregister("odd")
-        assert found.after["coefficients"][0] == pytest.approx([wild, wild])
+
+
+def test_a_pipeline_from_nowhere_is_fitted_into_no_folder(tiny_folder: Path, tmp_path: Path) -> None:
+    pipe = DiTPipeline(**open_pipe(tiny_folder).components)
+    with pytest.raises(DiffesError, match="was not loaded from a folder or a hub"):
+        diffes.fit(pipe, [999, 500], out=tmp_path / "out", **SMALL)
+    given: Any = torch.tensor([999, 500])
+    assert diffes.fit(pipe, given, **SMALL, progress=Counting()).plan.timesteps == (999, 500)
+
+
+def test_the_command_prints_warnings_of_ours(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    pipe = open_pipe(tiny_folder)
+    pipe.scheduler = DDIMScheduler(clip_sample=False, thresholding=True)
+    pipe.save_pretrained(tmp_path / "model")
+    config = small_config(tmp_path / "model", method="magnitude", cost="macs", probes=2, heldout=2, max_evals=3)
+    with pytest.warns(UserWarning, match="has thresholding"):
+        complete_front(config, [2.0], tmp_path / "front", Counting(), genes="steps", nodes=6, fit_probes=2)
+    main(["fit", str(tmp_path / "front"), str(tmp_path / "fit"), "--probes=2", "--heldout=2"])
+    assert "warning: the pipeline's scheduler has thresholding" in " ".join(capsys.readouterr().out.split())
