@@ -213,7 +213,7 @@ def fronts(points: Sequence[Mapping[str, Any]], currency: str, timing: Mapping[s
                 if those:
                     axes.plot(*zip(*((p[name], p["latent_mse"]) for p in those), strict=True), **mark, label=label)
         left.set(xlabel=f"cost in dense calls, by {currency}", ylabel="held-out latent MSE", yscale="log")
-        timed = "" if timing is None else ", batch {batch}, {device}, {threads} threads".format(**timing)
+        timed = "" if timing is None else ", batch {batch}, {device}, threads: {threads}".format(**timing)
         right.set(xlabel=f"milliseconds a run{timed}")
         for axes in (left, right):
             axes.grid(alpha=0.3, which="both")
