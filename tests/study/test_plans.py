@@ -94,7 +94,7 @@ def test_what_cannot_be_planned_is_refused(plans: Plans, bench: Workbench) -> No
         Plans(bench)
     with pytest.raises(DiffesError, match="unknown solver of plans 'heun'"):
         Plans(plans.bench, solver="heun")
-    with pytest.raises(DiffesError, match="memory must be at least 1 and ridge above 0, got 0"):
+    with pytest.raises(DiffesError, match="memory must be at least 1, got 0"):
         Plans(plans.bench, solver="fitted:memory=0")
     with pytest.raises(DiffesError, match=r"calls must be at least 0\.\d+ dense calls"):
         plans.space(0.001)
