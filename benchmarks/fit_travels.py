@@ -12,14 +12,13 @@ timesteps, and the plan fitted again where it is used. Finished rows are lines o
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from fronts import GUIDANCE, read
+from fronts import GUIDANCE, keep, read
 from fronts import RESULTS as FRONTS
 
 from diffes.adapters import adapter_for, load_pipeline
@@ -39,7 +38,7 @@ LEVELS = 8  # of the shipped models
 
 
 def settings(model: str) -> Iterator[dict[str, Any]]:
-    """Where a plan is used: what differs from where it was made."""
+    """Yield the settings that a plan is used at: those in which they differ from where it was made."""
     own = GUIDANCE[model]
     yield {"guidance": own}
     for guidance in (1.5, 2.0, 3.0, 4.0):
@@ -117,10 +116,7 @@ def main() -> None:
             facts = {"model": model, "calls": args.calls, "probes": args.probes, **where}
             if facts in [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]:
                 continue
-            rows.append(facts | measure(model, plan, where, args))
-            print(json.dumps(rows[-1]), flush=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            (args.out / "fit_travels.md").write_text(table_of(rows))
+            keep(facts | measure(model, plan, where, args), rows, path, table_of)
     print(table_of(rows))
 
 

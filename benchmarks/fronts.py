@@ -1,4 +1,4 @@
-"""What a fitted solver gains: dense calls and plans with pruned calls, at equal cost, over seeds, on held-out probes.
+"""Gains of fitted solvers: dense calls and plans with pruned calls, at equal cost, over seeds, on held-out probes.
 
 One calibration a model and seed serves all budgets. At each, in dense calls by multiply-accumulates or by measured
 milliseconds: the kinds of `diffes front`. Scores are on 256 held-out probes against the dense model at 200 steps of
@@ -32,7 +32,7 @@ import torch
 
 from diffes.adapters import shipped_models
 from diffes.measure.plan_evaluator import PlanEvaluator
-from diffes.measure.quality import Quality
+from diffes.measure.quality import Quality, squared_errors
 from diffes.measure.reference import SOLVER
 from diffes.progress import RichProgress
 from diffes.runtime.artifact import plan_of
@@ -74,7 +74,7 @@ def points(plans: Plans, quality: Quality, budget: float, kinds: Sequence[str], 
     found, rows = front.searched(plans, budget, kinds=kinds), []
     for point in found:
         row, latents = front.row_of(plans, point.kind, budget, point.final, quality)
-        errors = (latents.float() - plans.heldout.final_reference).square().flatten(1).mean(1).tolist()
+        errors = squared_errors(latents, plans.heldout.final_reference).tolist()
         rounded = [float(f"{error:.{DIGITS}g}") for error in errors]
         rows.append(row | {"calls_spent": point.calls_spent, "errors": rounded})
     time_rows(plans.bench, rows, [point.plan for point in found], repeats)
@@ -158,7 +158,7 @@ def _gains(kinds: dict[str, list[dict[str, Any]]], kind: str, curve: Callable[[s
 
 
 def _paired(rival: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> str:
-    """How many times less error than a rival, with the 95 % interval over probes that both were measured on."""
+    """Return how many times less error a plan has than a rival, with the 95 % interval over their common probes."""
     by_seed = {each["seed"]: each["errors"] for each in rival}
     pairs = [(by_seed[each["seed"]], each["errors"]) for each in found if each["seed"] in by_seed]
     theirs, ours = (np.mean([pair[i] for pair in pairs], axis=0) for i in (0, 1))
@@ -241,6 +241,16 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def read(path: Path) -> list[dict[str, Any]]:
     """Finished points."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def keep(
+    row: dict[str, Any], rows: list[dict[str, Any]], path: Path, table: Callable[[list[dict[str, Any]]], str]
+) -> None:
+    """Add a row, print it, and write all rows with their table beside them."""
+    rows.append(row)
+    print(json.dumps(row), flush=True)
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    path.with_suffix(".md").write_text(table(rows))
 
 
 def run(args: argparse.Namespace, config: RunConfig) -> None:

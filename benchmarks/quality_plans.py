@@ -13,7 +13,6 @@ mean where there are too few calls.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ import quality_emoji_sdxl as emoji
 import quality_fashion_dit as fashion
 import torch
 from emoji_world import FONT, caption, compose, splits
-from fronts import GUIDANCE, read
+from fronts import GUIDANCE, keep, read
 from fronts import RESULTS as FRONTS
 from train_fashion_dit import DATA_DIR
 
@@ -148,7 +147,7 @@ def main() -> None:
         args.out, args.budgets = (Path("runs/smoke") if args.out == RESULTS else args.out), [4]
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "quality_plans.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() and not args.smoke else []
+    rows = read(path) if not args.smoke else []
     for model in args.models:
         done = {(row["kind"], row["budget"]) for row in rows if row["model"] == model}
         left = [point for point in chosen(args, model) if (point["kind"], point["budget"]) not in done]
@@ -161,10 +160,7 @@ def main() -> None:
         bench = prepare(config, RichProgress(), example=PLANNED)
         bench.adapter.pipe.set_progress_bar_config(disable=True)
         for point in left:
-            rows.append(row_of(bench, judge, point))
-            print(json.dumps(rows[-1]), flush=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            (args.out / "quality_plans.md").write_text(table_of(rows))
+            keep(row_of(bench, judge, point), rows, path, table_of)
     print(table_of(rows))
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from diffes import files
 from diffes.errors import DiffesError, DiffesWarning
 from diffes.progress import RichProgress, console
-from diffes.study.config import RunConfig, WorkerOptions, shown
+from diffes.study.config import RunConfig, WorkerOptions, in_words
 
 log = logging.getLogger(__name__)
 QUIET = {"TQDM_DISABLE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
@@ -110,7 +110,7 @@ def front(config: RunConfig, budgets: Sequence[float], out: Path, overwrite: boo
     data = fronts.complete_front(config, budgets, out, RichProgress(), overwrite=overwrite, **options)
     _show_front(
         data["points"],
-        f"{config.model}, {config.method}, guidance {shown(config.guidance)}: {config.heldout} held-out probes, "
+        f"{config.model}, {config.method}, guidance {in_words(config.guidance)}: {config.heldout} held-out probes, "
         f"against {data['reference']['steps']} dense steps of {data['reference']['solver']}; cost by {config.cost}",
     )
     for line in fronts.verdicts(data):

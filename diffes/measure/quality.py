@@ -61,7 +61,7 @@ class Quality:
         """
         found = latents.float()
         images = self._decoded(found)
-        differences = (images - self._images).square().flatten(1).mean(1).double().cpu()
+        differences = squared_errors(images, self._images)
         ssim = None if self._ssim is None else self._ssim(images, self._images)
         return {
             **latent_quality(found, self._reference),
@@ -77,9 +77,14 @@ class Quality:
         return torch.cat([self._adapter.decode(part).float() for part in parts])
 
 
+def squared_errors(found: Tensor, reference: Tensor) -> Tensor:
+    """Return the mean squared difference (n,) of each of n latents or images, in fp64 on the CPU."""
+    return (found.float() - reference.float()).square().flatten(1).mean(1).double().cpu()
+
+
 def latent_quality(latents: Tensor, reference: Tensor) -> dict[str, float | list[float] | None]:
     """Return the entries of `Quality.of` that are about latents (n, C, h, w)."""
-    squares = (latents.float() - reference.float()).square().flatten(1).mean(1).double().cpu()
+    squares = squared_errors(latents, reference)
     return {
         "latent_mse": finite(squares.mean()),
         "latent_median": finite(squares.median()),

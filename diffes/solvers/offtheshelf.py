@@ -17,7 +17,7 @@ SPACINGS: dict[str, dict[str, Any]] = {
     **{name: {"timestep_spacing": name} for name in ("trailing", "linspace", "leading")},
     "log-snr": {"use_lu_lambdas": True},
 }
-"""How diffusers spaces timesteps evenly: three ways in time, and one in the logarithm of the signal-to-noise ratio."""
+"""Settings with which diffusers spaces timesteps evenly: three in time, one in the log of the signal-to-noise ratio."""
 
 
 class OffTheShelf(Solver):

@@ -172,8 +172,8 @@ def check_one_scale(config: RunConfig) -> None:
     """Raise if schedules of levels are given a range of guidance, over which only plans are fitted."""
     if isinstance(config.guidance, tuple):
         raise DiffesError(
-            f"guidance {shown(config.guidance)} is a range, which plans are fitted over; schedules of levels take one "
-            "scale"
+            f"guidance {in_words(config.guidance)} is a range, which plans are fitted over; schedules of levels take "
+            "one scale"
         )
 
 
@@ -182,11 +182,11 @@ def middle(guidance: Guidance) -> float:
     return (guidance[0] + guidance[1]) / 2 if isinstance(guidance, tuple) else guidance
 
 
-def shown(guidance: Guidance) -> str:
+def in_words(guidance: Guidance) -> str:
     """Return a guidance scale, or a range, in words.
 
     Example:
-        >>> shown((1.5, 4.0))
+        >>> in_words((1.5, 4.0))
         '1.5 to 4'
     """
     return f"{guidance[0]:g} to {guidance[1]:g}" if isinstance(guidance, tuple) else f"{guidance:g}"

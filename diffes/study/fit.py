@@ -29,7 +29,7 @@ from diffes.search.schedule import Plan, Stages, check_timesteps
 from diffes.search.space import SearchSpace
 from diffes.solvers import SOLVERS, own_of
 from diffes.study import charts, folder, plots
-from diffes.study.config import Guidance, RunConfig, checked_guidance, shown
+from diffes.study.config import Guidance, RunConfig, checked_guidance, in_words
 from diffes.study.front import facts_of, row_of
 from diffes.study.lock import is_unused
 from diffes.study.plans import Finalist, Plans
@@ -143,7 +143,7 @@ def fit(
         )
     bench = _bench(adapter, Router(adapter, bank), given, model, guidance, heldout, seed)
     plans = Plans(bench, solver, reference_steps=reference_steps, fit_probes=probes)
-    with (progress or RichProgress()).task(f"fitting at guidance {shown(guidance)}", probes + heldout) as advance:
+    with (progress or RichProgress()).task(f"fitting at guidance {in_words(guidance)}", probes + heldout) as advance:
         _ = plans.refitted
         advance(f"reference of {probes} images", probes)
         as_given = Finalist(given, plans.refitted.measured(given)[0])

@@ -51,7 +51,7 @@ def test_between_steps_with_a_constant_prediction_it_is_exact(timestep: int) -> 
 
 
 def test_between_two_steps_it_is_between_their_states() -> None:
-    """Of states of any run, near those of a step where the timestep is."""
+    """Interpolated latents lie near those of the step at that timestep, whatever the run."""
     states, noises = drawn(len(VISITED) + 1, 1, 4, 5, 5), PROCESS.along(VISITED)
     reference = Reference(states, VISITED, noises)
     for i, timestep in enumerate(VISITED):
@@ -60,7 +60,7 @@ def test_between_two_steps_it_is_between_their_states() -> None:
 
 
 def test_an_evaluator_records_every_step_of_its_reference(untrained: ModelAdapter) -> None:
-    """In parts of the probes as at once, and the states are those that the run goes through."""
+    """Probes in parts give the states of all at once, and these are the states of the run."""
     stages = Stages.equal(N_STAGES)
     router = Router(untrained, small_bank(untrained, "obs", stages))
     recorded: list[Reference] = []
@@ -85,7 +85,7 @@ def test_an_evaluator_records_every_step_of_its_reference(untrained: ModelAdapte
 
 
 def test_inner_products_are_summed_in_fp64() -> None:
-    """In fp32 the small differences of large numbers would be lost."""
+    """Sums are in fp64: fp32 would lose the small differences of large numbers."""
     terms = [1000 + torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     exact: Sequence[Tensor] = [each.double().flatten() for each in terms]
     found = inner_products(terms[:2], terms[2].bfloat16().float())

@@ -144,7 +144,7 @@ def test_coefficients_that_were_changed_are_found(path: Path, written: str, chan
 
 
 def test_a_trial_without_coefficients_keeps_the_digest_that_it_had() -> None:
-    """As a version wrote it that knew of none; what has some has another."""
+    """A trial without coefficients keeps the digest that older versions wrote; one with coefficients has another."""
     plain = evaluation(1, 2, 3)
     assert digest(plain) == "bc61c7fc1e7b8040eb05f8d17d8250241d3e13f8d985db6d62861f81f55d76de"
     assert len({digest(replace(plain, coefficients=rows)) for rows in (None, ROWS, ROWS[:1], ROWS[::-1])}) == 4

@@ -40,7 +40,7 @@ def products_of(*vectors: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @pytest.mark.parametrize("memory", [1, 2, 3, 4])
 def test_coefficients_are_those_of_least_squares(memory: int) -> None:
-    """Of terms that do not hold all of the target, with a ridge that is hardly there."""
+    """The terms do not span the target, and the ridge is tiny."""
     rng = np.random.default_rng(memory)
     terms, target = rng.normal(size=(memory + 1, 200)), rng.normal(size=200)
     wanted, *_ = np.linalg.lstsq(terms.T, target, rcond=None)
@@ -69,7 +69,7 @@ def test_where_terms_are_collinear_the_prior_decides() -> None:
 
 
 def test_a_term_that_is_nothing_leaves_the_others_as_they_are() -> None:
-    """As where a network says exactly 0."""
+    """A term is zero where a network predicts exactly 0."""
     term = np.arange(5.0)
     found = Fitted().fit((1.0, 0.5), products_of(term, 0 * term, 2 * term))
     assert found[0] == pytest.approx(2, rel=1e-4) and np.isfinite(found[1])
@@ -215,7 +215,7 @@ def test_coefficients_that_a_plan_has_are_used_as_they_are(untrained: ModelAdapt
 
 
 def test_plans_with_coefficients_share_a_cache(untrained: ModelAdapter) -> None:
-    """Where they begin alike and one reads older predictions later, or steps otherwise at the end."""
+    """Two plans begin alike, and one reads older predictions later, or ends with another step."""
     shared = evaluator_of(untrained)
     rows = coefficients("dpmsolver++", shared.process.along(TIMESTEPS))
     longer = (*rows[:3], (*rows[3], 0.1), rows[4])

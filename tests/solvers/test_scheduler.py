@@ -30,7 +30,7 @@ OWN = DDIMScheduler(clip_sample=False)
 
 
 def outputs(n: int = len(PLAN)) -> Tensor:
-    """What a network might say at each call, after the latents that the first is given."""
+    """Return random latents for the first call, then a random output of the network for each call."""
     return torch.randn(n + 1, 2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
 
 
@@ -184,7 +184,7 @@ def test_noise_is_added_as_the_pipelines_own_scheduler_does() -> None:
 
 
 def test_a_run_goes_on_where_one_of_another_plan_was_left() -> None:
-    """As if it had made the calls itself; the other one is left as it is."""
+    """The copy continues as if it had made the calls itself; the original does not change."""
     (start, *rest), other = outputs(), [*PLAN[:3], 200, 10]
     before, ready = (PlanScheduler.of(OWN, plan, "dpmsolver++3m") for plan in (PLAN, other))
     before.coefficients[1] = tuple(1.5 * each for each in before.coefficients[1])  # as a fit would
@@ -317,7 +317,7 @@ def test_a_copy_of_a_pipeline_with_a_plan_runs_it_too(tiny_model: Path) -> None:
 
 
 def test_a_run_is_applied_over_a_plan(run: Path, tiny_folder: Path) -> None:
-    """What was there before the plan is there again."""
+    """The state before the plan is restored."""
     pipe, other = open_pipe(tiny_folder), open_pipe(tiny_folder)
     own, expected = pipe.scheduler, images(diffes.apply(other, run))
     diffes.apply(pipe, Plan(Stages.equal(4), tuple((t, 0) for t in PLAN), 4, "dpmsolver++"))
