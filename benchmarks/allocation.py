@@ -20,12 +20,11 @@ from pathlib import Path
 
 from diffes.adapters import adapter_for, load_pipeline, shipped_models
 from diffes.adapters.macs import macs_by_module, macs_per_group
+from diffes.config import Allocation, RunConfig
 from diffes.progress import RichProgress
 from diffes.pruning import METHODS
-from diffes.search.schedule import Allocation
-from diffes.study.config import RunConfig
+from diffes.results.record import RunRecord
 from diffes.study.grid import run_cells
-from diffes.study.record import RunRecord
 
 RESULTS = Path(__file__).parent / "results" / "allocation"
 SEARCHED = "obs"  # the method whose schedules are searched as well

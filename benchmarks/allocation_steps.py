@@ -32,24 +32,23 @@ from torch import Tensor
 
 from diffes.adapters import Condition, GroupSet, ModelAdapter, adapter_for, load_pipeline
 from diffes.adapters.macs import macs_by_module, macs_per_group
+from diffes.config import HELDOUT_SEED, RunConfig
 from diffes.measure.currencies import macs_fraction
 from diffes.pruning import METHODS, damage
 from diffes.pruning.allocation import Floats, Rungs, allocate
 from diffes.pruning.bank import StageWeights, WeightBank
 from diffes.pruning.base import GroupWeights
 from diffes.pruning.build import at_split, stage_seed, thin_weights
+from diffes.pruning.calibrate import calibration_of
 from diffes.pruning.calibration import CalibrationSet, StagePass
 from diffes.pruning.factors import Workshop
+from diffes.results.folder import config_record
 from diffes.runtime.apply import pick_device
 from diffes.runtime.router import Router
-from diffes.search.loop import run_search
-from diffes.search.schedule import Schedule, Stages
-from diffes.search.space import SearchSpace
-from diffes.search.strategy import Evaluation, Proposal
-from diffes.study.calibration import calibration_of
-from diffes.study.config import RunConfig
-from diffes.study.folder import config_record
-from diffes.study.heldout import HELDOUT_SEED
+from diffes.spaces.loop import run_search
+from diffes.spaces.schedule import Schedule, Stages
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.strategy import Evaluation, Proposal
 from search_strategies.evolution import Evolution
 
 RESULTS = Path(__file__).parent / "results" / "allocation_steps"

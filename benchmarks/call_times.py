@@ -25,13 +25,13 @@ from published_models import MODELS, device_name, published
 from torch import Tensor
 
 from diffes.adapters import ModelAdapter
+from diffes.config import RunConfig
 from diffes.measure.currencies import clock_of, interleaved_ms, macs_by_level
 from diffes.pruning import GroupWeights
 from diffes.pruning.bank import WeightBank
+from diffes.results.folder import config_record
 from diffes.runtime.router import Router
-from diffes.search.schedule import Plan, Stages
-from diffes.study.config import RunConfig
-from diffes.study.folder import config_record
+from diffes.spaces.schedule import Plan, Stages
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = {"dit-xl": [2, 8, 32], "sdxl": [2, 8]}  # rows of a call: an image with guidance is two

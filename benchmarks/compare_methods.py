@@ -17,11 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffes.adapters import shipped_models
+from diffes.config import RunConfig
 from diffes.progress import RichProgress
 from diffes.pruning import METHODS
-from diffes.study.config import RunConfig
+from diffes.results.record import RunRecord
 from diffes.study.grid import grid, run_cells
-from diffes.study.record import RunRecord
 
 RESULTS = Path(__file__).parent / "results" / "compare_methods"
 

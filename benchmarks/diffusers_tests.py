@@ -35,7 +35,7 @@ from diffes.adapters import adapter_for
 from diffes.pruning import make_method
 from diffes.pruning.build import build_bank
 from diffes.runtime.router import Router
-from diffes.search.schedule import Schedule, Stages
+from diffes.spaces.schedule import Schedule, Stages
 
 RESULTS = Path(__file__).parent / "results"
 FILES = {

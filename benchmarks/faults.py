@@ -34,19 +34,19 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
+from diffes.config import RunConfig
 from diffes.errors import DiffesError
 from diffes.measure.metrics import METRICS, latent_mse
 from diffes.progress import Silent
-from diffes.runtime.artifact import BANK, SCHEDULE, read_schedule
-from diffes.search.operators import MUTATIONS
-from diffes.search.schedule import Stages
-from diffes.search.space import SearchSpace
-from diffes.search.store import EvaluationStore
-from diffes.study import folder
-from diffes.study.config import RunConfig
-from diffes.study.folder import config_record
-from diffes.study.lock import held
-from diffes.study.report import read_report
+from diffes.results import folder
+from diffes.results.artifact import BANK, SCHEDULE, read_schedule
+from diffes.results.folder import config_record
+from diffes.results.lock import held
+from diffes.results.report import read_report
+from diffes.spaces.operators import MUTATIONS
+from diffes.spaces.schedule import Stages
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.store import EvaluationStore
 from diffes.study.run import complete_run
 from search_strategies.mutations import level_switch
 

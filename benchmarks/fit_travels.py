@@ -23,14 +23,14 @@ from fronts import RESULTS as FRONTS
 
 from diffes.adapters import adapter_for, load_pipeline
 from diffes.adapters.prompts import default_prompts
+from diffes.config import HELDOUT_SEED
 from diffes.measure.metrics import make_metric
 from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.measure.polish import polished
+from diffes.problems.plans import FIT_SEED
 from diffes.pruning.bank import WeightBank
 from diffes.runtime.router import Router
-from diffes.search.schedule import Plan, Stages
-from diffes.study.heldout import HELDOUT_SEED
-from diffes.study.plans import FIT_SEED
+from diffes.spaces.schedule import Plan, Stages
 
 RESULTS = Path(__file__).parent / "results"
 MEASURED = ("2M", "as made", "fitted there")

@@ -31,19 +31,20 @@ import numpy as np
 import torch
 
 from diffes.adapters import shipped_models
+from diffes.config import RunConfig
+from diffes.figures import charts, plots
 from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.measure.quality import Quality, squared_errors
 from diffes.measure.reference import SOLVER
+from diffes.problems.checks import PLANNED
+from diffes.problems.plans import Plans
+from diffes.problems.workbench import Workbench, prepare
 from diffes.progress import RichProgress
-from diffes.runtime.artifact import plan_of
-from diffes.search.schedule import Plan
-from diffes.study import charts, front, plots
-from diffes.study.config import RunConfig
-from diffes.study.folder import config_record
+from diffes.results.artifact import plan_of
+from diffes.results.folder import config_record
+from diffes.spaces.schedule import Plan
+from diffes.study import front
 from diffes.study.front import KINDS
-from diffes.study.plans import Plans
-from diffes.study.settings import PLANNED
-from diffes.study.workbench import Workbench, prepare
 
 RESULTS = Path(__file__).parent / "results" / "fronts"
 BATCHES = (1, 16)  # at which whole runs are timed

@@ -34,24 +34,24 @@ from published_models import MODELS, adapter_of, device_name, dit, published, un
 from torch import Tensor
 
 from diffes.adapters import ModelAdapter
+from diffes.config import RunConfig
 from diffes.measure.evaluator import ScheduleEvaluator
 from diffes.measure.metrics import make_metric
+from diffes.problems.workbench import Workbench
 from diffes.pruning import METHODS, build
 from diffes.pruning.calibration import CalibrationSet
 from diffes.pruning.damage import StageDamage
 from diffes.pruning.factors import Factor, LayerStatistics, packed_size
 from diffes.pruning.obs import OBS
+from diffes.results.artifact import BANK
+from diffes.results.folder import config_record
 from diffes.runtime.apply import apply, remove
-from diffes.runtime.artifact import BANK
 from diffes.runtime.router import Router
-from diffes.search.loop import run_search
-from diffes.search.schedule import Stages
-from diffes.search.space import SearchSpace
-from diffes.search.strategy import STRATEGIES
-from diffes.study.config import RunConfig
-from diffes.study.folder import config_record
+from diffes.spaces.loop import run_search
+from diffes.spaces.schedule import Stages
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.strategy import STRATEGIES
 from diffes.study.run import write_result
-from diffes.study.workbench import Workbench
 
 
 def measure_layer(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:

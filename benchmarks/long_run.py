@@ -21,16 +21,16 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from diffes.config import RunConfig
+from diffes.figures.plots import save
+from diffes.problems.workbench import prepare, search_on
 from diffes.progress import RichProgress
-from diffes.search.loop import run_search
-from diffes.search.schedule import Stages
-from diffes.search.space import SearchSpace
-from diffes.search.store import EvaluationStore
-from diffes.search.strategy import STRATEGIES, Evaluation
-from diffes.study.config import RunConfig
-from diffes.study.folder import config_record
-from diffes.study.plots import save
-from diffes.study.workbench import prepare, search_on
+from diffes.results.folder import config_record
+from diffes.spaces.loop import run_search
+from diffes.spaces.schedule import Stages
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.store import EvaluationStore
+from diffes.spaces.strategy import STRATEGIES, Evaluation
 from diffes.testing import evaluate
 
 RESULTS = Path(__file__).parent / "results"

@@ -48,7 +48,7 @@ AIMED = (
     ),
     # a timestep on the edge of two stages goes to the lower one
     Aimed(
-        "diffes/search/schedule.py",
+        "diffes/spaces/schedule.py",
         "bisect.bisect_right(uppers, timestep)",
         "bisect.bisect_left(uppers, timestep)",
         ("tests/search/test_schedule.py",),
@@ -188,14 +188,14 @@ AIMED = (
     ),
     # a parent is crossed with itself
     Aimed(
-        "diffes/search/variation.py",
+        "diffes/spaces/variation.py",
         "others = [genome for genome in parents if genome is not parent]",
         "others = list(parents)",
         ("tests/search/test_variation.py",),
     ),
     # a limit in calls may end within a batch that is measured in the evaluator's order
     Aimed(
-        "diffes/search/loop.py",
+        "diffes/spaces/loop.py",
         "                return 1\n        return len(proposals)",
         "                return len(proposals)\n        return len(proposals)",
         ("tests/search/test_loop.py",),

@@ -12,7 +12,7 @@ since count as new. To run survivors again after tests were added, delete their 
     python benchmarks/mutation_testing.py --check               # first
     python benchmarks/mutation_testing.py --jobs 2              # 100 mutants; killed ones take about 10 seconds each,
                                                                 # survivors as long as all tests of the module
-    python benchmarks/mutation_testing.py --n 20 --modules diffes/pruning diffes/search/loop.py
+    python benchmarks/mutation_testing.py --n 20 --modules diffes/pruning diffes/spaces/loop.py
     python benchmarks/mutation_testing.py --smoke               # a drawn and an aimed mutant, into runs/smoke
 
 Needs `pip install cosmic-ray`.
@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="two mutants, into runs/smoke")
     args = parser.parse_args()
     if args.smoke:
-        args.n, args.modules, args.timeout = 1, ["diffes/search/schedule.py"], 25
+        args.n, args.modules, args.timeout = 1, ["diffes/spaces/schedule.py"], 25
         args.out = Path("runs/smoke") if args.out == RESULTS else args.out
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background job would ignore it
         signal.signal(number, signal.default_int_handler)

@@ -28,10 +28,10 @@ from published_models import adapter_of, dit, unet
 from torch import Tensor
 
 from diffes.adapters import GroupSet, ModelAdapter
+from diffes.config import RunConfig
 from diffes.pruning import LayerWeights
 from diffes.pruning.obs import OBS, damped
-from diffes.study.config import RunConfig
-from diffes.study.folder import config_record
+from diffes.results.folder import config_record
 
 RESULTS = Path(__file__).parent / "results"
 Shape = tuple[int, int, int, int, int]  # groups, inputs per group, outputs, levels, tokens of an image

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from deap import algorithms, tools
 
+from diffes.config import RunConfig
+from diffes.problems.heldout import record_of
+from diffes.problems.workbench import Workbench, prepare, search_on, vary
 from diffes.progress import RichProgress
-from diffes.search.ledger import SearchResult
-from diffes.study.config import RunConfig
-from diffes.study.folder import config_record
-from diffes.study.heldout import record_of
-from diffes.study.workbench import Workbench, prepare, search_on, vary
+from diffes.results.folder import config_record
+from diffes.spaces.ledger import SearchResult
 
 RESULTS = Path(__file__).parent / "results"
 MU, LAMBDA, FIRST = 4, 8, 16

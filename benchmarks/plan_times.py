@@ -18,19 +18,19 @@ from pathlib import Path
 import torch
 from published_models import adapter_of, dit
 
+from diffes.config import RunConfig
 from diffes.measure.currencies import macs_by_level, ms_by_level
+from diffes.problems.checks import PLANNED
+from diffes.problems.plans import Plans
+from diffes.problems.workbench import prepare
 from diffes.progress import RichProgress
 from diffes.pruning import METHODS
 from diffes.pruning.bank import WeightBank
 from diffes.pruning.build import build_bank
+from diffes.results.folder import config_record
 from diffes.runtime.router import Router
-from diffes.search.schedule import Stages
+from diffes.spaces.schedule import Stages
 from diffes.study import front
-from diffes.study.config import RunConfig
-from diffes.study.folder import config_record
-from diffes.study.plans import Plans
-from diffes.study.settings import PLANNED
-from diffes.study.workbench import prepare
 
 RESULTS = Path(__file__).parent / "results"
 

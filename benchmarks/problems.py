@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from diffes.search.loop import run_search
-from diffes.search.schedule import Schedule, Stages
-from diffes.search.space import SearchSpace
-from diffes.search.strategy import STRATEGIES, Evaluation
-from diffes.study.charts import convergence_over_calls
-from diffes.study.plots import save
+from diffes.figures.charts import convergence_over_calls
+from diffes.figures.plots import save
+from diffes.spaces.loop import run_search
+from diffes.spaces.schedule import Schedule, Stages
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.strategy import STRATEGIES, Evaluation
 from search_strategies.exhaustive import feasible
 
 RESULTS = Path(__file__).parent / "results"

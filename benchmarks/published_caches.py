@@ -25,8 +25,8 @@ from diffusers.hooks.mag_cache import MagCacheConfig, apply_mag_cache
 from diffusers.hooks.sea_cache import SeaCacheConfig, apply_sea_cache
 
 from diffes.adapters import ModelAdapter, Probes
-from diffes.search.plan import trailing
 from diffes.solvers.scheduler import PlanScheduler
+from diffes.spaces.plan import trailing
 
 EVERYWHERE = (-1, 1001)  # timesteps
 BRANCHES = [r".*attn\d", r".*\.ff"]

@@ -30,13 +30,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffes.adapters import Kind, ModelAdapter, adapter_for
-from diffes.adapters.loading import SHIPPED
+from diffes.files import SHIPPED
 from diffes.measure.currencies import prunable_fraction
 from diffes.pruning import METHODS, GroupWeights
 from diffes.pruning.bank import WeightBank
 from diffes.pruning.build import build_bank
 from diffes.runtime.router import Router
-from diffes.search.schedule import Schedule, Stages
+from diffes.spaces.schedule import Schedule, Stages
 
 DIT_XL_2_256: dict[str, Any] = {  # the transformer/config.json of facebook/DiT-XL-2-256
     "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "num_layers": 28,

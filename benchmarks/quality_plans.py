@@ -27,13 +27,13 @@ from fronts import RESULTS as FRONTS
 from train_fashion_dit import DATA_DIR
 
 from diffes.adapters import shipped_models
+from diffes.config import RunConfig
+from diffes.problems.checks import PLANNED
+from diffes.problems.workbench import Workbench, prepare
 from diffes.progress import RichProgress
-from diffes.runtime.artifact import plan_of
-from diffes.search.plan import trailing
+from diffes.results.artifact import plan_of
 from diffes.solvers.scheduler import PlanScheduler
-from diffes.study.config import RunConfig
-from diffes.study.settings import PLANNED
-from diffes.study.workbench import Workbench, prepare
+from diffes.spaces.plan import trailing
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("dense", "dense-planned", "dense-fitted", "joint")

@@ -39,22 +39,21 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffes.adapters.macs import ATTENTION_ON_CPU, macs_by_module
+from diffes.config import HELDOUT_SEED, RunConfig
 from diffes.measure.currencies import interleaved_ms
 from diffes.measure.plan_evaluator import PlanEvaluator
+from diffes.problems.checks import PLANNED
+from diffes.problems.plans import Plans
+from diffes.problems.workbench import prepare
 from diffes.progress import RichProgress
 from diffes.pruning.bank import WeightBank
 from diffes.pruning.base import GroupWeights
+from diffes.results.folder import config_record
 from diffes.runtime.router import Router
-from diffes.search.schedule import Plan, Stages
-from diffes.search.strategy import Rows
 from diffes.solvers.offtheshelf import SPACINGS, spaced
+from diffes.spaces.schedule import Plan, Stages
+from diffes.spaces.strategy import Rows
 from diffes.study import front
-from diffes.study.config import RunConfig
-from diffes.study.folder import config_record
-from diffes.study.heldout import HELDOUT_SEED
-from diffes.study.plans import Plans
-from diffes.study.settings import PLANNED
-from diffes.study.workbench import prepare
 
 RESULTS = Path(__file__).parent / "results" / "reuse_rivals"
 FRONTS = Path(__file__).parent / "results" / "fronts"

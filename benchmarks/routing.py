@@ -25,15 +25,15 @@ import torch
 from published_models import MODELS, device_name, published
 
 from diffes.adapters import ModelAdapter, adapter_for, load_pipeline, shipped_models
+from diffes.config import RunConfig
 from diffes.measure.currencies import interleaved_ms
 from diffes.pruning import METHODS
 from diffes.pruning.build import build_bank
+from diffes.results.folder import config_record
 from diffes.runtime.parts import WidthPart
 from diffes.runtime.resident import Resident
 from diffes.runtime.router import Router
-from diffes.search.schedule import Schedule, Stages
-from diffes.study.config import RunConfig
-from diffes.study.folder import config_record
+from diffes.spaces.schedule import Schedule, Stages
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("dense", "static", "routed, same level", "routed, all", "routed, stream")

@@ -18,10 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffes.adapters import shipped_models
+from diffes.config import RunConfig
 from diffes.progress import RichProgress
-from diffes.study.config import RunConfig
+from diffes.results.record import RunRecord
 from diffes.study.grid import run_cells
-from diffes.study.record import RunRecord
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCE = "evolution:mu=4,lam=16"

@@ -1,7 +1,7 @@
 """How a search scales with devices, simulated from measured times: generations and the asynchronous mode.
 
 A real search says how long evaluations take, by the denoiser calls that each really paid. Simulated devices then take
-such times, drawn again, with the rules of `diffes.study.workers`: neighbours go to one device, one that has nothing
+such times, drawn again, with the rules of `diffes.workers`: neighbours go to one device, one that has nothing
 left takes from the longest row, and each shares the first calls only of what it measured itself. `straggling` makes one
 evaluation in fifty take five times as long. Said for each number of devices and size of a generation: the speed-up over
 one device, the share of device time that generations leave idle, the calls paid over those counted, and what either
@@ -27,15 +27,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import problems
 
+from diffes.config import RunConfig
+from diffes.figures.plots import save
 from diffes.measure.evaluator import in_trie_order
+from diffes.problems.workbench import Workbench, prepare
 from diffes.progress import RichProgress
-from diffes.search.loop import run_search
-from diffes.search.schedule import Schedule
-from diffes.search.space import SearchSpace
-from diffes.search.strategy import STRATEGIES, Evaluation
-from diffes.study.config import RunConfig
-from diffes.study.plots import save
-from diffes.study.workbench import Workbench, prepare
+from diffes.spaces.loop import run_search
+from diffes.spaces.schedule import Schedule
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.strategy import STRATEGIES, Evaluation
 from search_strategies.exhaustive import feasible
 
 RESULTS = Path(__file__).parent / "results"

@@ -23,17 +23,17 @@ from allocation import tabled
 from torch import Tensor
 
 from diffes.adapters import GroupSet, adapter_for, load_pipeline, shipped_models
+from diffes.config import RunConfig
 from diffes.pruning import METHODS
 from diffes.pruning.base import GroupWeights, LayerWeights
 from diffes.pruning.build import stage_seed
+from diffes.pruning.calibrate import calibration_of
 from diffes.pruning.calibration import StagePass, input_moments
 from diffes.pruning.factors import Factor, LayerStatistics, pack
 from diffes.pruning.obs import OBS, damped
 from diffes.pruning.wanda import Wanda
-from diffes.search.schedule import Stages
-from diffes.study.calibration import calibration_of
-from diffes.study.config import RunConfig
-from diffes.study.record import RunRecord
+from diffes.results.record import RunRecord
+from diffes.spaces.schedule import Stages
 
 RESULTS = Path(__file__).parent / "results" / "shared_order"
 SHARED = "_shared_order"  # what a method's name ends with here

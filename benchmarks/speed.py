@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
+from diffes.config import RunConfig
+from diffes.problems.workbench import Workbench, prepare, vary
 from diffes.progress import RichProgress
-from diffes.study.config import RunConfig
-from diffes.study.folder import config_record
-from diffes.study.workbench import Workbench, prepare, vary
+from diffes.results.folder import config_record
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from diffes.study.config import RunConfig
-from diffes.study.folder import config_record
+from diffes.config import RunConfig
+from diffes.results.folder import config_record
 
 RESULTS = Path(__file__).parent / "results"
 AIMS = {"import diffes": 0.3, "diffes --help": 0.4}  # seconds

@@ -30,13 +30,13 @@ from typing import Any
 import psutil
 import torch
 
+from diffes.config import ALONE, RunConfig, WorkerOptions
 from diffes.measure.evaluator import CACHE_BYTES
+from diffes.problems.workbench import Workbench, prepare, search_on
 from diffes.progress import RichProgress
-from diffes.search.strategy import Evaluation, Evaluator
-from diffes.study.config import ALONE, RunConfig, WorkerOptions
+from diffes.spaces.strategy import Evaluation, Evaluator
 from diffes.study.grid import run_experiment
-from diffes.study.workbench import Workbench, prepare, search_on
-from diffes.study.workers import Pool
+from diffes.workers import Pool
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS: dict[str, Any] = {

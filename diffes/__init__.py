@@ -15,14 +15,14 @@ from diffes.errors import DiffesError
 
 if TYPE_CHECKING:
     from diffes.adapters import load_pipeline
+    from diffes.config import RunConfig
+    from diffes.problems.workbench import workbench
     from diffes.runtime.apply import apply, load, remove
-    from diffes.search.operators import crossover, mutation
-    from diffes.search.strategy import Strategy, strategy
     from diffes.solvers import Solver, solver
     from diffes.solvers.scheduler import PlanScheduler
-    from diffes.study.config import RunConfig
+    from diffes.spaces.operators import crossover, mutation
+    from diffes.spaces.strategy import Strategy, strategy
     from diffes.study.fit import fit
-    from diffes.study.workbench import workbench
 
 __all__ = [
     "DiffesError", "PlanScheduler", "RunConfig", "Solver", "Strategy", "apply", "crossover", "fit", "load",
@@ -39,19 +39,19 @@ except PackageNotFoundError as error:
 
 _LAZY = {
     "PlanScheduler": "diffes.solvers.scheduler",
-    "RunConfig": "diffes.study.config",
+    "RunConfig": "diffes.config",
     "Solver": "diffes.solvers",
-    "Strategy": "diffes.search.strategy",
+    "Strategy": "diffes.spaces.strategy",
     "apply": "diffes.runtime.apply",
-    "crossover": "diffes.search.operators",
+    "crossover": "diffes.spaces.operators",
     "fit": "diffes.study.fit",
     "load": "diffes.runtime.apply",
     "load_pipeline": "diffes.adapters",
-    "mutation": "diffes.search.operators",
+    "mutation": "diffes.spaces.operators",
     "remove": "diffes.runtime.apply",
     "solver": "diffes.solvers",
-    "strategy": "diffes.search.strategy",
-    "workbench": "diffes.study.workbench",
+    "strategy": "diffes.spaces.strategy",
+    "workbench": "diffes.problems.workbench",
 }
 
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from diffes.config import ALONE, Guidance, RunConfig, WorkerOptions
 from diffes.errors import DiffesError, PluginError
-from diffes.study.config import ALONE, Guidance, RunConfig, WorkerOptions
 
 app = tyro.extras.SubcommandApp()
 _DEFAULT = RunConfig()

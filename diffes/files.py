@@ -15,7 +15,18 @@ from safetensors import SafetensorError
 from diffes.errors import DiffesError
 from diffes.forms import AGAIN, Form, checked
 
+SHIPPED = Path(__file__).parent / "models"  # trained pipelines that come with the package
 CONFIG = "config.json"  # a folder that holds it is a run, and its missing files are still to be written
+
+
+def shipped_models() -> list[str]:
+    """Return the names of the trained pipelines that come with the package.
+
+    Example:
+        >>> shipped_models()
+        ['emoji-sdxl', 'fashion-dit']
+    """
+    return sorted(path.parent.name for path in SHIPPED.glob("*/model_index.json"))
 
 
 def write_safely(path: Path, write: Callable[[Path], object]) -> None:

@@ -16,9 +16,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from diffes import files
+from diffes.config import RunConfig, WorkerOptions, in_words
 from diffes.errors import DiffesError, DiffesWarning
 from diffes.progress import RichProgress, console
-from diffes.study.config import RunConfig, WorkerOptions, in_words
 
 log = logging.getLogger(__name__)
 QUIET = {"TQDM_DISABLE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
@@ -81,7 +81,7 @@ def _handler(log_file: Path | None) -> logging.Handler:
 
 def search(config: RunConfig, out: Path, overwrite: bool, workers: WorkerOptions) -> None:
     """Search levels, and show the result."""
-    from diffes.study import report as reports
+    from diffes.results import report as reports
     from diffes.study.run import complete_run
 
     report = complete_run(config, out, RichProgress(), overwrite=overwrite, workers=workers)
@@ -105,6 +105,7 @@ def search(config: RunConfig, out: Path, overwrite: bool, workers: WorkerOptions
 
 def front(config: RunConfig, budgets: Sequence[float], out: Path, overwrite: bool, **options: Any) -> None:
     """Search plans at some budgets, and show what they gain."""
+    from diffes.figures import tables
     from diffes.study import front as fronts
 
     data = fronts.complete_front(config, budgets, out, RichProgress(), overwrite=overwrite, **options)
@@ -113,7 +114,7 @@ def front(config: RunConfig, budgets: Sequence[float], out: Path, overwrite: boo
         f"{config.model}, {config.method}, guidance {in_words(config.guidance)}: {config.heldout} held-out probes, "
         f"against {data['reference']['steps']} dense steps of {data['reference']['solver']}; cost by {config.cost}",
     )
-    for line in fronts.verdicts(data):
+    for line in tables.verdicts(data):
         console.print(line, highlight=False)
     _list(out, "*")
     console.print(f"next: diffes sample {out} --calls {max(budgets):g} --out grid.png", highlight=False)
@@ -131,19 +132,19 @@ def fit(run: Path, out: Path, **options: Any) -> None:
 
 def _show_front(points: Sequence[Mapping[str, Any]], title: str) -> None:
     """Print the table of some plans, which fits 80 columns."""
-    from diffes.study import front as fronts
+    from diffes.figures import tables
 
     table = Table(title=title, box=SIMPLE_HEAD)
-    for name in fronts.COLUMNS:
+    for name in tables.COLUMNS:
         table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
-    for row in fronts.rows_of({"points": points}):
+    for row in tables.rows_of({"points": points}):
         table.add_row(*row)
     console.print(table)
 
 
 def sample(run: Path, conditions: Sequence[int] | Sequence[str] | None, out: Path, **options: Any) -> None:
     """Sample images of a run, and write them to a PNG."""
-    from diffes.study import plots
+    from diffes.figures import plots
     from diffes.study.run import sample_images
 
     images, names = sample_images(run, conditions, **options)

@@ -22,12 +22,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from diffes.errors import DiffesError
-from diffes.search.loop import run_search
-from diffes.search.operators import CROSSOVERS, MUTATIONS
-from diffes.search.plan import PlanSpace
-from diffes.search.schedule import Schedule, Stages
-from diffes.search.space import SearchSpace
-from diffes.search.strategy import STRATEGIES, Evaluation, Proposal, Strategy
+from diffes.spaces.loop import run_search
+from diffes.spaces.operators import CROSSOVERS, MUTATIONS
+from diffes.spaces.plan import PlanSpace
+from diffes.spaces.schedule import Schedule, Stages
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.strategy import STRATEGIES, Evaluation, Proposal, Strategy
 
 SPACES = {
     "small": SearchSpace.mean_sparsity(Stages.equal(6), 4, 0.5),

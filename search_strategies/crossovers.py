@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from diffes.errors import DiffesError
-from diffes.search.genome import Genome
-from diffes.search.operators import mended
-from diffes.search.plan import plans_only
-from diffes.search.space import SearchSpace
+from diffes.spaces.genome import Genome
+from diffes.spaces.operators import mended
+from diffes.spaces.plan import plans_only
+from diffes.spaces.space import SearchSpace
 
 
 def level_exchange(

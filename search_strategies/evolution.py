@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from diffes.errors import DiffesError, at_least
-from diffes.search.genome import Genome
-from diffes.search.initial import hybrid
-from diffes.search.space import SearchSpace
-from diffes.search.strategy import Evaluation, Proposal, Strategy
-from diffes.search.variation import make_toolbox, vary
+from diffes.spaces.genome import Genome
+from diffes.spaces.initial import hybrid
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.strategy import Evaluation, Proposal, Strategy
+from diffes.spaces.variation import make_toolbox, vary
 
 
 class Evolution(Strategy):

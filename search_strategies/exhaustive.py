@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from diffes.errors import DiffesError, at_least
-from diffes.search.plan import schedules_only
-from diffes.search.space import SearchSpace
-from diffes.search.strategy import Evaluation, Proposal, Strategy
+from diffes.spaces.plan import schedules_only
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.strategy import Evaluation, Proposal, Strategy
 
 
 class Exhaustive(Strategy):

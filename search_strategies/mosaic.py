@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffes.errors import DiffesError
-from diffes.search.genome import Origin
-from diffes.search.plan import schedules_only
-from diffes.search.space import SearchSpace
-from diffes.search.strategy import Evaluation, Proposal, StageProfile, Strategy
+from diffes.spaces.genome import Origin
+from diffes.spaces.plan import schedules_only
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.strategy import Evaluation, Proposal, StageProfile, Strategy
 
 LEAST = 0.25  # sparsity of the most important segment over that of the least important one
 

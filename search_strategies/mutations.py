@@ -8,9 +8,9 @@ import itertools
 import numpy as np
 
 from diffes.errors import at_least
-from diffes.search.genome import Genome
-from diffes.search.operators import mended
-from diffes.search.space import SearchSpace
+from diffes.spaces.genome import Genome
+from diffes.spaces.operators import mended
+from diffes.spaces.space import SearchSpace
 
 
 def level_switch(

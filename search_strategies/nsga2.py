@@ -8,12 +8,12 @@ import numpy as np
 from deap import base, tools
 
 from diffes.errors import DiffesError, at_least
-from diffes.search.genome import Genome
-from diffes.search.initial import hybrid
-from diffes.search.operators import confined
-from diffes.search.space import SearchSpace
-from diffes.search.strategy import Evaluation, Proposal, Strategy
-from diffes.search.variation import make_toolbox, vary
+from diffes.spaces.genome import Genome
+from diffes.spaces.initial import hybrid
+from diffes.spaces.operators import confined
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.strategy import Evaluation, Proposal, Strategy
+from diffes.spaces.variation import make_toolbox, vary
 
 
 class TwoFitness(base.Fitness):  # type: ignore[misc]  # DEAP has no type hints

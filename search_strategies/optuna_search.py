@@ -15,11 +15,11 @@ from optuna.samplers import BaseSampler
 from optuna.trial import Trial, TrialState, create_trial
 
 from diffes.errors import DiffesError, at_least, unknown_name
-from diffes.search.database import quiet_optuna
-from diffes.search.genome import Origin
-from diffes.search.initial import sample_unseen
-from diffes.search.space import SearchSpace
-from diffes.search.strategy import Evaluation, Proposal, Strategy
+from diffes.spaces.database import quiet_optuna
+from diffes.spaces.genome import Origin
+from diffes.spaces.initial import sample_unseen
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.strategy import Evaluation, Proposal, Strategy
 
 SUGGESTION_TRIES = 10
 

@@ -12,10 +12,10 @@ from typing import TypeVar
 import numpy as np
 
 from diffes.errors import at_least
-from diffes.search.genome import Genome
-from diffes.search.operators import mended
-from diffes.search.plan import PlanSpace, plans_only
-from diffes.search.space import SearchSpace
+from diffes.spaces.genome import Genome
+from diffes.spaces.operators import mended
+from diffes.spaces.plan import PlanSpace, plans_only
+from diffes.spaces.space import SearchSpace
 
 T = TypeVar("T")
 MAX_SHIFT = 4

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from diffes.search.operators import MUTATIONS
-from diffes.search.plan import PlanSpace
+from diffes.spaces.operators import MUTATIONS
+from diffes.spaces.plan import PlanSpace
 
 Floats = NDArray[np.float64]
 BINS = 8  # number of places along the trajectory at which a plan is described

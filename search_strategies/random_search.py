@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from diffes.errors import at_least
-from diffes.search.initial import sample_unseen
-from diffes.search.space import SearchSpace
-from diffes.search.strategy import Evaluation, Proposal, Strategy
+from diffes.spaces.initial import sample_unseen
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.strategy import Evaluation, Proposal, Strategy
 
 
 class RandomSearch(Strategy):

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from diffes.errors import at_least
-from diffes.search.genome import Origin
-from diffes.search.initial import hybrid, sample_unseen
-from diffes.search.plan import PlanSpace
-from diffes.search.space import SearchSpace
-from diffes.search.strategy import Evaluation, Proposal, Strategy
+from diffes.spaces.genome import Origin
+from diffes.spaces.initial import hybrid, sample_unseen
+from diffes.spaces.plan import PlanSpace
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.strategy import Evaluation, Proposal, Strategy
 from search_strategies.gaussian_process import Floats, Kernel, Model
 from search_strategies.plan_view import PlanView
 

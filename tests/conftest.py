@@ -30,16 +30,17 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffes.adapters import ModelAdapter, adapter_for, load_pipeline, shipped_models
+from diffes.config import Allocation, RunConfig
+from diffes.figures import plots
+from diffes.problems import plans
+from diffes.problems.workbench import Workbench, prepare
 from diffes.pruning import make_method
 from diffes.pruning.bank import WeightBank
 from diffes.pruning.build import build_bank
 from diffes.pruning.calibration import load_calibration
 from diffes.runtime.router import Router
-from diffes.search.schedule import Allocation, Stages
-from diffes.study import plans, plots
-from diffes.study.config import RunConfig
+from diffes.spaces.schedule import Stages
 from diffes.study.run import complete_run
-from diffes.study.workbench import Workbench, prepare
 
 N_STAGES = 4
 REFERENCE_STEPS = 60

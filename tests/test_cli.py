@@ -19,8 +19,7 @@ from PIL import Image
 
 from diffes import files
 from diffes.cli import main
-from diffes.runtime import artifact
-from diffes.study import folder
+from diffes.results import artifact, folder
 
 SMALL = ["--stages", "4", "--steps", "8", "--max-evals", "8", "--probes", "4", "--heldout", "4"]
 SMALL += ["--metric", "latent_mse"]

@@ -26,13 +26,13 @@ from diffes.adapters.prompts import read_prompts
 from diffes.errors import DiffesError
 from diffes.pruning.bank import FORMAT
 from diffes.pruning.calibration import load_calibration
-from diffes.runtime.artifact import BANK, FRONT, SCHEDULE, base_model, chosen
-from diffes.search.schedule import Schedule, Stages
-from diffes.search.space import SearchSpace
-from diffes.search.store import EvaluationStore
-from diffes.search.strategy import Evaluation
-from diffes.study import folder
-from diffes.study.report import read_report
+from diffes.results import folder
+from diffes.results.artifact import BANK, FRONT, SCHEDULE, base_model, chosen
+from diffes.results.report import read_report
+from diffes.spaces.schedule import Schedule, Stages
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.store import EvaluationStore
+from diffes.spaces.strategy import Evaluation
 
 SECONDS = 5  # of one input: more is a hang
 DEEP = "\0deep"

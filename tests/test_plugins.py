@@ -22,20 +22,20 @@ from diffes.adapters.loading import ADAPTERS, adapter_for
 from diffes.cli import main
 from diffes.errors import DiffesError, PluginError
 from diffes.measure.metrics import METRICS, Metric
+from diffes.problems.checks import try_adapter
+from diffes.problems.workbench import Workbench
 from diffes.pruning import DepthMethod, ReuseMethod, Sum, WidthMethod
 from diffes.pruning.base import GroupWeights
 from diffes.pruning.build import build_bank
 from diffes.pruning.calibration import load_calibration
 from diffes.registry import Registry
-from diffes.search.genome import Genome
-from diffes.search.operators import MUTATIONS, BoundOperator
-from diffes.search.schedule import Stages
-from diffes.search.space import SearchSpace
-from diffes.search.store import EvaluationStore
-from diffes.search.strategy import STRATEGIES, Strategy
-from diffes.study.folder import JOURNAL
-from diffes.study.settings import try_adapter
-from diffes.study.workbench import Workbench
+from diffes.results.folder import JOURNAL
+from diffes.spaces.genome import Genome
+from diffes.spaces.operators import MUTATIONS, BoundOperator
+from diffes.spaces.schedule import Stages
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.store import EvaluationStore
+from diffes.spaces.strategy import STRATEGIES, Strategy
 from diffes.testing import evaluate
 
 MUTATION = '''

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from diffes.search.loop import run_search
-from diffes.search.schedule import Schedule, Stages
-from diffes.search.space import SearchSpace
-from diffes.search.strategy import STRATEGIES, Evaluation
+from diffes.spaces.loop import run_search
+from diffes.spaces.schedule import Schedule, Stages
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.strategy import STRATEGIES, Evaluation
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -2,7 +2,8 @@
 
 from diffes.adapters.base import Condition, ModelAdapter, Probes, SamplingState, Split, check_finite
 from diffes.adapters.groups import AnySet, BlockSet, BranchSet, GroupSet, Kind, ReuseSet, UpLayerSet
-from diffes.adapters.loading import ADAPTERS, adapter_for, load_pipeline, model_folder, pipeline_class, shipped_models
+from diffes.adapters.loading import ADAPTERS, adapter_for, load_pipeline, model_folder, pipeline_class
+from diffes.files import shipped_models
 
 __all__ = [
     "ADAPTERS", "AnySet", "BlockSet", "BranchSet", "Condition", "GroupSet", "Kind", "ModelAdapter", "Probes",

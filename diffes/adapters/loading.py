@@ -15,16 +15,11 @@ from transformers.utils import logging as transformers_logging
 
 from diffes.adapters.base import ModelAdapter
 from diffes.errors import DiffesError, unknown_name
+from diffes.files import SHIPPED, shipped_models
 from diffes.plugins import guarded
 from diffes.registry import Registry
 
-SHIPPED = Path(__file__).parents[1] / "models"
 ADAPTERS: Registry[type[ModelAdapter]] = Registry("pipeline class", "diffes.adapters", ModelAdapter)
-
-
-def shipped_models() -> list[str]:
-    """Return the names of the trained pipelines that come with the package."""
-    return sorted(path.parent.name for path in SHIPPED.glob("*/model_index.json"))
 
 
 def model_folder(model: str) -> Path | None:

@@ -20,12 +20,11 @@ from diffes.adapters.macs import call_once, macs_by_module, macs_per_call, macs_
 from diffes.progress import Progress, Silent
 from diffes.registry import Registry
 from diffes.runtime.router import Router
-from diffes.search.schedule import Plan, Schedule, Stages
-from diffes.search.space import SearchSpace
 from diffes.solvers.scheduler import PlanScheduler
+from diffes.spaces.schedule import Plan, Schedule, Stages
+from diffes.spaces.space import SearchSpace, Table
 
 LATENCY_REPEATS = 5
-Table = list[list[float]]
 Advance = Callable[[str], None]
 
 

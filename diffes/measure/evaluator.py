@@ -20,8 +20,8 @@ from diffes.adapters import ModelAdapter, Probes, SamplingState, check_finite
 from diffes.errors import DiffesError
 from diffes.measure.metrics import Metric
 from diffes.runtime.router import Router
-from diffes.search.schedule import Plan, Schedule, Stages
-from diffes.search.strategy import Evaluation, Rows
+from diffes.spaces.schedule import Plan, Schedule, Stages
+from diffes.spaces.strategy import Evaluation, Rows
 
 T = TypeVar("T")
 Prefix = tuple[int | float | str, ...]

@@ -16,11 +16,11 @@ from diffes.measure.evaluator import BATCH, CACHE_BYTES, Candidate, Prefix, Rout
 from diffes.measure.metrics import Metric
 from diffes.measure.reference import SOLVER, Reference, inner_products
 from diffes.runtime.router import Router
-from diffes.search.plan import calls_of, trailing
-from diffes.search.schedule import Plan, Stages
-from diffes.search.strategy import Rows
 from diffes.solvers import NoiseProcess, Solver, coefficients, fit_of
 from diffes.solvers.scheduler import PlanScheduler
+from diffes.spaces.plan import calls_of, trailing
+from diffes.spaces.schedule import Plan, Stages
+from diffes.spaces.strategy import Rows
 
 OLD_PREDICTIONS = 2  # predictions that the states of a fitted solver hold, in fp32
 

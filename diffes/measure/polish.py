@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from diffes.measure.plan_evaluator import PlanEvaluator
-from diffes.search.schedule import Plan
+from diffes.spaces.schedule import Plan
 
 STEP = 1e-3  # of a finite difference, in units of the largest coefficient of its row
 DAMPING = 1e-3  # of the normal equations, relative to their diagonal

@@ -10,9 +10,9 @@ from torch import Tensor
 from diffes.adapters import ModelAdapter
 from diffes.measure.evaluator import ScheduleEvaluator
 from diffes.pruning.calibration import CalibrationSet
-from diffes.search.schedule import Stages
-from diffes.search.space import SearchSpace
-from diffes.search.strategy import StageProfile
+from diffes.spaces.schedule import Stages
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.strategy import StageProfile
 
 BATCH = 32
 

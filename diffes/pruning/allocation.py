@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffes.adapters import AnySet
-from diffes.search.schedule import Allocation
+from diffes.config import Allocation
 
 Floats = NDArray[np.float64]
 UNITS = 1 << 14  # resolution of savings: parts of the savings of the last level

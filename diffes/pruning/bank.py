@@ -21,7 +21,7 @@ from diffes.files import parse_json
 from diffes.forms import AGAIN, BankHeader, checked
 from diffes.pruning.base import GroupWeights, check_weights
 from diffes.pruning.factors import Workshop
-from diffes.search.schedule import Plan, Schedule
+from diffes.spaces.schedule import Plan, Schedule
 
 FORMAT = "diffes-bank"
 FORMAT_VERSION = 3

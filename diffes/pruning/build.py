@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffes.adapters import BlockSet, GroupSet, ModelAdapter
 from diffes.adapters.macs import macs_by_module, macs_per_group
+from diffes.config import Allocation
 from diffes.errors import DiffesError
 from diffes.plugins import guarded, unexpected
 from diffes.pruning.allocation import Rungs, allocate, allocation_of
@@ -27,7 +28,7 @@ from diffes.pruning.base import (
 from diffes.pruning.calibration import CalibrationSet, StagePass, block_changes, input_moments
 from diffes.pruning.damage import StageDamage
 from diffes.pruning.factors import MEMORY, Factor, FactoredMethod, FactoredWeights, LayerStatistics, Workshop
-from diffes.search.schedule import Allocation, Stages
+from diffes.spaces.schedule import Stages
 
 FINER = 2  # rungs of a set for each level, where it has enough groups
 

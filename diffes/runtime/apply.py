@@ -15,12 +15,12 @@ from diffusers import DiffusionPipeline
 from diffes.adapters import adapter_for, load_pipeline
 from diffes.errors import DiffesError, DiffesWarning
 from diffes.pruning.bank import WeightBank, check_bank, check_fingerprint
-from diffes.runtime.artifact import BANK, base_model, chosen
+from diffes.results.artifact import BANK, base_model, chosen
 from diffes.runtime.checks import check_cuttable, check_not_offloaded
 from diffes.runtime.router import Router
-from diffes.search.schedule import Plan, Schedule
 from diffes.solvers import SOLVERS, own_of
 from diffes.solvers.scheduler import PlanScheduler
+from diffes.spaces.schedule import Plan, Schedule
 
 P = TypeVar("P", bound=DiffusionPipeline)
 APPLIED = "_diffes_applied"  # attribute of a routed denoiser

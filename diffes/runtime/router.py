@@ -22,8 +22,8 @@ from diffes.runtime.in_place import copied, unshared
 from diffes.runtime.memory import Memory, ReusePart
 from diffes.runtime.parts import DepthPart, Part, WidthPart
 from diffes.runtime.resident import Resident, limit_of
-from diffes.search.schedule import Plan, Schedule
 from diffes.solvers.scheduler import PlanScheduler
+from diffes.spaces.schedule import Plan, Schedule
 
 FAR = 2.0  # factor by which guidance may differ from that of a plan before a warning
 HALF_PRECISION = 4.5  # largest error of a timestep below 1000 that is passed in bf16

@@ -14,10 +14,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from diffes.errors import DiffesError, DiffesWarning
-from diffes.search.schedule import check_rows, check_timesteps
 from diffes.solvers.base import SOLVERS, Row, Solver, rows_of
 from diffes.solvers.ddim import DDIM
 from diffes.solvers.process import END, Noise, NoiseProcess, Prediction, own_of
+from diffes.spaces.schedule import check_rows, check_timesteps
 
 
 class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffes.measure.currencies import Table
+from diffes.config import RunConfig
 from diffes.measure.metrics import Metric, make_metric
+from diffes.problems.heldout import HeldOut, record_of
+from diffes.problems.workbench import Workbench, search_on
 from diffes.progress import Progress, Silent
-from diffes.search.space import SearchSpace
-from diffes.search.store import EvaluationStore
-from diffes.study.config import RunConfig
+from diffes.results.record import RunRecord
+from diffes.spaces.space import SearchSpace, Table
+from diffes.spaces.store import EvaluationStore
 from diffes.study.equal_cost import calls_of
-from diffes.study.heldout import HeldOut, record_of
-from diffes.study.record import RunRecord
-from diffes.study.workbench import Workbench, search_on
-from diffes.study.workers import NAMED, CausedError, Worker
+from diffes.workers import NAMED, CausedError, Worker
 
 
 def run_cell(bench: Workbench, heldout: HeldOut, journal: Path, progress: Progress, *, equal_calls: bool) -> RunRecord:

@@ -12,20 +12,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from diffes.config import ALONE, LATER, RunConfig, WorkerOptions
 from diffes.errors import DiffesError
 from diffes.files import checksum, parse_json, read_json, write_json
 from diffes.forms import Cell, CellCosts, checked
+from diffes.problems.checks import are_known_elsewhere, check_settings
+from diffes.problems.heldout import HeldOut
+from diffes.problems.workbench import Workbench, prepare, vary
 from diffes.progress import Progress
+from diffes.results.lock import clear_leftovers, is_unused
+from diffes.results.record import RunRecord
 from diffes.study.cell import CellWorker, Job, run_cell
 from diffes.study.comparison import Failure
-from diffes.study.config import ALONE, LATER, RunConfig, WorkerOptions
 from diffes.study.equal_cost import config_of, denser
-from diffes.study.heldout import HeldOut
-from diffes.study.lock import clear_leftovers, is_unused
-from diffes.study.record import RunRecord
-from diffes.study.settings import are_known_elsewhere, check_settings
-from diffes.study.workbench import Workbench, prepare, vary
-from diffes.study.workers import are_here, check_asynchronous, pool_of
+from diffes.workers import are_here, check_asynchronous, pool_of
 
 log = logging.getLogger(__name__)
 CELLS, COSTS, JOURNALS = "cells.jsonl", "costs.json", "journals"

@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from scipy.stats import ttest_1samp, wilcoxon
 
 from diffes import files
-from diffes.search.schedule import Schedule
-from diffes.study import charts, plots
+from diffes.figures import charts, plots
+from diffes.results.record import RunRecord
+from diffes.spaces.schedule import Schedule
 from diffes.study.equal_cost import at_budget, calls_of, config_of, cost_of, is_off, same
-from diffes.study.record import RunRecord
 
 MEASURE = ("model", "metric", "steps", "guidance", "heldout", "dtype")  # settings that held-out fitness depends on
 ALIKE = (*MEASURE, "cost", "budget")  # settings that compared records share

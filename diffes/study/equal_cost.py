@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from diffes.search.space import SearchSpace
-from diffes.study.config import RunConfig
-from diffes.study.record import Candidate, RunRecord
+from diffes.config import RunConfig
+from diffes.results.record import Candidate, RunRecord
+from diffes.spaces.space import SearchSpace
 
 TOLERANCE = 0.005  # relative: costs that differ by less count as equal
 

@@ -15,10 +15,10 @@ import torch
 from diffes import files
 from diffes.adapters import model_folder, pipeline_class, shipped_models
 from diffes.errors import DiffesError
+from diffes.figures import card
 from diffes.pruning.bank import WeightBank
-from diffes.runtime import artifact
-from diffes.search.schedule import Plan
-from diffes.study import card, folder, report
+from diffes.results import artifact, folder, report
+from diffes.spaces.schedule import Plan
 
 CARD = "README.md"
 FILES = {

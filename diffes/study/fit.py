@@ -15,25 +15,26 @@ from torch import Tensor
 
 from diffes import files
 from diffes.adapters import ModelAdapter, adapter_for, load_pipeline
-from diffes.adapters.loading import SHIPPED
+from diffes.config import Guidance, RunConfig, checked_guidance, in_words
 from diffes.errors import DiffesError, at_least
+from diffes.figures import charts, plots
+from diffes.files import SHIPPED
 from diffes.measure.metrics import make_metric
 from diffes.measure.quality import Quality
+from diffes.problems.plans import Finalist, Plans
+from diffes.problems.workbench import Workbench
 from diffes.progress import Progress, RichProgress
 from diffes.pruning.bank import WeightBank, check_bank, check_fingerprint, fingerprint
+from diffes.results import folder
+from diffes.results.artifact import BANK, base_model, chosen, write_front
+from diffes.results.lock import is_unused
 from diffes.runtime.apply import APPLIED, pick_device
-from diffes.runtime.artifact import BANK, base_model, chosen, write_front
 from diffes.runtime.checks import check_cuttable
 from diffes.runtime.router import Router
-from diffes.search.schedule import Plan, Stages, check_timesteps
-from diffes.search.space import SearchSpace
 from diffes.solvers import SOLVERS, own_of
-from diffes.study import charts, folder, plots
-from diffes.study.config import Guidance, RunConfig, checked_guidance, in_words
+from diffes.spaces.schedule import Plan, Stages, check_timesteps
+from diffes.spaces.space import SearchSpace
 from diffes.study.front import facts_of, row_of
-from diffes.study.lock import is_unused
-from diffes.study.plans import Finalist, Plans
-from diffes.study.workbench import Workbench
 
 AS_GIVEN = "as given"  # kind of the plan before it was fitted
 

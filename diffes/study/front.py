@@ -13,33 +13,33 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from diffes import files
+from diffes.config import ALONE, RunConfig, WorkerOptions
 from diffes.errors import DiffesError, at_least
+from diffes.figures import charts, plots
 from diffes.measure.quality import Quality, finite, latent_quality
 from diffes.measure.reference import SOLVER, SPACING
+from diffes.problems import plans as planned
+from diffes.problems.checks import PLANNED
+from diffes.problems.plans import OFF_THE_SHELF, Finalist, Genes, Plans, call_costs
+from diffes.problems.workbench import prepare
 from diffes.progress import Progress
 from diffes.pruning.bank import fingerprint, split_of
-from diffes.runtime.artifact import BANK, FRONT, ranked, read_front, write_front
-from diffes.search.ledger import OnEvaluation, SearchResult
-from diffes.search.schedule import Plan
-from diffes.search.space import SearchSpace
-from diffes.search.store import EvaluationStore
+from diffes.pruning.calibrate import Keep
+from diffes.results import folder
+from diffes.results.artifact import BANK, FRONT, read_front, write_front
+from diffes.results.lock import held
 from diffes.solvers import SOLVERS
-from diffes.study import charts, folder, plots
-from diffes.study import plans as planned
-from diffes.study.calibration import Keep
-from diffes.study.config import ALONE, RunConfig, WorkerOptions
-from diffes.study.lock import held
-from diffes.study.plans import OFF_THE_SHELF, Finalist, Genes, Plans, call_costs
-from diffes.study.settings import PLANNED
-from diffes.study.workbench import prepare
-from diffes.study.workers import pool_of
+from diffes.spaces.ledger import OnEvaluation, SearchResult
+from diffes.spaces.schedule import Plan
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.store import EvaluationStore
+from diffes.workers import pool_of
 
 KINDS = ("dense", "off-the-shelf", "dense-planned", "dense-fitted", "levels", "joint")
 WITHOUT = {  # by kind of a search, the simpler kinds that it begins with and must not fall behind
     "dense-planned": ("dense",), "dense-fitted": ("dense", "dense-planned"), "levels": (),
     "joint": ("dense-planned", "dense-fitted"),
 }  # fmt: skip
-SLOWER = 0.95  # share of the time of another plan; anything below is not noise
 IMAGES = 6  # per row of the picture that shows all kinds
 PAPERS = "evolution"  # the strategy of "levels"
 
@@ -403,94 +403,3 @@ def _priced(plans: Plans, point: Point) -> str:
     """Return the cost of a plan in words: the number of its calls, and their cost unless all are dense."""
     n = len(point.plan.calls)
     return f"{n} calls" if not any(point.plan.levels) else f"{n} calls at the\ncost of {plans.cost(point.plan):.3g}"
-
-
-def verdicts(data: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each budget that compares its plans.
-
-    Plans were chosen on the probes of the final fit; differences in error are those on held-out probes.
-    """
-    lines, pruned = [], "pruned or reusing calls" if "reuse" in data["kind"] else "pruned calls"
-    points = [point for point in data["points"] if point["latent_mse"] is not None]
-    for budget in sorted({point["budget"] for point in points}):
-        at = {point["kind"]: point for point in points if point["budget"] == budget}
-        if not {"dense", "dense-planned"} <= set(at):
-            continue
-        fitted, said = at.get("dense-fitted"), []
-        best = at["dense-planned"] if fitted is None else fitted
-        if fitted is None:
-            said.append(f"searched timesteps have {_against(at['dense'], best)} evenly spaced ones")
-        else:
-            said.append(
-                f"fitted coefficients have {_against(at['dense-planned'], fitted)} 2M at timesteps searched for it, "
-                f"and {_against(at['dense'], fitted, '')} 2M at evenly spaced ones"
-            )
-        if joint := at.get("joint"):
-            said.append(_added(joint, best, pruned))
-        bar = at["dense-planned"]
-        if ranked(bar) is not None and (quick := _fastest(points, bar)) is not None:
-            name = f"{quick['kind']} of {quick['budget']:g}" if quick["budget"] != budget else quick["kind"]
-            said.append(f"fastest at the error of dense-planned: {name}, {quick['ms']:.0f} of {bar['ms']:.0f} ms")
-        for ours, theirs in zip(best.get("ends") or (), bar.get("ends") or (), strict=True) if fitted else ():
-            said.append(
-                f"at guidance {ours['guidance']:g} {best['kind']} has {ours['latent_mse'] or math.nan:.5f}, "
-                f"{bar['kind']} {theirs['latent_mse'] or math.nan:.5f}"
-            )
-        lines.append(f"{budget:g} dense calls: {'; '.join(said)}")
-    return lines
-
-
-def _added(joint: Mapping[str, Any], dense: Mapping[str, Any], pruned: str) -> str:
-    """Return in words what pruned calls add to a plan of dense calls."""
-    if not any(joint["levels"]):
-        return f"{pruned} add nothing, the best plan found is dense"
-    gain = _over(dense, joint)
-    if gain <= 1:
-        return f"{pruned} add nothing on held-out probes ({1 / gain:.2f} times the error of {dense['kind']})"
-    slower = joint["ms"] / dense["ms"]
-    return f"{pruned} have {gain:.2f} times less error than {dense['kind']} in {slower:.2f} times its milliseconds"
-
-
-def _against(rival: Mapping[str, Any], point: Mapping[str, Any], error: str = " error") -> str:
-    """Return in words how much less error a point has than a rival, or how much more."""
-    gain = _over(rival, point)
-    return f"{gain:.2f} times less{error} than" if gain >= 1 else f"{1 / gain:.2f} times the error of"
-
-
-def _over(rival: Mapping[str, Any], point: Mapping[str, Any]) -> float:
-    """Return the error of a rival over that of a point."""
-    return float(max(rival["latent_mse"], 1e-12) / max(point["latent_mse"], 1e-12))
-
-
-def _fastest(points: Sequence[Mapping[str, Any]], bar: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the fastest of the points that are at least as fit as `bar`; None unless it saves over 5 % of the time."""
-    good = [point for point in points if (rank := ranked(point)) is not None and rank >= (ranked(bar) or 0.0)]
-    found = min(good, key=lambda point: point["ms"])
-    return found if found["ms"] < SLOWER * bar["ms"] else None
-
-
-def rows_of(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return the table of a front: a row for each plan, by budget."""
-    return [
-        (
-            f"{point['budget']:g}", point["kind"], f"{point['cost']:.2f}", str(point["n_calls"]),
-            _with(point, "latent_mse", 5, point.get("latent_interval")),
-            _with(point, "image_mse", 5, point.get("image_mse_error")),
-            _with(point, "ssim", 3, point.get("ssim_error")), f"{point['ms']:.0f}",
-        )
-        for point in data["points"]
-    ]  # fmt: skip
-
-
-def _with(point: Mapping[str, Any], name: str, digits: int, spread: Any) -> str:
-    """Format a number with its standard error or its interval, whose ends have one digit less."""
-    if (value := point.get(name)) is None:
-        return "failed" if point["heldout_mean"] is None else "-"
-    digits = digits if abs(value) < 10 else 1
-    if isinstance(spread, list):
-        low, high = (f"{each:.{digits - 1}f}" for each in spread)
-        return f"{value:.{digits}f} ({low} to {high})"
-    return f"{value:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
-
-
-COLUMNS = ("budget", "", "cost", "calls", "latent MSE (95 %)", "image MSE", "SSIM", "ms")

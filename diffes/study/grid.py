@@ -10,14 +10,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
+from diffes.config import ALONE, RunConfig, WorkerOptions, check_one_scale
 from diffes.errors import DiffesError, unknown_name
 from diffes.progress import Progress
+from diffes.results.lock import held
+from diffes.results.record import RunRecord
 from diffes.study.cells import SHARED, finished, key_of
 from diffes.study.comparison import Comparison, Failure
-from diffes.study.config import ALONE, RunConfig, WorkerOptions, check_one_scale
 from diffes.study.equal_cost import calls_of, config_of
-from diffes.study.lock import held
-from diffes.study.record import RunRecord
 
 CALLS_OF = {"probes", "steps", "guidance"}  # settings on which the calls of an evaluation depend
 UNSEEN = {"seed", "storage", "study", "device", "bank_memory"}  # settings that get no column in a table

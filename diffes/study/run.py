@@ -15,27 +15,28 @@ from matplotlib.figure import Figure
 
 from diffes import files
 from diffes.adapters import Condition, adapter_for
+from diffes.config import ALONE, HELDOUT_SEED, RunConfig, WorkerOptions, check_one_scale
 from diffes.errors import DiffesError
+from diffes.figures import charts, plots
 from diffes.measure.currencies import prunable_fraction
 from diffes.measure.quality import finite
+from diffes.problems.checks import check_settings
+from diffes.problems.heldout import HeldOut, record_of
+from diffes.problems.workbench import Workbench, prepare, search_on
 from diffes.progress import Progress
 from diffes.pruning.bank import fingerprint, split_of
+from diffes.pruning.calibrate import Keep
+from diffes.results import folder
+from diffes.results.artifact import BANK, chosen, write_schedule
+from diffes.results.lock import held
+from diffes.results.record import Candidate, Report, Timing
 from diffes.runtime.apply import load
-from diffes.runtime.artifact import BANK, chosen, write_schedule
-from diffes.search.database import ALIKE, check_owner
-from diffes.search.ledger import OnEvaluation, SearchResult
-from diffes.search.schedule import Plan, Schedule
-from diffes.search.store import EvaluationStore
-from diffes.search.strategy import STRATEGIES, Evaluation
-from diffes.study import charts, folder, plots
-from diffes.study.calibration import Keep
-from diffes.study.config import ALONE, RunConfig, WorkerOptions, check_one_scale
-from diffes.study.heldout import HELDOUT_SEED, HeldOut, record_of
-from diffes.study.lock import held
-from diffes.study.record import Candidate, Report, Timing
-from diffes.study.settings import check_settings
-from diffes.study.workbench import Workbench, prepare, search_on
-from diffes.study.workers import pool_of
+from diffes.spaces.database import ALIKE, check_owner
+from diffes.spaces.ledger import OnEvaluation, SearchResult
+from diffes.spaces.schedule import Plan, Schedule
+from diffes.spaces.store import EvaluationStore
+from diffes.spaces.strategy import STRATEGIES, Evaluation
+from diffes.workers import pool_of
 
 Advance = Callable[..., None]
 IMAGES = 6  # per row of the picture that shows all candidates

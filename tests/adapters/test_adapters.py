@@ -18,8 +18,8 @@ from diffusers import (
 )
 
 from diffes.adapters import ModelAdapter, Probes, adapter_for, load_pipeline, shipped_models
-from diffes.adapters.loading import SHIPPED
 from diffes.errors import DiffesError
+from diffes.files import SHIPPED
 
 SCHEDULERS = [
     DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler,

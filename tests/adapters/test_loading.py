@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline, DiTPipeline, StableDiffusionXLPipeline
 
 from diffes.adapters import ADAPTERS, ModelAdapter, adapter_for, load_pipeline, pipeline_class, shipped_models
 from diffes.adapters.dit import DiTAdapter
-from diffes.adapters.loading import SHIPPED
 from diffes.errors import DiffesError
+from diffes.files import SHIPPED
 
 
 def test_shipped_pipelines_are_small_and_ready() -> None:

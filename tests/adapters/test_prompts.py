@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from diffes.adapters import ModelAdapter, adapter_for, load_pipeline
-from diffes.adapters.loading import SHIPPED
 from diffes.adapters.prompts import default_prompts
 from diffes.adapters.text_to_image import TextToImageAdapter
 from diffes.errors import DiffesError
+from diffes.files import SHIPPED
 
 
 def test_prompts_of_searches_reports_and_calibration_are_disjoint() -> None:

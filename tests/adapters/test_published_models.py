@@ -13,7 +13,7 @@ from diffes.measure.currencies import prunable_fraction
 from diffes.pruning import GroupWeights
 from diffes.pruning.bank import WeightBank
 from diffes.runtime.router import Router
-from diffes.search.schedule import Schedule, Stages
+from diffes.spaces.schedule import Schedule, Stages
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from diffes.measure import currencies
 from diffes.measure.currencies import interleaved_ms, macs_fraction
 from diffes.pruning import METHODS
 from diffes.runtime.router import Router
-from diffes.search.schedule import Schedule, Stages
+from diffes.spaces.schedule import Schedule, Stages
 
 STEPS = 6
 

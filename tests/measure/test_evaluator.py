@@ -15,8 +15,8 @@ from diffes.measure.metrics import make_metric
 from diffes.pruning import GroupWeights
 from diffes.pruning.bank import WeightBank
 from diffes.runtime.router import Router
-from diffes.search.schedule import Schedule, Stages
-from diffes.search.strategy import Evaluation
+from diffes.spaces.schedule import Schedule, Stages
+from diffes.spaces.strategy import Evaluation
 
 
 def make(

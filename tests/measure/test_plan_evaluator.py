@@ -12,9 +12,9 @@ from diffes.measure.currencies import clock_of
 from diffes.measure.metrics import make_metric
 from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.runtime.router import Router
-from diffes.search.plan import PlanSpace, trailing
-from diffes.search.schedule import Plan, Schedule, Stages
 from diffes.solvers.scheduler import PlanScheduler
+from diffes.spaces.plan import PlanSpace, trailing
+from diffes.spaces.schedule import Plan, Schedule, Stages
 
 N_NODES = 10
 SOLVERS = ["ddim", "dpmsolver++", "fitted", "unipc"]

@@ -19,9 +19,9 @@ from diffes.measure.metrics import make_metric
 from diffes.measure.profile import damage_table, stage_profile
 from diffes.pruning.calibration import load_calibration
 from diffes.runtime.router import Router
-from diffes.search.schedule import Schedule, Stages
-from diffes.search.space import SearchSpace
-from diffes.search.strategy import Evaluation
+from diffes.spaces.schedule import Schedule, Stages
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.strategy import Evaluation
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])

@@ -15,10 +15,10 @@ from diffes.measure.metrics import make_metric
 from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.measure.reference import Reference, inner_products
 from diffes.runtime.router import Router
-from diffes.search.plan import trailing
-from diffes.search.schedule import Stages
 from diffes.solvers import Noise, NoiseProcess
 from diffes.solvers.scheduler import PlanScheduler
+from diffes.spaces.plan import trailing
+from diffes.spaces.schedule import Stages
 
 PROCESS = NoiseProcess.of(DDIMScheduler())
 VISITED = (960, 700, 400, 150)

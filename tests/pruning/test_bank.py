@@ -15,7 +15,7 @@ from diffes.pruning import METHODS
 from diffes.pruning.bank import FORMAT, WeightBank, check_fingerprint, fingerprint
 from diffes.pruning.build import build_bank
 from diffes.pruning.calibration import load_calibration
-from diffes.search.schedule import Schedule, Stages
+from diffes.spaces.schedule import Schedule, Stages
 
 
 def consumer(bank: WeightBank, key: tuple[int, int], name: str) -> torch.Tensor:

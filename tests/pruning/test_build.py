@@ -17,7 +17,7 @@ from diffes.pruning.build import build_bank
 from diffes.pruning.calibration import load_calibration
 from diffes.pruning.damage import StageDamage
 from diffes.runtime.router import Router
-from diffes.search.schedule import Schedule, Stages
+from diffes.spaces.schedule import Schedule, Stages
 
 STAGES = [1, 2]  # as in the tests of the router: the same banks serve
 

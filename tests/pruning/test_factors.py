@@ -19,7 +19,7 @@ from diffes.pruning.calibration import StagePass, load_calibration
 from diffes.pruning.damage import StageDamage
 from diffes.pruning.factors import FactoredWeights, LayerStatistics, Workshop
 from diffes.pruning.obs import OBS, damped
-from diffes.search.schedule import Stages
+from diffes.spaces.schedule import Stages
 
 HALF = [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)]
 

@@ -27,10 +27,10 @@ from diffusers import (
 import diffes
 from diffes.adapters import ModelAdapter, adapter_for
 from diffes.errors import DiffesError
+from diffes.results import artifact
 from diffes.runtime import apply as apply_module
-from diffes.runtime import artifact
 from diffes.runtime.router import Router
-from diffes.search.schedule import Plan, Schedule, Stages
+from diffes.spaces.schedule import Plan, Schedule, Stages
 
 SCHEDULERS = [
     DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler,

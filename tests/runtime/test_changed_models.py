@@ -36,7 +36,7 @@ from diffes.errors import DiffesError
 from diffes.measure.evaluator import ScheduleEvaluator
 from diffes.measure.metrics import make_metric
 from diffes.runtime.router import Router
-from diffes.search.schedule import Schedule, Stages
+from diffes.spaces.schedule import Schedule, Stages
 
 feature = pytest.mark.feature
 

@@ -27,7 +27,7 @@ from diffes.pruning import METHODS
 from diffes.runtime.in_place import Held, InPlace, unshared
 from diffes.runtime.parts import WidthPart
 from diffes.runtime.router import Router
-from diffes.search.schedule import Schedule, Stages
+from diffes.spaces.schedule import Schedule, Stages
 
 WIDTH = [name for name in METHODS.names() if METHODS.get(name).kind == "width"]
 RUNTIME = str(Path(diffes.runtime.__file__).parent)

@@ -11,7 +11,7 @@ from diffes.adapters import ModelAdapter, load_pipeline
 from diffes.errors import DiffesError
 from diffes.runtime import resident
 from diffes.runtime.router import Router
-from diffes.search.schedule import Schedule, Stages
+from diffes.spaces.schedule import Schedule, Stages
 
 
 def pointers(adapter: ModelAdapter) -> list[int]:

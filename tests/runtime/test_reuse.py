@@ -19,16 +19,17 @@ import diffes
 from diffes.adapters import ModelAdapter, Probes, ReuseSet, load_pipeline, shipped_models
 from diffes.adapters.macs import macs_per_call
 from diffes.errors import DiffesError
+from diffes.figures.tables import verdicts
 from diffes.measure.currencies import clock_of, macs_by_level, ms_by_level
+from diffes.problems.workbench import prepare
 from diffes.pruning import make_method
 from diffes.pruning.bank import WeightBank
 from diffes.pruning.build import build_bank
 from diffes.runtime.router import Router
-from diffes.search.schedule import Plan, Schedule, Stages
 from diffes.solvers.scheduler import PlanScheduler
+from diffes.spaces.schedule import Plan, Schedule, Stages
 from diffes.study.export import export
-from diffes.study.front import complete_front, verdicts
-from diffes.study.workbench import prepare
+from diffes.study.front import complete_front
 
 METHODS = ["block_reuse", "deep_reuse", "magnitude+block_reuse", "magnitude+deep_reuse"]
 TRAINED = {"emoji-sdxl": "magnitude+deep_reuse", "fashion-dit": "magnitude+block_reuse"}

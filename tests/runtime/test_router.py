@@ -15,7 +15,7 @@ from diffes.adapters.dit import DiTAdapter
 from diffes.errors import DiffesError
 from diffes.pruning import METHODS, GroupWeights
 from diffes.runtime.router import Router
-from diffes.search.schedule import Schedule, Stages
+from diffes.spaces.schedule import Schedule, Stages
 
 METHOD_NAMES = METHODS.names()
 PRUNING = [name for name in METHOD_NAMES if METHODS.get(name).kind != "reuse"]

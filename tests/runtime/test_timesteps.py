@@ -30,7 +30,7 @@ from diffes.adapters.dit import DiTAdapter
 from diffes.errors import DiffesError
 from diffes.pruning.calibration import load_calibration
 from diffes.runtime.router import Router
-from diffes.search.schedule import Stages
+from diffes.spaces.schedule import Stages
 
 feature = pytest.mark.feature
 

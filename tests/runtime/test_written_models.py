@@ -30,7 +30,7 @@ import diffes
 from diffes.adapters import ModelAdapter
 from diffes.errors import DiffesError
 from diffes.runtime.router import Router
-from diffes.search.schedule import Stages
+from diffes.spaces.schedule import Stages
 
 feature = pytest.mark.feature
 

@@ -15,11 +15,11 @@ import pytest
 
 from diffes.errors import DiffesError
 from diffes.registry import Registry
-from diffes.search.loop import run_search
-from diffes.search.operators import CROSSOVERS, MUTATIONS, mended
-from diffes.search.plan import PlanSpace, schedules_only
-from diffes.search.space import SearchSpace
-from diffes.search.strategy import STRATEGIES, Evaluation, Proposal, Strategy
+from diffes.spaces.loop import run_search
+from diffes.spaces.operators import CROSSOVERS, MUTATIONS, mended
+from diffes.spaces.plan import PlanSpace, schedules_only
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.strategy import STRATEGIES, Evaluation, Proposal, Strategy
 from diffes.testing import (
     PLANS,
     SPACES,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from diffes.errors import DiffesError
-from diffes.search.genome import Genome
-from diffes.search.space import SearchSpace
+from diffes.spaces.genome import Genome
+from diffes.spaces.space import SearchSpace
 from diffes.testing import PLANS, SPACES, CrossoverConformance
 from search_strategies.crossovers import level_exchange, node_exchange
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from diffes.errors import DiffesError
-from diffes.search.genome import Genome, Origin
-from diffes.search.initial import hybrid
-from diffes.search.loop import run_search
-from diffes.search.operators import MUTATIONS, mutation
-from diffes.search.schedule import Stages
-from diffes.search.space import SearchSpace
-from diffes.search.strategy import STRATEGIES, Evaluation
+from diffes.spaces.genome import Genome, Origin
+from diffes.spaces.initial import hybrid
+from diffes.spaces.loop import run_search
+from diffes.spaces.operators import MUTATIONS, mutation
+from diffes.spaces.schedule import Stages
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.strategy import STRATEGIES, Evaluation
 from diffes.testing import PLANS, SPACES, StrategyConformance, answer, evaluate, trace
 from search_strategies.evolution import Evolution
 

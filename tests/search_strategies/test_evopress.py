@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from diffes.errors import DiffesError
-from diffes.search.initial import hybrid
-from diffes.search.loop import run_search
-from diffes.search.strategy import STRATEGIES, Evaluation, Proposal
+from diffes.spaces.initial import hybrid
+from diffes.spaces.loop import run_search
+from diffes.spaces.strategy import STRATEGIES, Evaluation, Proposal
 from diffes.testing import PLANS, SPACES, StrategyConformance, answer, evaluate, separable
 from search_strategies.evopress import EvoPress
 

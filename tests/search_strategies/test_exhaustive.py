@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from diffes.errors import DiffesError
-from diffes.search.loop import run_search
-from diffes.search.schedule import Stages
-from diffes.search.space import SearchSpace
+from diffes.spaces.loop import run_search
+from diffes.spaces.schedule import Stages
+from diffes.spaces.space import SearchSpace
 from diffes.testing import PLANS, SPACES, StrategyConformance, evaluate, separable
 from search_strategies.exhaustive import Exhaustive, feasible
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from diffes.errors import DiffesError
-from diffes.search.genome import Origin
-from diffes.search.schedule import Stages
-from diffes.search.space import SearchSpace
-from diffes.search.strategy import StageProfile, Strategy
+from diffes.spaces.genome import Origin
+from diffes.spaces.schedule import Stages
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.strategy import StageProfile, Strategy
 from diffes.testing import PLANS, SPACES, StrategyConformance, answer
 from search_strategies.mosaic import Mosaic, segments
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from diffes.errors import DiffesError
-from diffes.search.genome import Genome
-from diffes.search.operators import MUTATIONS
-from diffes.search.schedule import Stages
-from diffes.search.space import SearchSpace
+from diffes.spaces.genome import Genome
+from diffes.spaces.operators import MUTATIONS
+from diffes.spaces.schedule import Stages
+from diffes.spaces.space import SearchSpace
 from diffes.testing import MutationConformance
 from search_strategies.mutations import level_step, level_switch, segment_transfer, shift_window, swap_stages
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from diffes.errors import DiffesError
-from diffes.search.loop import run_search
-from diffes.search.schedule import Stages
-from diffes.search.space import SearchSpace
-from diffes.search.strategy import Evaluation, Proposal
+from diffes.spaces.loop import run_search
+from diffes.spaces.schedule import Stages
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.strategy import Evaluation, Proposal
 from diffes.testing import PLANS, SPACES, StrategyConformance, evaluate, separable
 from search_strategies.nsga2 import Nsga2
 

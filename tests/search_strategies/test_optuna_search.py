@@ -8,9 +8,9 @@ import pytest
 from optuna.trial import TrialState
 
 from diffes.errors import DiffesError
-from diffes.search.genome import Origin
-from diffes.search.schedule import Stages
-from diffes.search.space import SearchSpace
+from diffes.spaces.genome import Origin
+from diffes.spaces.schedule import Stages
+from diffes.spaces.space import SearchSpace
 from diffes.testing import SPACES, StrategyConformance, answer, trace
 from search_strategies.optuna_search import CmaEs, OptunaSearch, Tpe
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from diffes.errors import DiffesError
-from diffes.search.genome import Genome
-from diffes.search.plan import PlanSpace
+from diffes.spaces.genome import Genome
+from diffes.spaces.plan import PlanSpace
 from diffes.testing import SPACES, MutationConformance
 from search_strategies import mutations
 from search_strategies.crossovers import node_exchange

@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from diffes.search.loop import run_search
-from diffes.search.plan import PlanSpace
-from diffes.search.schedule import Schedule
-from diffes.search.strategy import Evaluation
+from diffes.spaces.loop import run_search
+from diffes.spaces.plan import PlanSpace
+from diffes.spaces.schedule import Schedule
+from diffes.spaces.strategy import Evaluation
 from search_strategies.plan_view import BINS, PlanView
 from search_strategies.random_search import RandomSearch
 from search_strategies.surrogate import Surrogate

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from diffes.errors import DiffesError
-from diffes.search.loop import run_search
-from diffes.search.schedule import Stages
-from diffes.search.space import SearchSpace
+from diffes.spaces.loop import run_search
+from diffes.spaces.schedule import Stages
+from diffes.spaces.space import SearchSpace
 from diffes.testing import SPACES, StrategyConformance, answer, evaluate
 from search_strategies.random_search import RandomSearch
 

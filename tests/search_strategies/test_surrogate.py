@@ -14,11 +14,11 @@ from scipy.optimize import check_grad, minimize
 from scipy.stats import rankdata, spearmanr
 
 from diffes.errors import DiffesError
-from diffes.search.genome import Origin
-from diffes.search.loop import run_search
-from diffes.search.schedule import Stages
-from diffes.search.space import SearchSpace
-from diffes.search.strategy import Evaluation, Proposal
+from diffes.spaces.genome import Origin
+from diffes.spaces.loop import run_search
+from diffes.spaces.schedule import Stages
+from diffes.spaces.space import SearchSpace
+from diffes.spaces.strategy import Evaluation, Proposal
 from diffes.testing import SPACES as CONFORMANCE_SPACES
 from diffes.testing import StrategyConformance, evaluate, separable
 from search_strategies import gaussian_process, surrogate

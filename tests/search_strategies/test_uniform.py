@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffes.search.loop import run_search
+from diffes.spaces.loop import run_search
 from diffes.testing import SPACES, StrategyConformance, answer, evaluate
 from search_strategies.uniform import Uniform
 

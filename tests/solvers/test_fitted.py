@@ -20,13 +20,13 @@ from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.pruning import GroupWeights
 from diffes.pruning.bank import WeightBank
 from diffes.runtime.router import Router
-from diffes.search.plan import PlanSpace
-from diffes.search.schedule import Plan, Stages
-from diffes.search.store import EvaluationStore
-from diffes.search.strategy import Rows
 from diffes.solvers import Row, coefficients
 from diffes.solvers.fitted import Fitted
 from diffes.solvers.scheduler import PlanScheduler
+from diffes.spaces.plan import PlanSpace
+from diffes.spaces.schedule import Plan, Stages
+from diffes.spaces.store import EvaluationStore
+from diffes.spaces.strategy import Rows
 
 TIMESTEPS = (999, 800, 560, 310, 120)
 LEVELS = (0, 1, 2, 0, 1)

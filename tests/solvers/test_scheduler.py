@@ -21,9 +21,9 @@ from torch import Tensor
 import diffes
 from diffes.errors import DiffesError
 from diffes.runtime.apply import put_scheduler
-from diffes.search.schedule import Plan, Stages
 from diffes.solvers.offtheshelf import spaced
 from diffes.solvers.scheduler import PlanScheduler
+from diffes.spaces.schedule import Plan, Stages
 
 PLAN = [999, 870, 610, 340, 90]
 OWN = DDIMScheduler(clip_sample=False)

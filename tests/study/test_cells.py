@@ -15,12 +15,12 @@ import pytest
 from conftest import Counting, small_config
 
 import diffes
-from diffes.search.operators import MUTATIONS
+from diffes.config import ALONE, RunConfig, WorkerOptions
+from diffes.results.record import RunRecord
+from diffes.spaces.operators import MUTATIONS
 from diffes.study import cells, grid
 from diffes.study.cell import CellWorker
-from diffes.study.config import ALONE, RunConfig, WorkerOptions
-from diffes.study.record import RunRecord
-from diffes.study.workers import Pool, pool_of
+from diffes.workers import Pool, pool_of
 
 ray = pytest.importorskip("ray", reason='several workers need Ray: pip install "diffes[ray]"')
 TWO = WorkerOptions(workers=2)
@@ -107,7 +107,7 @@ def test_a_cell_goes_on_from_its_journal_where_a_worker_died(
     model: RunConfig, one_pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lives: int
 ) -> None:
     """Past the lock that the worker left on it; at once, or by the next command where too many died of it."""
-    monkeypatch.setattr("diffes.study.workers.pool.LIVES", lives)
+    monkeypatch.setattr("diffes.workers.pool.LIVES", lives)
     base, varied = replace(model, max_evals=100), {"strategy": ["random"]}
     name = f"{cells.key_of(replace(base, strategy='random').to_json())}.journal"
     journal = tmp_path / "spread" / cells.JOURNALS / name

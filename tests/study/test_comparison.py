@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from diffes.search.schedule import Schedule, Stages
+from diffes.config import RunConfig
+from diffes.results.record import Candidate, RunRecord
+from diffes.spaces.schedule import Schedule, Stages
 from diffes.study.comparison import Comparison, holm
-from diffes.study.config import RunConfig
-from diffes.study.record import Candidate, RunRecord
 
 
 def row(strategy: str, seed: int, heldout: float | None, **settings: Any) -> RunRecord:

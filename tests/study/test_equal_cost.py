@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from diffes.search.schedule import Stages
-from diffes.search.space import SearchSpace
-from diffes.study.config import RunConfig
+from diffes.config import RunConfig
+from diffes.spaces.schedule import Stages
+from diffes.spaces.space import SearchSpace
 from diffes.study.equal_cost import TOLERANCE, config_of, denser, same
 
 

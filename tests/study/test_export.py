@@ -16,8 +16,7 @@ from diffusers import DiffusionPipeline
 import diffes
 from diffes.cli import main
 from diffes.errors import DiffesError
-from diffes.runtime import artifact
-from diffes.study import folder
+from diffes.results import artifact, folder
 from diffes.study.export import CARD, export
 
 SAMPLE = """

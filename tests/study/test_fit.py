@@ -18,12 +18,13 @@ import diffes
 from diffes.adapters import adapter_for, load_pipeline
 from diffes.cli import main
 from diffes.errors import DiffesError
-from diffes.runtime.artifact import chosen, read_front
-from diffes.search.schedule import Plan
+from diffes.figures.tables import verdicts
+from diffes.results.artifact import chosen, read_front
 from diffes.solvers import SOLVERS, Solver
 from diffes.solvers.offtheshelf import spaced
+from diffes.spaces.schedule import Plan
 from diffes.study.export import export
-from diffes.study.front import complete_front, verdicts
+from diffes.study.front import complete_front
 from diffes.study.grid import run_experiment
 from diffes.study.run import complete_run
 

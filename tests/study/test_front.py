@@ -19,17 +19,18 @@ from diffes import files
 from diffes.adapters import load_pipeline
 from diffes.cli import main
 from diffes.errors import DiffesError
+from diffes.figures.tables import COLUMNS, rows_of, verdicts
+from diffes.problems.plans import Plans
+from diffes.problems.workbench import prepare
 from diffes.pruning.bank import WeightBank
-from diffes.runtime.artifact import BANK, BASE, FRONT, chosen, read_front, write_front
-from diffes.search.plan import trailing
-from diffes.search.schedule import Plan
+from diffes.results import folder
+from diffes.results.artifact import BANK, BASE, FRONT, chosen, read_front, write_front
 from diffes.solvers.offtheshelf import SPACINGS
-from diffes.study import folder
+from diffes.spaces.plan import trailing
+from diffes.spaces.schedule import Plan
 from diffes.study.export import CARD, FILES, export
-from diffes.study.front import COLUMNS, KINDS, complete_front, rows_of, searched, verdicts
-from diffes.study.plans import Plans
+from diffes.study.front import KINDS, complete_front, searched
 from diffes.study.run import sample_images
-from diffes.study.workbench import prepare
 
 BUDGETS = [2.0, 3.0]
 FIT_PROBES = 3

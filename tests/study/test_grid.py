@@ -13,11 +13,11 @@ import torch
 from conftest import Counting
 
 from diffes import terminal
+from diffes.config import ALONE, RunConfig
 from diffes.errors import DiffesError
 from diffes.measure.metrics import METRICS, latent_mse
 from diffes.study import grid
 from diffes.study.cells import CELLS
-from diffes.study.config import ALONE, RunConfig
 from diffes.study.equal_cost import TOLERANCE, at_budget, calls_of, same
 
 

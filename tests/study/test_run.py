@@ -15,14 +15,14 @@ from conftest import Counting, small_config
 from matplotlib.figure import Figure
 
 from diffes.adapters.text_to_image import TextToImageAdapter
+from diffes.config import HELDOUT_SEED, RunConfig
 from diffes.errors import DiffesError
-from diffes.search.ledger import LOGGED
-from diffes.study import folder, plots
+from diffes.figures import plots
+from diffes.problems.workbench import Workbench
+from diffes.results import folder
+from diffes.results.report import COLUMNS, read_report, rows
+from diffes.spaces.ledger import LOGGED
 from diffes.study import run as runs
-from diffes.study.config import RunConfig
-from diffes.study.heldout import HELDOUT_SEED
-from diffes.study.report import COLUMNS, read_report, rows
-from diffes.study.workbench import Workbench
 
 
 def test_the_pictures_and_the_report_are_of_heldout_prompts(

@@ -1,0 +1,82 @@
+"""Python program that runs a plan in plain torch, for the card of an exported folder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffes.files import shipped_models
+from diffes.solvers import END, Noise, coefficients
+from diffes.spaces.schedule import Plan
+
+CLEAN = {"epsilon": "(x - s * out) / a", "v_prediction": "a * x - s * out", "sample": "out"}
+GUIDED = "\n    no, yes = out.chunk(2)\n    out = no + {guidance!r} * (yes - no)"
+
+
+def rows_of(plan: Plan, sigmas: Sequence[float]) -> Sequence[Sequence[float]]:
+    """Return the coefficients of each call of a plan; without fitted ones, compute them from noise over signal."""
+    if plan.coefficients is not None:
+        return plan.coefficients
+    noises = [Noise((1 + sigma**2) ** -0.5, sigma * (1 + sigma**2) ** -0.5) for sigma in sigmas]
+    return coefficients(plan.solver, [*noises, END])
+
+
+def plain_loop(plan: Plan, facts: Mapping[str, Any], model: str, name: str, pipeline: Any) -> str:
+    """Return a program of at most 25 lines that samples two images of a plan, with its own loop and arithmetic.
+
+    Args:
+        plan: the plan that the program runs.
+        facts: content of its `front.json`, with the plan's point only.
+        model: name, path or hub id of the base model.
+        name: name of the exported folder.
+        pipeline: class of the base model's pipeline.
+    """
+    (point,), guidance = facts["points"], facts["guidance"]
+    guided = guidance > 1
+    if any(plan.levels):
+        imports, opened = "import diffes\nimport torch", f'diffes.load("{name}", device="cpu")  # it prunes each call'
+    elif model in shipped_models():
+        imports, opened = "import torch\nfrom diffes import load_pipeline  # ships it", f'load_pipeline("{model}")'
+    else:
+        imports = "import torch\nfrom diffusers import DiffusionPipeline"
+        opened = f'DiffusionPipeline.from_pretrained("{model}")'
+    if "class_labels" in inspect.signature(pipeline.__call__).parameters:
+        net, given = "pipe.transformer", "[1000, 1000, 0, 1]" if guided else "[0, 1]"
+        conditions = [f"labels = torch.tensor({given})" + ("  # 1000 is no class" if guided else "")]
+        rows = 4 if guided else 2
+        call = f"net(inputs, timestep=torch.full(({rows},), t), class_labels=labels).sample[:, : x.shape[1]]"
+    else:
+        net, prompts = "pipe.unet", '["a big fox on a purple background"] * 2'
+        conditions = [
+            f"text, none, pooled, none_pooled = pipe.encode_prompt({prompts}, do_classifier_free_guidance=True)",
+            "side = net.config.sample_size * pipe.vae_scale_factor",
+            "sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=x.dtype)",
+        ]
+        if guided:
+            conditions.append("text, pooled = torch.cat([none, text]), torch.cat([none_pooled, pooled])")
+        conditions.append('added = {"text_embeds": pooled, "time_ids": sizes.expand(len(text), 6)}')
+        call = "net(inputs, t, encoder_hidden_states=text, added_cond_kwargs=added).sample"
+    coefficients_of = [[float(f"{each:.9g}") for each in row] for row in rows_of(plan, point["sigmas"])]
+    sigmas = [float(f"{each:.9g}") for each in point["sigmas"]]
+    begins = "pipe.scheduler.set_timesteps(len(timesteps))\n" if any(plan.levels) else ""
+    counts = "\n    pipe.scheduler.index += 1" if any(plan.levels) else ""
+    lines = "\n".join(conditions)
+    mixed = GUIDED.format(guidance=guidance) if guided else ""
+    return f"""{imports}
+
+pipe = {opened}
+timesteps, sigmas = {list(plan.timesteps)}, {sigmas}
+rows = {coefficients_of}
+net, kept = {net}, []
+x = torch.randn(2, net.config.in_channels, *[net.config.sample_size] * 2, generator=torch.Generator().manual_seed(0))
+torch.set_grad_enabled(False)
+{lines}
+{begins}for t, sigma, row in zip(timesteps, sigmas, rows):
+    a, s = (1 + sigma**2) ** -0.5, sigma / (1 + sigma**2) ** 0.5  # signal and noise
+    inputs = {"torch.cat([x, x])" if guided else "x"}
+    out = {call}{mixed}
+    kept = [{CLEAN[facts.get("prediction_type", "epsilon")]}, *kept]  # clean predictions, newest first
+    x = row[0] * x + sum(weight * clean for weight, clean in zip(row[1:], kept)){counts}
+images = pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample
+"""

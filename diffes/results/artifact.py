@@ -1,0 +1,154 @@
+"""Results of a run: `schedule.json`, or the `front.json` of many plans, and a bank."""
+
+from __future__ import annotations
+
+import numbers
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffes.errors import DiffesError
+from diffes.files import CONFIG, check_seal, file_sha256, read_json, shipped_models, write_sealed
+from diffes.forms import AGAIN, Artifact, FrontFile, ScheduleFile, checked
+from diffes.spaces.schedule import Plan, Schedule
+
+SCHEDULE, FRONT, BANK = "schedule.json", "front.json", "bank.safetensors"
+SCHEDULE_VERSION, FRONT_VERSION = 1, 2
+VERSIONS = {SCHEDULE: SCHEDULE_VERSION, FRONT: FRONT_VERSION}
+POINT = ("timesteps", "levels", "solver", "coefficients")  # keys of a point that belong to its plan
+BASE = "base"  # an exported folder's copy of the base model
+HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+
+
+def write_schedule(folder: Path, schedule: Schedule, facts: Mapping[str, Any]) -> None:
+    """Write `schedule.json` after its bank, with digests of both."""
+    _write(folder, SCHEDULE, {**schedule.to_json(), **facts})
+
+
+def read_schedule(folder: Path) -> tuple[Schedule, dict[str, Any]]:
+    """Return the schedule of a run and all data of `schedule.json`, checked against its digest and that of its bank.
+
+    Raises:
+        DiffesError: there is none, or it or its bank was truncated or altered.
+    """
+    data = _read(folder, SCHEDULE, ScheduleFile)
+    try:
+        return Schedule.from_json(data), data
+    except DiffesError as error:
+        raise DiffesError(f"{folder / SCHEDULE} is damaged ({error}); {AGAIN}") from error
+
+
+def write_front(folder: Path, data: Mapping[str, Any]) -> None:
+    """Write `front.json` after its bank, with digests of both."""
+    _write(folder, FRONT, data)
+
+
+def read_front(folder: Path) -> dict[str, Any]:
+    """Return all data of `front.json`, checked against its digest and that of its bank; errors as `read_schedule`."""
+    return _read(folder, FRONT, FrontFile)
+
+
+def chosen(folder: Path, calls: float | None) -> tuple[Schedule | Plan, dict[str, Any]]:
+    """Return the schedule or plan that a folder offers to run, and the facts of its JSON: its one schedule, or a plan
+    of its front. For a plan, `points` holds only the point of this plan.
+
+    Args:
+        folder: of a run, of a front, or an exported one.
+        calls: highest cost of a plan; the best plan within is taken, by its mean over the probes of the final fit.
+
+    Raises:
+        DiffesError: the folder is damaged or holds neither, or no plan is that cheap.
+    """
+    if calls is not None and (isinstance(calls, bool) or not isinstance(calls, numbers.Real) or not calls > 0):
+        raise DiffesError(f"calls must be a number of dense calls above 0, got {calls!r}")
+    if not (folder / FRONT).is_file():
+        if calls is not None:
+            raise DiffesError(f"{folder} holds one schedule, not a front of plans: leave calls={calls:g} out")
+        return read_schedule(folder)
+    data = read_front(folder)
+    points = [point for point in data["points"] if point["heldout_mean"] is not None]
+    if not points:
+        raise DiffesError(f"all plans of {folder} failed on held-out probes, so there is none to run")
+    best = best_within(points, calls)
+    if best is None:
+        costs = [point["cost"] for point in points]
+        raise DiffesError(
+            f"no plan of {folder} costs {calls} dense calls or less: they cost {min(costs):.2f} to {max(costs):.2f}"
+        )
+    try:
+        plan = plan_of(data, best)
+    except DiffesError as error:
+        raise DiffesError(f"{folder / FRONT} is damaged ({error}); {AGAIN}") from error
+    return plan, data | {"points": [best]}
+
+
+def plan_of(data: Mapping[str, Any], point: Mapping[str, Any]) -> Plan:
+    """Return the plan of a point of a front. In format 1 the solver is the front's and makes the coefficients."""
+    shared = {name: data[name] for name in ("stages", "max_level", "solver")}
+    return Plan.from_json({**shared, **{k: point[k] for k in POINT if k in point}})
+
+
+def ranked(point: Mapping[str, Any]) -> float | None:
+    """Return the value by which a plan of a front is chosen, higher is better: its fitness on the probes of the final
+    fit. Fronts of format 1 have none, so their plans are chosen by the held-out mean. None for a plan that failed."""
+    found: float | None = point.get("fit_mean", point["heldout_mean"])
+    return None if point["heldout_mean"] is None else found
+
+
+def best_within(points: Sequence[Mapping[str, Any]], calls: float | None) -> Mapping[str, Any] | None:
+    """Return the best point of a front that costs at most `calls` dense calls (see `ranked`), without failed ones. None
+    where there is none."""
+    known = [(rank, point) for point in points if (rank := ranked(point)) is not None]
+    within = [(rank, point) for rank, point in known if calls is None or point["cost"] <= calls * (1 + 1e-6)]
+    return max(within, key=lambda pair: pair[0], default=(0.0, None))[1]
+
+
+def _write(folder: Path, name: str, content: Mapping[str, Any]) -> None:
+    data = {"format_version": VERSIONS[name], **content}
+    data["bank_sha256"] = file_sha256(folder / BANK)
+    write_sealed(folder / name, data)
+
+
+def _read(folder: Path, name: str, form: type[Artifact]) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise DiffesError(f"{folder} is no folder; pass the --out folder of a `diffes search`")
+    data = read_json(folder / name)
+    check_seal(folder / name, data)
+    if isinstance(version := data.get("format_version"), int) and version > VERSIONS[name]:
+        raise DiffesError(
+            f"{folder / name} has format version {version}, this diffes reads up to {VERSIONS[name]}: install a "
+            "newer diffes"
+        )
+    checked(form, data, folder / name)
+    bank = folder / BANK
+    if not bank.is_file():
+        raise DiffesError(f"{bank} is missing; {AGAIN}")
+    if file_sha256(bank) != data["bank_sha256"]:
+        raise DiffesError(f"{bank} is not the file that {name} was written with: it was truncated or altered; {AGAIN}")
+    return data
+
+
+def base_model(folder: Path, facts: Mapping[str, Any]) -> str:
+    """Return the name, path or hub id of the model that a schedule was made for. Relative paths start at the folder.
+
+    A folder from somebody else decides what is loaded, so it may only name a model that it contains, that ships with
+    diffes, or that is on a hub. A path to elsewhere is accepted only from a run on this machine, which has a
+    `config.json`.
+
+    Raises:
+        DiffesError: it names something else.
+    """
+    model = str(facts["model"])
+    if model.startswith("./"):
+        if (folder / model).resolve().is_relative_to(folder.resolve()):
+            return str(folder / model)
+    elif Path(model).is_absolute():
+        if (folder / CONFIG).is_file():
+            return model
+    elif model in shipped_models() or (re.fullmatch(HUB_ID, model) and not Path(model).exists()):
+        return model
+    raise DiffesError(
+        f"{folder} names the base model {model!r}, which is neither in the folder (./{BASE}), nor shipped with diffes, "
+        "nor the id of a hub (OWNER/NAME); load the pipeline yourself and call diffes.apply(pipe, FOLDER)"
+    )

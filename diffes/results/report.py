@@ -1,0 +1,47 @@
+"""Measurements of a finished run as rows of a table, for the terminal and for the card of an exported folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffes.errors import DiffesError
+from diffes.files import read_json
+from diffes.forms import AGAIN, ReportFile
+from diffes.results.artifact import SCHEDULE, read_schedule
+from diffes.results.folder import REPORT
+from diffes.results.record import Candidate, Report
+
+COLUMNS = ("", "held-out fitness", "spread", "sparsity", "MACs", "speed-up")
+
+
+def read_report(run: Path) -> Report:
+    """Read the report of a finished run.
+
+    Raises:
+        DiffesError: the run is unfinished, or one of its files is damaged.
+    """
+    schedule, facts = read_schedule(run)
+    data = read_json(run / REPORT, ReportFile)
+    if tuple(data["levels"]) != schedule.levels:
+        raise DiffesError(f"{run / REPORT} is of another schedule than {SCHEDULE}; {AGAIN}")
+    return Report.from_json(data, schedule, facts)
+
+
+def rows(report: Report) -> list[tuple[str, ...]]:
+    """Return the rows dense, uniform, searched, and the cheapest rival: fewer steps of the dense model."""
+    run, timing = report.run, report.timing
+    steps = run.settings["steps"]
+
+    def row(name: str, candidate: Candidate) -> tuple[str, ...]:
+        scores = (
+            "failed" if each is None else f"{each:.4f}" for each in (candidate.heldout_mean, candidate.heldout_std)
+        )
+        sparsity, macs = f"{candidate.nominal_sparsity:.2f}", f"{candidate.macs_fraction:.1%}"
+        return name, *scores, sparsity, macs, f"{timing.speedup(candidate):.2f}x"
+
+    return [
+        ("dense", "reference", "", "0.00", "100.0%", "1.00x"),
+        row("uniform", run.uniform),
+        row("searched", run.searched),
+        row(f"dense, {run.fewer_steps.steps} of {steps} steps", run.fewer_steps),
+    ]
