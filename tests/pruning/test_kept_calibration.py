@@ -15,6 +15,7 @@ from diffes.adapters import ModelAdapter
 from diffes.config import RunConfig
 from diffes.errors import DiffesError
 from diffes.files import CONFIG
+from diffes.problems import workbench as benches
 from diffes.problems.workbench import Workbench, prepare
 from diffes.pruning.bank import WeightBank
 from diffes.pruning.calibrate import Keep, bank_of
@@ -22,7 +23,6 @@ from diffes.pruning.calibration import sample_calibration
 from diffes.pruning.stage_file import read_stage, write_stage
 from diffes.results import folder
 from diffes.results.record import Report
-from diffes.problems import workbench as benches
 from diffes.study.front import complete_front
 from diffes.study.run import complete_run
 
