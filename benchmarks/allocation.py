@@ -23,7 +23,7 @@ from diffes.adapters.macs import macs_by_module, macs_per_group
 from diffes.config import Allocation, RunConfig
 from diffes.progress import RichProgress
 from diffes.pruning import METHODS
-from diffes.results.record import RunRecord
+from diffes.results.record import FEWER_STEPS, RunRecord
 from diffes.study.grid import run_cells
 
 RESULTS = Path(__file__).parent / "results" / "allocation"
@@ -75,7 +75,7 @@ def table(records: Sequence[RunRecord]) -> str:
             [r.searched.macs_fraction for r in found if r.settings["allocation"] == allocation]
             for allocation in ("equal", "damage")
         ]
-        fewer = next(r for r in found if r.settings["metric"] == METRICS[0]).fewer_steps
+        fewer = next(r for r in found if r.settings["metric"] == METRICS[0]).rivals[FEWER_STEPS]
         counted = " / ".join(f"{statistics.mean(each):.3f}" if each else "" for each in macs)
         values = (
             model, method, f"{-budget:g}", "uniform" if strategy == "uniform" else "searched",
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
-    config = RunConfig(cost="macs")
+    config = RunConfig(genes="levels", cost="macs")
     if args.smoke:
         config = replace(config, stages=2, steps=4, probes=2, heldout=4, calibration_samples=8)
         args.models, args.methods, args.budgets, args.seeds, args.max_evals = ["fashion-dit"], ["obs"], [0.65], [0], 2

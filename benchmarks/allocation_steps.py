@@ -339,7 +339,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
-    config = RunConfig(args.model, args.method, seed=args.seed, metric="latent_mse", device=args.device)
+    config = RunConfig(
+        genes="levels", model=args.model, method=args.method, seed=args.seed, metric="latent_mse", device=args.device
+    )
     samples, evaluations = damage.SAMPLES, EVALUATIONS
     if args.smoke:
         config = replace(config, stages=1, steps=2, heldout=2, calibration_samples=4)

@@ -20,7 +20,7 @@ from diffes.adapters import shipped_models
 from diffes.config import RunConfig
 from diffes.progress import RichProgress
 from diffes.pruning import METHODS
-from diffes.results.record import RunRecord
+from diffes.results.record import FEWER_STEPS, UNIFORM, RunRecord
 from diffes.study.grid import grid, run_cells
 
 RESULTS = Path(__file__).parent / "results" / "compare_methods"
@@ -37,7 +37,7 @@ def table(records: Sequence[RunRecord], metric: str) -> str:
     for record in records:
         groups.setdefault(tuple(record.settings[name] for name in ("model", "budget", "method")), []).append(record)  # type: ignore[arg-type]
     for (model, budget, method), cells in sorted(groups.items()):
-        uniform, fewer = cells[0].uniform, cells[0].fewer_steps
+        uniform, fewer = cells[0].rivals[UNIFORM], cells[0].rivals[FEWER_STEPS]
         found = [mean for cell in cells if (mean := cell.searched.heldout_mean) is not None]
         spread = statistics.stdev(found) if len(found) > 1 else 0.0
         ahead = sum(uniform.heldout_mean is None or score > uniform.heldout_mean for score in found)
@@ -58,14 +58,16 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.3, 0.5])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max-evals", type=int, default=40)
-    parser.add_argument("--strategy", default=RunConfig().strategy)
+    parser.add_argument("--strategy", default="evolution")
     parser.add_argument("--metric", default="ssim")
     parser.add_argument("--heldout", type=int, default=64)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--allocation", choices=("damage", "equal"), default="damage", help="of levels over layers")
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
-    config = RunConfig(metric=args.metric, heldout=args.heldout, max_evals=args.max_evals, strategy=args.strategy)
+    config = RunConfig(
+        genes="levels", metric=args.metric, heldout=args.heldout, max_evals=args.max_evals, strategy=args.strategy
+    )
     config = replace(config, allocation=args.allocation)
     if args.smoke:
         config = replace(config, stages=2, steps=4, probes=2, heldout=4, calibration_samples=8, metric="latent_mse")

@@ -128,7 +128,7 @@ class Bed:
     def evaluations(self, out: Path) -> list[tuple[Any, float, int]]:
         """What the journal of a run has, whatever it took."""
         schedule, _ = read_schedule(self.whole)
-        space = SearchSpace.mean_sparsity(schedule.stages, schedule.max_level, self.config.budget, (1,) * 4)
+        space = SearchSpace.mean_sparsity(schedule.stages, schedule.max_level, 0.5, (1,) * 4)
         found = EvaluationStore(out / folder.JOURNAL, space).evaluations()
         return [(e.schedule.levels, e.fitness, e.denoiser_calls) for e in found]
 
@@ -301,6 +301,7 @@ def main() -> None:
         home = Path(scratch)
         tiny_pipeline(home / "tiny")
         config = RunConfig(
+            genes="levels",
             model=str(home / "tiny"), method="magnitude", allocation="equal", stages=4, steps=4, guidance=1.0,
             metric="faulty", mutation="faulty", strategy="evolution:mu=2,lam=4,initial=4", max_evals=16, probes=2,
             heldout=2, device="cpu",

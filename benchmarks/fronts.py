@@ -36,7 +36,6 @@ from diffes.figures import charts, plots
 from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.measure.quality import Quality, squared_errors
 from diffes.measure.reference import SOLVER
-from diffes.problems.checks import PLANNED
 from diffes.problems.plans import Plans
 from diffes.problems.workbench import Workbench, prepare
 from diffes.progress import RichProgress
@@ -205,7 +204,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     config = RunConfig(
-        cost=args.cost, budget=1.0, metric="latent_mse", max_evals=args.max_evals, method=args.method,
+        cost=args.cost, metric="latent_mse", max_evals=args.max_evals, method=args.method,
         probes=args.probes, heldout=args.heldout, strategy=args.strategy,
     )  # fmt: skip
     if args.smoke:
@@ -224,7 +223,7 @@ def main() -> None:
 
 def time_again(bench: Workbench, rows: Sequence[dict[str, Any]]) -> None:
     """New milliseconds for rows of one model and seed, budget by budget."""
-    space = bench.space
+    space = bench.levels
     facts = {"stages": space.stages.ranges, "max_level": space.max_level, "solver": SOLVER}
     for budget in sorted({row["budget"] for row in rows}):
         at = [row for row in rows if row["budget"] == budget]
@@ -264,7 +263,7 @@ def run(args: argparse.Namespace, config: RunConfig) -> None:
         rows = read(path)
         same = [row for row in rows if all(row[name] == value for name, value in settings.items())]
         if args.time:
-            time_again(prepare(replace(config, seed=seed), RichProgress(), example=PLANNED), same)
+            time_again(prepare(replace(config, seed=seed), RichProgress()), same)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             continue
         done = {(row["budget"], row["kind"]) for row in same}
@@ -274,14 +273,14 @@ def run(args: argparse.Namespace, config: RunConfig) -> None:
         ]  # fmt: skip
         if not left:
             continue
-        bench = prepare(replace(config, seed=seed), RichProgress(), example=PLANNED)
+        bench = prepare(replace(config, seed=seed), RichProgress())
         steps, nodes = (20, 8) if args.smoke else (200, 64)
         plans = Plans(bench, nodes=nodes, reference_steps=steps, timed_at=args.batch, fit_probes=args.fit_probes)
         if heldout is not None:
             plans.__dict__["heldout"] = heldout.detached().attached(bench.router, bench.metric)
         heldout = plans.heldout
         quality = Quality(bench.adapter, heldout.final_reference)
-        leaves = np.array(plans.call_costs)[bench.space.visited].mean(0)
+        leaves = np.array(plans.call_costs)[bench.levels.visited].mean(0)
         settings |= {"leaves": [round(float(share), 4) for share in leaves / leaves[0]]}
         for budget, kinds in left:
             start = time.perf_counter()

@@ -172,7 +172,7 @@ def search(config: RunConfig, out: Path, make: Callable[[], ModelAdapter], elimi
     data = CalibrationSet(latents, adapter.make_probes(n, 0, "calibration").conditions, "noise")
     top = adapter.max_level("width")
     steps = stages.count_steps(adapter.timesteps(config.steps))
-    space = SearchSpace.mean_sparsity(stages, top, config.budget, steps)
+    space = SearchSpace.mean_sparsity(stages, top, 0.5, steps)
     with parts.part("calibration, all of it"):
         bank = build.build_bank(
             adapter, METHODS.make(config.method), stages, data, guidance=config.scale, seed=config.seed,
@@ -241,6 +241,7 @@ def main() -> None:
     if args.part != "layers":
         hub = {"dit-xl": "facebook/DiT-XL-2-256", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
         config = RunConfig(
+            genes="levels",
             model=hub[args.model], dtype=args.dtype, stages=args.stages, steps=args.steps, guidance=args.guidance,
             probes=args.probes, max_evals=args.evals, bank_memory=args.memory, calibration_samples=args.images,
         )  # fmt: skip

@@ -71,6 +71,7 @@ def of_strategy(name: str, evaluations: int) -> list[dict[str, float]]:
 def of_model(evaluations: int) -> list[dict[str, float]]:
     """A search on the shipped transformer, its denoiser calls included."""
     config = RunConfig(
+        genes="levels",
         method="magnitude", allocation="equal", stages=8, steps=8, guidance=1.0, probes=1, metric="latent_mse",
         max_evals=evaluations,
     )  # fmt: skip

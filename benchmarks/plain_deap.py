@@ -26,6 +26,7 @@ from diffes.problems.heldout import record_of
 from diffes.problems.workbench import Workbench, prepare, search_on, vary
 from diffes.progress import RichProgress
 from diffes.results.folder import config_record
+from diffes.results.record import UNIFORM
 from diffes.spaces.ledger import SearchResult
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
     config = RunConfig(
+        genes="levels",
         model=args.model,
         allocation=args.allocation,
         steps=10,
@@ -73,21 +75,21 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     progress = RichProgress()
     bench = prepare(config, progress)
-    heldout, rows = bench.heldout(), []
+    rows = []
     for seed in range(args.seeds):
         here = vary(bench, replace(config, seed=seed), progress)
         found, logbook = with_deap(here, seed, args.generations)
-        deap = record_of(here, heldout, found)
+        deap = record_of(here, found)
         here = vary(here, replace(here.config, max_evals=deap.evaluations), progress)
-        ours = record_of(here, heldout, search_on(here, progress))
+        ours = record_of(here, search_on(here, progress))
         row: dict[str, Any] = {"seed": seed, "generations": len(logbook) - 1}
         for name, record in (("deap", deap), ("evolution", ours)):
             row[name] = {
                 "heldout": record.searched.heldout_mean, "search": record.searched.search,
-                "levels": list(record.schedule.levels), "evaluations": record.evaluations,
+                "levels": list(record.found.levels), "evaluations": record.evaluations,
                 "denoiser_calls": record.denoiser_calls,
             }  # fmt: skip
-        rows.append(row | {"uniform_heldout": deap.uniform.heldout_mean} | config_record(here.config))
+        rows.append(row | {"uniform_heldout": deap.rivals[UNIFORM].heldout_mean} | config_record(here.config))
     (args.out / "plain_deap.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = table(rows)
     (args.out / "plain_deap.md").write_text(text)

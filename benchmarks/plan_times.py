@@ -20,7 +20,6 @@ from published_models import adapter_of, dit
 
 from diffes.config import RunConfig
 from diffes.measure.currencies import macs_by_level, ms_by_level
-from diffes.problems.checks import PLANNED
 from diffes.problems.plans import Plans
 from diffes.problems.workbench import prepare
 from diffes.progress import RichProgress
@@ -72,7 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
-    config = RunConfig(cost="macs", budget=1.0, metric="latent_mse", probes=32, max_evals=args.max_evals)
+    config = RunConfig(cost="macs", metric="latent_mse", probes=32, max_evals=args.max_evals, strategy="evolution")
     nodes, reference = 64, 200
     if args.smoke:
         config = replace(config, stages=2, steps=4, probes=2, heldout=4, calibration_samples=8, max_evals=4)
@@ -81,9 +80,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         shares = times(1 if args.smoke else 3, args.batch, **({"num_layers": 2} if args.smoke else {}))
-    bench = prepare(config, RichProgress(), example=PLANNED)
-    costs = [shares["ms, changing"]] * len(bench.space.stages)
-    plans = Plans(bench, nodes=nodes, reference_steps=reference, known_costs=costs)
+    bench = prepare(config, RichProgress())
+    costs = [shares["ms, changing"]] * len(bench.levels.stages)
+    plans = Plans(replace(bench, costs=costs), nodes=nodes, reference_steps=reference)
     points = []
     for budget in args.budgets:
         for point in front.searched(plans, budget):

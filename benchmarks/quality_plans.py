@@ -28,7 +28,6 @@ from train_fashion_dit import DATA_DIR
 
 from diffes.adapters import shipped_models
 from diffes.config import RunConfig
-from diffes.problems.checks import PLANNED
 from diffes.problems.workbench import Workbench, prepare
 from diffes.progress import RichProgress
 from diffes.results.artifact import plan_of
@@ -83,7 +82,7 @@ JUDGES = {"fashion-dit": fashion_judge, "emoji-sdxl": emoji_judge}
 
 def row_of(bench: Workbench, judge: Judge, point: dict[str, Any]) -> dict[str, Any]:
     """What the judge says of the images of a plan."""
-    pipe, space = bench.adapter.pipe, bench.space
+    pipe, space = bench.adapter.pipe, bench.levels
     facts = {"stages": space.stages.ranges, "max_level": space.max_level, "solver": "dpmsolver++"}
     plan = plan_of(facts, point)
     own, pipe.scheduler = pipe.scheduler, PlanScheduler.of(pipe.scheduler, plan.timesteps, plan.rows)
@@ -154,10 +153,10 @@ def main() -> None:
         if not left:
             continue
         judge = JUDGES[model](args)
-        config = RunConfig(model=model, guidance=GUIDANCE[model], cost="macs", budget=1.0, probes=args.probes)
+        config = RunConfig(model=model, guidance=GUIDANCE[model], cost="macs", probes=args.probes)
         if args.smoke:
             config = replace(config, calibration_samples=8)
-        bench = prepare(config, RichProgress(), example=PLANNED)
+        bench = prepare(config, RichProgress())
         bench.adapter.pipe.set_progress_bar_config(disable=True)
         for point in left:
             keep(row_of(bench, judge, point), rows, path, table_of)

@@ -42,7 +42,6 @@ from diffes.adapters.macs import ATTENTION_ON_CPU, macs_by_module
 from diffes.config import HELDOUT_SEED, RunConfig
 from diffes.measure.currencies import interleaved_ms
 from diffes.measure.plan_evaluator import PlanEvaluator
-from diffes.problems.checks import PLANNED
 from diffes.problems.plans import Plans
 from diffes.problems.workbench import prepare
 from diffes.progress import RichProgress
@@ -414,7 +413,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
     logging.disable(logging.WARNING)  # published caches talk about each run
-    config = RunConfig(cost="macs", budget=1.0, metric="latent_mse", max_evals=args.max_evals, seed=args.seed)
+    config = RunConfig(cost="macs", metric="latent_mse", max_evals=args.max_evals, seed=args.seed, strategy="evolution")
     caches: Sequence[Published] = PUBLISHED
     if args.smoke:
         config = replace(config, stages=2, steps=4, probes=2, heldout=4, calibration_samples=8, max_evals=4)
@@ -436,7 +435,7 @@ def main() -> None:
         if not left:
             continue
         config = replace(config, model=model, guidance=guidance, method=method)
-        bench = prepare(config, RichProgress(), example=PLANNED)
+        bench = prepare(config, RichProgress())
         plans = Plans(bench, nodes=8 if args.smoke else 64, reference_steps=20 if args.smoke else 200)
         for budget in left:
             done = [row["kind"] for row in rows if is_of(row, model, args.seed) and row["budget"] == budget]

@@ -20,7 +20,7 @@ from pathlib import Path
 from diffes.adapters import shipped_models
 from diffes.config import RunConfig
 from diffes.progress import RichProgress
-from diffes.results.record import RunRecord
+from diffes.results.record import UNIFORM, RunRecord
 from diffes.study.grid import run_cells
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,7 +51,7 @@ def line(model: str, reference: Sequence[RunRecord], ours: Sequence[RunRecord]) 
     share = statistics.median(passed)
     heldout = [[record.searched.heldout_mean or 0.0 for record in records] for records in (reference, ours)]
     cells = (
-        model, len(pairs), f"{statistics.median(record.uniform.heldout_mean or 0.0 for record in ours):.4f}",
+        model, len(pairs), f"{statistics.median(record.rivals[UNIFORM].heldout_mean or 0.0 for record in ours):.4f}",
         f"{statistics.median(heldout[0]):.4f}", f"{statistics.median(heldout[1]):.4f}",
         f"{sum(our >= theirs for theirs, our in zip(*heldout, strict=True))} of {len(pairs)}",
         f"{statistics.median(record.denoiser_calls for record in reference):,.0f}",
@@ -79,7 +79,9 @@ def main() -> None:
     parser.add_argument("--allocation", choices=("damage", "equal"), default="damage", help="of levels over layers")
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
-    config = RunConfig(steps=10, guidance=1.0, probes=8, max_evals=args.evaluations, allocation=args.allocation)
+    config = RunConfig(
+        genes="levels", steps=10, guidance=1.0, probes=8, max_evals=args.evaluations, allocation=args.allocation
+    )
     if args.smoke:
         config = replace(config, stages=4, steps=4, probes=2, heldout=4, calibration_samples=8, max_evals=40)
         args.seeds = 2

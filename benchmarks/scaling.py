@@ -46,6 +46,7 @@ LAMBDAS = (16, 64, 256)  # schedules of a generation
 STRAGGLERS, SLOWER = 0.02, 5.0
 MOST = 10**6  # evaluations of the asynchronous mode, which ends when the generations do
 SETTINGS: dict[str, Any] = {
+    "genes": "levels",
     "model": "fashion-dit", "method": "magnitude", "stages": 10, "steps": 10, "probes": 8, "metric": "latent_mse",
     "heldout": 8, "calibration_samples": 64, "threads": 1,
 }  # fmt: skip

@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
-    config = RunConfig(cost="macs", metric="latent_mse", max_evals=args.max_evals)
+    config = RunConfig(genes="levels", cost="macs", metric="latent_mse", max_evals=args.max_evals)
     if args.smoke:
         config = replace(config, stages=2, steps=4, probes=2, heldout=4, calibration_samples=8, max_evals=2)
         args.models, args.methods, args.budgets, args.seeds = ["fashion-dit"], ["obs"], [0.65], [0]

@@ -53,7 +53,9 @@ def main() -> None:
     parser.add_argument("--allocation", choices=("damage", "equal"), default="damage", help="of levels over layers")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
-    config = RunConfig(metric="latent_mse", method="magnitude", device=args.device, allocation=args.allocation)
+    config = RunConfig(
+        genes="levels", metric="latent_mse", method="magnitude", device=args.device, allocation=args.allocation
+    )
     if args.smoke:
         config = replace(config, steps=4, stages=2)
         args.batches, args.repeats = [2], 1

@@ -40,6 +40,7 @@ from diffes.workers import Pool
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS: dict[str, Any] = {
+    "genes": "levels",
     "model": "fashion-dit", "method": "magnitude", "stages": 10, "steps": 10, "probes": 8, "metric": "latent_mse",
     "heldout": 8, "calibration_samples": 64, "threads": 1, "strategy": "evolution:mu=4,lam=16",
 }  # fmt: skip
@@ -87,7 +88,7 @@ def cells(evaluations: int, repeats: int) -> dict[str, Any]:
             start = time.perf_counter()
             comparison = run_experiment(config, varied, 4, Path(folder) / "out", RichProgress(), options)
             found[name].append(time.perf_counter() - start)
-        scores.append([(record.schedule, record.searched.heldout_mean) for record in comparison.records])
+        scores.append([(record.found, record.searched.heldout_mean) for record in comparison.records])
     if any(each != scores[0] for each in scores):
         raise SystemExit("workers found other schedules")
     medians = {name: statistics.median(seconds) for name, seconds in found.items()}

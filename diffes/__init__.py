@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from diffes.spaces.operators import crossover, mutation
     from diffes.spaces.strategy import Strategy, strategy
     from diffes.study.fit import fit
+    from diffes.study.functions import ablate, compare, front, search
 
 __all__ = [
-    "DiffesError", "PlanScheduler", "RunConfig", "Solver", "Strategy", "apply", "crossover", "fit", "load",
-    "load_pipeline", "mutation", "remove", "solver", "strategy", "workbench",
+    "DiffesError", "PlanScheduler", "RunConfig", "Solver", "Strategy", "ablate", "apply", "compare", "crossover", "fit",
+    "front", "load", "load_pipeline", "mutation", "remove", "search", "solver", "strategy", "workbench",
 ]  # fmt: skip
 
 try:
@@ -42,13 +43,17 @@ _LAZY = {
     "RunConfig": "diffes.config",
     "Solver": "diffes.solvers",
     "Strategy": "diffes.spaces.strategy",
+    "ablate": "diffes.study.functions",
     "apply": "diffes.runtime.apply",
+    "compare": "diffes.study.functions",
     "crossover": "diffes.spaces.operators",
     "fit": "diffes.study.fit",
+    "front": "diffes.study.functions",
     "load": "diffes.runtime.apply",
     "load_pipeline": "diffes.adapters",
     "mutation": "diffes.spaces.operators",
     "remove": "diffes.runtime.apply",
+    "search": "diffes.study.functions",
     "solver": "diffes.solvers",
     "strategy": "diffes.spaces.strategy",
     "workbench": "diffes.problems.workbench",

@@ -12,14 +12,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from diffes.config import ALONE, Guidance, RunConfig, WorkerOptions
+from diffes.config import ALONE, COMPARED, FRONT, Guidance, RunConfig, WorkerOptions
 from diffes.errors import DiffesError, PluginError
+from diffes.registry import GROUPS, check_names
 
 app = tyro.extras.SubcommandApp()
 _DEFAULT = RunConfig()
-_SEARCH = RunConfig(metric="auto", strategy="auto")
-_PLANNED = RunConfig(cost="macs", max_evals=80, metric="latent_mse", probes=32, strategy="evopress")
-_EQUAL_MACS = RunConfig(cost="macs", budget=0.7)  # levels cost something else with another method or number of stages
 WRITE_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -34,13 +32,8 @@ WRITE_ERRORS = {
 
 @app.command
 def search(
-    genes: Literal["joint", "steps", "levels"] = "joint",
-    calls: float | None = None,
-    config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _SEARCH,
+    config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _DEFAULT,
     workers: Annotated[WorkerOptions, tyro.conf.OmitArgPrefixes] = ALONE,
-    solver: str = "fitted",
-    nodes: int = 64,
-    fit_probes: int | None = None,
     out: Path | None = None,
     overwrite: bool = False,
     log_file: Path | None = None,
@@ -51,59 +44,28 @@ def search(
     run again on an unfinished folder goes on where it stopped.
 
     Args:
-        genes: what is searched. joint: plans, which timesteps call the denoiser and how thin at each. steps: which
-            timesteps, all calls dense. levels: the paper's, a level for each stage at the pipeline's own steps.
-        calls: what a plan may cost, in dense denoiser calls, by --cost (level, the paper's, stands for macs here).
-            Left out: 6. Schedules of levels have --budget instead.
-        config: settings of the run; --metric auto is latent_mse for plans and ssim for levels, and --strategy auto is
-            evopress for plans and evolution, the paper's, for levels.
-        workers: who measures.
-        solver: of plans: fitted (coefficients by least squares to the reference, found with the timesteps), dpmsolver++
-            (second order), dpmsolver++3m, unipc, ddim (first order, no noise) or one of your own by entry point.
-            Options follow a colon: fitted:memory=2.
-        nodes: of plans: candidate timesteps.
-        fit_probes: of plans: images on which the best few are fitted and compared again, which no search sees. Left
-            out: 48.
+        config: settings of the run.
+        workers: worker settings.
         out: run folder. Left out: runs/ and a name of the model, method, what is searched and the seed.
         overwrite: replace a run that is already there.
         log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
-    if config.metric == "auto":
-        config = replace(config, metric="ssim" if genes == "levels" else "latent_mse")
-    if config.strategy == "auto":
-        config = replace(config, strategy="evolution" if genes == "levels" else "evopress")
-    if genes != "levels":
-        if config.budget != RunConfig().budget:
-            raise DiffesError(
-                f"--budget {config.budget:g} is of --genes levels; what a plan may cost is --calls, in dense denoiser "
-                "calls"
-            )
-        if config.cost == "level":
-            config = replace(config, cost="macs")
-        budget = 6.0 if calls is None else calls
-        plans: dict[str, Any] = {"solver": solver, "nodes": nodes, "fit_probes": fit_probes}
-        out = out or _named(f"{config.method}-{genes}-{budget:g}-{config.cost}", config)
+    config = _checked(config)
+    if config.genes == "levels":
+        out = out or _named(f"{config.method}-{config.strategy}-{config.budget:g}", config)
         with _terminal(log_file) as terminal:
-            terminal.front(config, [budget], out, overwrite, genes=genes, workers=workers, **plans)
+            terminal.search(config, out, overwrite, workers)
         return
-    if calls is not None:
-        raise DiffesError(f"--calls {calls:g} sets the budget of plans; with --genes levels use --budget instead")
-    for name, value, default in (("solver", solver, "fitted"), ("nodes", nodes, 64), ("fit-probes", fit_probes, None)):
-        if value != default:
-            raise DiffesError(f"--{name} {value} is of plans, which --genes levels does not search: leave it out")
-    out = out or _named(f"{config.method}-{config.strategy}-{config.budget:g}", config)
+    out = out or _named(f"{config.method}-{config.genes}-{config.calls:g}-{config.cost}", config)
     with _terminal(log_file) as terminal:
-        terminal.search(config, out, overwrite, workers)
+        terminal.front(config, [config.calls], out, overwrite, workers=workers)
 
 
 @app.command
 def front(
     budgets: list[float] = [3, 4, 5, 6, 8, 10],  # noqa: B006
-    config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _PLANNED,
+    config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = FRONT,
     workers: Annotated[WorkerOptions, tyro.conf.OmitArgPrefixes] = ALONE,
-    solver: str = "fitted",
-    nodes: int = 64,
-    fit_probes: int | None = None,
     out: Path | None = None,
     overwrite: bool = False,
     log_file: Path | None = None,
@@ -118,19 +80,27 @@ def front(
 
     Args:
         budgets: what a plan may cost, in dense denoiser calls, by --cost.
-        config: settings; --max-evals is of each search, --budget is not used.
-        workers: who measures.
-        solver: fitted, dpmsolver++, dpmsolver++3m, unipc, ddim or one of your own (see `diffes search --help`).
-        nodes: candidate timesteps.
-        fit_probes: images on which the best few plans of each search are fitted and compared again. Left out: 48.
+        config: settings; --max-evals is of each search.
+        workers: worker settings.
         out: folder. Left out: runs/MODEL-METHOD-front-COST-SEED.
         overwrite: replace a front that is already there.
         log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
+    if config.genes == "levels":
+        raise DiffesError("a front is of plans. With --genes levels, run diffes search --strategy nsga2 instead")
+    if config.calls is not None:
+        raise DiffesError(f"--calls {config.calls:g} is one budget. In a front, use --budgets instead")
+    config = _checked(config)
     out = out or _named(f"{config.method}-front-{config.cost}", config)
     with _terminal(log_file) as terminal:
-        plans: dict[str, Any] = {"solver": solver, "nodes": nodes, "fit_probes": fit_probes}
-        terminal.front(config, budgets, out, overwrite, genes="joint", workers=workers, **plans)
+        terminal.front(config, budgets, out, overwrite, workers=workers)
+
+
+def _checked(config: RunConfig) -> RunConfig:
+    """Return the settings, resolved. Refuse unknown names before torch is imported."""
+    config = config.resolved()
+    check_names(**{name: getattr(config, name) for name in GROUPS})
+    return config
 
 
 def _named(name: str, config: RunConfig, seed: bool = True) -> Path:
@@ -253,7 +223,7 @@ def export(
 
 @app.command
 def compare(
-    strategies: list[str] = ["evolution", "evopress", "surrogate", "tpe", "random", "uniform"],  # noqa: B006
+    strategies: list[str] | None = None,
     seeds: int = 5,
     config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _DEFAULT,
     workers: Annotated[WorkerOptions, tyro.conf.OmitArgPrefixes] = ALONE,
@@ -266,35 +236,49 @@ def compare(
     goes on where it stopped; with more seeds or strategies it adds them.
 
     Args:
-        strategies: names, with options after a colon; the first is what the others are tested against.
+        strategies: names, with options after a colon; the first is what the others are tested against. Left out:
+            evopress, evolution, surrogate, tpe and random; for schedules (--genes levels) evolution first, and uniform.
         seeds: searches of each, from --seed on; each draws its own probes.
-        config: settings of all runs; --strategy is not used. All spend --max-calls denoiser calls, or if that is left
-            out what --max-evals whole evaluations cost.
-        workers: who measures.
+        config: settings of all runs. All spend --max-calls denoiser calls, or if that is left out what --max-evals
+            whole evaluations cost.
+        workers: worker settings.
         out: folder of the results. Left out: runs/MODEL-METHOD-compare-BUDGET.
         log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
-    out = out or _named(f"{config.method}-compare-{config.budget:g}", config, seed=False)
+    if config.strategy != "auto":
+        raise DiffesError(f"--strategy {config.strategy} is one strategy. In a comparison, use --strategies instead")
+    _checked(config)
+    names = COMPARED["levels" if config.genes == "levels" else "plans"] if strategies is None else strategies
+    for name in names:
+        check_names(strategy=name)
+    out = out or _named(f"{config.method}-compare-{_budget(config)}", config, seed=False)
     with _terminal(log_file) as terminal:
-        terminal.experiment(config, {"strategy": strategies}, seeds, out, workers)
+        terminal.experiment(config, {"strategy": names}, seeds, out, workers)
+
+
+def _budget(config: RunConfig) -> str:
+    """Return the budget for the name of a folder."""
+    config = config.resolved()
+    return f"{config.budget:g}" if config.genes == "levels" else f"{config.genes}-{config.calls or 0:g}"
 
 
 @app.command
 def ablate(
     vary: tyro.conf.Positional[list[str]],
     seeds: int = 3,
-    config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _EQUAL_MACS,
+    config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _DEFAULT,
     workers: Annotated[WorkerOptions, tyro.conf.OmitArgPrefixes] = ALONE,
     out: Path | None = None,
     log_file: Path | None = None,
 ) -> None:
     """Vary any settings and measure every combination over several seeds, on held-out probes.
 
-    For instance: diffes ablate stages=2,5,10,20 metric=ssim,latent_mse --budget 0.6
+    For instance: diffes ablate calls=4,6,8 solver=fitted,dpmsolver++
+    Or: diffes ablate stages=2,5,10,20 metric=ssim,latent_mse --genes levels --budget 0.6
 
-    The budget counts MACs here unless --cost says otherwise. Where combinations find schedules that differ by more than
-    0.5 % in what they cost, because levels cannot express the budget in all of them, each is searched at a second,
-    higher budget, too, and compared at the budget itself by interpolation, which the table says. A cell that fails does
+    With --genes levels the budget counts MACs here unless --cost says otherwise. Where combinations find schedules that
+    differ by more than 0.5 % in cost, because levels cannot express the budget in all of them, each is searched again
+    at a higher budget, and compared at the budget itself by interpolation. The table says so. A cell that fails does
     not stop the others.
 
     Args:
@@ -303,10 +287,13 @@ def ablate(
         seeds: searches of each combination, from --seed on; each draws its own probes.
         config: all other settings. Each search spends --max-calls denoiser calls, or if that is left out what
             --max-evals whole evaluations cost with these settings.
-        workers: who measures.
+        workers: worker settings.
         out: folder of the results. Left out: runs/MODEL-ablate-OPTIONS.
         log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
+    if config.genes == "levels" and config.cost == "auto":  # levels cost something else with another method
+        config = replace(config, cost="macs", budget=0.7 if config.budget is None else config.budget)
+    _checked(config)
     with _terminal(log_file) as terminal:
         varied = terminal.parse_variations(vary)
         out = out or _named(f"ablate-{'-'.join(varied)}", config, seed=False)

@@ -5,25 +5,64 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from diffes.errors import DiffesError, at_least
+from diffes.errors import DiffesError, at_least, unknown_name
 
 LARGEST = 10**9
 HELDOUT_SEED = 1_000_000_007  # of the held-out probes: the same for every run, so that runs can be compared
 Allocation = Literal["damage", "equal"]  # how a level is shared out over the layers
 Guidance = float | tuple[float, float]  # one scale, or the two ends of a range
 # settings that older versions did not have, with the values that they used
-LATER = {"time_limit": None, "threads": None, "asynchronous": False, "study": None}
+LATER: dict[str, Any] = {
+    "time_limit": None, "threads": None, "asynchronous": False, "study": None,
+    "genes": "levels", "calls": None, "solver": None, "nodes": None, "fit_probes": None,
+}  # fmt: skip
+KINDS = {"levels": "levels", "steps": "plans", "joint": "plans"}  # kinds of what is searched
+OF_PROBLEMS = {"budget": "levels", "calls": "plans", "solver": "plans", "nodes": "plans", "fit_probes": "plans"}
+DEFAULTS: dict[str, Any] = {"budget": 0.5, "calls": 6.0, "solver": "fitted", "nodes": 64, "fit_probes": 48}
+AUTO = {  # what "auto" stands for
+    "levels": {"cost": "level", "metric": "ssim", "strategy": "evolution"},
+    "plans": {"cost": "macs", "metric": "latent_mse", "strategy": "evopress"},
+}
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Settings of a run: model, pruning, search and limits. The defaults finish in minutes on two CPU cores."""
+class ModelSettings:
+    """Settings of the model: all that its dense images depend on, besides their noise and conditions."""
 
     model: str = "fashion-dit"
     """A shipped pipeline by name, a local folder in diffusers' format, or a hub id OWNER/NAME."""
+    prompts: str | None = None
+    """Text-to-image models: a JSON file with lists of prompts `search`, `heldout` and `calibration`, none in two of
+    them. Left out: prompts.json in the model's folder if it has one, else 64 of each that come with diffes."""
+    guidance: float | tuple[float, float] = 2.0
+    """Classifier-free guidance scale; 1 and less switch it off. Of plans also two, the ends of a range (--guidance 1.5
+    4): each probe then has a scale of its own, calibration and samples have the middle, both ends are reported."""
+    steps: int = 20
+    """Sampling steps with the pipeline's own scheduler: of schedules of levels, of samples that calibrate, and of the
+    kind `levels` beside plans."""
+    device: str = "auto"
+    """Where the model runs: cpu, cuda or cuda:1; auto takes cuda where there is one."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """What the model computes in."""
+
+    def __post_init__(self) -> None:
+        at_least("steps", self.steps, 1, LARGEST)
+        object.__setattr__(self, "guidance", checked_guidance(self.guidance))
+
+    @property
+    def scale(self) -> float:
+        """Guidance scale of calibration, timing and samples: the given scale, or the middle of a range."""
+        return middle(self.guidance)
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """Settings of the pruned weights. Beside them, weights depend on the model's, and on the seed of a run."""
+
     method: str = "obs"
     """Pruning method. Of heads and channels: magnitude, activation, wanda, obs (makes up for what it removes). Of whole
     blocks: layer_drop. Of an earlier call, whose outputs are taken in place of computing them: deep_reuse (U-Nets),
@@ -35,23 +74,77 @@ class RunConfig:
     Whole blocks (layer_drop) know the second only."""
     stages: int = 10
     """Number of equal stages that the training timesteps are divided into; each has a level of its own."""
-    steps: int = 20
-    """Sampling steps with the pipeline's own scheduler."""
-    guidance: float | tuple[float, float] = 2.0
-    """Classifier-free guidance scale; 1 and less switch it off. Of plans also two, the ends of a range (--guidance 1.5
-    4): each probe then has a scale of its own, calibration and samples have the middle, both ends are reported."""
-    budget: float = 0.5
-    """What every schedule has to meet, in [0, 1]. Of level: the mean sparsity over the steps, the fraction of prunable
-    parameters removed. Of macs or latency: the most that it may cost, as a fraction of the dense model."""
-    cost: str = "level"
-    """What the budget counts: level, as in the paper; macs, multiply-accumulates of the whole denoiser; latency,
-    milliseconds measured on this device when the run begins; or one of your own by entry point."""
-    metric: str = "ssim"
-    """Fitness: latent_mse, latent_cosine, or any pyiqa metric by its name there."""
-    strategy: str = "evolution"
+    calibration_samples: int = 256
+    """Clean latents per stage that calibration draws its statistics from."""
+    calibration_data: str | None = None
+    """An .npz of images (n, channels, h, w) uint8 and labels (n,) or prompts (n,). Left out: calibration.npz in the
+    model's folder if it has one, else samples of the dense model."""
+
+    def __post_init__(self) -> None:
+        at_least("stages", self.stages, 1, LARGEST)
+        at_least("calibration_samples", self.calibration_samples, 1, LARGEST)
+
+
+@dataclass(frozen=True)
+class ProblemSettings:
+    """Settings of what is searched, under which budget, and how it is measured."""
+
+    genes: str = "joint"
+    """What is searched. joint: plans, which timesteps call the denoiser and how much is pruned at each. steps: plans
+    of dense calls, which timesteps only. levels: the paper's schedules, a level for each stage at the pipeline's own
+    steps. Or a problem of your own by entry point."""
+    calls: float | None = None
+    """Budget of plans: the most that one may cost, in dense denoiser calls, by --cost. Left out: 6."""
+    budget: float | None = None
+    """Budget of schedules (--genes levels), in [0, 1]. With --cost level: the mean sparsity over the steps that every
+    schedule has to reach, the fraction of prunable parameters removed. With macs or latency: the most that a schedule
+    may cost, as a fraction of the dense model. Left out: 0.5."""
+    cost: str = "auto"
+    """What the budget counts: macs, multiply-accumulates of the whole denoiser; latency, milliseconds measured on this
+    device when the run begins; level, the mean level as in the paper (schedules only); or one of your own by entry
+    point. auto: macs for plans, level for schedules."""
+    metric: str = "auto"
+    """Fitness: latent_mse, latent_cosine, or any pyiqa metric by its name there. auto: latent_mse for plans, ssim for
+    schedules."""
+    solver: str | None = None
+    """Solver of plans: fitted (coefficients by least squares to the reference, found with the timesteps), dpmsolver++
+    (second order), dpmsolver++3m, unipc, ddim (first order, no noise) or one of your own by entry point. Options follow
+    a colon: fitted:memory=2. Left out: fitted."""
+    nodes: int | None = None
+    """Candidate timesteps of plans. Left out: 64."""
+    probes: int = 16
+    """Images per evaluation, from fixed noise and classes or prompts."""
+    fit_probes: int | None = None
+    """Images on which the best few plans of a search are fitted and compared again, unseen by it. Left out: 48."""
+    heldout: int = 64
+    """Images of the final comparison, from noise that no search sees."""
+
+    def __post_init__(self) -> None:
+        for name, smallest in {"probes": 1, "heldout": 2, "nodes": 2, "fit_probes": 1}.items():
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), smallest, LARGEST)
+        for name in ("budget", "calls"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not (value is None or isinstance(value, int | float)):
+                raise DiffesError(f"{name} must be a number, got {value!r}")
+        kind = KINDS.get(self.genes)
+        for name, of in OF_PROBLEMS.items() if kind else ():
+            if getattr(self, name) is not None and of != kind:
+                raise DiffesError(_refused(name, getattr(self, name), self.genes))
+        if kind == "plans" and self.cost == "level":
+            raise DiffesError(
+                "--cost level is for --genes levels. A plan needs a cost of single calls: take macs or latency"
+            )
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """Settings of a search. The seed also draws the probes of the search and the noise that calibrates."""
+
+    strategy: str = "auto"
     """Search strategy, or one of your own by entry point. Searches: evolution (the paper's), evopress, surrogate, tpe,
     cmaes, optuna:sampler=NAME, nsga2 (the whole front), exhaustive (small spaces). Baselines: uniform, random, mosaic.
-    Options follow a colon: evolution:mu=4,lam=16."""
+    Options follow a colon: evolution:mu=4,lam=16. auto: evopress for plans, evolution for schedules."""
     mutation: str | None = None
     """Mutation operator of evolution, evopress and nsga2: level_switch, level_switch_small, level_step, swap_stages,
     shift_window, segment_transfer, one of DEAP's (deap.mutUniformInt:indpb=0.2, deap.mutShuffleIndexes:indpb=0.2, ...)
@@ -60,87 +153,156 @@ class RunConfig:
     """Crossover operator of evolution and nsga2: level_exchange, one of DEAP's (deap.cxTwoPoint,
     deap.cxUniform:indpb=0.5, ...) or one of your own. Left out: the strategy's own."""
     max_evals: int = 120
-    """Schedules to evaluate; one on a fraction of the probes counts as that fraction."""
+    """Plans or schedules to evaluate; one on a fraction of the probes counts as that fraction."""
     max_calls: int | None = None
     """Denoiser calls to spend, in rows. Left out: only max_evals ends the search."""
     time_limit: float | None = None
     """Seconds of evaluation to spend on a search, those of earlier commands on the same folder included. Left out: no
     limit. Any of the three limits may be raised on a finished or interrupted run, which then goes on."""
-    probes: int = 16
-    """Images per evaluation, from fixed noise and classes or prompts."""
-    heldout: int = 64
-    """Images of the final comparison, from noise that no search sees."""
-    calibration_samples: int = 256
-    """Clean latents per stage that calibration draws its statistics from."""
-    calibration_data: str | None = None
-    """An .npz of images (n, channels, h, w) uint8 and labels (n,) or prompts (n,). Left out: calibration.npz in the
-    model's folder if it has one, else samples of the dense model."""
-    bank_memory: float = 4.0
-    """GB of host memory for the weights that OBS makes as a search asks for them, and for its statistics. What it makes
-    them from lies in the run folder until the run is done; without one, what does not fit goes to a temporary file (in
-    the folder that TMPDIR names). As much again may stay ready on the device. Results do not depend on it."""
-    prompts: str | None = None
-    """Text-to-image models: a JSON file with lists of prompts `search`, `heldout` and `calibration`, none in two of
-    them. Left out: prompts.json in the model's folder if it has one, else 64 of each that come with diffes."""
-    storage: str | None = None
-    """URL of a database for the evaluations, for instance postgresql://HOST/NAME. Left out: study.journal in the run
-    folder. Both are opened by optuna-dashboard."""
-    seed: int = 0
-    """Seed of the strategy, of the search probes and of the calibration noise."""
-    device: str = "auto"
-    """Where the model runs: cpu, cuda or cuda:1; auto takes cuda where there is one."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """What the model computes in."""
     asynchronous: bool = False
     """With several workers, or a shared study: ask for a schedule as soon as one is free, not in generations
     (evolution, surrogate). Faster where many would wait for a few; what is found then depends on which is faster."""
     study: str | None = None
     """Name of a study in the storage that several processes, on any machines, search together: each with the same
     settings, a run folder of its own, and asynchronous. Left out: the run folder's own, which nobody else may use."""
+    seed: int = 0
+    """Seed of the strategy, of the search probes and of the calibration noise."""
+
+    def __post_init__(self) -> None:
+        at_least("max_evals", self.max_evals, 1, LARGEST)
+        at_least("seed", self.seed, 0, 10**18)
+        if self.max_calls is not None:
+            at_least("max_calls", self.max_calls, 1, 10**18)
+        limit = self.time_limit
+        if isinstance(limit, bool) or not (limit is None or isinstance(limit, int | float)):
+            raise DiffesError(f"time_limit must be a number, got {limit!r}")
+        if limit is not None and not limit > 0:
+            raise DiffesError(f"time_limit must be above 0 seconds, got {limit}")
+        if self.seed >= LARGEST:
+            raise DiffesError(f"seed must be below 10^9, got {self.seed}: held-out probes are drawn from one above")
+
+
+@dataclass(frozen=True)
+class ResourceSettings:
+    """Settings of the machine. Only the last digits of results depend on them."""
+
+    bank_memory: float = 4.0
+    """GB of host memory for the weights that OBS makes as a search asks for them, and for its statistics. What it makes
+    them from lies in the run folder until the run is done; without one, what does not fit goes to a temporary file (in
+    the folder that TMPDIR names). As much again may stay ready on the device. Results do not depend on it."""
+    storage: str | None = None
+    """URL of a database for the evaluations, for instance postgresql://HOST/NAME. Left out: study.journal in the run
+    folder. Both are opened by optuna-dashboard."""
     threads: int | None = None
     """Threads of torch in each process, on which the last digits of scores depend. Left out: as torch has it here."""
 
     def __post_init__(self) -> None:
-        smallest_of = {
-            "stages": 1, "steps": 1, "max_evals": 1, "probes": 1, "heldout": 2, "calibration_samples": 1, "seed": 0,
-        }  # fmt: skip
-        for name, smallest in smallest_of.items():
-            at_least(name, getattr(self, name), smallest, 10**18 if name == "seed" else LARGEST)
-        if self.max_calls is not None:
-            at_least("max_calls", self.max_calls, 1, 10**18)
         if self.threads is not None:
             at_least("threads", self.threads, 1)
-        if self.study is not None and (not self.study or self.storage is None or not self.asynchronous):
-            raise DiffesError(
-                f"study {self.study!r} is of processes that search together: it needs a name, a storage that all of "
-                "them reach, and asynchronous"
-            )
-        object.__setattr__(self, "guidance", checked_guidance(self.guidance))
-        for name in ("budget", "bank_memory", "time_limit"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not (isinstance(value, int | float) or (value, name) == (None, "time_limit")):
-                raise DiffesError(f"{name} must be a number, got {value!r}")
-        if self.time_limit is not None and not self.time_limit > 0:
-            raise DiffesError(f"time_limit must be above 0 seconds, got {self.time_limit}")
-        if self.seed >= LARGEST:
-            raise DiffesError(f"seed must be below 10^9, got {self.seed}: held-out probes are drawn from one above")
-        if not math.isfinite(self.bank_memory) or self.bank_memory <= 0:
-            raise DiffesError(f"bank_memory must be a finite number of GB above 0, got {self.bank_memory}")
-
-    @property
-    def scale(self) -> float:
-        """Guidance scale of calibration, timing and samples: the given scale, or the middle of a range."""
-        return middle(self.guidance)
+        memory = self.bank_memory
+        if isinstance(memory, bool) or not isinstance(memory, int | float):
+            raise DiffesError(f"bank_memory must be a number, got {memory!r}")
+        if not math.isfinite(memory) or memory <= 0:
+            raise DiffesError(f"bank_memory must be a finite number of GB above 0, got {memory}")
 
     @property
     def bank_bytes(self) -> int:
         """`bank_memory` in bytes."""
         return int(self.bank_memory * 1e9)
 
+
+# names are of one part only, so that a flat `--option` and a flat `config.json` name each setting
+PARTS = (ModelSettings, CalibrationSettings, ProblemSettings, SearchSettings, ResourceSettings)
+
+
+@dataclass(frozen=True)
+class RunConfig(ResourceSettings, SearchSettings, ProblemSettings, CalibrationSettings, ModelSettings):
+    """Settings of a run, in five parts. The defaults finish in minutes on two CPU cores.
+
+    What depends on which part: dense references on `ModelSettings`; the bank on that and `CalibrationSettings`, and on
+    `seed`; costs of calls on these and on `cost`, a timed cost on `probes` too; a cell of a comparison on all but
+    `ResourceSettings`.
+
+    Example:
+        >>> config = RunConfig(genes="levels", budget=0.3).resolved()
+        >>> config.metric, config.strategy, config.cost
+        ('ssim', 'evolution', 'level')
+    """
+
+    def __post_init__(self) -> None:
+        for part in PARTS:
+            part.__post_init__(self)
+        if self.study is not None and (not self.study or self.storage is None or not self.asynchronous):
+            raise DiffesError(
+                f"study {self.study!r} is of processes that search together: it needs a name, a storage that all of "
+                "them reach, and asynchronous"
+            )
+
+    def resolved(self) -> RunConfig:
+        """Return the settings with a value for everything that depends on what is searched and was left out.
+
+        Settings that do not apply stay None.
+        """
+        kind = KINDS.get(self.genes, "plans")
+        automatic: dict[str, Any] = {name: value for name, value in AUTO[kind].items() if getattr(self, name) == "auto"}
+        left_out = {
+            name: value for name, value in DEFAULTS.items() if OF_PROBLEMS[name] == kind and getattr(self, name) is None
+        }
+        return dataclasses.replace(self, **automatic, **left_out)
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values by field name."""
         plain = dataclasses.asdict(self)
         return plain | {"guidance": list(self.guidance)} if isinstance(self.guidance, tuple) else plain
+
+
+def settings_of(settings: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration of some settings by name.
+
+    Raises:
+        DiffesError: there is no such setting, or a value is out of its range.
+
+    Example:
+        >>> settings_of({"genes": "steps", "calls": 4}).calls
+        4
+    """
+    known = {field.name for field in dataclasses.fields(RunConfig)}
+    if unknown := sorted(set(settings) - known):
+        raise unknown_name("setting", unknown[0], known)
+    return RunConfig(**settings)
+
+
+def changed(config: RunConfig, **changes: Any) -> RunConfig:
+    """Return settings with other values. If another kind of thing is searched then, its own settings are left out.
+
+    Example:
+        >>> changed(RunConfig(genes="levels", budget=0.3).resolved(), genes="steps").budget is None
+        True
+    """
+    genes = changes.get("genes", config.genes)
+    if KINDS.get(genes, "plans") != KINDS.get(config.genes, "plans"):
+        unset: dict[str, Any] = dict.fromkeys(OF_PROBLEMS) | dict.fromkeys(AUTO["plans"], "auto")
+        changes = unset | changes
+    return dataclasses.replace(config, **changes)
+
+
+def names_of(*parts: type) -> set[str]:
+    """Return the names of the settings of some parts.
+
+    Example:
+        >>> sorted(names_of(ResourceSettings))
+        ['bank_memory', 'storage', 'threads']
+    """
+    return {field.name for part in parts for field in dataclasses.fields(part)}
+
+
+def _refused(name: str, value: object, genes: str) -> str:
+    """Return the message for a setting that does not apply to what is searched."""
+    option = f"--{name.replace('_', '-')}"
+    if name in ("calls", "budget"):
+        what, other = ("plans", "budget") if name == "calls" else ("schedules", "calls")
+        return f"{option} {value:g} sets the budget of {what}. With --genes {genes}, use --{other} instead"
+    return f"{option} {value} is for plans. With --genes {genes}, leave it out"
 
 
 def checked_guidance(given: Any) -> Guidance:
@@ -167,15 +329,6 @@ def checked_guidance(given: Any) -> Guidance:
             f"{' '.join(map(str, ends))}"
         )
     return float(ends[0]), float(ends[1])
-
-
-def check_one_scale(config: RunConfig) -> None:
-    """Raise if schedules of levels are given a range of guidance, over which only plans are fitted."""
-    if isinstance(config.guidance, tuple):
-        raise DiffesError(
-            f"guidance {in_words(config.guidance)} is a range, which plans are fitted over; schedules of levels take "
-            "one scale"
-        )
 
 
 def middle(guidance: Guidance) -> float:
@@ -225,3 +378,8 @@ class WorkerOptions:
 
 
 ALONE = WorkerOptions()
+FRONT = RunConfig(max_evals=80, probes=32)  # of a front: fewer evaluations a budget, each on more probes
+COMPARED = {  # strategies that `compare` takes when none are named
+    "plans": ["evopress", "evolution", "surrogate", "tpe", "random"],
+    "levels": ["evolution", "evopress", "surrogate", "tpe", "random", "uniform"],
+}

@@ -10,7 +10,8 @@ import reprlib
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, RootModel, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, RootModel, StringConstraints, TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError, to_json
 
 from diffes.errors import DiffesError
 
@@ -62,6 +63,19 @@ def checked(form: type[BaseModel], data: Any, path: object, hint: str = AGAIN, w
     except ValidationError as error:
         raise DiffesError(f"{path} {wrong} ({_said(error)}); {hint}") from None
     return data
+
+
+def parsed(form: TypeAdapter[Any], data: Any, place: object, hint: str = AGAIN, wrong: str = "is damaged") -> Any:
+    """Return the object that JSON data describe; see `checked`. Types are strict.
+
+    Raises:
+        DiffesError: the data do not match; the message names the first wrong place and what is expected there.
+    """
+    try:
+        return form.validate_json(to_json(data), strict=True)
+    except (ValidationError, PydanticSerializationError) as error:
+        said = _said(error) if isinstance(error, ValidationError) else str(error)
+        raise DiffesError(f"{place} {wrong} ({said}); {hint}") from None
 
 
 def _said(error: ValidationError) -> str:
@@ -316,40 +330,6 @@ class Prompts(Form):
     search: Annotated[list[Prompt], Field(min_length=1)]
     heldout: Annotated[list[Prompt], Field(min_length=1)]
     calibration: list[Prompt] = []
-
-
-class CellSettings(Form):
-    """Settings of a cell that are needed to read its record."""
-
-    steps: Number
-
-
-class Cell(Form):
-    """Line of `cells.jsonl`. Fields that older versions lack have defaults."""
-
-    settings: CellSettings
-    versions: dict[Text, Text]
-    stages: Annotated[list[Range], Field(min_length=1)]
-    levels: list[Count]
-    max_level: Number
-    heldout: float | None
-    heldout_std: float | None
-    search: float | None
-    uniform_levels: list[Count] = []
-    uniform_heldout: float | None
-    uniform_heldout_std: float | None = None
-    uniform_sparsity: Fraction = 0.0
-    uniform_macs: Amount
-    fewer_steps: Number
-    fewer_steps_heldout: float | None
-    fewer_steps_heldout_std: float | None = None
-    nominal_sparsity: Fraction
-    macs: Amount
-    evaluations: Number
-    denoiser_calls: Count
-    seconds: Amount
-    calibration_calls: Count = 0
-    curve: list[Annotated[list[float], Field(min_length=2, max_length=2)]]
 
 
 class Paid(Form):

@@ -156,3 +156,31 @@ class Registry(Generic[T]):
 def _offered(group: str, _path: tuple[str, ...]) -> dict[str, EntryPoint]:
     """Return the entry points of the packages on a path, by name. Reading them takes some 25 ms, hence the cache."""
     return {point.name: point for point in entry_points(group=group)}
+
+
+GROUPS = {  # entry-point groups of what settings name, and what these are called in messages
+    "genes": ("genes", "diffes.problems"), "strategy": ("strategy", "diffes.strategies"),
+    "method": ("pruning method", "diffes.pruning_methods"), "solver": ("solver of plans", "diffes.solvers"),
+    "cost": ("cost", "diffes.costs"),
+}  # fmt: skip
+
+
+def check_names(**specs: str | None) -> None:
+    """Check that installed packages offer what settings name, without importing any of it.
+
+    Args:
+        specs: a spec, or several joined by "+", by the name of its setting; None and "auto" name nothing.
+
+    Raises:
+        DiffesError: a name is unknown.
+
+    Example:
+        >>> check_names(strategy="evolution:mu=4", method="obs+deep_reuse", solver=None)
+    """
+    for setting, given in specs.items():
+        kind, group = GROUPS[setting]
+        known = _offered(group, tuple(sys.path))
+        for spec in (given or "auto").split("+") if setting == "method" else [given or "auto"]:
+            name = spec.partition(":")[0]
+            if name != "auto" and name not in known:
+                raise unknown_name(kind, name, sorted(known))

@@ -94,7 +94,7 @@ def search(config: RunConfig, out: Path, overwrite: bool, workers: WorkerOptions
     for row in reports.rows(report):
         table.add_row(*row)
     console.print(table)
-    console.print(f"levels by stage, cleanest first: {' '.join(map(str, found.schedule.levels))}")
+    console.print(f"levels by stage, cleanest first: {' '.join(map(str, found.found.levels))}")
     spent = f"{found.denoiser_calls:,} denoiser calls and {found.calibration_calls:,} of calibration"
     console.print(f"{found.evaluations} evaluations, {spent}")
     if workers.workers > 1 and report.paid_calls is not None:

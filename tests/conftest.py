@@ -30,7 +30,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffes.adapters import ModelAdapter, adapter_for, load_pipeline, shipped_models
-from diffes.config import Allocation, RunConfig
+from diffes.config import DEFAULTS, Allocation, RunConfig
 from diffes.figures import plots
 from diffes.problems import plans
 from diffes.problems.workbench import Workbench, prepare
@@ -176,7 +176,7 @@ def quicker() -> Iterator[None]:
     tested depends on how converged the ones are, or how sharp the others."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "REFERENCE_STEPS", REFERENCE_STEPS)
-        patch.setattr(plans, "FIT_PROBES", FIT_PROBES)
+        patch.setitem(DEFAULTS, "fit_probes", FIT_PROBES)
         patch.setattr(plots, "DPI", 70)
         yield
 
@@ -234,13 +234,21 @@ class Counting:
         yield lambda note, amount=1: None
 
 
+CHEAP: dict[str, Any] = {
+    "method": "magnitude", "stages": 4, "steps": 4, "metric": "latent_mse", "probes": 4, "heldout": 4, "max_evals": 6,
+    "strategy": "evolution",
+}  # fmt: skip
+
+
 def small_config(model: Path, **changes: Any) -> RunConfig:
-    """Settings of the cheapest search that has everything."""
-    settings: dict[str, Any] = {
-        "method": "magnitude", "stages": 4, "steps": 4, "metric": "latent_mse", "probes": 4, "heldout": 4,
-        "max_evals": 6,
-    }  # fmt: skip
-    return RunConfig(model=str(model), **{**settings, **changes})
+    """Settings of the cheapest search of levels that has everything."""
+    settings = CHEAP | {"genes": "levels", "cost": "level", "budget": 0.5} | changes
+    return RunConfig(model=str(model), **settings).resolved()
+
+
+def plan_config(model: Path, **changes: Any) -> RunConfig:
+    """Settings of the cheapest search of plans that has everything."""
+    return RunConfig(model=str(model), **CHEAP | {"genes": "joint", "calls": 3.0, "nodes": 8} | changes).resolved()
 
 
 def options_of(config: RunConfig) -> list[str]:

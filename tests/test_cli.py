@@ -124,7 +124,7 @@ def test_ablate_varies_what_it_is_told_to(
 ) -> None:
     out = tmp_path / "out"
     small = ["--model", str(tiny_folder), *SMALL, "--method", "magnitude", "--seeds", "1", "--out", str(out)]
-    main(["ablate", "stages=2,4", "metric=latent_mse,latent_cosine", *small])
+    main(["ablate", "stages=2,4", "metric=latent_mse,latent_cosine", "--genes", "levels", *small])
     table = capsys.readouterr().out
     assert "stages" in table and "latent_cosine" in table
     assert len(json.loads((out / "results.json").read_text())["cells"]) == 4
@@ -307,7 +307,7 @@ def test_bad_options_are_named(
     [
         (["--calls", "0.5"], "none below 1, which a dense call costs, got [0.5]"),
         (["--calls", "nan"], "none below 1"),
-        (["--budget", "0.3"], "--budget 0.3 is of --genes levels"),
+        (["--budget", "0.3"], "--budget 0.3 sets the budget of schedules"),
         (["--solver", "heun"], "'heun'"),
         (["--nodes", "1"], "nodes must be at least 2"),
         (["--strategy", "exhaustive"], "exhaustive"),
@@ -315,8 +315,8 @@ def test_bad_options_are_named(
         (["--storage", "sqlite:///none.db"], "is for --genes levels"),
         (["--stages", "40"], "are not calibrated because no step of the workbench is in them"),
         (["--genes", "levels", "--calls", "6"], "--calls 6 sets the budget of plans"),
-        (["--genes", "levels", "--nodes", "8"], "--nodes 8 is of plans"),
-        (["--genes", "levels", "--solver", "ddim"], "--solver ddim is of plans"),
+        (["--genes", "levels", "--nodes", "8"], "--nodes 8 is for plans"),
+        (["--genes", "levels", "--solver", "ddim"], "--solver ddim is for plans"),
         (["--genes", "layers"], "levels"),
     ],
 )
@@ -396,4 +396,4 @@ def test_front_then_sample_by_cost(tiny_folder: Path, tmp_path: Path, capsys: py
     )
     assert "pass --overwrite" in fails(capsys, "front", *options, "--out", str(out))
     assert "unknown solver" in fails(capsys, "front", *options, "--solver", "pndm", "--out", str(tmp_path / "x"))
-    assert "set cost to macs" in fails(capsys, "front", *options, "--cost", "level", "--out", str(tmp_path / "x"))
+    assert "take macs or latency" in fails(capsys, "front", *options, "--cost", "level", "--out", str(tmp_path / "x"))

@@ -18,7 +18,7 @@ EVALUATIONS, SEEDS = 3, 1
 """
 ALSO = {"01": 'STRATEGIES = ["evolution", "uniform"]', "03": "STAGES = [1, 2]; SETTINGS['budget'] = 0.8",
         "04": 'METRICS = ["ssim", "latent_mse"]', "06": "GENERATIONS = 2",
-        "07": "BUDGETS, NODES, FIT = [2], 8, 2"}  # fmt: skip
+        "07": "BUDGETS = [2]; SETTINGS |= dict(nodes=8, fit_probes=2)"}  # fmt: skip
 
 
 def test_all_eight_are_there() -> None:

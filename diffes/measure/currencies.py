@@ -125,22 +125,24 @@ def costs_of(
     return table
 
 
-def macs_fraction(router: Router, schedule: Schedule, steps: Sequence[int]) -> float:
-    """Return the MACs of a routed sampling run over those of the dense one.
+def macs_fraction(router: Router, routed: Schedule | Plan, steps: Sequence[int]) -> float:
+    """Return the MACs of a routed sampling run over those of the dense model at all steps.
 
     The first call of a run computes everything, even if its level would reuse something.
 
     Args:
         router: the model with its bank.
-        schedule: the levels.
-        steps: (S,) denoiser calls per stage.
+        routed: the schedule, or the plan.
+        steps: (S,) denoiser calls per stage of the dense run, and of a schedule.
     """
-    macs_of = _macs(router, schedule.stages)
+    macs_of = _macs(router, routed.stages)
     dense = macs_of(0, 0)
+    if isinstance(routed, Plan):
+        return sum(macs_of(*key) for key in Plan.keys(routed)) / (sum(steps) * dense)
     visited = [stage for stage, n in enumerate(steps) if n]
-    macs = {stage: macs_of(stage, schedule.levels[stage]) for stage in visited}
+    macs = {stage: macs_of(stage, routed.levels[stage]) for stage in visited}
     total = sum(steps[stage] * macs[stage] for stage in visited)
-    if schedule.levels[visited[-1]] in router.bank.reusing:
+    if routed.levels[visited[-1]] in router.bank.reusing:
         total += dense - macs[visited[-1]]
     return total / (sum(steps) * dense)
 

@@ -15,31 +15,32 @@ from diffes.errors import DiffesError, PluginError
 from diffes.measure.currencies import CURRENCIES
 from diffes.measure.metrics import METRICS, Metric
 from diffes.plugins import guarded, is_ours, unexpected
+from diffes.problems.base import PROBLEMS
 from diffes.registry import Registry
 from diffes.spaces.genome import Genome
 from diffes.spaces.operators import CROSSOVERS, MUTATIONS, BoundOperator, OperatorRegistry
-from diffes.spaces.plan import PlanSpace
-from diffes.spaces.schedule import Stages
 from diffes.spaces.space import SearchSpace
 from diffes.spaces.strategy import STRATEGIES, StageProfile
 
 OPERATORS: dict[str, OperatorRegistry] = {"mutation": MUTATIONS, "crossover": CROSSOVERS}
 EXAMPLES: dict[str, Any] = {"profile": StageProfile((1.0,) * 4, (0.0,) * 4)}  # facts about a model of four stages
-EXAMPLE = SearchSpace.mean_sparsity(Stages.equal(4), 4, 0.5)
-PLANNED = PlanSpace.dense_calls([[1.0, 0.5]] * 6, 2.0)
 
 
-def check_settings(config: RunConfig, space: SearchSpace = EXAMPLE) -> None:
+def check_settings(config: RunConfig, space: SearchSpace | None = None) -> None:
     """Check the strategy, its operators and the cost of a search.
 
     Args:
         config: the settings.
-        space: a small space of the kind that is searched.
+        space: a small space of the kind that is searched; the example of its problem when left out.
 
     Raises:
         DiffesError: there is no such strategy, operator or cost, it takes no such options, the strategy needs a fact
             that no run provides, or the settings do not go together.
     """
+    config = config.resolved()
+    problem, _ = PROBLEMS.parse(config.genes)
+    problem.check(config)
+    space = problem.example if space is None else space
     if CURRENCIES.get(config.cost).timed and config.study is not None:
         raise DiffesError(
             f"a study is searched under one budget, and {config.cost} differs by process: set cost to macs or level"
@@ -71,6 +72,7 @@ def are_known_elsewhere(config: RunConfig) -> bool:
         (STRATEGIES, config.strategy), (METRICS, config.metric), (CURRENCIES, config.cost),
         *((registry, str(options.get(name, ""))) for name, registry in OPERATORS.items()),
     ]  # fmt: skip
+    named.append((PROBLEMS, config.genes))
     return all(registry.is_known_elsewhere(spec) for registry, spec in named)
 
 

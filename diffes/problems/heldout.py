@@ -25,13 +25,8 @@ class HeldOut:
 
     def __init__(self, bench: Workbench) -> None:
         self._bench = bench
-        self._kind = bench.router, bench.metric, bench.config.heldout
         self.evaluator = bench.evaluator(bench.config.heldout, HELDOUT_SEED, "heldout")
         self._known: dict[Schedule | int, Candidate] = {}
-
-    def serves(self, bench: Workbench) -> bool:
-        """Check whether another workbench has the same model, metric and number of held-out probes."""
-        return self._kind == (bench.router, bench.metric, bench.config.heldout)
 
     def __call__(self, candidate: Schedule | int, search: float | None = None) -> Candidate:
         """Measure a schedule, or the dense model at a number of steps.
@@ -52,22 +47,22 @@ class HeldOut:
         else:
             scores = self.evaluator.scores(candidate)
             steps, levels = all_steps, candidate.levels
-            sparsity, macs = candidate.nominal_sparsity(bench.space.steps), bench.macs_fraction(candidate)
+            sparsity, macs = candidate.nominal_sparsity(bench.levels.steps), bench.macs_fraction(candidate)
         mean, deviation = (finite(float(value)) for value in (scores.mean(), scores.std()))
         return Candidate(steps, levels, mean, deviation, sparsity, macs)
 
 
-def record_of(bench: Workbench, heldout: HeldOut, result: SearchResult) -> RunRecord:
-    """Build the record of a search: the schedule found and its rivals at the same cost, on held-out probes."""
-    best, uniform = result.best.schedule, bench.uniform()
+def record_of(bench: Workbench, result: SearchResult) -> RunRecord:
+    """Build the record of a search: what was found and its rivals at the same cost, on held-out probes."""
+    problem = bench.problem
+    found = problem.finish(result)
     return RunRecord(
         **config_record(bench.config),
-        schedule=best,
-        searched=replace(heldout(best, result.best.fitness), cost=bench.cost_fraction(best)),
-        uniform=replace(heldout(uniform), cost=bench.cost_fraction(uniform)),
-        fewer_steps=heldout(bench.fewer_steps(best)),
+        found=found.routed,
+        searched=problem.measure(found.routed, found.fitness),
+        rivals=problem.rivals_of(found),
         evaluations=len(result.evaluations),
-        denoiser_calls=result.denoiser_calls,
+        denoiser_calls=result.denoiser_calls + found.calls,
         seconds=result.seconds,
         calibration_calls=bench.router.bank.calls,
         curve=rises(result),

@@ -6,34 +6,34 @@ import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Literal
+from functools import cached_property, partial
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from diffes.adapters import Split
-from diffes.config import HELDOUT_SEED
+from diffes.adapters import ModelAdapter, Split
+from diffes.config import DEFAULTS, HELDOUT_SEED, RunConfig
 from diffes.errors import DiffesError, DiffesWarning, at_least
 from diffes.measure.currencies import CURRENCIES, costs_of
 from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.measure.polish import polished
+from diffes.measure.quality import finite
 from diffes.measure.reference import SOLVER
-from diffes.problems.checks import check_visited, operators_of
-from diffes.problems.workbench import Workbench, shown
+from diffes.problems.base import Found, Problem, Routed
+from diffes.problems.checks import check_visited
+from diffes.problems.workbench import Workbench, run_strategy
 from diffes.progress import Progress, RichProgress
-from diffes.solvers import SOLVERS, own_of
+from diffes.results.record import Candidate
+from diffes.solvers import SOLVERS, NoiseProcess, own_of
 from diffes.solvers.offtheshelf import SPACINGS, spaced
 from diffes.spaces.ledger import OnEvaluation, SearchResult
-from diffes.spaces.loop import run_search
 from diffes.spaces.plan import PlanSpace, power_spaced, trailing
 from diffes.spaces.schedule import Plan, Stages
 from diffes.spaces.space import SearchSpace, Table, first_computes
 from diffes.spaces.store import EvaluationStore
-from diffes.spaces.strategy import STRATEGIES
 
 Genes = Literal["levels", "steps", "joint"]
 REFERENCE_STEPS = 200
-FIT_PROBES = 48  # further probes of the search's split, on which the best plans are fitted and compared again
 FIT_SEED = 2_000_000_011  # seed of these probes, before the run's own seed is added
 FINALISTS = 4  # plans of each search that take part in the final fit
 EVEN_FINALISTS = 2  # evenly spaced plans that take part
@@ -45,18 +45,17 @@ OFF_THE_SHELF = (SOLVER, "dpmsolver++3m", "unipc:order=2", "unipc:order=3")
 def call_costs(bench: Workbench, progress: Progress, timed_at: int | None = None) -> Table:
     """Return the cost (S, H + 1) of a call in each stage at each level.
 
-    Costs other than time are those of the workbench. Time is measured, and includes the change of weights before a
-    call.
+    Measured time includes the change of weights before a call.
 
     Args:
         bench: the workbench.
         progress: progress display.
         timed_at: images per timed call; as many as a search has probes when left out.
     """
-    if not CURRENCIES.get(bench.config.cost).timed:
+    if timed_at is not None and bench.costs and not CURRENCIES.get(bench.config.cost).timed:
         return bench.costs
     probes = bench.adapter.make_probes(timed_at or bench.config.probes, HELDOUT_SEED, "heldout")
-    return costs_of(bench.config.cost, bench.router, bench.space, probes, progress, changing=True)
+    return costs_of(bench.config.cost, bench.router, bench.levels, probes, progress, changing=True)
 
 
 @dataclass(frozen=True)
@@ -79,24 +78,26 @@ class Plans:
     Args:
         bench: the calibrated model, which gives levels, costs and probes. Its currency must be a cost of single calls:
             macs or latency.
-        solver: solver of the plans: a name of `diffes.solvers.SOLVERS`, with options after a colon.
+        solver: solver of the plans: a name of `diffes.solvers.SOLVERS`, with options after a colon; as in the
+            settings when left out, like all that follows.
         nodes: number of candidate timesteps, at least 2.
         reference_steps: steps of the dense model that all plans are compared with, by DPM-Solver++ 2M; where the model
             has fewer training timesteps, all of these.
-        known_costs: `call_costs` of an earlier process; measured when left out.
-        timed_at: images per timed call, if time is the cost; as many as a search has probes when left out.
+        timed_at: images per timed call, if time is the cost; the workbench's own times when left out.
         fit_probes: number of probes of the final fit.
     """
 
     bench: Workbench
-    solver: str = "fitted"
-    nodes: int = 64
+    solver: str = ""
+    nodes: int = 0
     reference_steps: int = field(default_factory=lambda: REFERENCE_STEPS)
-    known_costs: Table | None = None
     timed_at: int | None = None
-    fit_probes: int = field(default_factory=lambda: FIT_PROBES)
+    fit_probes: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("solver", "nodes", "fit_probes"):
+            given = getattr(self, name) or getattr(self.bench.config.resolved(), name)
+            object.__setattr__(self, name, given if given is not None else DEFAULTS[name])
         at_least("nodes", self.nodes, 2)
         at_least("fit_probes", self.fit_probes, 1)
         at_least("reference_steps", self.reference_steps, 1)
@@ -114,7 +115,7 @@ class Plans:
             raise DiffesError(
                 "plans need what a call costs, and a level is no cost of a call: set cost to macs or latency"
             )
-        check_visited(self.bench.space, self.bench.config)
+        check_visited(self.bench.levels, self.bench.config)
 
     @property
     def fits(self) -> bool:
@@ -123,13 +124,13 @@ class Plans:
 
     @cached_property
     def call_costs(self) -> Table:
-        """Cost (S, H + 1) of a call in each stage at each level: `known_costs`, or measured by `call_costs`."""
-        return self.known_costs or call_costs(self.bench, RichProgress(), self.timed_at)
+        """Cost (S, H + 1) of a call in each stage at each level."""
+        return self.bench.costs if self.timed_at is None else call_costs(self.bench, RichProgress(), self.timed_at)
 
     @cached_property
     def costs(self) -> list[list[float]]:
         """Cost (nodes, H + 1) of a call at each node, the cleanest first, at each level."""
-        stages, table = self.bench.space.stages, self.call_costs
+        stages, table = self.bench.levels.stages, self.call_costs
         grid = Stages.equal(self.nodes, self.bench.adapter.n_timesteps)
         return [list(table[stages.stage_of(hi - 1)]) for _, hi in grid.ranges]
 
@@ -162,14 +163,22 @@ class Plans:
             fits: whether the evaluator can also fit solvers.
             guidance: guidance scale of all probes; as in the settings when left out, which may be a range.
         """
-        config, probes = self.bench.config, self.bench.adapter.make_probes(n_probes, seed, split)
-        if guidance is None and isinstance(config.guidance, tuple):
-            probes = probes.over(*config.guidance)
-        return PlanEvaluator(
-            self.bench.router, self.bench.space.stages, self.solver, probes,
-            guidance=config.scale if guidance is None else guidance, metric=self.bench.metric,
-            reference_steps=self.reference_steps, fits=fits,
-        )  # fmt: skip
+        bench, config = self.bench, self.bench.config
+
+        def make() -> PlanEvaluator:
+            probes = bench.adapter.make_probes(n_probes, seed, split)
+            if guidance is None and isinstance(config.guidance, tuple):
+                probes = probes.over(*config.guidance)
+            return PlanEvaluator(
+                bench.router, bench.levels.stages, self.solver, probes,
+                guidance=config.scale if guidance is None else guidance, metric=bench.metric,
+                reference_steps=self.reference_steps, fits=fits,
+            )  # fmt: skip
+
+        scale = config.guidance if guidance is None else guidance
+        key = ("plans", n_probes, seed, split, fits, scale, bench.metric.name, self.reference_steps)
+        made: PlanEvaluator = bench.shared.get(key, make)
+        return made.detached().attached(bench.router, bench.metric).by(self.solver)  # type: ignore[attr-defined,no-any-return]
 
     @cached_property
     def searched(self) -> PlanEvaluator:
@@ -210,7 +219,7 @@ class Plans:
 
     def of_dense(self, timesteps: Sequence[int], solver: str) -> Plan:
         """Return the plan of dense calls at some timesteps, the noisiest first."""
-        space = self.bench.space
+        space = self.bench.levels
         return Plan(space.stages, tuple((t, 0) for t in timesteps), space.max_level, solver)
 
     def even(self, calls: float, solvers: Sequence[str]) -> Finalist:
@@ -295,7 +304,7 @@ class Plans:
         Raises:
             DiffesError: the highest level in all stages costs more.
         """
-        stages = self.bench.space.stages
+        stages = self.bench.levels.stages
         steps = stages.count_steps(self.fixed.timesteps or ())
         costs = first_computes(self.call_costs, steps, self.bench.router.bank.reusing)
         least, dense = (sum(n * row[k] for n, row in zip(steps, costs, strict=True)) for k in (-1, 0))
@@ -338,22 +347,21 @@ class Plans:
         Raises:
             DiffesError: the budget is below the cheapest call, or the strategy does not work on plans.
         """
-        config, kind = self.bench.config, f"{genes}, {solver or self.solver}" if genes != "levels" else genes
+        kind = f"{genes}, {solver or self.solver}" if genes != "levels" else genes
         evaluator = self.fixed if genes == "levels" else self.searched.by(solver or self.solver)
         space: SearchSpace = (
             self.level_space(calls)
             if genes == "levels"
             else self.space(calls, genes, self.starts(calls, genes) if starts is None else starts)
         )
-        spec, evals = strategy or config.strategy, max_evals or config.max_evals
-        made = STRATEGIES.make(spec, space, seed=config.seed, **({} if strategy else operators_of(config)))
-        with (progress or RichProgress()).task(f"searching {kind}, {calls:g} calls", evals) as advance:
-            return run_search(
-                made, self.bench.measuring(evaluator), max_evals=evals,
-                max_denoiser_calls=max_calls or config.max_calls, max_seconds=config.time_limit, store=store,
-                on_evaluation=shown(space, config.metric, advance, on_evaluation, self.bench.pool),
-                asynchronous=config.asynchronous,
-            )  # fmt: skip
+        changes: dict[str, Any] = {"strategy": strategy, "mutation": None, "crossover": None} if strategy else {}
+        limits = {"max_evals": max_evals, "max_calls": max_calls}
+        changes |= {name: value for name, value in limits.items() if value}
+        bench = replace(self.bench, config=replace(self.bench.config, **changes))
+        return run_strategy(
+            bench, space, bench.measuring(evaluator), progress or RichProgress(), f"searching {kind}, {calls:g} calls",
+            store=store, on_evaluation=on_evaluation,
+        )  # fmt: skip
 
     @property
     def _unit(self) -> float:
@@ -362,5 +370,94 @@ class Plans:
 
     def cost(self, plan: Plan) -> float:
         """Return the exact cost of a plan in dense calls."""
-        stages, costs = self.bench.space.stages, self.call_costs
+        stages, costs = self.bench.levels.stages, self.call_costs
         return sum(costs[stages.stage_of(timestep)][level] for timestep, level in plan.calls) / self._unit
+
+
+class PlanProblem(Problem):
+    """Problem of plans: which timesteps call the denoiser, at which level each, under a cost in dense calls.
+
+    Its rivals are evenly spaced dense calls at the same budget: of DPM-Solver++ 2M, and of the best of diffusers'
+    multistep solvers, each at the best of four spacings.
+    """
+
+    example = PlanSpace.dense_calls([[1.0, 0.5]] * 6, 2.0)
+    rivals = ("dense", "off-the-shelf")
+    genes: ClassVar[Genes]
+
+    @classmethod
+    def check(cls, config: RunConfig, adapter: ModelAdapter | None = None) -> None:
+        config = config.resolved()
+        super().check(config, adapter)
+        SOLVERS.make(config.solver or "")
+        if adapter is not None:
+            NoiseProcess.of(adapter.pipe.scheduler)  # refuses processes that plans do not know
+            stages = Stages.equal(config.stages, adapter.n_timesteps)
+            steps = stages.count_steps(adapter.timesteps(config.steps))
+            check_visited(SearchSpace.mean_sparsity(stages, 1, 0.0, steps), config)
+
+    @classmethod
+    def calls_of(cls, config: RunConfig) -> int:
+        calls = config.resolved().calls or 1.0
+        return config.probes * max(int(calls + 1e-9), 1) * (2 if config.scale > 1 else 1)
+
+    def call_costs(self, progress: Progress) -> Table:
+        return call_costs(self.bench, progress)
+
+    @cached_property
+    def plans(self) -> Plans:
+        """Space, searches and final fits of plans on the workbench."""
+        return Plans(self.bench)
+
+    @property
+    def calls(self) -> float:
+        """Budget in dense calls."""
+        return self.bench.config.calls or DEFAULTS["calls"]
+
+    @cached_property
+    def space(self) -> PlanSpace:
+        return self.plans.space(self.calls, self.genes, self.plans.starts(self.calls, self.genes))
+
+    def evaluator(self) -> PlanEvaluator:
+        return self.plans.evaluator(self.bench.config.probes, self.bench.config.seed)
+
+    def finish(self, result: SearchResult) -> Found:
+        plans = self.plans
+        before = plans.refitted.denoiser_calls
+        best = plans.polished(plans.best(plans.finalists(result, plans.searched)))
+        return Found(best.plan, best.fitness, plans.refitted.denoiser_calls - before)
+
+    def measure(self, routed: Routed, search: float | None = None) -> Candidate:
+        assert isinstance(routed, Plan)
+        scores = self.plans.heldout.scores(routed)
+        mean, deviation = (finite(float(value)) for value in (scores.mean(), scores.std()))
+        sparsity = float(np.mean(routed.levels)) / routed.max_level
+        return Candidate(
+            len(routed.calls), routed.levels, mean, deviation, sparsity, self.bench.macs_fraction(routed),
+            None if search is None else finite(search), cost=self.plans.cost(routed),
+        )  # fmt: skip
+
+    def rivals_of(self, found: Found) -> dict[str, Candidate]:
+        config, solvers = self.bench.config, ((SOLVER,), OFF_THE_SHELF)
+        depends = (self.calls, config.seed, config.probes, self.plans.fit_probes, config.heldout, config.guidance)
+
+        def best(names: Sequence[str]) -> Candidate:
+            final = self.plans.even(self.calls, names)
+            return self.measure(final.plan, final.fitness)
+
+        return {
+            name: self.bench.shared.get(("evenly spaced", name, config.metric, *depends), partial(best, names))
+            for name, names in zip(self.rivals, solvers, strict=True)
+        }
+
+
+class Joint(PlanProblem):
+    """Problem of plans in which calls may be dense, pruned or reusing."""
+
+    genes = "joint"
+
+
+class Steps(PlanProblem):
+    """Problem of plans in which every call is dense: only the timesteps are searched."""
+
+    genes = "steps"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from deap import base
 
+from diffes.errors import DiffesError
 from diffes.spaces.ledger import Ledger
 from diffes.spaces.space import SearchSpace
 from diffes.spaces.store import EvaluationStore
@@ -32,6 +33,17 @@ class Measure:
             DiffesError: the genome does not meet the budget.
         """
         return self.batch([genome])[0]
+
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled: a pool's `map` would copy the model into every process.
+
+        Raises:
+            DiffesError: always.
+        """
+        raise DiffesError(
+            "evaluate works on the model of this process and cannot be sent to another. Keep the toolbox's own map. "
+            "For several processes, build the toolbox in `with bench.on_workers(N) as many: toolbox = many.toolbox()`"
+        )
 
     def batch(self, genomes: Iterable[Sequence[int]]) -> list[tuple[float]]:
         """Measure many genomes together and return their fitness. Equal starts of trajectories share denoiser calls."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,11 @@ import torch
 from deap import base
 
 from diffes.adapters import ModelAdapter, Split, adapter_for, load_pipeline, model_folder, shipped_models
-from diffes.config import HELDOUT_SEED, RunConfig, WorkerOptions
-from diffes.errors import DiffesError, unknown_name
+from diffes.config import HELDOUT_SEED, RunConfig, WorkerOptions, changed, settings_of
+from diffes.errors import DiffesError
 from diffes.measure.currencies import (
     CURRENCIES,
     LATENCY_REPEATS,
-    Currency,
-    costs_of,
     interleaved_ms,
     macs_by_level,
     macs_fraction,
@@ -30,8 +28,11 @@ from diffes.measure.currencies import (
 from diffes.measure.evaluator import CACHE_BYTES, RoutedEvaluator, ScheduleEvaluator
 from diffes.measure.metrics import Metric, make_metric
 from diffes.measure.profile import damage_table, stage_profile
-from diffes.problems.checks import EXAMPLE, check_settings, check_visited, operators_of, try_adapter, try_metric
+from diffes.problems.base import PROBLEMS, Problem
+from diffes.problems.checks import check_settings, operators_of, try_adapter, try_metric
 from diffes.problems.heldout import HeldOut
+from diffes.problems.levels import heldout_of
+from diffes.problems.shared import Shared
 from diffes.problems.toolbox import measuring_toolbox
 from diffes.progress import Progress, RichProgress
 from diffes.pruning import make_method
@@ -41,13 +42,11 @@ from diffes.pruning.build import gathered
 from diffes.pruning.calibrate import Keep, bank_of, calibration_of, uses_data
 from diffes.runtime.apply import pick_device
 from diffes.runtime.router import Router
-from diffes.solvers import NoiseProcess
 from diffes.solvers.scheduler import PlanScheduler
 from diffes.spaces.ledger import OnEvaluation, SearchResult
 from diffes.spaces.loop import run_search
-from diffes.spaces.plan import PlanSpace
 from diffes.spaces.schedule import Plan, Schedule, Stages
-from diffes.spaces.space import SearchSpace, Table, first_computes
+from diffes.spaces.space import SearchSpace, Table
 from diffes.spaces.store import EvaluationStore
 from diffes.spaces.strategy import STRATEGIES, Evaluation, Evaluator, StageProfile
 from diffes.workers import Pool, pool_of
@@ -60,33 +59,46 @@ class Workbench:
     Args:
         config: the settings.
         adapter: the model.
-        space: feasible schedules.
+        levels: the calibrated stages, levels and steps, as the space of all schedules.
         router: the model with its bank of all stages and levels.
         metric: the fitness.
         costs: (S, H + 1) cost of one call in each stage at each level, in the currency of the budget.
         make_evaluator: builds the evaluator of a search; when left out, searches use an evaluator in this process on
             their own probes.
         pool: workers that measure in place of this process.
+        shared: evaluators with expensive references, for all workbenches of this calibrated model.
     """
 
     config: RunConfig
     adapter: ModelAdapter
-    space: SearchSpace
+    levels: SearchSpace
     router: Router
     metric: Metric
     costs: Table
     make_evaluator: Callable[[Workbench], Evaluator] | None = None
     pool: Pool | None = None
+    shared: Shared = field(default_factory=Shared, compare=False, repr=False)
+
+    @cached_property
+    def problem(self) -> Problem:
+        """Problem of the settings: what a search works on."""
+        made: Problem = PROBLEMS.make(self.config.genes, self)
+        return made
+
+    @property
+    def space(self) -> SearchSpace:
+        """Space of the genomes that a search chooses from, under the budget of the settings."""
+        return self.problem.space
 
     def profile(self) -> StageProfile:
         """Measure the dense model's loss in each stage, on the calibration data."""
         return stage_profile(
-            self.adapter, calibration_of(self.config, self.adapter), self.space.stages, self.config.seed
+            self.adapter, calibration_of(self.config, self.adapter), self.levels.stages, self.config.seed
         )
 
     def search(
         self,
-        strategy: str = "evolution",
+        strategy: str | None = None,
         *,
         progress: Progress | None = None,
         on_evaluation: OnEvaluation | None = None,
@@ -96,7 +108,7 @@ class Workbench:
         """Run a search on this model, in memory.
 
         Args:
-            strategy: name of a strategy, with options after a colon.
+            strategy: name of a strategy, with options after a colon; the workbench's own when left out.
             progress: progress display; bars when left out.
             on_evaluation: called with each evaluation.
             workers: number of processes that measure in parallel, on Ray; the result does not depend on it, unless the
@@ -107,11 +119,24 @@ class Workbench:
             DiffesError: a setting is unusable.
         """
         progress = progress or RichProgress()
-        bench = vary(self, replace(self.config, strategy=strategy, **changes), progress)
+        wanted = changes if strategy is None else changes | {"strategy": strategy}
+        bench = vary(self, changed(self.config, **wanted), progress)
         if bench.config.study is not None:
             raise DiffesError(f"a search in memory has no study to share: leave study {bench.config.study!r} out")
-        with pool_of(bench.config, WorkerOptions(workers)) if self.pool is None else nullcontext(self.pool) as pool:
-            return search_on(replace(bench, pool=pool), progress, on_evaluation=on_evaluation)
+        with bench.on_workers(workers) as many:
+            return search_on(many, progress, on_evaluation=on_evaluation)
+
+    @contextmanager
+    def on_workers(self, workers: int) -> Iterator[Workbench]:
+        """Yield this workbench with processes that measure in parallel, on Ray, until the block ends.
+
+        Its searches and toolboxes find the same as this one's. Workers that are there already stay.
+
+        Args:
+            workers: number of processes; 1 is this process alone.
+        """
+        with pool_of(self.config, WorkerOptions(workers)) if self.pool is None else nullcontext(self.pool) as pool:
+            yield replace(self, pool=pool)
 
     def toolbox(
         self,
@@ -156,11 +181,11 @@ class Workbench:
 
         It is measured on the search's probes, and is NaN in stages that no step falls into.
         """
-        return damage_table(self.evaluator(self.config.probes, self.config.seed), self.space)
+        return damage_table(self.evaluator(self.config.probes, self.config.seed), self.levels)
 
-    def macs_fraction(self, schedule: Schedule) -> float:
-        """Return the MACs of a routed sampling run over those of the dense one, for the whole denoiser."""
-        return macs_fraction(self.router, schedule, self.space.steps)
+    def macs_fraction(self, routed: Schedule | Plan) -> float:
+        """Return the MACs of a sampling run over those of the dense model at all steps, for the whole denoiser."""
+        return macs_fraction(self.router, routed, self.levels.steps)
 
     def cost_fraction(self, schedule: Schedule) -> float:
         """Return the cost of a schedule in the currency of the budget, over that of the dense model."""
@@ -171,7 +196,7 @@ class Workbench:
         return max(1, round(self.config.steps * self.macs_fraction(schedule)))
 
     def uniform(self) -> Schedule:
-        """Return the uniform schedule of the budget."""
+        """Return the genome of the budget that treats all stages or nodes alike."""
         return self.space.schedule(self.space.uniform())
 
     def with_metric(self, name: str) -> Workbench:
@@ -179,8 +204,8 @@ class Workbench:
         return vary(self, replace(self.config, metric=name), RichProgress())
 
     def heldout(self) -> HeldOut:
-        """Return an evaluator on held-out probes, which no search sees."""
-        return HeldOut(self)
+        """Return an evaluator of schedules on held-out probes, which no search sees."""
+        return heldout_of(self)
 
     def evaluator(
         self, n_probes: int, seed: int, split: Split = "search", cache_bytes: int = CACHE_BYTES
@@ -188,7 +213,7 @@ class Workbench:
         """Build an evaluator in this process, with its own probes and a cache of at most `cache_bytes` of states."""
         return ScheduleEvaluator(
             self.router,
-            self.space.stages,
+            self.levels.stages,
             self.adapter.make_probes(n_probes, seed, split),
             n_steps=self.config.steps,
             guidance=self.config.scale,
@@ -200,7 +225,7 @@ class Workbench:
         """Return the evaluator of a search. Its probes are drawn from the seed, like everything else in the search."""
         if self.make_evaluator is not None:
             return self.make_evaluator(self)
-        return self.measuring(self.evaluator(self.config.probes, self.config.seed))
+        return self.measuring(self.problem.evaluator())
 
     def measuring(self, evaluator: RoutedEvaluator) -> Evaluator:
         """Return the evaluator spread over the workers, if there are any; else the evaluator itself."""
@@ -270,17 +295,13 @@ def workbench(progress: Progress | None = None, **settings: Any) -> Workbench:
     Raises:
         DiffesError: a setting is unusable.
     """
-    unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(RunConfig)})
-    if unknown:
-        raise unknown_name("setting", unknown[0], RunConfig().to_json())
-    return prepare(RunConfig(**settings), progress or RichProgress())
+    return prepare(settings_of(settings), progress or RichProgress())
 
 
 def prepare(
     config: RunConfig,
     progress: Progress,
     costs: Table | None = None,
-    example: SearchSpace = EXAMPLE,
     pool: Pool | None = None,
     keep: Keep | None = None,
 ) -> Workbench:
@@ -290,15 +311,15 @@ def prepare(
         config: the settings.
         progress: progress display.
         costs: costs of an earlier workbench of the same settings; measured when left out.
-        example: a small space of the kind that will be searched, to try the strategy and its operators on.
         pool: workers that calibrate, and measure later.
         keep: stores every stage as soon as it is calibrated.
 
     Raises:
         DiffesError: a name is unknown, the budget infeasible, the model or its calibration data unusable.
     """
-    check_settings(config, example)
-    method = make_method(config.method)
+    config = config.resolved()
+    check_settings(config)
+    kind, method = PROBLEMS.parse(config.genes)[0], make_method(config.method)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     pipe = load_pipeline(config.model, device=pick_device(config.device), dtype=getattr(torch, config.dtype))
@@ -306,22 +327,18 @@ def prepare(
     adapter = adapter_for(pipe)
     if config.prompts is not None:
         adapter.use_prompts(Path(config.prompts))
-    if isinstance(example, PlanSpace):
-        NoiseProcess.of(pipe.scheduler)  # refuses processes that plans do not know
+    kind.check(config, adapter)
     try_adapter(adapter, config.steps, config.scale)
-    if "reuse" in method.kind and config.cost == "level":
-        raise DiffesError(
-            f"levels of {config.method} that reuse remove nothing: set cost to macs or latency, not level"
-        )
     adapter.check_sampler()
     adapter.check_sampled()
     stages = Stages.equal(config.stages, adapter.n_timesteps)
     steps = stages.count_steps(adapter.timesteps(config.steps))
-    space = SearchSpace.mean_sparsity(stages, method.max_level(adapter), config.budget, steps)
-    if isinstance(example, PlanSpace):
-        check_visited(space, config)
-    elif config.cost == "level" and not STRATEGIES.parse(config.strategy)[0].needs:
-        check_settings(config, space)  # it may be too large for the strategy; costs of other kinds are not known yet
+    top = method.max_level(adapter)
+    space = SearchSpace(stages, top, steps, (tuple(range(top, -1, -1)),) * len(stages), None)
+    if config.cost == "level" and config.budget is not None:
+        space = SearchSpace.mean_sparsity(stages, top, config.budget, steps)
+        if not STRATEGIES.parse(config.strategy)[0].needs:
+            check_settings(config, space)  # it may be too large for the strategy; other costs are not known yet
     metric = make_metric(config.metric, adapter.device)
     try_metric(metric, adapter)
     memory, looks = config.bank_bytes, uses_data(config)
@@ -347,10 +364,7 @@ def prepare(
         macs = np.array(macs_by_level(router, stages, space.visited, space.max_level))[space.visited].mean(0)
         cheaper = sorted(range(1, space.max_level + 1), key=lambda k: -macs[k])
         router = Router(adapter, bank.in_order(cheaper), resident=memory)
-    bench = Workbench(config, adapter, space, router, metric, costs or [], pool=pool)
-    if isinstance(example, PlanSpace) and not costs and CURRENCIES.get(config.cost).timed:
-        return bench  # plans time their own calls
-    return _priced(bench, progress)
+    return _priced(Workbench(config, adapter, space, router, metric, costs or [], pool=pool), progress)
 
 
 def vary(bench: Workbench, config: RunConfig, progress: Progress, costs: Table | None = None) -> Workbench:
@@ -365,28 +379,29 @@ def vary(bench: Workbench, config: RunConfig, progress: Progress, costs: Table |
     Raises:
         DiffesError: a name is unknown, or the budget infeasible.
     """
+    config = config.resolved()
     check_settings(config)
+    PROBLEMS.parse(config.genes)[0].check(config, bench.adapter)
     metric = bench.metric
     if config.metric != bench.config.metric:
         metric = make_metric(config.metric, bench.adapter.device)
         try_metric(metric, bench.adapter)
     timed = CURRENCIES.get(config.cost).timed
-    same = config.cost == bench.config.cost and (config.probes == bench.config.probes or not timed)
+    alike = PROBLEMS.parse(config.genes)[0] is PROBLEMS.parse(bench.config.genes)[0]
+    same = config.cost == bench.config.cost and ((alike and config.probes == bench.config.probes) or not timed)
     known = costs or (bench.costs if same else [])
     return _priced(replace(bench, config=config, metric=metric, costs=known), progress)
 
 
 def _priced(bench: Workbench, progress: Progress) -> Workbench:
-    """Return the workbench with its costs, measured if they are not known, and the space of its budget."""
-    config, space, costs = bench.config, bench.space, bench.costs
-    if costs and [len(row) for row in costs] != [space.max_level + 1] * space.n_stages:
-        raise DiffesError(f"the known costs are no table of {space.n_stages} stages by {space.max_level + 1} levels")
+    """Return the workbench with its costs, measured if they are not known. Check that the budget is feasible."""
+    levels, costs = bench.levels, bench.costs
+    if costs and [len(row) for row in costs] != [levels.max_level + 1] * levels.n_stages:
+        raise DiffesError(f"the known costs are no table of {levels.n_stages} stages by {levels.max_level + 1} levels")
     if not costs:
-        probes = bench.adapter.make_probes(config.probes, HELDOUT_SEED, "heldout")
-        costs = costs_of(config.cost, bench.router, space, probes, progress, changing=False)
-    counted = first_computes(costs, space.steps, bench.router.bank.reusing)
-    currency: Currency = CURRENCIES.make(config.cost)
-    return replace(bench, costs=costs, space=currency.space(space.stages, space.steps, counted, config.budget))
+        bench = replace(bench, costs=bench.problem.call_costs(progress))
+    _ = bench.space
+    return bench
 
 
 def search_on(
@@ -407,17 +422,49 @@ def search_on(
         on_evaluation: called with each evaluation.
         seed: seed of the strategy; the workbench's own when left out.
     """
-    config, space = bench.config, bench.space
+    config = bench.config
     facts = {name: FACTS[name](bench) for name in STRATEGIES.parse(config.strategy)[0].needs}
-    spent = sum(fact.calls for fact in facts.values())
+    title = f"searching with {config.strategy}"
+    return run_strategy(
+        bench, bench.space, bench.search_evaluator(), progress, title, facts=facts, store=store,
+        on_evaluation=on_evaluation, seed=seed,
+    )  # fmt: skip
+
+
+def run_strategy(
+    bench: Workbench,
+    space: SearchSpace,
+    evaluate: Evaluator,
+    progress: Progress,
+    title: str,
+    *,
+    facts: Mapping[str, Any] = MappingProxyType({}),
+    store: EvaluationStore | None = None,
+    on_evaluation: OnEvaluation | None = None,
+    seed: int | None = None,
+) -> SearchResult:
+    """Run the strategy of a workbench's settings, with its operators and limits, on a space.
+
+    Args:
+        bench: the workbench.
+        space: the genomes within the budget.
+        evaluate: measures them.
+        progress: progress display.
+        title: title of the bar.
+        facts: facts about the model that the strategy needs, by name.
+        store: keeps the evaluations; stored ones are not paid for again.
+        on_evaluation: called with each evaluation.
+        seed: seed of the strategy; the workbench's own when left out.
+    """
+    config, spent = bench.config, sum(fact.calls for fact in facts.values())
     strategy = STRATEGIES.make(
         config.strategy, space, seed=config.seed if seed is None else seed, **operators_of(config), **facts
     )
-    with progress.task(f"searching with {config.strategy}", config.max_evals) as advance:
+    with progress.task(title, config.max_evals) as advance:
         calls = config.max_calls
         return run_search(
             strategy,
-            bench.search_evaluator(),
+            evaluate,
             max_evals=config.max_evals,
             max_denoiser_calls=calls if calls is None else max(1, calls - spent),  # at least one evaluation
             calls_before=spent,

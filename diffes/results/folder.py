@@ -119,7 +119,7 @@ def _is_run(folder: Path) -> bool:
 def _check_same_run(folder: Path, now: Mapping[str, Any], finished: str) -> bool:
     before = read_json(folder / CONFIG, ConfigFile)
     checked(Settings, before["settings"], folder / CONFIG)
-    before["settings"] = LATER | before["settings"]
+    before["settings"] = _as_now(before["settings"])
     changes = {
         name: (before[part].get(name), value)
         for part in ("settings", "versions")
@@ -140,6 +140,12 @@ def _check_same_run(folder: Path, now: Mapping[str, Any], finished: str) -> bool
             f"{', '.join(LIMITS)} may change, and be raised); name another folder, or pass --overwrite to replace it"
         )
     return True
+
+
+def _as_now(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of an older version in today's form. Fronts had a budget of schedules, which nothing used."""
+    unused: dict[str, Any] = {"budget": None} if "budgets" in settings else {}
+    return LATER | dict(settings) | unused
 
 
 def _above(limit: float | None, other: float | None) -> bool:

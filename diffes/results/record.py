@@ -2,40 +2,63 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
+
+from diffes.errors import DiffesError
+from diffes.forms import parsed
+from diffes.results.frames import dataframe
 from diffes.spaces.ledger import SearchResult
-from diffes.spaces.schedule import Schedule
+from diffes.spaces.schedule import Plan, Schedule
+
+UNIFORM, FEWER_STEPS = "uniform", "dense, fewer steps"  # rivals of schedules
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Schedule, or dense model at a number of steps, and its measurements on held-out probes.
+    """Schedule, plan, or dense model at a number of steps, and its measurements on held-out probes.
 
     Args:
         steps: sampling steps.
-        levels: (S,) levels of the schedule; None for the dense model.
+        levels: (S,) levels of the schedule, or of the calls of a plan; None for the dense model.
         heldout_mean: mean score over the held-out probes; None if a probe failed.
         heldout_std: standard deviation of the score; None if a probe failed.
         nominal_sparsity: removed fraction of the prunable parameters, averaged over steps.
         macs_fraction: MACs of the whole denoiser over the run, as a fraction of the dense model's at all steps.
         search: fitness on the search's own probes; None if it was not measured.
         ms: median milliseconds of a whole run; None if it was not timed.
-        cost: cost in the currency of the budget, as a fraction of the dense model's; None if it was not recorded.
+        cost: cost in the currency of the budget: of a schedule as a fraction of the dense model's, of a plan in dense
+            calls; None if it was not recorded.
     """
 
-    steps: int
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
+    steps: Annotated[int, Field(ge=1)]
     levels: tuple[int, ...] | None
     heldout_mean: float | None
     heldout_std: float | None
     nominal_sparsity: float
-    macs_fraction: float
+    macs_fraction: Annotated[float, Field(ge=0)]
     search: float | None = None
     ms: float | None = None
     cost: float | None = None
+
+
+def _routed(data: Any) -> Any:
+    """Return the schedule or plan that `to_json` wrote; anything else as it is."""
+    if not isinstance(data, Mapping):
+        return data
+    try:
+        return (Plan if "timesteps" in data else Schedule).from_json(data)
+    except DiffesError as error:
+        raise ValueError(str(error)) from error
+
+
+Routed = Annotated[Schedule | Plan, BeforeValidator(_routed), PlainSerializer(lambda routed: routed.to_json())]
 
 
 @dataclass(frozen=True)
@@ -45,25 +68,26 @@ class RunRecord:
     Args:
         settings: settings of the run, a `RunConfig` as JSON.
         versions: versions of the libraries.
-        schedule: the schedule found.
-        searched: measurements of the schedule found.
-        uniform: measurements of the uniform schedule of the same budget.
-        fewer_steps: measurements of the dense model at the number of steps that costs as many MACs as the schedule
-            found.
+        found: the schedule or plan found.
+        searched: measurements of what was found.
+        rivals: measurements of what else the same cost buys, by name: for schedules, the uniform schedule of the same
+            budget, and the dense model at the number of steps that costs as many MACs; for plans, evenly spaced dense
+            calls of DPM-Solver++ 2M and of the best solver of diffusers.
         evaluations: number of distinct evaluations.
-        denoiser_calls: denoiser calls of the search, in rows, including those that measured facts for its strategy.
+        denoiser_calls: denoiser calls of the search, in rows, including those that measured facts for its strategy, and
+            those of the final fit.
         seconds: seconds of evaluation.
         curve: (denoiser calls, best fitness) wherever the best so far rose, and at the end.
         calibration_calls: denoiser calls of the calibration, in rows; 0 if they were not recorded.
         above: the same search at a higher budget, if this one found a schedule cheaper than its own.
     """
 
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
-    schedule: Schedule
+    found: Routed
     searched: Candidate
-    uniform: Candidate
-    fewer_steps: Candidate
+    rivals: Mapping[str, Candidate]
     evaluations: int
     denoiser_calls: int
     seconds: float
@@ -72,70 +96,89 @@ class RunRecord:
     above: RunRecord | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return a flat object: a line of `cells.jsonl`."""
-        return {
-            "settings": dict(self.settings),
-            "versions": dict(self.versions),
-            **self.schedule.to_json(),
-            "heldout": self.searched.heldout_mean,
-            "heldout_std": self.searched.heldout_std,
-            "search": self.searched.search,
-            "uniform_levels": list(self.uniform.levels or ()),
-            "uniform_heldout": self.uniform.heldout_mean,
-            "uniform_heldout_std": self.uniform.heldout_std,
-            "uniform_sparsity": self.uniform.nominal_sparsity,
-            "fewer_steps": self.fewer_steps.steps,
-            "fewer_steps_heldout": self.fewer_steps.heldout_mean,
-            "fewer_steps_heldout_std": self.fewer_steps.heldout_std,
-            "nominal_sparsity": self.searched.nominal_sparsity,
-            "macs": self.searched.macs_fraction,
-            "uniform_macs": self.uniform.macs_fraction,
-            "cost_fraction": self.searched.cost,
-            "uniform_cost_fraction": self.uniform.cost,
-            "evaluations": self.evaluations,
-            "denoiser_calls": self.denoiser_calls,
-            "seconds": round(self.seconds, 2),
-            "calibration_calls": self.calibration_calls,
-            "curve": [[calls, float(f"{value:.7g}")] for calls, value in self.curve],
-            "above": self.above.to_json() if self.above else None,
-        }
+        """Return nested plain values: a line of `cells.jsonl`."""
+        found: dict[str, Any] = _records().dump_python(self, mode="json")
+        return found
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> RunRecord:
-        """Build the record from the output of `to_json`.
+    def from_json(cls, row: Mapping[str, Any], place: object = "the record") -> RunRecord:
+        """Read the record that `to_json` wrote, or one of the flat rows of older versions.
 
-        Values of the rivals that rows of older versions lack are None; a missing sparsity of uniform is that of the
-        schedule found.
+        Args:
+            row: the record.
+            place: name of its file or line, for messages.
 
         Raises:
-            KeyError: the row is not a record.
-            DiffesError: the row holds no valid schedule.
+            DiffesError: the row is not a record.
         """
-        steps, schedule = row["settings"]["steps"], Schedule.from_json(row)
-        fewer = row["fewer_steps"]
-        return cls(
-            settings=row["settings"],
-            versions=row["versions"],
-            schedule=schedule,
-            searched=Candidate(
-                steps, schedule.levels, row["heldout"], row["heldout_std"], row["nominal_sparsity"], row["macs"],
-                row["search"], cost=row.get("cost_fraction"),
-            ),
-            uniform=Candidate(
-                steps, tuple(row.get("uniform_levels") or ()) or None, row["uniform_heldout"],
-                row.get("uniform_heldout_std"), row.get("uniform_sparsity", row["nominal_sparsity"]),
-                row["uniform_macs"], cost=row.get("uniform_cost_fraction"),
-            ),
-            fewer_steps=Candidate(
-                fewer, None, row["fewer_steps_heldout"], row.get("fewer_steps_heldout_std"), 0.0, fewer / steps
-            ),
-            evaluations=row["evaluations"],
-            denoiser_calls=row["denoiser_calls"],
-            seconds=row["seconds"],
-            calibration_calls=row.get("calibration_calls", 0),
-            curve=tuple((calls, best) for calls, best in row["curve"]),
-            above=cls.from_json(row["above"]) if row.get("above") else None,
-        )  # fmt: skip
+        try:
+            row = row if "rivals" in row else _nested(row)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DiffesError(f"{place} is no record of a search ({type(error).__name__} {error})") from error
+        record: RunRecord = parsed(_records(), row, place)
+        return record
+
+    def to_row(self) -> dict[str, Any]:
+        """Return every setting and every measurement under a name of its own: a line of a table.
+
+        The settings keep their names. Measurements of the result have the names of `Candidate`, those of a rival begin
+        with its name; where a setting has the same name, the measurement ends with `_found`.
+        """
+        row = dict(self.settings)
+
+        def add(name: str, value: Any) -> None:
+            row[f"{name}_found" if name in self.settings else name] = value
+
+        for name, value in self.found.to_json().items():
+            add({"stages": "stage_ranges"}.get(name, name), value)
+        for candidate, prefix in [(self.searched, ""), *((rival, f"{name} ") for name, rival in self.rivals.items())]:
+            for name, value in asdict(candidate).items():
+                if not (name == "levels" and not prefix):
+                    add(f"{prefix}{name}".replace(", ", "_").replace(" ", "_").replace("-", "_"), value)
+        for name in ("evaluations", "denoiser_calls", "seconds", "calibration_calls"):
+            add(name, getattr(self, name))
+        return row
+
+
+@functools.cache
+def _records() -> TypeAdapter[RunRecord]:
+    """Return the form of a record: pydantic reads it, writes it, and checks types and ranges."""
+    return TypeAdapter(RunRecord)
+
+
+def _nested(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a flat row of an older version, of a schedule, in today's form.
+
+    Values of the rivals that it lacks are None; a missing sparsity of uniform is that of the schedule found.
+
+    Raises:
+        KeyError: the row is not a record.
+    """
+    steps, fewer = row["settings"]["steps"], row["fewer_steps"]
+    searched = {
+        "steps": steps, "levels": row["levels"], "heldout_mean": row["heldout"], "heldout_std": row["heldout_std"],
+        "nominal_sparsity": row["nominal_sparsity"], "macs_fraction": row["macs"], "search": row["search"],
+        "cost": row.get("cost_fraction"),
+    }  # fmt: skip
+    uniform = {
+        "steps": steps, "levels": row.get("uniform_levels") or None, "heldout_mean": row["uniform_heldout"],
+        "heldout_std": row.get("uniform_heldout_std"),
+        "nominal_sparsity": row.get("uniform_sparsity", row["nominal_sparsity"]),
+        "macs_fraction": row["uniform_macs"], "cost": row.get("uniform_cost_fraction"),
+    }  # fmt: skip
+    dense = {
+        "steps": fewer, "levels": None, "heldout_mean": row["fewer_steps_heldout"],
+        "heldout_std": row.get("fewer_steps_heldout_std"), "nominal_sparsity": 0.0, "macs_fraction": fewer / steps,
+    }  # fmt: skip
+    kept = ("settings", "versions", "evaluations", "denoiser_calls", "seconds", "curve")
+    return {
+        **{name: row[name] for name in kept},
+        "found": {name: row[name] for name in ("stages", "levels", "max_level")},
+        "searched": searched,
+        "rivals": {UNIFORM: uniform, FEWER_STEPS: dense},
+        "calibration_calls": row.get("calibration_calls", 0),
+        "above": _nested(row["above"]) if row.get("above") else None,
+    }
 
 
 @dataclass(frozen=True)
@@ -185,10 +228,10 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Return nested objects, one for each candidate."""
         run, timing, settings = self.run, self.timing, self.run.settings
-        searched, uniform, fewer = run.searched, run.uniform, run.fewer_steps
+        searched, uniform, fewer = run.searched, run.rivals[UNIFORM], run.rivals[FEWER_STEPS]
         return {
             **{name: settings[name] for name in ("model", "method", "metric", "strategy", "seed")},
-            "levels": list(run.schedule.levels),
+            "levels": list(run.found.levels),
             "nominal_sparsity": searched.nominal_sparsity,
             "prunable_fraction": self.prunable_fraction,
             "macs_fraction": searched.macs_fraction,
@@ -227,6 +270,16 @@ class Report:
             "bank_bytes": self.bank_bytes,
         }
 
+    def to_dataframe(self) -> Any:
+        """Return a pandas DataFrame: a row for the schedule found, its rivals, and each point of the front.
+
+        Raises:
+            DiffesError: pandas is not installed.
+        """
+        named = [("searched", self.run.searched), *self.run.rivals.items()]
+        named += [(f"front, {label}", each) for label, candidates in self.front.items() for each in candidates]
+        return dataframe([{"name": name, **asdict(candidate)} for name, candidate in named])
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any], schedule: Schedule, facts: Mapping[str, Any]) -> Report:
         """Build the report from the output of `to_json` and from the schedule and facts of `schedule.json`.
@@ -243,19 +296,21 @@ class Report:
         run = RunRecord(
             settings=settings,
             versions={},
-            schedule=schedule,
+            found=schedule,
             searched=Candidate(
                 steps, schedule.levels, searched["heldout_mean"], searched["heldout_std"], data["nominal_sparsity"],
                 data["macs_fraction"], searched["search"], latency["routed_ms"],
             ),
-            uniform=Candidate(
-                steps, tuple(uniform["levels"]), uniform["heldout_mean"], uniform["heldout_std"],
-                uniform["nominal_sparsity"], uniform["macs_fraction"], uniform["search"], latency["uniform_ms"],
-            ),
-            fewer_steps=Candidate(
-                fewer["steps"], None, fewer["heldout_mean"], fewer["heldout_std"], 0.0, fewer["macs_fraction"],
-                None, latency["fewer_steps_ms"],
-            ),
+            rivals={
+                UNIFORM: Candidate(
+                    steps, tuple(uniform["levels"]), uniform["heldout_mean"], uniform["heldout_std"],
+                    uniform["nominal_sparsity"], uniform["macs_fraction"], uniform["search"], latency["uniform_ms"],
+                ),
+                FEWER_STEPS: Candidate(
+                    fewer["steps"], None, fewer["heldout_mean"], fewer["heldout_std"], 0.0, fewer["macs_fraction"],
+                    None, latency["fewer_steps_ms"],
+                ),
+            },
             evaluations=data["evaluations"],
             denoiser_calls=data["denoiser_calls"],
             seconds=data["search_seconds"],
@@ -290,6 +345,7 @@ def _point(candidate: Candidate) -> dict[str, Any]:
 
 def rises(result: SearchResult) -> tuple[tuple[int, float], ...]:
     """Return (denoiser calls, best fitness so far) wherever the best of a search rose, and at its end."""
-    curve = [point for point in zip(result.calls(), result.curve(), strict=True) if point[1] > -math.inf]
+    pairs = zip(result.calls(), result.curve(), strict=True)
+    curve = [(calls, float(f"{best:.7g}")) for calls, best in pairs if best > -math.inf]
     found = [point for i, point in enumerate(curve) if i == 0 or point[1] > curve[i - 1][1]]
     return tuple([*found, curve[-1]] if curve and found[-1] != curve[-1] else found)

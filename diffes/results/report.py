@@ -9,7 +9,7 @@ from diffes.files import read_json
 from diffes.forms import AGAIN, ReportFile
 from diffes.results.artifact import SCHEDULE, read_schedule
 from diffes.results.folder import REPORT
-from diffes.results.record import Candidate, Report
+from diffes.results.record import FEWER_STEPS, UNIFORM, Candidate, Report
 
 COLUMNS = ("", "held-out fitness", "spread", "sparsity", "MACs", "speed-up")
 
@@ -41,7 +41,7 @@ def rows(report: Report) -> list[tuple[str, ...]]:
 
     return [
         ("dense", "reference", "", "0.00", "100.0%", "1.00x"),
-        row("uniform", run.uniform),
+        row("uniform", run.rivals[UNIFORM]),
         row("searched", run.searched),
-        row(f"dense, {run.fewer_steps.steps} of {steps} steps", run.fewer_steps),
+        row(f"dense, {run.rivals[FEWER_STEPS].steps} of {steps} steps", run.rivals[FEWER_STEPS]),
     ]

@@ -170,6 +170,18 @@ class Plan:
         """Return the stage and level of every call that is not dense, without repeats."""
         return sorted({key for key in self.keys() if key[1]})
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads, as plain lists, texts and numbers."""
+        rows = None if self.coefficients is None else [list(row) for row in self.coefficients]
+        return {
+            "stages": [list(stage) for stage in self.stages.ranges],
+            "timesteps": list(self.timesteps),
+            "levels": list(self.levels),
+            "max_level": self.max_level,
+            "solver": self.solver,
+            "coefficients": rows,
+        }
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """Read a plan from `timesteps`, `levels`, `solver`, `stages`, `max_level` and, if present, `coefficients`.

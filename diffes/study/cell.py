@@ -7,7 +7,8 @@ from pathlib import Path
 
 from diffes.config import RunConfig
 from diffes.measure.metrics import Metric, make_metric
-from diffes.problems.heldout import HeldOut, record_of
+from diffes.problems.heldout import record_of
+from diffes.problems.shared import Shared
 from diffes.problems.workbench import Workbench, search_on
 from diffes.progress import Progress, Silent
 from diffes.results.record import RunRecord
@@ -17,12 +18,11 @@ from diffes.study.equal_cost import calls_of
 from diffes.workers import NAMED, CausedError, Worker
 
 
-def run_cell(bench: Workbench, heldout: HeldOut, journal: Path, progress: Progress, *, equal_calls: bool) -> RunRecord:
-    """Run one search, and measure its result beside uniform pruning and fewer dense steps at the same cost.
+def run_cell(bench: Workbench, journal: Path, progress: Progress, *, equal_calls: bool) -> RunRecord:
+    """Run one search, and measure its result beside its rivals at the same cost.
 
     Args:
         bench: the calibrated model with the settings of the cell.
-        heldout: evaluator on held-out probes.
         journal: file that keeps the evaluations.
         progress: progress display.
         equal_calls: whether the denoiser calls of `calls_of` are the limit, however many schedules they measure.
@@ -31,7 +31,7 @@ def run_cell(bench: Workbench, heldout: HeldOut, journal: Path, progress: Progre
     limited = bench
     if equal_calls:
         limited = replace(bench, config=replace(bench.config, max_evals=10**9, max_calls=calls_of(bench.config)))
-    return record_of(bench, heldout, search_on(limited, progress, store))
+    return record_of(bench, search_on(limited, progress, store))
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Job:
 
     Args:
         config: settings of the cell.
-        space: feasible schedules.
+        levels: the calibrated stages, levels and steps.
         costs: (S, H + 1) cost of one call in each stage at each level.
         journal: file that keeps the evaluations.
         equal_calls: see `run_cell`.
     """
 
     config: RunConfig
-    space: SearchSpace
+    levels: SearchSpace
     costs: Table
     journal: Path
     equal_calls: bool
@@ -59,7 +59,7 @@ class CellWorker(Worker):
     def __init__(self, config: RunConfig, threads: int) -> None:
         super().__init__(config, threads)
         self._metric: Metric | None = None
-        self._heldout: HeldOut | None = None
+        self._shared = Shared()
 
     def cell(self, job: Job) -> RunRecord:
         """Run a cell.
@@ -73,10 +73,10 @@ class CellWorker(Worker):
         try:
             if self._metric is None or self._metric.name != config.metric:
                 self._metric = make_metric(config.metric, self._adapter.device)
-            bench = Workbench(config, self._adapter, job.space, self._router, self._metric, job.costs)
-            if self._heldout is None or not self._heldout.serves(bench):
-                self._heldout = HeldOut(bench)
-            record = run_cell(bench, self._heldout, job.journal, Silent(), equal_calls=job.equal_calls)
+            bench = Workbench(
+                config, self._adapter, job.levels, self._router, self._metric, job.costs, shared=self._shared
+            )
+            record = run_cell(bench, job.journal, Silent(), equal_calls=job.equal_calls)
         except Exception as error:
             if isinstance(error.__cause__, OSError):
                 raise CausedError(error, error.__cause__) from error

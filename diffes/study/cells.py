@@ -12,12 +12,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from diffes.config import ALONE, LATER, RunConfig, WorkerOptions
+from diffes.config import (
+    ALONE,
+    KINDS,
+    LATER,
+    ProblemSettings,
+    RunConfig,
+    SearchSettings,
+    WorkerOptions,
+    names_of,
+)
 from diffes.errors import DiffesError
 from diffes.files import checksum, parse_json, read_json, write_json
-from diffes.forms import Cell, CellCosts, checked
+from diffes.forms import CellCosts, checked
 from diffes.problems.checks import are_known_elsewhere, check_settings
-from diffes.problems.heldout import HeldOut
 from diffes.problems.workbench import Workbench, prepare, vary
 from diffes.progress import Progress
 from diffes.results.lock import clear_leftovers, is_unused
@@ -29,19 +37,11 @@ from diffes.workers import are_here, check_asynchronous, pool_of
 
 log = logging.getLogger(__name__)
 CELLS, COSTS, JOURNALS = "cells.jsonl", "costs.json", "journals"
-SHARED = {  # settings that differ between cells of one calibrated model
-    "strategy", "mutation", "crossover", "budget", "cost", "metric", "max_evals", "max_calls", "probes", "heldout",
-    "seed", "storage", "asynchronous", "study",
-}  # fmt: skip
-
+SHARED = names_of(ProblemSettings, SearchSettings) | {"storage"}  # settings that differ in cells of one model
+_AS_OLD = RunConfig(genes="levels").resolved()
 _UNPRICED: dict[str, Any] = {  # settings that costs do not depend on
-    name: getattr(RunConfig(), name) for name in SHARED - {"cost", "probes"}
+    name: getattr(_AS_OLD, name) for name in SHARED - {"cost", "probes", "genes"}
 }
-
-_ONLY_CALIBRATED: dict[str, Any] = {
-    "strategy": "uniform", "mutation": None, "crossover": None, "cost": "level", "budget": 0.5,
-    "asynchronous": False, "study": None,
-}  # fmt: skip
 
 
 def finished(
@@ -135,7 +135,6 @@ class _Run:
         failed: cells that failed, by key.
         pools: ends the workers.
         bench: workbench of the previous cell.
-        heldout: evaluator of the previous cell on held-out probes.
     """
 
     out: Path
@@ -149,16 +148,13 @@ class _Run:
     failed: dict[str, Failure] = field(default_factory=dict)
     pools: ExitStack = field(default_factory=ExitStack)
     bench: Workbench | None = None
-    heldout: HeldOut | None = None
 
     def one(self, cell: RunConfig) -> None:
         """Run a cell in this process. Its evaluations run on the workers, if there are any."""
         with self._noted(cell):
             bench = self._ready(cell)
-            if self.heldout is None or not self.heldout.serves(bench):
-                self.heldout = HeldOut(bench)
             journal = self._journal(bench)
-            record = run_cell(bench, self.heldout, journal, self.progress, equal_calls=self.equal_calls)
+            record = run_cell(bench, journal, self.progress, equal_calls=self.equal_calls)
             self._keep(cell, record)
 
     def side_by_side(self, cells: Sequence[RunConfig], advance: Callable[..., None]) -> None:
@@ -174,7 +170,7 @@ class _Run:
             with self._noted(cell):
                 bench = self._ready(cell)
                 journal = self._journal(bench)
-                jobs[journal] = Job(bench.config, bench.space, bench.costs, journal, self.equal_calls)
+                jobs[journal] = Job(bench.config, bench.levels, bench.costs, journal, self.equal_calls)
                 left.setdefault(journal, []).append(cell)
         advance("", len(cells) - sum(map(len, left.values())))
         if not jobs:
@@ -201,10 +197,12 @@ class _Run:
         if self.bench is None or _model_of(self.bench.config) != _model_of(cell):
             self.bench = None  # there may be no memory for two calibrated models
             self.pools.close()
-            settings = replace(cell, **_ONLY_CALIBRATED, seed=self.seed)
+            settings = replace(_to_calibrate(cell), seed=self.seed)
             pool = self.pools.enter_context(pool_of(settings, self.workers, CellWorker))
             self.bench = prepare(settings, self.progress, pool=pool)
-        priced = key_of(replace(cell, **_UNPRICED).to_json())
+        priced = _key_of_costs(cell)
+        if self.bench.costs and _key_of_costs(self.bench.config) != priced:
+            self.bench = replace(self.bench, costs=[])
         self.bench = vary(self.bench, cell, self.progress, self.costs.get(priced))
         if priced not in self.costs:
             self.costs[priced] = self.bench.costs
@@ -252,11 +250,24 @@ def key_of(settings: Mapping[str, Any]) -> str:
 
     Settings that are missing because they were added later count as their defaults, a missing allocation as "equal".
     """
-    known = dataclasses.asdict(RunConfig()) | {"allocation": "equal"} | dict(settings)
+    known = _AS_OLD.to_json() | {"allocation": "equal"} | LATER | dict(settings)
     for name, default in LATER.items():
         if known[name] == default:  # so that keys of older versions are found
             del known[name]
     return checksum(known)[:16]
+
+
+def _to_calibrate(cell: RunConfig) -> RunConfig:
+    """Return settings that calibrate the model of a cell, and do not fail because of its search or its budget."""
+    plain: dict[str, Any] = {"strategy": "random", "mutation": None, "crossover": None, "asynchronous": False}
+    plain |= {"study": None, "solver": None, "nodes": None, "calls": None, "budget": None, "cost": "auto"}
+    return replace(cell, **plain).resolved() if cell.genes in KINDS else replace(cell, asynchronous=False, study=None)
+
+
+def _key_of_costs(cell: RunConfig) -> str:
+    """Return the key of the costs of a cell: of its model, its currency, and what it times."""
+    kind = KINDS.get(cell.genes, cell.genes)
+    return key_of(cell.to_json() | _UNPRICED | {"genes": "levels" if kind == "levels" else "joint"})
 
 
 def _model_of(config: RunConfig) -> list[Any]:
@@ -281,7 +292,7 @@ def _read(path: Path) -> list[RunRecord]:
         path.write_text(whole, encoding="utf-8")
     try:
         rows = [parse_json(line) for line in whole.splitlines()]
-        records = [RunRecord.from_json(checked(Cell, row, f"line {i}", "")) for i, row in enumerate(rows, 1)]
+        records = [RunRecord.from_json(row, f"line {i}") for i, row in enumerate(rows, 1)]
         return [replace(record, settings=config_of(record.settings).to_json()) for record in records]
     except (KeyError, TypeError, ValueError) as error:
         raise DiffesError(f"{path} is damaged ({error}); restore it, or move it away to run its cells again") from error

@@ -17,14 +17,14 @@ from scipy.stats import ttest_1samp, wilcoxon
 
 from diffes import files
 from diffes.figures import charts, plots
-from diffes.results.record import RunRecord
-from diffes.spaces.schedule import Schedule
+from diffes.results.frames import dataframe
+from diffes.results.record import FEWER_STEPS, Candidate, RunRecord
+from diffes.spaces.schedule import Plan, Schedule
 from diffes.study.equal_cost import at_budget, calls_of, config_of, cost_of, is_off, same
 
 MEASURE = ("model", "metric", "steps", "guidance", "heldout", "dtype")  # settings that held-out fitness depends on
-ALIKE = (*MEASURE, "cost", "budget")  # settings that compared records share
+ALIKE = (*MEASURE, "cost", "budget", "calls")  # settings that compared records share
 TIE = 1e-6  # relative: held-out values that differ by less are tied
-RENAMED = {"stages": "stage_ranges", "heldout": "heldout_mean"}  # columns of results.csv, by their names in a record
 TABLE, CSV, JSON = "table.md", "results.csv", "results.json"
 
 
@@ -108,13 +108,11 @@ class Comparison:
     def table(self, *, brief: bool = False) -> tuple[list[str], list[list[str]]]:
         """Return head and body of the table. A brief one fits a terminal."""
         lines = self.summary()
+        rivals = dict.fromkeys(name for record in self.records for name in record.rivals)
         columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
             "held-out": lambda line: f"{_number(line['heldout_mean'])} ± {_number(line['heldout_std'])}",
-            "uniform": lambda line: _number(line["uniform_heldout"]),
-            "dense, fewer steps": lambda line: (
-                f"{_number(line['fewer_steps_heldout'])} ({line['fewer_steps_macs']:.1%})"
-            ),
-            "MACs": _macs,
+            **{name: functools.partial(_rival, name) for name in rivals},
+            **self._cost_columns(),
             "ahead of first": _ahead,
             "difference [95 %]": _difference,
             "p (Holm)": lambda line: "" if line["p_holm"] is None else f"{line['p_holm']:.3f}",
@@ -132,6 +130,14 @@ class Comparison:
             if label not in found:
                 body.append([*map(str, label), "failed", *[""] * (len(columns) - 1)])
         return [*self.varied, *columns], body
+
+    def _cost_columns(self) -> dict[str, Callable[[Mapping[str, Any]], str]]:
+        """Return the columns that say what the results cost: MACs of schedules, dense calls of plans."""
+        plans = {isinstance(record.found, Plan) for record in self.records}
+        columns: dict[str, Callable[[Mapping[str, Any]], str]] = {"MACs": _macs} if plans != {True} else {}
+        if True in plans:
+            columns["cost"] = lambda line: f"{line['cost']:.2f}" if line["is_plan"] else ""
+        return columns
 
     def notes(self) -> list[str]:
         """Return the notes that explain the table, as sentences."""
@@ -176,6 +182,7 @@ class Comparison:
             by_metric.setdefault(records[0].settings["metric"], {})[", ".join(map(str, label))] = records
         figures: dict[str, Figure] = {}
         schedules: dict[str, list[Schedule]] = {}
+        plans: list[dict[str, Any]] = []
         for metric, groups in by_metric.items():
             ending = f"-{metric}" if len(by_metric) > 1 else ""
             curves = {label: [record.curve for record in group] for label, group in groups.items()}
@@ -188,8 +195,24 @@ class Comparison:
             spend = allowed.pop() if len(allowed) == 1 else None
             figures[f"convergence{ending}"] = charts.convergence_over_calls(curves, metric, spend)
             figures[f"heldout{ending}"] = charts.spread_by_label(known, f"held-out {metric}")
-            schedules |= {label: [record.schedule for record in group] for label, group in groups.items()}
-        return figures | {"schedules": plots.schedules(schedules)}
+            for name, group in groups.items():
+                at = [(record, record.found) for record in group]
+                if kept := [found for _, found in at if isinstance(found, Schedule)]:
+                    schedules[name] = kept
+                plans += [_point(name, record, found) for record, found in at if isinstance(found, Plan)]
+        if schedules:
+            figures["schedules"] = plots.schedules(schedules)
+        if plans:
+            figures["plans"] = plots.plans(plans, plans[0]["max_level"])
+        return figures
+
+    def to_dataframe(self) -> Any:
+        """Return a pandas DataFrame with a row for each cell: every setting and every measurement under its own name.
+
+        Raises:
+            DiffesError: pandas is not installed.
+        """
+        return dataframe([_csv_row(record) for record in self.records])
 
     def write(self, out: Path) -> None:
         """Write CSV, JSON, the table in Markdown and the figures."""
@@ -220,8 +243,12 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def _even(alike: Mapping[tuple[Any, ...], Sequence[RunRecord]]) -> bool:
-    """Check whether combinations cost the same, on average over seeds."""
-    return same([_cost(records) for records in alike.values()])
+    """Check whether combinations cost the same, on average over seeds.
+
+    Plans have the same budget here, and no plan costs more.
+    """
+    costs = [_cost(records) for records in alike.values() if not isinstance(records[0].found, Plan)]
+    return not costs or same(costs)
 
 
 def _cost(records: Sequence[RunRecord]) -> float:
@@ -240,7 +267,7 @@ def _line(records: Sequence[RunRecord], reference: Sequence[RunRecord]) -> dict[
     """Return the statistics of one combination over its seeds."""
     heldout = _known(record.searched.heldout_mean for record in records)
     compared = records is not reference
-    same_cost = same([_cost(records), _cost(reference)]) if compared else None
+    same_cost = _even({(0,): records, (1,): reference}) if compared else None
     return {
         "seeds": len(records),
         "failed": len(records) - len(heldout),
@@ -248,9 +275,8 @@ def _line(records: Sequence[RunRecord], reference: Sequence[RunRecord]) -> dict[
         "heldout_std": statistics.stdev(heldout) if len(heldout) > 1 else 0.0,
         "heldout_median": statistics.median(heldout) if heldout else None,
         "search_mean": _mean(_known(record.searched.search for record in records)),
-        "uniform_heldout": _mean(_known(record.uniform.heldout_mean for record in records)),
-        "fewer_steps_heldout": _mean(_known(record.fewer_steps.heldout_mean for record in records)),
-        "fewer_steps_macs": _mean([record.fewer_steps.macs_fraction for record in records]),
+        "rivals": {name: _of_rival([record.rivals[name] for record in records]) for name in records[0].rivals},
+        "is_plan": isinstance(records[0].found, Plan),
         "macs": _mean([record.searched.macs_fraction for record in records]),
         "cost": _cost(records),
         "same_cost": same_cost,
@@ -298,8 +324,31 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.mean(values) if values else None
 
 
+def _of_rival(candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """Return the means of a rival over the seeds of a combination."""
+    return {
+        "heldout_mean": _mean(_known(each.heldout_mean for each in candidates)),
+        "macs": _mean([each.macs_fraction for each in candidates]),
+    }
+
+
+def _rival(name: str, line: Mapping[str, Any]) -> str:
+    """Return the cell of a rival; that of fewer dense steps also says what they cost."""
+    if name not in line["rivals"]:
+        return ""
+    rival = line["rivals"][name]
+    return _number(rival["heldout_mean"]) + (f" ({rival['macs']:.1%})" if name == FEWER_STEPS else "")
+
+
+def _point(label: str, record: RunRecord, plan: Plan) -> dict[str, Any]:
+    """Return a plan as a row of the figure of plans."""
+    name = f"{label}, seed {record.settings['seed']}"
+    return {"kind": name, "budget": record.searched.cost, **plan.to_json()}
+
+
 def _number(value: float | None) -> str:
-    return "failed" if value is None else f"{value:.4f}"
+    """Format a fitness; small ones, as of latent errors, have a digit more."""
+    return "failed" if value is None else f"{value:.{4 if abs(value) >= 0.1 else 5}f}"
 
 
 def _macs(line: Mapping[str, Any]) -> str:
@@ -310,9 +359,11 @@ def _macs(line: Mapping[str, Any]) -> str:
 def _difference(line: Mapping[str, Any]) -> str:
     if line["difference"] is None:
         return "other cost" if line["same_cost"] is False else ""
+    digits = 4 if abs(line["heldout_mean"]) >= 0.1 else 5
     if line["difference_low"] is None:
-        return f"{line['difference']:+.4f}"
-    return f"{line['difference']:+.4f} [{line['difference_low']:+.4f}, {line['difference_high']:+.4f}]"
+        return f"{line['difference']:+.{digits}f}"
+    low, high = (f"{line[name]:+.{digits}f}" for name in ("difference_low", "difference_high"))
+    return f"{line['difference']:+.{digits}f} [{low}, {high}]"
 
 
 def _ahead(line: Mapping[str, Any]) -> str:
@@ -324,21 +375,20 @@ def _ahead(line: Mapping[str, Any]) -> str:
 
 
 def _write_csv(records: Sequence[RunRecord], path: Path) -> None:
-    """Write a line for each cell as it was measured, with its value at the budget if it was searched above.
-
-    Settings keep their names; a measurement of the same name gets another one (`RENAMED`).
-    """
-    lines = []
-    for record in records:
-        row = record.to_json()
-        measured = {k: v for k, v in row.items() if k not in ("settings", "versions", "curve", "above")}
-        line = row["settings"] | {RENAMED.get(k, k): v for k, v in measured.items()}
-        above = record.above
-        line["above_heldout"] = above.searched.heldout_mean if above else None
-        line["above_macs"] = above.searched.macs_fraction if above else None
-        line["heldout_at_budget"] = at_budget(record).searched.heldout_mean if above else None
-        lines.append({key: json.dumps(v) if isinstance(v, list) else v for key, v in line.items()})
+    """Write a line for each cell as it was measured, with its value at the budget if it was searched above."""
+    lines = [_csv_row(record) for record in records]
+    columns = list(dict.fromkeys(name for line in lines for name in line))
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
+        writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(lines)
+
+
+def _csv_row(record: RunRecord) -> dict[str, Any]:
+    above = record.above
+    line = record.to_row() | {
+        "above_heldout": above.searched.heldout_mean if above else None,
+        "above_macs": above.searched.macs_fraction if above else None,
+        "heldout_at_budget": at_budget(record).searched.heldout_mean if above else None,
+    }
+    return {key: json.dumps(value) if isinstance(value, list | tuple) else value for key, value in line.items()}

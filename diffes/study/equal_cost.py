@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from diffes.config import RunConfig
-from diffes.results.record import Candidate, RunRecord
+from diffes.config import LATER, RunConfig
+from diffes.problems.base import PROBLEMS
+from diffes.results.record import UNIFORM, Candidate, RunRecord
 from diffes.spaces.space import SearchSpace
 
 TOLERANCE = 0.005  # relative: costs that differ by less count as equal
@@ -24,13 +25,13 @@ def calls_of(config: RunConfig) -> int:
     """Return the denoiser calls, in rows, that a cell may spend: `max_calls`, or those of `max_evals` evaluations."""
     if config.max_calls is not None:
         return config.max_calls
-    return config.max_evals * config.probes * config.steps * (2 if config.scale > 1 else 1)
+    return config.max_evals * PROBLEMS.parse(config.genes)[0].calls_of(config)
 
 
 def config_of(settings: Mapping[str, Any]) -> RunConfig:
     """Build the settings from stored ones. Settings that were added later get the values that they had before."""
     known = {field.name for field in fields(RunConfig)}
-    return RunConfig(**{"allocation": "equal"} | {name: value for name, value in settings.items() if name in known})
+    return RunConfig(**{"allocation": "equal"} | LATER | {n: value for n, value in settings.items() if n in known})
 
 
 def denser(config: RunConfig, space: SearchSpace) -> RunConfig:
@@ -44,6 +45,7 @@ def denser(config: RunConfig, space: SearchSpace) -> RunConfig:
     dense = space.cost([0] * space.n_stages)
     steps = zip(space.steps, space.level_costs, strict=True)
     more = max(n * max(a - b for a, b in itertools.pairwise(row)) for n, row in steps) / dense
+    assert config.budget is not None
     if config.cost == "level":
         return replace(config, budget=max(0.0, math.floor((config.budget - more) * 1e6) / 1e6))
     return replace(config, budget=min(1.0, math.ceil((config.budget + more) * 1e6) / 1e6))
@@ -71,7 +73,9 @@ def same(costs: Iterable[float]) -> bool:
 
 
 def is_off(record: RunRecord) -> bool:
-    """Check whether the cost of the schedule found differs from the budget."""
+    """Check whether what was found should fill the budget and costs less."""
+    if not PROBLEMS.parse(record.settings.get("genes", "levels"))[0].fills_budget:
+        return False
     return not same([cost_of(record.settings, record.searched), target_of(record.settings)])
 
 
@@ -109,7 +113,7 @@ def at_budget(record: RunRecord) -> RunRecord:
     return replace(
         record,
         searched=between(lambda run: run.searched),
-        uniform=between(lambda run: run.uniform),
+        rivals={**record.rivals, UNIFORM: between(lambda run: run.rivals[UNIFORM])},
         curve=_between(record.curve, above.curve, place(lambda run: run.searched)),
     )
 

@@ -14,17 +14,15 @@ from torch import Tensor
 
 from diffes import files
 from diffes.config import ALONE, RunConfig, WorkerOptions
-from diffes.errors import DiffesError, at_least
+from diffes.errors import DiffesError
 from diffes.figures import charts, plots
 from diffes.measure.quality import Quality, finite, latent_quality
 from diffes.measure.reference import SOLVER, SPACING
-from diffes.problems import plans as planned
-from diffes.problems.checks import PLANNED
-from diffes.problems.plans import OFF_THE_SHELF, Finalist, Genes, Plans, call_costs
-from diffes.problems.workbench import prepare
+from diffes.problems.base import PROBLEMS
+from diffes.problems.checks import check_settings
+from diffes.problems.plans import OFF_THE_SHELF, Finalist, Genes, PlanProblem, Plans
 from diffes.progress import Progress
 from diffes.pruning.bank import fingerprint, split_of
-from diffes.pruning.calibrate import Keep
 from diffes.results import folder
 from diffes.results.artifact import BANK, FRONT, read_front, write_front
 from diffes.results.lock import held
@@ -33,7 +31,7 @@ from diffes.spaces.ledger import OnEvaluation, SearchResult
 from diffes.spaces.schedule import Plan
 from diffes.spaces.space import SearchSpace
 from diffes.spaces.store import EvaluationStore
-from diffes.workers import pool_of
+from diffes.study.begin import begun
 
 KINDS = ("dense", "off-the-shelf", "dense-planned", "dense-fitted", "levels", "joint")
 WITHOUT = {  # by kind of a search, the simpler kinds that it begins with and must not fall behind
@@ -77,10 +75,6 @@ def complete_front(
     out: Path,
     progress: Progress,
     *,
-    genes: Genes = "joint",
-    solver: str = "fitted",
-    nodes: int = 64,
-    fit_probes: int | None = None,
     overwrite: bool = False,
     on_evaluation: OnEvaluation | None = None,
     workers: WorkerOptions = ALONE,
@@ -90,14 +84,11 @@ def complete_front(
     An unfinished front continues, and so does a finished one whose limits are raised.
 
     Args:
-        config: the settings; its budget is not used, its cost is the currency.
+        config: the settings; its genes are "joint", for all kinds of `Point`, or "steps", for those of dense calls. Its
+            `calls` is not used, its cost is the currency. A solver that is not fitted leaves "dense-fitted" out.
         budgets: budgets in dense calls, each at least 1.
         out: the folder.
         progress: progress display.
-        genes: "joint", all kinds of `Point`; "steps", those of dense calls.
-        solver: solver of "dense-fitted" and "joint"; a solver that is not fitted leaves "dense-fitted" out.
-        nodes: number of candidate timesteps.
-        fit_probes: number of probes of the final fit, which no search sees; 48 when left out.
         overwrite: replace what is there.
         on_evaluation: called with each evaluation of each search, those of earlier commands included.
         workers: worker settings.
@@ -113,6 +104,11 @@ def complete_front(
     Raises:
         DiffesError: bad settings, or `out` cannot be used; its content is then untouched.
     """
+    config = replace(config.resolved(), calls=None)
+    genes, solver = config.genes, config.solver or ""
+    if not issubclass(PROBLEMS.parse(genes)[0], PlanProblem):
+        raise DiffesError(f"a front is of plans, and --genes is {genes}: take joint or steps")
+    check_settings(config)
     if genes == "steps" and solver != SOLVER and not SOLVERS.parse(solver)[0].fits:
         raise DiffesError(
             f"solver {solver!r} has no coefficients to fit, and --genes steps searches timesteps for fitted ones and "
@@ -125,16 +121,12 @@ def complete_front(
         )
     if len({f"{budget:g}" for budget in budgets}) < len(budgets):
         raise DiffesError(f"budgets must differ, in six digits, got {list(budgets)}")
-    SOLVERS.make(solver)
-    at_least("nodes", nodes, 2)
-    fit_probes = planned.FIT_PROBES if fit_probes is None else fit_probes
-    at_least("fit_probes", fit_probes, 1)
     if config.storage is not None:
         raise DiffesError(
             f"plans keep their evaluations in journals in the run folder, and --storage {config.storage} is for "
             "--genes levels: leave it out"
         )
-    extra = {"budgets": sorted(budgets), "genes": genes, "solver": solver, "nodes": nodes, "fit_probes": fit_probes}
+    extra = {"budgets": sorted(budgets)}
     with held(out):
         return _front_in(config, out, progress, extra, overwrite, on_evaluation, workers)
 
@@ -149,21 +141,12 @@ def _front_in(
     workers: WorkerOptions,
 ) -> dict[str, Any]:
     """Make the front in a folder that this process holds. `extra` are its settings beside those of every run."""
-    genes: Genes = extra["genes"]
-    resumes = folder.open_run(out, config, overwrite=overwrite, extra=extra, finished=FRONT)
-    costs = folder.known_costs(out) if resumes else None
-    settings = replace(config, budget=0.0 if config.cost == "level" else 1.0)  # for schedules, not searched here
-
-    @functools.cache
-    def begin() -> Path:
-        return folder.begin_run(out, config, resumes=resumes, extra=extra, finished=FRONT)
-
-    with pool_of(settings, workers) as pool:
-        bench = prepare(settings, progress, costs, PLANNED, pool, Keep(begin, resumes))
-        known = costs or call_costs(bench, progress)
-        plans = Plans(bench, extra["solver"], extra["nodes"], known_costs=known, fit_probes=extra["fit_probes"])
-        begin()
-        folder.write_costs(out, config.cost, known)
+    genes: Genes = config.genes  # type: ignore[assignment]
+    settings = replace(config, calls=max(extra["budgets"]))
+    with begun(
+        out, config, progress, overwrite=overwrite, workers=workers, extra=extra, finished=FRONT, searched=settings
+    ) as bench:
+        plans = Plans(bench)
         make_references(plans, progress)
         points: list[Point] = []
         for budget in extra["budgets"]:
@@ -299,7 +282,7 @@ def _write_bank(plans: Plans, made: Sequence[Plan], out: Path) -> dict[str, Any]
 
 
 def _made_for(plans: Plans) -> dict[str, Any]:
-    space = plans.bench.space
+    space = plans.bench.levels
     stages = [list(stage) for stage in space.stages.ranges]
     return {**plans.bench.made_for(), "stages": stages, "max_level": space.max_level}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from diffes.config import ALONE, RunConfig, WorkerOptions, check_one_scale
+from diffes.config import ALONE, ResourceSettings, RunConfig, WorkerOptions, changed, names_of
 from diffes.errors import DiffesError, unknown_name
 from diffes.progress import Progress
 from diffes.results.lock import held
@@ -19,8 +19,8 @@ from diffes.study.cells import SHARED, finished, key_of
 from diffes.study.comparison import Comparison, Failure
 from diffes.study.equal_cost import calls_of, config_of
 
-CALLS_OF = {"probes", "steps", "guidance"}  # settings on which the calls of an evaluation depend
-UNSEEN = {"seed", "storage", "study", "device", "bank_memory"}  # settings that get no column in a table
+CALLS_OF = {"probes", "steps", "guidance", "genes", "calls"}  # settings on which the calls of an evaluation depend
+UNSEEN = names_of(ResourceSettings) | {"seed", "study", "device"}  # settings that get no column in a table
 
 
 def parse_variations(texts: Sequence[str]) -> dict[str, list[Any]]:
@@ -79,18 +79,17 @@ def grid(base: RunConfig, varied: Mapping[str, Sequence[Any]], seeds: int) -> li
     Raises:
         DiffesError: a value is out of its range, or there are no seeds or values.
     """
-    check_one_scale(base)
     if seeds < 1:
         raise DiffesError(f"seeds must be at least 1, got {seeds}")
     if empty := [name for name, values in varied.items() if not values]:
         raise DiffesError(f"there is nothing to run: {empty[0]} has no values; give at least one")
     if CALLS_OF & set(varied) and "max_evals" not in varied and "max_calls" not in varied:
-        base = replace(base, max_calls=calls_of(base))
+        base = replace(base, max_calls=calls_of(base.resolved()))
     combinations = [
-        replace(base, **dict(zip(varied, values, strict=True))) for values in itertools.product(*varied.values())
+        changed(base, **dict(zip(varied, values, strict=True))) for values in itertools.product(*varied.values())
     ]
     combinations.sort(key=lambda config: [varied[name].index(getattr(config, name)) for name in _outer(varied)])
-    return [replace(config, seed=base.seed + i) for config in combinations for i in range(seeds)]
+    return [replace(config.resolved(), seed=base.seed + i) for config in combinations for i in range(seeds)]
 
 
 def _outer(varied: Mapping[str, Sequence[Any]]) -> list[str]:
@@ -169,6 +168,7 @@ def run_cells(
             failed, which is raised after the others are done.
         OSError: `out` cannot be written.
     """
+    cells = [cell.resolved() for cell in cells]
     with held(out):
         calibrated = cells[0].seed if cells else 0
         done, failed = finished(out, cells, progress, seed=calibrated, equal_calls=equal_calls)

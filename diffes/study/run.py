@@ -15,28 +15,29 @@ from matplotlib.figure import Figure
 
 from diffes import files
 from diffes.adapters import Condition, adapter_for
-from diffes.config import ALONE, HELDOUT_SEED, RunConfig, WorkerOptions, check_one_scale
+from diffes.config import ALONE, HELDOUT_SEED, RunConfig, WorkerOptions
 from diffes.errors import DiffesError
 from diffes.figures import charts, plots
 from diffes.measure.currencies import prunable_fraction
 from diffes.measure.quality import finite
+from diffes.problems.base import PROBLEMS
 from diffes.problems.checks import check_settings
 from diffes.problems.heldout import HeldOut, record_of
-from diffes.problems.workbench import Workbench, prepare, search_on
+from diffes.problems.levels import Levels
+from diffes.problems.workbench import Workbench, search_on
 from diffes.progress import Progress
 from diffes.pruning.bank import fingerprint, split_of
-from diffes.pruning.calibrate import Keep
 from diffes.results import folder
 from diffes.results.artifact import BANK, chosen, write_schedule
 from diffes.results.lock import held
-from diffes.results.record import Candidate, Report, Timing
+from diffes.results.record import FEWER_STEPS, UNIFORM, Candidate, Report, Timing
 from diffes.runtime.apply import load
 from diffes.spaces.database import ALIKE, check_owner
 from diffes.spaces.ledger import OnEvaluation, SearchResult
 from diffes.spaces.schedule import Plan, Schedule
 from diffes.spaces.store import EvaluationStore
 from diffes.spaces.strategy import STRATEGIES, Evaluation
-from diffes.workers import pool_of
+from diffes.study.begin import begun
 
 Advance = Callable[..., None]
 IMAGES = 6  # per row of the picture that shows all candidates
@@ -72,7 +73,10 @@ def complete_run(
         DiffesError: bad settings, or `out` cannot be used; its content is then untouched.
         OSError: `out` cannot be written to.
     """
-    check_one_scale(config)
+    config = config.resolved()
+    if PROBLEMS.parse(config.genes)[0] is not Levels:
+        raise DiffesError(f"complete_run makes runs of schedules, and --genes is {config.genes}: use complete_front")
+    check_settings(config)
     with held(out):
         return _run_in(out, config, progress, overwrite, on_evaluation, workers)
 
@@ -88,26 +92,22 @@ def _run_in(
     """Make the run in a folder that this process holds."""
     if overwrite and config.study is not None:
         raise DiffesError(f"--overwrite would leave what others measured in --study {config.study}: name another study")
-    resumes = folder.open_run(out, config, overwrite=overwrite)
-    known = folder.known_costs(out) if resumes else None
-    if config.storage is not None:
-        check_settings(config)
-        fresh = not resumes and not overwrite and config.study is None
-        check_owner(config.storage, *_study_of(config, out), fresh=fresh)
 
-    @functools.cache
-    def begin() -> Path:
+    def check(resumes: bool) -> None:
+        if config.storage is not None:
+            check_settings(config)
+            fresh = not resumes and not overwrite and config.study is None
+            check_owner(config.storage, *_study_of(config, out), fresh=fresh)
+
+    def forget(resumes: bool) -> None:
         if config.storage is not None and overwrite and not resumes:
             EvaluationStore.forget(config.storage, *_study_of(config, out))
-        return folder.begin_run(out, config, resumes=resumes)
 
-    with pool_of(config, workers) as pool:
-        bench = prepare(config, progress, known, pool=pool, keep=Keep(begin, resumes))
-        begin()
+    with begun(out, config, progress, overwrite=overwrite, workers=workers, check=check, on_begin=forget) as bench:
         result = _searched(out, bench, progress, on_evaluation)
     write_result(bench, result.best.schedule, out)
     with progress.task("held-out probes, speed, figures", 3) as advance:
-        report = _reported(bench, result, bench.heldout(), out, advance)
+        report = _reported(bench, result, out, advance)
         _draw(bench, result, report, out)
         advance("figures")
     files.write_json(out / folder.REPORT, report.to_json())
@@ -123,7 +123,6 @@ def _searched(out: Path, bench: Workbench, progress: Progress, on_evaluation: On
         if config.storage is None
         else EvaluationStore(config.storage, bench.space, *_study_of(config, out), shared=config.study is not None)
     )
-    folder.write_costs(out, config.cost, bench.costs)
     result = search_on(
         bench, progress, store, on_evaluation, seed=None if config.study is None else _own_seed(config, out)
     )
@@ -156,25 +155,27 @@ def write_result(bench: Workbench, schedule: Schedule, out: Path) -> None:
         "steps": config.steps,
         "guidance": config.scale,
         "dtype": config.dtype,
-        "nominal_sparsity": schedule.nominal_sparsity(bench.space.steps),
+        "nominal_sparsity": schedule.nominal_sparsity(bench.levels.steps),
         "macs_fraction": bench.macs_fraction(schedule),
     }
     write_schedule(out, schedule, facts)
 
 
-def _reported(bench: Workbench, result: SearchResult, heldout: HeldOut, out: Path, advance: Advance) -> Report:
+def _reported(bench: Workbench, result: SearchResult, out: Path, advance: Advance) -> Report:
     """Measure the schedule found beside its rivals: held-out fitness, MACs and speed."""
-    record = record_of(bench, heldout, result)
+    record = record_of(bench, result)
     advance("held-out probes")
-    best, uniform, fewer = result.best.schedule, bench.uniform(), record.fewer_steps.steps
+    best, uniform, fewer = result.best.schedule, bench.uniform(), record.rivals[FEWER_STEPS].steps
     dense_ms, *ms = bench.milliseconds([bench.config.steps, best, uniform, fewer], bench.config.probes)
     advance("speed")
     fitness = float(bench.evaluator(bench.config.probes, bench.config.seed).scores(uniform).mean())
     record = replace(
         record,
         searched=replace(record.searched, ms=ms[0]),
-        uniform=replace(record.uniform, ms=ms[1], search=finite(fitness)),
-        fewer_steps=replace(record.fewer_steps, ms=ms[2]),
+        rivals={
+            UNIFORM: replace(record.rivals[UNIFORM], ms=ms[1], search=finite(fitness)),
+            FEWER_STEPS: replace(record.rivals[FEWER_STEPS], ms=ms[2]),
+        },
     )
     explores = STRATEGIES.parse(bench.config.strategy)[0].explores
     return Report(
@@ -182,7 +183,7 @@ def _reported(bench: Workbench, result: SearchResult, heldout: HeldOut, out: Pat
         timing=Timing(dense_ms, **bench.timed_on()),
         prunable_fraction=prunable_fraction(bench.adapter, bench.router.bank.kind),
         bank_bytes=(out / BANK).stat().st_size,
-        front=_front(bench, result.front(bench.space), heldout) if explores else {},
+        front=_front(bench, result.front(bench.space), bench.heldout()) if explores else {},
         paid_calls=result.paid_calls,
     )
 
@@ -200,7 +201,7 @@ def _front(bench: Workbench, front: Sequence[Evaluation], heldout: HeldOut) -> d
 def _draw(bench: Workbench, result: SearchResult, report: Report, out: Path) -> None:
     """Draw the figures of a run folder. Its images are of held-out probes."""
     config, adapter, best, uniform = bench.config, bench.adapter, result.best.schedule, bench.uniform()
-    fewer = report.run.fewer_steps.steps
+    fewer = report.run.rivals[FEWER_STEPS].steps
     evaluator = bench.evaluator(IMAGES, HELDOUT_SEED, "heldout")
     rows = {
         f"dense, {config.steps} steps": evaluator.dense_latents(config.steps),
@@ -237,13 +238,14 @@ def _front_figure(bench: Workbench, report: Report) -> Figure:
     }
     marked = {
         name: (candidate.macs_fraction, candidate.heldout_mean)
-        for name, candidate in (("chosen", run.searched), ("uniform", run.uniform))
+        for name, candidate in (("chosen", run.searched), (UNIFORM, run.rivals[UNIFORM]))
         if candidate.heldout_mean is not None
     }
+    assert config.budget is not None
     if config.cost == "macs":
         budget = config.budget, "budget"
     else:
-        budget = run.uniform.macs_fraction, f"budget in {config.cost}, {config.budget:g}: MACs of uniform"
+        budget = run.rivals[UNIFORM].macs_fraction, f"budget in {config.cost}, {config.budget:g}: MACs of uniform"
     return charts.front(points, f"held-out {config.metric}", budget, marked)
 
 

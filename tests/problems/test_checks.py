@@ -29,12 +29,12 @@ from diffes.spaces.strategy import STRATEGIES, Evaluation, Proposal, Strategy
 )
 def test_unknown_names_and_options_are_refused(settings: dict[str, str], message: str) -> None:
     with pytest.raises(DiffesError, match=message):
-        check_settings(RunConfig(**settings))  # type: ignore[arg-type]
+        check_settings(RunConfig(genes="levels", **settings))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES.names())
 def test_the_strategies_that_ship_pass(strategy: str) -> None:
-    check_settings(RunConfig(strategy=strategy))
+    check_settings(RunConfig(genes="levels", strategy=strategy))
 
 
 def test_operators_are_those_that_were_named() -> None:

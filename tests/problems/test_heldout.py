@@ -9,7 +9,6 @@ import torch
 
 from diffes.adapters.text_to_image import TextToImageAdapter
 from diffes.config import HELDOUT_SEED
-from diffes.measure.metrics import make_metric
 from diffes.measure.quality import finite
 from diffes.problems.heldout import HeldOut
 from diffes.problems.workbench import Workbench
@@ -78,12 +77,11 @@ def test_each_candidate_is_measured_once(bench: Workbench, monkeypatch: pytest.M
     assert first == replace(second, search=1.0)
 
 
-def test_it_serves_benches_that_measure_alike(bench: Workbench) -> None:
-    heldout = HeldOut(bench)
-    config = bench.config
-    assert heldout.serves(replace(bench, config=replace(config, seed=5, budget=0.3)))
-    assert not heldout.serves(replace(bench, config=replace(config, heldout=5)))
-    assert not heldout.serves(replace(bench, metric=make_metric("latent_cosine", bench.adapter.device)))
+def test_benches_that_measure_alike_share_one(bench: Workbench) -> None:
+    heldout, config = bench.heldout(), bench.config
+    assert replace(bench, config=replace(config, seed=5, budget=0.3)).heldout() is heldout
+    assert replace(bench, config=replace(config, heldout=5)).heldout() is not heldout
+    assert bench.with_metric("latent_cosine").heldout() is not heldout
 
 
 def test_a_failed_probe_has_no_score() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Counting, small_config
+from conftest import Counting, plan_config
 
 from diffes.adapters.macs import macs_per_call
 from diffes.errors import DiffesError
@@ -18,8 +18,8 @@ from diffes.spaces.plan import PlanSpace
 
 @pytest.fixture(scope="module")
 def plans(tiny_folder: Path) -> Plans:
-    config = small_config(tiny_folder, method="obs", cost="macs", budget=1.0, probes=2, heldout=2, max_evals=24)
-    return Plans(prepare(config, Counting()), nodes=12, fit_probes=4)
+    config = plan_config(tiny_folder, method="obs", probes=2, heldout=2, max_evals=24, nodes=12, fit_probes=4)
+    return Plans(prepare(config, Counting()))
 
 
 def test_costs_are_those_of_the_stage_that_a_node_lies_in(plans: Plans) -> None:
@@ -27,7 +27,7 @@ def test_costs_are_those_of_the_stage_that_a_node_lies_in(plans: Plans) -> None:
     assert len(plans.costs) == 12
     assert plans.costs[0] == table[0] and plans.costs[-1] == table[-1] and plans.costs[3] == table[1]
     space = plans.space(3.0)
-    assert isinstance(space, PlanSpace) and space.skip == plans.bench.space.max_level + 1
+    assert isinstance(space, PlanSpace) and space.skip == plans.bench.levels.max_level + 1
     assert plans.cost(plans.searched.plan(space.schedule(space.uniform()))) == 3.0
     assert plans.space(3.0, "steps").allowed == (0,)
 
@@ -100,7 +100,7 @@ def test_what_cannot_be_planned_is_refused(plans: Plans, bench: Workbench) -> No
         plans.space(0.001)
     with pytest.raises(DiffesError, match="nodes must be at least 2, got 1"):
         Plans(plans.bench, nodes=1)
-    few = replace(plans.bench, space=replace(plans.bench.space, steps=(1, 0, 1, 1)))
+    few = replace(plans.bench, levels=replace(plans.bench.levels, steps=(1, 0, 1, 1)))
     with pytest.raises(DiffesError, match=r"stages \[1\] are not calibrated"):
         Plans(few)
     with pytest.raises(DiffesError, match="exhaustive"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Counting, small_config
+from conftest import Counting, plan_config, small_config
 
 from diffes.adapters import ModelAdapter
 from diffes.config import RunConfig
@@ -48,7 +48,7 @@ def killing(monkeypatch: pytest.MonkeyPatch, after: int) -> list[list[int]]:
 
 
 def found(report: Report) -> Any:
-    return report.run.schedule, report.run.searched.heldout_mean, report.run.denoiser_calls
+    return report.run.found, report.run.searched.heldout_mean, report.run.denoiser_calls
 
 
 def assert_same(one: WeightBank, other: WeightBank) -> None:
@@ -183,12 +183,12 @@ def test_samples_of_the_model_are_kept(bench: Workbench, tmp_path: Path, monkeyp
 def test_a_killed_front_keeps_its_calibration(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = small_config(tiny_folder, method="obs", cost="macs", probes=2, heldout=2, max_evals=4)
+    config = plan_config(tiny_folder, method="obs", nodes=6, probes=2, heldout=2, max_evals=4)
     out = tmp_path / "front"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killing(patch, after=2)
-        complete_front(config, [2.0], out, Counting(), nodes=6)
+        complete_front(config, [2.0], out, Counting())
     made = killing(monkeypatch, after=100)
-    complete_front(config, [2.0], out, Counting(), nodes=6)
+    complete_front(config, [2.0], out, Counting())
     assert made and len(list(out.glob(folder.CALIBRATION))) == 0
-    assert len(made) == len(prepare(config, Counting()).space.visited) - 2
+    assert len(made) == len(prepare(config, Counting()).levels.visited) - 2

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,10 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> 
     assert not (tmp_path / LOCK).exists()
 
 
-@pytest.mark.parametrize("config", [RunConfig(), RunConfig(storage="sqlite:///never-made.db")])
+LEVELS = RunConfig(genes="levels")
+
+
+@pytest.mark.parametrize("config", [LEVELS, replace(LEVELS, storage="sqlite:///never-made.db")])
 def test_every_kind_of_run_holds_its_folder(tmp_path: Path, config: RunConfig) -> None:
     with held(tmp_path):
         for start in (

@@ -9,9 +9,11 @@ from dataclasses import replace
 import pytest
 
 from diffes.config import RunConfig
+from diffes.errors import DiffesError
+from diffes.results import record
 from diffes.results.record import Candidate, Report, RunRecord, Timing, rises
 from diffes.spaces.ledger import SearchResult
-from diffes.spaces.schedule import Schedule, Stages
+from diffes.spaces.schedule import Plan, Schedule, Stages
 from diffes.spaces.strategy import Evaluation
 
 SCHEDULE = Schedule(Stages.equal(2), (3, 1), 4)
@@ -19,13 +21,13 @@ SEARCHED = Candidate(20, (3, 1), 0.61, 0.02, 0.5, 0.55, search=0.63)
 UNIFORM = Candidate(20, (2, 2), 0.51, 0.03, 0.45, 0.57)
 FEWER = Candidate(11, None, 0.41, 0.04, 0.0, 0.55)
 RECORD = RunRecord(
-    RunConfig(seed=7).to_json(), {"torch": "2.8"}, SCHEDULE, SEARCHED, UNIFORM, FEWER, 9, 1234, 5.25,
-    ((100, 0.5), (1234, 0.63)),
+    RunConfig(seed=7).to_json(), {"torch": "2.8"}, SCHEDULE, SEARCHED,
+    {record.UNIFORM: UNIFORM, record.FEWER_STEPS: FEWER}, 9, 1234, 5.25, ((100, 0.5), (1234, 0.63)),
 )  # fmt: skip
 
 
-def through_json(record: RunRecord) -> RunRecord:
-    return RunRecord.from_json(json.loads(json.dumps(record.to_json())))
+def through_json(made: RunRecord) -> RunRecord:
+    return RunRecord.from_json(json.loads(json.dumps(made.to_json())))
 
 
 def test_a_run_comes_back_from_json_as_it_was() -> None:
@@ -37,17 +39,37 @@ def test_a_failed_run_comes_back_too() -> None:
     assert through_json(replace(RECORD, searched=failed)).searched == failed
 
 
+def test_a_plan_comes_back_with_its_coefficients() -> None:
+    plan = Plan(Stages.equal(2), ((900, 0), (300, 2)), 4, "fitted", ((0.5, 0.5), (0.25, 0.5, 0.125)))
+    made = through_json(replace(RECORD, found=plan, rivals={"dense": FEWER}))
+    assert made.found == plan and made.rivals == {"dense": FEWER}
+
+
+OLD = {  # a row of the first version
+    "settings": {"steps": 20, "stages": 2}, "versions": {"torch": "2.8"}, "stages": [[0, 500], [500, 1000]],
+    "levels": [3, 1], "max_level": 4, "heldout": 0.61, "heldout_std": 0.02, "search": 0.63, "uniform_heldout": 0.51,
+    "fewer_steps": 11, "fewer_steps_heldout": 0.41, "nominal_sparsity": 0.5, "macs": 0.55, "uniform_macs": 0.57,
+    "evaluations": 9, "denoiser_calls": 1234, "seconds": 5.25, "curve": [[100, 0.5], [1234, 0.63]],
+}  # fmt: skip
+
+
 def test_rows_of_older_versions_lack_the_rivals_details() -> None:
-    row = RECORD.to_json()
-    for name in ("uniform_levels", "uniform_heldout_std", "uniform_sparsity", "fewer_steps_heldout_std"):
-        del row[name]
-    old = RunRecord.from_json(row)
-    assert old.searched == SEARCHED
-    assert old.uniform == replace(UNIFORM, levels=None, heldout_std=None, nominal_sparsity=0.5)
-    assert old.fewer_steps == replace(FEWER, heldout_std=None)
-    del row["heldout"]
-    with pytest.raises(KeyError):
-        RunRecord.from_json(row)
+    old = RunRecord.from_json(OLD)
+    assert (old.searched, old.found, old.curve) == (SEARCHED, SCHEDULE, RECORD.curve)
+    assert old.rivals[record.UNIFORM] == replace(UNIFORM, levels=None, heldout_std=None, nominal_sparsity=0.5)
+    assert old.rivals[record.FEWER_STEPS] == replace(FEWER, heldout_std=None)
+    with pytest.raises(DiffesError, match=r"line 3 is no record of a search \(KeyError 'heldout'\)"):
+        RunRecord.from_json({name: value for name, value in OLD.items() if name != "heldout"}, "line 3")
+    with pytest.raises(DiffesError, match="evaluations: it should be a valid integer, got 'many'"):
+        RunRecord.from_json(OLD | {"evaluations": "many"})
+
+
+def test_every_setting_and_every_measurement_has_a_name_of_its_own() -> None:
+    row = RECORD.to_row()
+    assert {name: row[name] for name in RECORD.settings} == RECORD.settings
+    assert (row["heldout"], row["heldout_mean"], row["uniform_heldout_mean"]) == (64, 0.61, 0.51)
+    assert (row["stages"], row["stage_ranges"], row["dense_fewer_steps_steps"]) == (10, [[0, 500], [500, 1000]], 11)
+    assert (row["cost"], row["cost_found"], row["levels"]) == ("auto", None, [3, 1])
 
 
 def a_report() -> tuple[Report, dict[str, object]]:
@@ -59,8 +81,10 @@ def a_report() -> tuple[Report, dict[str, object]]:
         settings=settings,
         versions={},
         searched=replace(SEARCHED, ms=6.0),
-        uniform=replace(UNIFORM, search=0.52, ms=7.0),
-        fewer_steps=replace(FEWER, ms=8.0),
+        rivals={
+            record.UNIFORM: replace(UNIFORM, search=0.52, ms=7.0),
+            record.FEWER_STEPS: replace(FEWER, ms=8.0),
+        },
         curve=(),
     )
     front = {
@@ -97,5 +121,5 @@ def test_the_curve_has_the_points_where_the_best_rose_and_the_last_one() -> None
 
 def test_what_a_record_costs_and_the_search_above_come_back() -> None:
     above = replace(RECORD, searched=replace(SEARCHED, cost=0.6))
-    record = replace(RECORD, searched=replace(SEARCHED, cost=0.5), uniform=replace(UNIFORM, cost=0.4), above=above)
-    assert RunRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
+    made = replace(RECORD, searched=replace(SEARCHED, cost=0.5), above=above)
+    assert through_json(made) == made

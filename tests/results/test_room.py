@@ -12,7 +12,7 @@ from conftest import Counting
 
 from diffes.adapters import ModelAdapter
 from diffes.adapters.dit import DiTAdapter
-from diffes.config import RunConfig
+from diffes.config import RunConfig, changed
 from diffes.errors import DiffesError
 from diffes.problems.workbench import prepare
 from diffes.study.front import complete_front
@@ -48,7 +48,7 @@ def test_a_run_in_smaller_calls_finds_the_same(
     assert max(calls) <= ROWS and calls.count(4) > 5
     monkeypatch.undo()
     large = complete_run(config, tmp_path / "large", Counting()).run
-    for name in ("evaluations", "calibration_calls", "denoiser_calls", "schedule"):
+    for name in ("evaluations", "calibration_calls", "denoiser_calls", "found"):
         assert getattr(small, name) == getattr(large, name)
     assert small.searched.heldout_mean == pytest.approx(large.searched.heldout_mean, rel=1e-3)
 
@@ -62,11 +62,12 @@ def test_a_front_in_smaller_calls_finds_the_same(
     base: RunConfig, tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is reused stays with the images that it is of."""
-    config = replace(base, method="obs+block_reuse", cost="macs", stages=2, probes=4, heldout=4, max_evals=4)
-    small = complete_front(config, [2.0], tmp_path / "small", Counting(), nodes=6)
+    config = changed(base, genes="joint", nodes=6, method="obs+block_reuse", stages=2, probes=4, heldout=4, max_evals=4)
+    config = replace(config, strategy="evolution", metric="latent_mse")
+    small = complete_front(config, [2.0], tmp_path / "small", Counting())
     assert max(calls) <= ROWS
     monkeypatch.undo()
-    large = complete_front(config, [2.0], tmp_path / "large", Counting(), nodes=6)
+    large = complete_front(config, [2.0], tmp_path / "large", Counting())
     for one, other in zip(small["points"], large["points"], strict=True):
         assert [one[name] for name in ("kind", "timesteps", "levels", "calls_spent")] == [
             other[name] for name in ("kind", "timesteps", "levels", "calls_spent")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import N_STAGES, Counting, images, small_bank, small_config
+from conftest import N_STAGES, Counting, images, plan_config, small_bank, small_config
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
 from masking import assert_dense, state
 from torch import Tensor
@@ -298,10 +298,8 @@ def test_a_bank_of_a_sum_is_saved_and_opened(adapter: ModelAdapter, bank: Weight
 def test_plans_of_a_sum_are_found_applied_and_exported(tiny_sdxl_folder: Path, tmp_path: Path) -> None:
     """From a front to pipelines: the applied plan equals the library's loop, an exported one equals the applied."""
     model = str(tiny_sdxl_folder)
-    config = small_config(
-        tiny_sdxl_folder, method="magnitude+block_reuse", cost="macs", probes=2, heldout=2, max_evals=8
-    )
-    data = complete_front(config, [3.0], tmp_path / "front", Counting(), nodes=6)
+    config = plan_config(tiny_sdxl_folder, method="magnitude+block_reuse", nodes=6, probes=2, heldout=2, max_evals=8)
+    data = complete_front(config, [3.0], tmp_path / "front", Counting())
     assert data["kind"] == "width+reuse" and verdicts(data)
     assert [p["kind"] for p in data["points"]][-1] == "joint"
     assert all(point["cost"] <= 3 + 1e-6 for point in data["points"])

@@ -8,18 +8,26 @@ from typing import Any
 import pytest
 
 from diffes.config import RunConfig
-from diffes.results.record import Candidate, RunRecord
+from diffes.results.record import FEWER_STEPS, UNIFORM, Candidate, RunRecord
 from diffes.spaces.schedule import Schedule, Stages
 from diffes.study.comparison import Comparison, holm
 
 
 def row(strategy: str, seed: int, heldout: float | None, **settings: Any) -> RunRecord:
-    config = replace(RunConfig(), strategy=strategy, seed=seed, **settings)
+    config = replace(RunConfig(genes="levels").resolved(), strategy=strategy, seed=seed, **settings)
     schedule = Schedule(Stages.equal(2), (1, 1), 2)
     candidate = Candidate(20, (1, 1), heldout, 0.0, 0.5, 0.5, 1.0)
     rival = replace(candidate, heldout_mean=1.0)
     return RunRecord(
-        config.to_json(), {}, schedule, candidate, rival, replace(rival, levels=None), 1, 1, 1.0, ((1, 1.0),)
+        config.to_json(),
+        {},
+        schedule,
+        candidate,
+        {UNIFORM: rival, FEWER_STEPS: replace(rival, levels=None)},
+        1,
+        1,
+        1.0,
+        ((1, 1.0),),
     )
 
 
@@ -84,7 +92,8 @@ def test_holm_is_step_down() -> None:
 def found(stages: int, seed: int, cost: float, heldout: float, budget: float = 0.55) -> RunRecord:
     made = row("evolution", seed, heldout, stages=stages, budget=budget, cost="macs")
     candidate = replace(made.searched, macs_fraction=cost, cost=cost)
-    return replace(made, searched=candidate, uniform=candidate, curve=((5, heldout - 0.1), (9, heldout)))
+    rivals = {**made.rivals, UNIFORM: candidate}
+    return replace(made, searched=candidate, rivals=rivals, curve=((5, heldout - 0.1), (9, heldout)))
 
 
 def test_what_costs_something_else_is_interpolated_or_not_compared() -> None:
@@ -100,7 +109,7 @@ def test_what_costs_something_else_is_interpolated_or_not_compared() -> None:
     assert whole.to_interpolate() == []
     first, second = whole.summary()
     assert first["cost"] == first["macs"] == pytest.approx(0.55) and first["between"] == pytest.approx([0.52, 0.58])
-    assert first["heldout_mean"] == pytest.approx((0.8 + 0.805) / 2) == first["uniform_heldout"]
+    assert first["heldout_mean"] == pytest.approx((0.8 + 0.805) / 2) == first["rivals"][UNIFORM]["heldout_mean"]
     assert second["same_cost"] and second["between"] is None and (second["ahead"], second["tied"]) == (0, 1)
     assert "| 55.0% (52.0%, 58.0%) |" in whole.markdown()
     (calls, best) = zip(*whole.measured()[2,][0].curve, strict=True)

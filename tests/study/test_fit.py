@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Counting, images, open_pipe, small_config
+from conftest import Counting, images, open_pipe, plan_config, small_config
 from diffusers import DDIMScheduler, DiTPipeline, UniPCMultistepScheduler
 
 import diffes
@@ -35,8 +35,8 @@ SMALL: dict[str, Any] = {"probes": 3, "heldout": 3, "reference_steps": 20}
 def front(tiny_sdxl_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the untrained SDXL, at a budget that levels can be paid from."""
     out = tmp_path_factory.mktemp("fronts") / "sdxl"
-    config = small_config(tiny_sdxl_folder, method="obs", cost="macs", probes=2, heldout=2, max_evals=4)
-    complete_front(config, [3.0], out, Counting(), nodes=8, fit_probes=2)
+    config = plan_config(tiny_sdxl_folder, method="obs", fit_probes=2, probes=2, heldout=2, max_evals=4)
+    complete_front(config, [3.0], out, Counting())
     return out
 
 
@@ -155,10 +155,10 @@ def test_a_range_of_guidance_is_fitted_over(tiny_sdxl_folder: Path, tmp_path: Pa
     """Each probe is sampled at a scale of its own, in the reference too; both ends are reported; the middle is the
     plan's own; within the range nothing is warned of."""
     out = tmp_path / "ranged"
-    config = small_config(
-        tiny_sdxl_folder, method="magnitude", cost="macs", probes=2, heldout=2, max_evals=3, guidance=(1.5, 6.0)
+    config = plan_config(
+        tiny_sdxl_folder, genes="steps", nodes=6, fit_probes=3, probes=2, heldout=2, max_evals=3, guidance=(1.5, 6.0)
     )
-    data = complete_front(config, [2.0], out, Counting(), genes="steps", nodes=6, fit_probes=3)
+    data = complete_front(config, [2.0], out, Counting())
     assert data["guidance"] == 3.75 and data["guidance_range"] == [1.5, 6.0]
     by_kind = {point["kind"]: point for point in data["points"]}
     low, high = by_kind["dense-fitted"]["ends"]
@@ -220,8 +220,8 @@ def test_schedules_of_levels_take_one_scale(tiny_folder: Path, tmp_path: Path) -
 
 def test_a_fit_names_the_model_that_it_was_made_on(front: Path, tiny_folder: Path, tmp_path: Path) -> None:
     """Of another model, and of an export, whose own copy of the base model stays where it is."""
-    config = small_config(tiny_folder, method="magnitude", cost="macs", probes=2, heldout=2, max_evals=3)
-    complete_front(config, [2.0], tmp_path / "front", Counting(), genes="steps", nodes=6, fit_probes=2)
+    config = plan_config(tiny_folder, genes="steps", nodes=6, fit_probes=2, probes=2, heldout=2, max_evals=3)
+    complete_front(config, [2.0], tmp_path / "front", Counting())
     other = tmp_path / "other"
     pipe = open_pipe(tiny_folder)
     with torch.no_grad():
@@ -338,8 +338,8 @@ def test_the_command_prints_warnings_of_ours(tiny_folder: Path, tmp_path: Path, 
     pipe = open_pipe(tiny_folder)
     pipe.scheduler = DDIMScheduler(clip_sample=False, thresholding=True)
     pipe.save_pretrained(tmp_path / "model")
-    config = small_config(tmp_path / "model", method="magnitude", cost="macs", probes=2, heldout=2, max_evals=3)
+    config = plan_config(tmp_path / "model", genes="steps", nodes=6, fit_probes=2, probes=2, heldout=2, max_evals=3)
     with pytest.warns(UserWarning, match="has thresholding"):
-        complete_front(config, [2.0], tmp_path / "front", Counting(), genes="steps", nodes=6, fit_probes=2)
+        complete_front(config, [2.0], tmp_path / "front", Counting())
     main(["fit", str(tmp_path / "front"), str(tmp_path / "fit"), "--probes=2", "--heldout=2"])
     assert "warning: the pipeline's scheduler has thresholding" in " ".join(capsys.readouterr().out.split())

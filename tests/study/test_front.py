@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import REFERENCE_STEPS, Counting, images, small_config
+from conftest import REFERENCE_STEPS, Counting, images, plan_config
 from diffusers import DDIMScheduler
 from PIL import Image
 
@@ -38,7 +38,7 @@ FIT_PROBES = 3
 
 def make(model: Path, out: Path, budgets: list[float] = BUDGETS, **changes: Any) -> dict[str, Any]:
     settings = {"method": "obs", "cost": "macs", "probes": 2, "heldout": 2, "max_evals": 12, **changes}
-    return complete_front(small_config(model, **settings), budgets, out, Counting(), nodes=10, fit_probes=FIT_PROBES)
+    return complete_front(plan_config(model, nodes=10, fit_probes=FIT_PROBES, **settings), budgets, out, Counting())
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,8 @@ def test_a_front_holds_every_kind_at_every_budget(front: Path) -> None:
 
 
 def test_no_kind_is_worse_on_the_probes_of_the_fit_than_what_it_could_do_without(tiny_folder: Path) -> None:
-    config = small_config(tiny_folder, method="obs", cost="macs", probes=2, heldout=2, max_evals=8)
-    plans = Plans(prepare(config, Counting()), nodes=10, fit_probes=FIT_PROBES)
+    config = plan_config(tiny_folder, method="obs", nodes=10, fit_probes=FIT_PROBES, probes=2, heldout=2, max_evals=8)
+    plans = Plans(prepare(config, Counting()))
     points = {point.kind: point for point in searched(plans, 3.0, progress=Counting())}
     assert list(points) == list(KINDS)
     for kind, point in points.items():
@@ -103,14 +103,14 @@ def test_no_kind_is_worse_on_the_probes_of_the_fit_than_what_it_could_do_without
 
 
 def test_kinds_follow_what_is_searched_and_the_solver(tiny_folder: Path) -> None:
-    config = small_config(tiny_folder, cost="macs", probes=2, heldout=2, max_evals=3)
+    config = plan_config(tiny_folder, fit_probes=2, probes=2, heldout=2, max_evals=3)
     bench = prepare(config, Counting())
     for genes, solver, kinds in (
         ("steps", "fitted", KINDS[:4]),
         ("steps", "dpmsolver++", KINDS[:3]),
         ("joint", "ddim", (*KINDS[:3], *KINDS[4:])),
     ):
-        plans = Plans(bench, solver, nodes=8, fit_probes=2)
+        plans = Plans(bench, solver)
         points = searched(plans, 2.0, genes, Counting())  # type: ignore[arg-type]
         assert tuple(point.kind for point in points) == kinds
         assert points[-1].plan.solver in (solver, "dpmsolver++")
@@ -162,8 +162,10 @@ def test_a_killed_front_goes_on_and_ends_the_same(front: Path, tiny_folder: Path
     out = tmp_path / "front"
     with pytest.raises(RuntimeError, match="killed"):
         complete_front(
-            small_config(tiny_folder, method="obs", cost="macs", probes=2, heldout=2, max_evals=12),
-            BUDGETS, out, Killing("searching joint, fitted, 3 calls"), nodes=10, fit_probes=FIT_PROBES,
+            plan_config(
+                tiny_folder, method="obs", nodes=10, fit_probes=FIT_PROBES, probes=2, heldout=2, max_evals=12
+            ),
+            BUDGETS, out, Killing("searching joint, fitted, 3 calls"),
         )  # fmt: skip
     assert not (out / "front.json").exists()
     before = (out / folder.JOURNALS / "dense-fitted-3.journal").read_bytes()
@@ -241,7 +243,7 @@ def test_bad_input_is_refused(front: Path, run: Path, tiny_folder: Path, tmp_pat
     with pytest.raises(DiffesError, match="budgets must differ"):
         make(tiny_folder, tmp_path / "b", [2.0, 2.0000001])
     with pytest.raises(DiffesError, match="'unipc' has no coefficients to fit, and --genes steps"):
-        complete_front(small_config(tiny_folder), [2.0], tmp_path / "b", Counting(), genes="steps", solver="unipc")
+        complete_front(plan_config(tiny_folder, genes="steps", solver="unipc"), [2.0], tmp_path / "b", Counting())
     for calls in ("3", True, [3], -1):
         with pytest.raises(DiffesError, match="calls must be a number of dense calls above 0"):
             chosen(front, calls)  # type: ignore[arg-type]

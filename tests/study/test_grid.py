@@ -16,6 +16,7 @@ from diffes import terminal
 from diffes.config import ALONE, RunConfig
 from diffes.errors import DiffesError
 from diffes.measure.metrics import METRICS, latent_mse
+from diffes.results.record import UNIFORM
 from diffes.study import grid
 from diffes.study.cells import CELLS
 from diffes.study.equal_cost import TOLERANCE, at_budget, calls_of, same
@@ -84,7 +85,7 @@ def test_cells_run_once_and_spend_alike(base: RunConfig, tmp_path: Path) -> None
         searches = row.settings["strategy"] != "uniform"
         assert (row.denoiser_calls >= limit) == searches
         assert row.curve[-1][1] == pytest.approx(row.searched.search, rel=1e-5)
-        assert searches or row.searched.heldout_mean == row.uniform.heldout_mean
+        assert searches or row.searched.heldout_mean == row.rivals[UNIFORM].heldout_mean
 
 
 def test_results_are_written_for_people_and_machines(base: RunConfig, tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_results_are_written_for_people_and_machines(base: RunConfig, tmp_path: 
     assert {line["stages"] for line in lines} == {str(base.stages)}  # settings keep their names and values
     assert {line["heldout"] for line in lines} == {str(base.heldout)}
     assert all(len(json.loads(line["stage_ranges"])) == base.stages for line in lines)
-    records = [json.loads(line)["heldout"] for line in (tmp_path / CELLS).read_text().splitlines()]
+    records = [json.loads(line)["searched"]["heldout_mean"] for line in (tmp_path / CELLS).read_text().splitlines()]
     assert sorted(float(line["heldout_mean"]) for line in lines) == sorted(records)
     data = json.loads((tmp_path / "results.json").read_text())
     assert [line["seeds"] for line in data["summary"]] == [2] * 4
@@ -114,8 +115,8 @@ def test_a_cell_cut_off_by_a_kill_runs_again(base: RunConfig, tmp_path: Path) ->
     again = Counting()
     found = grid.run_cells(cells, tmp_path, again)
     assert sum("searching" in title for title in again.titles) == 1
-    assert [(r.schedule, r.searched, r.denoiser_calls) for r in found] == [
-        (r.schedule, r.searched, r.denoiser_calls) for r in rows
+    assert [(r.found, r.searched, r.denoiser_calls) for r in found] == [
+        (r.found, r.searched, r.denoiser_calls) for r in rows
     ]
 
 
@@ -145,7 +146,7 @@ def test_combinations_are_compared_at_the_same_cost(base: RunConfig, tmp_path: P
     assert two["same_cost"] and two["ahead"] is not None and two["difference_low"] is not None
     for record in comparison.records:
         above = record.above
-        assert above is not None and above.settings["budget"] > 0.8 and above.schedule.stages == record.schedule.stages
+        assert above is not None and above.settings["budget"] > 0.8 and above.found.stages == record.found.stages
         assert record.searched.macs_fraction < 0.8 <= above.searched.macs_fraction
         low, high = (each.searched.heldout_mean for each in (record, above))
         assert low is not None and high is not None

@@ -20,6 +20,7 @@ from diffes.errors import DiffesError
 from diffes.figures import plots
 from diffes.problems.workbench import Workbench
 from diffes.results import folder
+from diffes.results.record import FEWER_STEPS, UNIFORM
 from diffes.results.report import COLUMNS, read_report, rows
 from diffes.spaces.ledger import LOGGED
 from diffes.study import run as runs
@@ -43,7 +44,7 @@ def test_the_pictures_and_the_report_are_of_heldout_prompts(
     assert len(captions) == runs.IMAGES and set(captions) == set(adapter.prompts["heldout"])
     evaluator = prompted.evaluator(runs.IMAGES, HELDOUT_SEED, "heldout")
     torch.testing.assert_close(shown["dense, 4 steps"], adapter.decode(evaluator.dense_latents(4)))
-    found = report.run.schedule
+    found = report.run.found
     torch.testing.assert_close(shown["searched"], adapter.decode(evaluator.latents(found)), rtol=1e-3, atol=1e-3)
     scores = prompted.evaluator(6, HELDOUT_SEED, "heldout").scores(found)
     assert report.run.searched.heldout_mean == pytest.approx(float(scores.mean()), rel=1e-3)
@@ -68,15 +69,15 @@ def test_the_report_is_read_back_as_it_was_written(any_run: Path) -> None:
     table = rows(report)
     assert {len(row) for row in table} == {len(COLUMNS)}
     assert [row[0] for row in table[:3]] == ["dense", "uniform", "searched"]
-    assert table[3][0] == f"dense, {report.run.fewer_steps.steps} of 4 steps"
+    assert table[3][0] == f"dense, {report.run.rivals[FEWER_STEPS].steps} of 4 steps"
     assert table[2][1] == f"{report.run.searched.heldout_mean:.4f}"
 
 
 def test_the_rivals_search_score_is_on_the_searchs_probes(bench: Workbench, tiny_folder: Path, tmp_path: Path) -> None:
     report = runs.complete_run(small_config(tiny_folder), tmp_path / "run", Counting())
     expected = bench.evaluator(4, bench.config.seed).scores(bench.uniform()).mean()
-    assert report.run.uniform.search == pytest.approx(float(expected), rel=1e-3)
-    assert report.run.uniform.search != report.run.uniform.heldout_mean
+    assert report.run.rivals[UNIFORM].search == pytest.approx(float(expected), rel=1e-3)
+    assert report.run.rivals[UNIFORM].search != report.run.rivals[UNIFORM].heldout_mean
 
 
 def test_folders_search_a_study_together(base: RunConfig, tmp_path: Path) -> None:

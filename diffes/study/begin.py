@@ -1,0 +1,70 @@
+"""Beginning of every run: the folder is checked, the model calibrated, and what that cost is kept."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffes.config import RunConfig, WorkerOptions
+from diffes.problems.workbench import Workbench, prepare
+from diffes.progress import Progress
+from diffes.pruning.calibrate import Keep
+from diffes.results import folder
+from diffes.workers import pool_of
+
+
+def _nothing(resumes: bool) -> None: ...
+
+
+@contextmanager
+def begun(
+    out: Path,
+    config: RunConfig,
+    progress: Progress,
+    *,
+    overwrite: bool,
+    workers: WorkerOptions,
+    extra: Mapping[str, Any] | None = None,
+    finished: str = folder.REPORT,
+    searched: RunConfig | None = None,
+    check: Callable[[bool], None] = _nothing,
+    on_begin: Callable[[bool], None] = _nothing,
+) -> Iterator[Workbench]:
+    """Open a run folder that this process holds, calibrate, and yield the workbench with its workers.
+
+    What was in the folder is untouched until the model is loaded and every setting is checked. Finished stages of a
+    calibration, and measured costs, are kept and used again.
+
+    Args:
+        out: the folder.
+        config: the settings.
+        progress: progress display.
+        overwrite: replace what is there.
+        workers: worker settings.
+        extra: settings beside those of every run.
+        finished: the file that only a finished run has.
+        searched: settings of the workbench, where they differ from those of the run.
+        check: called before the model is loaded, with whether a run continues.
+        on_begin: called before the first file is written, with whether a run continues.
+
+    Raises:
+        DiffesError: bad settings, or `out` cannot be used.
+    """
+    settings = searched or config
+    resumes = folder.open_run(out, config, overwrite=overwrite, extra=extra, finished=finished)
+    known = folder.known_costs(out) if resumes else None
+    check(resumes)
+
+    @functools.cache
+    def begin() -> Path:
+        on_begin(resumes)
+        return folder.begin_run(out, config, resumes=resumes, extra=extra, finished=finished)
+
+    with pool_of(settings, workers) as pool:
+        bench = prepare(settings, progress, known, pool=pool, keep=Keep(begin, resumes))
+        begin()
+        folder.write_costs(out, config.cost, bench.costs)
+        yield bench

@@ -1,0 +1,156 @@
+"""Searches, fronts, comparisons and ablations as functions, for notebooks: what the commands of the same names do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffes.config import COMPARED, FRONT, WorkerOptions, settings_of
+from diffes.figures import tables
+from diffes.progress import Progress, RichProgress
+from diffes.results.frames import dataframe
+from diffes.results.record import Report
+from diffes.study.comparison import Comparison
+from diffes.study.front import complete_front
+from diffes.study.grid import run_experiment
+from diffes.study.run import complete_run
+
+
+@dataclass(frozen=True)
+class Front:
+    """Finished front. A notebook shows its table and what it says.
+
+    Args:
+        out: its folder, for `diffes.apply`, `diffes sample` and `diffes export`.
+        data: content of its `front.json` (see `diffes.study.front.complete_front`).
+    """
+
+    out: Path
+    data: Mapping[str, Any]
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        """Plans with their measurements, a dictionary each."""
+        return list(self.data["points"])
+
+    def verdicts(self) -> list[str]:
+        """Return a sentence for each budget that compares its plans."""
+        return tables.verdicts(self.data)
+
+    def to_dataframe(self) -> Any:
+        """Return a pandas DataFrame with a row for each plan.
+
+        Raises:
+            DiffesError: pandas is not installed.
+        """
+        return dataframe(self.points)
+
+    def _repr_markdown_(self) -> str:
+        rows = [tables.COLUMNS, ["---"] * len(tables.COLUMNS), *tables.rows_of(self.data)]
+        return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), *(f"\n{line}" for line in self.verdicts())])
+
+
+def search(
+    out: str | Path,
+    *,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+    workers: int = 1,
+    **settings: Any,
+) -> Front | Report:
+    """Search a plan, or a schedule (genes="levels"), and write a run folder, as `diffes search` does.
+
+    The same call on an unfinished folder goes on where it stopped.
+
+    Args:
+        out: the folder.
+        progress: progress display; bars when left out.
+        overwrite: replace what is there.
+        workers: number of processes that measure.
+        settings: fields of `diffes.RunConfig`.
+
+    Returns:
+        The front of one budget, or the report of a schedule.
+
+    Raises:
+        DiffesError: a setting is unusable, or the folder holds something else.
+    """
+    config = settings_of(settings).resolved()
+    options: dict[str, Any] = {"overwrite": overwrite, "workers": WorkerOptions(workers)}
+    if config.genes == "levels":
+        return complete_run(config, Path(out), progress or RichProgress(), **options)
+    assert config.calls is not None
+    return Front(Path(out), complete_front(config, [config.calls], Path(out), progress or RichProgress(), **options))
+
+
+def front(
+    out: str | Path,
+    budgets: Sequence[float],
+    *,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+    workers: int = 1,
+    **settings: Any,
+) -> Front:
+    """Search plans at several budgets in dense calls, and write a folder, as `diffes front` does; see `search`."""
+    config = settings_of(dataclasses.asdict(FRONT) | settings)
+    data = complete_front(
+        config, budgets, Path(out), progress or RichProgress(), overwrite=overwrite, workers=WorkerOptions(workers)
+    )
+    return Front(Path(out), data)
+
+
+def compare(
+    out: str | Path,
+    strategies: Sequence[str] | None = None,
+    *,
+    seeds: int = 5,
+    progress: Progress | None = None,
+    workers: int = 1,
+    **settings: Any,
+) -> Comparison:
+    """Compare strategies at an equal number of denoiser calls, over seeds, as `diffes compare` does.
+
+    Args:
+        out: folder of the results; what is finished there is not run again.
+        strategies: names, with options after a colon; the first is what the others are tested against. Those of
+            `diffes compare` when left out.
+        seeds: number of searches of each.
+        progress: progress display; bars when left out.
+        workers: number of processes that measure.
+        settings: fields of `diffes.RunConfig`.
+
+    Raises:
+        DiffesError: a setting is unusable, or all cells failed.
+    """
+    config = settings_of(settings)
+    names = list(strategies) if strategies else COMPARED["levels" if config.genes == "levels" else "plans"]
+    return run_experiment(
+        config, {"strategy": names}, seeds, Path(out), progress or RichProgress(), WorkerOptions(workers)
+    )
+
+
+def ablate(
+    out: str | Path,
+    varied: Mapping[str, Sequence[Any]],
+    *,
+    seeds: int = 3,
+    progress: Progress | None = None,
+    workers: int = 1,
+    **settings: Any,
+) -> Comparison:
+    """Measure every combination of some settings, over seeds, as `diffes ablate` does; see `compare`.
+
+    Args:
+        out: folder of the results.
+        varied: values by the name of a setting, for instance {"calls": [4, 6], "solver": ["fitted", "dpmsolver++"]}.
+        seeds: number of searches of each combination.
+        progress: progress display; bars when left out.
+        workers: number of processes that measure.
+        settings: fields of `diffes.RunConfig`.
+    """
+    config = settings_of(settings)
+    return run_experiment(config, varied, seeds, Path(out), progress or RichProgress(), WorkerOptions(workers))
