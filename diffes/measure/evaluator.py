@@ -274,7 +274,7 @@ class RoutedEvaluator(abc.ABC):
 
     def rows(self, probes: Probes) -> int:
         """Return the number of rows that one denoiser call on these probes counts."""
-        return len(probes) * (2 if self.guidance > 1 else 1)
+        return len(probes) * self.adapter.guided(self.guidance).branches
 
     def _prefixes(self, n_probes: int, schedule: Candidate) -> list[Prefix]:
         """Return what decides the states after each part of the trajectory: number of probes, and all parts so far."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+from diffes.adapters import ClassifierFreeGuidance
 from diffes.config import RunConfig
 from diffes.results.record import Candidate, RunRecord
 from diffes.spaces.space import SearchSpace
@@ -24,7 +25,7 @@ def calls_of(config: RunConfig) -> int:
     """Return the denoiser calls, in rows, that a cell may spend: `max_calls`, or those of `max_evals` evaluations."""
     if config.max_calls is not None:
         return config.max_calls
-    return config.max_evals * config.probes * config.steps * (2 if config.scale > 1 else 1)
+    return config.max_evals * config.probes * config.steps * ClassifierFreeGuidance(config.scale).branches
 
 
 def config_of(settings: Mapping[str, Any]) -> RunConfig:
