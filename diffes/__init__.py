@@ -16,7 +16,10 @@ from diffes.errors import DiffesError
 if TYPE_CHECKING:
     from diffes.adapters import load_pipeline
     from diffes.config import RunConfig
+    from diffes.measure.currencies import cost
+    from diffes.measure.metrics import metric
     from diffes.problems.workbench import workbench
+    from diffes.pruning import pruning_method
     from diffes.runtime.apply import apply, load, remove
     from diffes.solvers import Solver, solver
     from diffes.solvers.scheduler import PlanScheduler
@@ -25,8 +28,8 @@ if TYPE_CHECKING:
     from diffes.study.fit import fit
 
 __all__ = [
-    "DiffesError", "PlanScheduler", "RunConfig", "Solver", "Strategy", "apply", "crossover", "fit", "load",
-    "load_pipeline", "mutation", "remove", "solver", "strategy", "workbench",
+    "DiffesError", "PlanScheduler", "RunConfig", "Solver", "Strategy", "apply", "cost", "crossover", "fit", "load",
+    "load_pipeline", "metric", "mutation", "pruning_method", "remove", "solver", "strategy", "workbench",
 ]  # fmt: skip
 
 try:
@@ -43,11 +46,14 @@ _LAZY = {
     "Solver": "diffes.solvers",
     "Strategy": "diffes.spaces.strategy",
     "apply": "diffes.runtime.apply",
+    "cost": "diffes.measure.currencies",
     "crossover": "diffes.spaces.operators",
     "fit": "diffes.study.fit",
     "load": "diffes.runtime.apply",
     "load_pipeline": "diffes.adapters",
+    "metric": "diffes.measure.metrics",
     "mutation": "diffes.spaces.operators",
+    "pruning_method": "diffes.pruning",
     "remove": "diffes.runtime.apply",
     "solver": "diffes.solvers",
     "strategy": "diffes.spaces.strategy",
