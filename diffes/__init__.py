@@ -16,7 +16,10 @@ from diffes.errors import DiffesError
 if TYPE_CHECKING:
     from diffes.adapters import load_pipeline
     from diffes.config import RunConfig
+    from diffes.measure.currencies import cost
+    from diffes.measure.metrics import metric
     from diffes.problems.workbench import workbench
+    from diffes.pruning import pruning_method
     from diffes.runtime.apply import apply, load, remove
     from diffes.solvers import Solver, solver
     from diffes.solvers.scheduler import PlanScheduler
@@ -26,8 +29,9 @@ if TYPE_CHECKING:
     from diffes.study.functions import ablate, compare, front, search
 
 __all__ = [
-    "DiffesError", "PlanScheduler", "RunConfig", "Solver", "Strategy", "ablate", "apply", "compare", "crossover", "fit",
-    "front", "load", "load_pipeline", "mutation", "remove", "search", "solver", "strategy", "workbench",
+    "DiffesError", "PlanScheduler", "RunConfig", "Solver", "Strategy", "ablate", "apply", "compare", "cost",
+    "crossover", "fit", "front", "load", "load_pipeline", "metric", "mutation", "pruning_method", "remove", "search",
+    "solver", "strategy", "workbench",
 ]  # fmt: skip
 
 try:
@@ -46,12 +50,15 @@ _LAZY = {
     "ablate": "diffes.study.functions",
     "apply": "diffes.runtime.apply",
     "compare": "diffes.study.functions",
+    "cost": "diffes.measure.currencies",
     "crossover": "diffes.spaces.operators",
     "fit": "diffes.study.fit",
     "front": "diffes.study.functions",
     "load": "diffes.runtime.apply",
     "load_pipeline": "diffes.adapters",
+    "metric": "diffes.measure.metrics",
     "mutation": "diffes.spaces.operators",
+    "pruning_method": "diffes.pruning",
     "remove": "diffes.runtime.apply",
     "search": "diffes.study.functions",
     "solver": "diffes.solvers",

@@ -68,6 +68,7 @@ class Registry(Generic[T]):
                 raise unknown_name(self.kind, name, self.names())
             with guarded(None, f"{self.kind} {name!r} of {offered[name].value}", "be importable"):
                 self._registered[name] = offered[name].load()
+            self._local.discard(name)  # it is also there if a decorator of that package has registered it
         thing = self._registered[name]
         if self._base is None and not callable(thing):
             raise unexpected(f"{self.kind} {name!r}", "be a function", thing)

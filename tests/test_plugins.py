@@ -16,15 +16,17 @@ import pytest
 import torch
 from conftest import open_adapter, options_of, small_config
 
+import diffes
 from diffes.adapters import ModelAdapter
 from diffes.adapters.dit import DiTAdapter
 from diffes.adapters.loading import ADAPTERS, adapter_for
 from diffes.cli import main
 from diffes.errors import DiffesError, PluginError
-from diffes.measure.metrics import METRICS, Metric
+from diffes.measure.currencies import CURRENCIES, Macs
+from diffes.measure.metrics import METRICS, Metric, make_metric
 from diffes.problems.checks import try_adapter
 from diffes.problems.workbench import Workbench
-from diffes.pruning import DepthMethod, ReuseMethod, Sum, WidthMethod
+from diffes.pruning import METHODS, DepthMethod, ReuseMethod, Sum, WidthMethod
 from diffes.pruning.base import GroupWeights
 from diffes.pruning.build import build_bank
 from diffes.pruning.calibration import load_calibration
@@ -208,6 +210,62 @@ def test_strategies_that_fail_when_they_are_made_or_told() -> None:
 def test_metrics_that_fail(function: Callable[..., Any], words: str) -> None:
     metric = Metric("bad", "latent", True, function)
     refused(lambda: metric(torch.zeros(2, 4), torch.zeros(2, 4)), "metric 'bad'", words)
+
+
+def test_metrics_that_are_declared_wrongly() -> None:
+    def declare(**options: Any) -> Callable[[], Any]:
+        return lambda: diffes.metric("bad", **options)(torch.dist)
+
+    refused(declare(space="pixels"), "space of metric 'bad' must be 'latent' or 'image', got 'pixels'")
+    refused(declare(space=["image"]), "space of metric 'bad' must be 'latent' or 'image', got ['image']")
+    refused(declare(higher_is_better=0), "higher_is_better of metric 'bad' must be True or False, got 0")
+    assert "bad" not in METRICS.names()
+
+
+def test_a_metric_that_reads_conditions_it_does_not_like() -> None:
+    def by_prompt(outputs: torch.Tensor, references: torch.Tensor, conditions: Any) -> Any:
+        return torch.tensor([len(prompt) for prompt in conditions])
+
+    metric, ones = Metric("bad", "image", True, by_prompt), torch.ones(2, 4)
+    assert metric(ones, ones, ("a cat", "an owl")).tolist() == [5, 6]
+    refused(lambda: metric(ones, ones, (1, 2)), "metric 'bad' failed (TypeError: object of type 'int' has no len())")
+
+
+METRIC = """
+import diffes
+
+
+@diffes.metric("darkest", space="image", higher_is_better=False)
+def darkest(outputs, references):
+    return outputs.flatten(1).amin(1)
+"""
+
+
+def test_a_decorated_metric_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "darkest-0.1.dist-info"
+    info.mkdir()
+    (tmp_path / "darkest_package.py").write_text(METRIC)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: darkest\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text("[diffes.metrics]\ndarkest = darkest_package:darkest\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        metric = make_metric("darkest", torch.device("cpu"))
+        assert (metric.name, metric.space, metric.higher_is_better) == ("darkest", "image", False)
+        assert metric(torch.ones(2, 4), torch.ones(2, 4)).tolist() == [-1, -1]
+        assert METRICS.is_known_elsewhere("darkest")
+    finally:
+        METRICS.unregister("darkest")
+
+
+def test_a_method_and_a_cost_by_decorator() -> None:
+    method, cost = type("Mine", (DepthMethod,), {}), type("Own", (Macs,), {})
+    try:
+        assert diffes.pruning_method("mine")(method) is METHODS.get("mine") is method
+        assert diffes.cost("own")(cost) is CURRENCIES.get("own") is cost
+        assert not CURRENCIES.is_known_elsewhere("own")
+    finally:
+        METHODS.unregister("mine")
+        CURRENCIES.unregister("own")
 
 
 def test_a_score_that_is_no_number_never_wins(bench: Workbench) -> None:

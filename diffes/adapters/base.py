@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
@@ -27,6 +27,7 @@ from diffes.adapters.groups import (
     hand_on,
     heads_of,
 )
+from diffes.adapters.guidance import ClassifierFreeGuidance
 from diffes.errors import DiffesError
 from diffes.plugins import guarded, unexpected
 from diffes.solvers import own_of
@@ -52,8 +53,6 @@ class Probes:
         >>> probes = Probes(torch.zeros(4, 1, 2, 2), (0, 1, 2, 3)).over(2.0, 4.0)
         >>> probes.guidance
         (3.236, 2.472, 3.708, 2.944)
-        >>> probes[:2].scale(3.0, probes.noise.double()).flatten().tolist()
-        [3.236, 2.472]
     """
 
     noise: Tensor
@@ -71,13 +70,6 @@ class Probes:
         the range (multiples of the golden ratio, modulo 1)."""
         shares = [i * GOLDEN % 1 for i in range(1, len(self) + 1)]
         return replace(self, guidance=tuple(round(low + (high - low) * share, 3) for share in shares))
-
-    def scale(self, guidance: float, like: Tensor) -> float | Tensor:
-        """Return the guidance scale that mixes the two branches of a call: `guidance`, or (n, 1, 1, 1) the probes' own
-        scales on the device and in the dtype of `like`."""
-        if self.guidance is None:
-            return guidance
-        return torch.tensor(self.guidance, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -111,7 +103,10 @@ class ModelAdapter(abc.ABC):
         denoiser: the network that is called once per step.
         room: largest number of images at a time that the device was found to have room for, by use: "calls" or
             "gradients".
+        null_first: whether the rows with the null condition come first in the pipeline's guided calls.
     """
+
+    null_first: ClassVar[bool] = False
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.pipe = pipe
@@ -149,6 +144,15 @@ class ModelAdapter(abc.ABC):
         if not timestep >= 0:
             raise _no_training_timestep(type(self.own_scheduler).__name__, f"the denoiser was called at {timestep:g}")
         return timestep
+
+    def guided(self, guidance: float, probes: Probes | None = None) -> ClassifierFreeGuidance:
+        """Return the guidance of the pipeline's denoiser calls.
+
+        Args:
+            guidance: classifier-free guidance scale.
+            probes: the images of the calls, which may have scales of their own; not needed to count rows.
+        """
+        return ClassifierFreeGuidance(guidance, None if probes is None else probes.guidance, self.null_first)
 
     @abc.abstractmethod
     def choices(self, split: Split) -> Sequence[Condition]:

@@ -37,29 +37,19 @@ class DiTAdapter(ModelAdapter):
 
     def start(self, probes: Probes, steps: int | Any, guidance: float) -> SamplingState:
         latents = probes.noise.to(self.device, self.dtype)
-        return SamplingState(torch.cat([latents] * 2) if guidance > 1 else latents, self.ready(steps), 0)
+        return SamplingState(self.guided(guidance).rows(latents), self.ready(steps), 0)
 
     def predict(self, state: SamplingState, probes: Probes, guidance: float) -> tuple[Tensor, Tensor]:
         """Predict as `DiTPipeline.__call__` does (diffusers 0.42), with guidance on the noise channels only."""
-        latents, scheduler = state.latents, state.scheduler
-        channels = self.denoiser.config.in_channels
+        guided, scheduler = self.guided(guidance, probes), state.scheduler
         timestep = scheduler.timesteps[state.index]
-        conditions = probes.conditions
-        if guidance > 1:
-            half = latents[: len(probes)]
-            latents = torch.cat([half, half])
-            conditions = conditions + (None,) * len(probes)
-        latents = scheduler.scale_model_input(latents, timestep)
-        predicted = self.denoise_once(latents, timestep.expand(len(latents)), conditions)
-        noise = predicted[:, :channels]  # other channels, if any, are a learned variance that no sampler here uses
-        if guidance > 1:
-            conditional, unconditional = noise.chunk(2)
-            mixed = unconditional + probes.scale(guidance, noise) * (conditional - unconditional)
-            noise = torch.cat([mixed, mixed])
-        return noise, latents
+        latents = scheduler.scale_model_input(guided.rows(state.latents[: len(probes)]), timestep)
+        predicted = self.denoise_once(latents, timestep.expand(len(latents)), guided.conditions(probes.conditions))
+        noise = predicted[:, : latents.shape[1]]  # more channels are a learned variance that no sampler here uses
+        return guided.rows(guided.mixed(noise)), latents
 
     def finish(self, state: SamplingState, guidance: float) -> Tensor:
-        return state.latents.chunk(2)[0] if guidance > 1 else state.latents
+        return state.latents.chunk(self.guided(guidance).branches)[0]
 
     def unscale(self, latents: Tensor) -> Tensor:
         return 1 / self.pipe.vae.config.scaling_factor * latents

@@ -27,6 +27,8 @@ class TextToImageAdapter(ModelAdapter):
     and calls the denoiser.
     """
 
+    null_first = True
+
     def __init__(self, pipe: DiffusionPipeline) -> None:
         super().__init__(pipe)
         self._embedded: dict[tuple[Condition, ...], tuple[Tensor, ...]] = {}
@@ -56,15 +58,11 @@ class TextToImageAdapter(ModelAdapter):
 
     def predict(self, state: SamplingState, probes: Probes, guidance: float) -> tuple[Tensor, Tensor]:
         """Predict as `StableDiffusionXLPipeline.__call__` does (diffusers 0.42)."""
-        latents, scheduler = state.latents, state.scheduler
+        guided, scheduler = self.guided(guidance, probes), state.scheduler
         timestep = scheduler.timesteps[state.index]
-        conditions = (None,) * len(probes) + probes.conditions if guidance > 1 else probes.conditions
-        doubled = torch.cat([latents] * 2) if guidance > 1 else latents
-        noise = self.denoise_once(scheduler.scale_model_input(doubled, timestep), timestep, conditions)
-        if guidance > 1:
-            unconditional, conditional = noise.chunk(2)
-            noise = unconditional + probes.scale(guidance, latents) * (conditional - unconditional)
-        return noise, latents
+        inputs = scheduler.scale_model_input(guided.rows(state.latents), timestep)
+        noise = self.denoise_once(inputs, timestep, guided.conditions(probes.conditions))
+        return guided.mixed(noise), state.latents
 
     def finish(self, state: SamplingState, guidance: float) -> Tensor:
         return state.latents

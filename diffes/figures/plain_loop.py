@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffes.adapters import ClassifierFreeGuidance
 from diffes.files import shipped_models
 from diffes.solvers import END, Noise, coefficients
 from diffes.spaces.schedule import Plan
@@ -33,7 +34,8 @@ def plain_loop(plan: Plan, facts: Mapping[str, Any], model: str, name: str, pipe
         pipeline: class of the base model's pipeline.
     """
     (point,), guidance = facts["points"], facts["guidance"]
-    guided = guidance > 1
+    branches = ClassifierFreeGuidance(guidance).branches
+    guided = branches > 1
     if any(plan.levels):
         imports, opened = "import diffes\nimport torch", f'diffes.load("{name}", device="cpu")  # it prunes each call'
     elif model in shipped_models():
@@ -44,8 +46,7 @@ def plain_loop(plan: Plan, facts: Mapping[str, Any], model: str, name: str, pipe
     if "class_labels" in inspect.signature(pipeline.__call__).parameters:
         net, given = "pipe.transformer", "[1000, 1000, 0, 1]" if guided else "[0, 1]"
         conditions = [f"labels = torch.tensor({given})" + ("  # 1000 is no class" if guided else "")]
-        rows = 4 if guided else 2
-        call = f"net(inputs, timestep=torch.full(({rows},), t), class_labels=labels).sample[:, : x.shape[1]]"
+        call = f"net(inputs, timestep=torch.full(({2 * branches},), t), class_labels=labels).sample[:, : x.shape[1]]"
     else:
         net, prompts = "pipe.unet", '["a big fox on a purple background"] * 2'
         conditions = [

@@ -96,6 +96,11 @@ class Latency(Currency):
 CURRENCIES: Registry[type[Currency]] = Registry("cost", "diffes.costs", Currency)
 
 
+def cost(name: str) -> Callable[[type[Currency]], type[Currency]]:
+    """Register a subclass of `Currency` under a name, as a decorator; its constructor's parameters are its options."""
+    return CURRENCIES.register(name)
+
+
 def costs_of(
     name: str, router: Router, space: SearchSpace, probes: Probes, progress: Progress, changing: bool
 ) -> Table:

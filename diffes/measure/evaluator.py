@@ -178,7 +178,8 @@ class RoutedEvaluator(abc.ABC):
 
     def scored(self, latents: Tensor) -> Tensor:
         """Return the score (n,) of final latents (n, C, h, w) of the first n probes."""
-        return self.metric(self._in_metric_space(latents), self.reference[: len(latents)])
+        n = len(latents)
+        return self.metric(self._in_metric_space(latents), self.reference[:n], self.probes.conditions[:n])
 
     def measured(self, schedule: Candidate, fidelity: float = 1.0) -> tuple[float, Rows | None]:
         """Return the mean score of a schedule, and the coefficients that were fitted for it, where its solver fits."""
@@ -274,7 +275,7 @@ class RoutedEvaluator(abc.ABC):
 
     def rows(self, probes: Probes) -> int:
         """Return the number of rows that one denoiser call on these probes counts."""
-        return len(probes) * (2 if self.guidance > 1 else 1)
+        return len(probes) * self.adapter.guided(self.guidance).branches
 
     def _prefixes(self, n_probes: int, schedule: Candidate) -> list[Prefix]:
         """Return what decides the states after each part of the trajectory: number of probes, and all parts so far."""

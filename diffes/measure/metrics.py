@@ -1,12 +1,13 @@
-"""Metrics by name; for all of them higher is better."""
+"""Metrics by name; of scores higher is better, whatever a metric's own direction is."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,11 @@ from diffes.errors import DiffesError, unknown_name
 from diffes.plugins import guarded, unexpected
 from diffes.registry import Registry
 
-MetricFunction = Callable[[Tensor, Tensor], Tensor]
+if TYPE_CHECKING:
+    from diffes.adapters import Condition
+
+Space = Literal["latent", "image"]
+MetricFunction = Callable[..., Tensor]
 METRICS: Registry[MetricFunction] = Registry("metric", "diffes.metrics")
 
 
@@ -27,26 +32,84 @@ class Metric:
     Args:
         name: as the user wrote it.
         space: whether it reads final latents or decoded images.
-        needs_reference: whether it compares with the dense model's output from the same noise.
-        function: from (n, ...) outputs and (n, ...) dense outputs to (n,) scores, higher is better.
+        higher_is_better: whether a higher value of the function is a better one.
+        function: from outputs (n, ...), outputs of the dense model (n, ...) and, if it has a parameter of that name, n
+            `conditions`, to values (n,).
+
+    Raises:
+        DiffesError: the space is neither "latent" nor "image", or `higher_is_better` is no bool.
     """
 
     name: str
-    space: Literal["latent", "image"]
-    needs_reference: bool
+    space: Space
+    higher_is_better: bool
     function: MetricFunction
 
+    def __post_init__(self) -> None:
+        if self.space not in get_args(Space):
+            raise unexpected(f"space of metric {self.name!r}", "be 'latent' or 'image'", self.space)
+        if not isinstance(self.higher_is_better, bool):
+            raise unexpected(f"higher_is_better of metric {self.name!r}", "be True or False", self.higher_is_better)
+
     @torch.no_grad()
-    def __call__(self, outputs: Tensor, references: Tensor) -> Tensor:
-        """Return scores (n,) in fp64 on the CPU; one that is no finite number becomes -inf, a failure."""
+    def __call__(self, outputs: Tensor, references: Tensor, conditions: Sequence[Condition] = ()) -> Tensor:
+        """Return scores (n,) in fp64 on the CPU, higher is better; one that is no finite number becomes -inf, a
+        failure.
+
+        Args:
+            outputs: (n, ...) latents, or images (n, channels, height, width) in [0, 1].
+            references: (n, ...) the same of the dense model, from the same noise.
+            conditions: n class ids or prompts; not needed where the function has no such parameter.
+        """
         what, wanted = f"metric {self.name!r}", f"return a tensor of {len(outputs)} scores, one a probe"
         with guarded(self.function, what, wanted):
-            scores = self.function(outputs.float(), references.float())
+            given = {"conditions": conditions} if _reads_conditions(self.function) else {}
+            scores = self.function(outputs.float(), references.float(), **given)
         if not isinstance(scores, Tensor) or scores.is_complex():
             raise unexpected(what, wanted, scores)
         if scores.numel() != len(outputs):
             raise DiffesError(f"{what} gave {scores.numel()} scores for {len(outputs)} probes; it must {wanted}")
-        return scores.reshape(-1).cpu().double().nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+        scores = scores.reshape(-1).cpu().double() * (1 if self.higher_is_better else -1)
+        return scores.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+
+
+def _reads_conditions(function: MetricFunction) -> bool:
+    try:
+        return "conditions" in inspect.signature(function).parameters
+    except ValueError:  # some functions of C have no signature
+        return False
+
+
+def metric(name: str, *, space: Space = "latent", higher_is_better: bool = True) -> Callable[[MetricFunction], Metric]:
+    """Register `function(outputs, references) -> values (n,)` as a metric, as a decorator. The decorated name is then
+    the metric, which returns scores; its `function` is the function as it was written.
+
+    The function gets the outputs of n probes, and those of the dense model from the same noise, in fp32 on the model's
+    device. If it has a parameter `conditions`, it also gets the n class ids or prompts of the probes.
+
+    Args:
+        name: name of the metric.
+        space: what it reads: final latents (n, C, h, w), or images (n, channels, height, width) in [0, 1].
+        higher_is_better: False for errors and distances.
+
+    Raises:
+        DiffesError: the space is neither "latent" nor "image", or `higher_is_better` is no bool.
+
+    Example:
+        >>> @metric("largest_error", space="image", higher_is_better=False)
+        ... def largest_error(outputs, references):
+        ...     return (outputs - references).abs().flatten(1).amax(1)
+        >>> largest_error(torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.5)).tolist()
+        [-0.5, -0.5]
+        >>> METRICS.unregister("largest_error")
+    """
+
+    def add(function: MetricFunction) -> Metric:
+        made = Metric(name, space, higher_is_better, function)
+        METRICS.register(name)(made)
+        return made
+
+    return add
 
 
 @METRICS.register("latent_mse")
@@ -62,13 +125,15 @@ def latent_cosine(outputs: Tensor, references: Tensor) -> Tensor:
 
 
 def make_metric(name: str, device: torch.device) -> Metric:
-    """Make a metric: a registered latent one, else any of pyiqa's by its name there.
+    """Make a metric: a registered one, else any of pyiqa's by its name there. A registered function that `metric` does
+    not decorate reads latents, and higher is better.
 
     Raises:
         DiffesError: the name is unknown, or pyiqa lacks a weight file and cannot fetch it.
     """
     if name in METRICS.names():
-        return Metric(name, "latent", True, METRICS.get(name))
+        found = METRICS.get(name)
+        return replace(found, name=name) if isinstance(found, Metric) else Metric(name, "latent", True, found)
     try:
         import pyiqa  # takes seconds to import, so only where it is needed
     except ImportError as error:
@@ -85,18 +150,17 @@ def make_metric(name: str, device: torch.device) -> Metric:
             f"pyiqa metric {name!r} could not be set up ({type(error).__name__}: {reason}); where a weight file is "
             f"missing, let pyiqa fetch it once with network access or put it into {folder}"
         ) from error
-    return Metric(name, "image", model.metric_mode == "FR", _pyiqa_function(model))
+    return Metric(name, "image", not model.lower_better, _pyiqa_function(model))
 
 
 def _pyiqa_function(model: Any) -> MetricFunction:
-    """Wrap a pyiqa model so that it takes three channels and higher is better."""
-    sign = -1.0 if model.lower_better else 1.0
+    """Wrap a pyiqa model so that it takes one channel or three, and an image that is broken fails alone."""
 
     def score(outputs: Tensor, references: Tensor) -> Tensor:
         broken = ~torch.isfinite(outputs).flatten(1).all(1)  # pyiqa refuses a batch with one such image in it
         outputs = outputs.masked_fill(broken[:, None, None, None], 0)
         pair = [images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1) for images in (outputs, references)]
         scores = (model(*pair) if model.metric_mode == "FR" else model(pair[0])).reshape(-1)
-        return (sign * scores).masked_fill(broken, math.nan) if len(scores) == len(outputs) else scores
+        return scores.masked_fill(broken, math.nan) if len(scores) == len(outputs) else scores
 
     return score

@@ -150,10 +150,11 @@ def try_metric(metric: Metric, adapter: ModelAdapter) -> None:
     Raises:
         DiffesError: the metric does not score single images of this size.
     """
-    latents = adapter.make_probes(2, 0).noise.to(adapter.device, adapter.dtype)
+    probes = adapter.make_probes(2, 0)
+    latents = probes.noise.to(adapter.device, adapter.dtype)
     images = latents if metric.space == "latent" else adapter.decode(latents)
     try:
-        metric(images, images)
+        metric(images, images, probes.conditions)
     except PluginError:
         raise
     except Exception as error:  # each metric fails in its own way

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from diffes.adapters import ModelAdapter
+from diffes.adapters import ClassifierFreeGuidance, ModelAdapter
 from diffes.config import HELDOUT_SEED, RunConfig, in_words
 from diffes.errors import DiffesError
 from diffes.measure.currencies import CURRENCIES, Currency, costs_of
@@ -50,7 +50,7 @@ class Levels(Problem):
 
     @classmethod
     def calls_of(cls, config: RunConfig) -> int:
-        return config.probes * config.steps * (2 if config.scale > 1 else 1)
+        return config.probes * config.steps * ClassifierFreeGuidance(config.scale).branches
 
     def call_costs(self, progress: Progress) -> Table:
         bench = self.bench

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from diffes.adapters import ModelAdapter, Split
+from diffes.adapters import ClassifierFreeGuidance, ModelAdapter, Split
 from diffes.config import DEFAULTS, HELDOUT_SEED, RunConfig
 from diffes.errors import DiffesError, DiffesWarning, at_least
 from diffes.measure.currencies import CURRENCIES, costs_of
@@ -399,7 +399,7 @@ class PlanProblem(Problem):
     @classmethod
     def calls_of(cls, config: RunConfig) -> int:
         calls = config.resolved().calls or 1.0
-        return config.probes * max(int(calls + 1e-9), 1) * (2 if config.scale > 1 else 1)
+        return config.probes * max(int(calls + 1e-9), 1) * ClassifierFreeGuidance(config.scale).branches
 
     def call_costs(self, progress: Progress) -> Table:
         return call_costs(self.bench, progress)

@@ -11,9 +11,10 @@ from diffes.pruning.base import (
     Sum,
     WidthMethod,
     make_method,
+    pruning_method,
 )
 
 __all__ = [
     "METHODS", "BlockChanges", "DepthMethod", "GroupWeights", "LayerWeights", "PruningMethod", "ReuseMethod", "Sum",
-    "WidthMethod", "make_method",
+    "WidthMethod", "make_method", "pruning_method",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -154,6 +154,12 @@ class ReuseMethod(PruningMethod):
 
 
 METHODS: Registry[type[PruningMethod]] = Registry("pruning method", "diffes.pruning_methods", PruningMethod)
+
+
+def pruning_method(name: str) -> Callable[[type[PruningMethod]], type[PruningMethod]]:
+    """Register a subclass of `WidthMethod`, `DepthMethod` or `ReuseMethod` under a name, as a decorator; its
+    constructor's parameters are its options."""
+    return METHODS.register(name)
 
 
 @dataclass(frozen=True)

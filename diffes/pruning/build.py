@@ -91,7 +91,8 @@ def build_bank(
             if method.needs != "nothing":
                 assert data is not None
                 weigh = method.timestep_weights
-                run = StagePass(adapter, stages.ranges[stage], data, guidance > 1, drawn, weigh)
+                guided = adapter.guided(guidance).branches > 1
+                run = StagePass(adapter, stages.ranges[stage], data, guided, drawn, weigh)
                 calls += len(data) * len(passes(method, ladders.sets, memory))
             thin = thin_weights(adapter, method, run, ladders.sets, workshop)
         split = ladders.equal

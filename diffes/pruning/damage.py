@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffes.adapters import GroupSet, ModelAdapter
+from diffes.adapters import ClassifierFreeGuidance, GroupSet, ModelAdapter
 from diffes.errors import DiffesError
 from diffes.pruning.allocation import Floats, Rungs
 from diffes.pruning.base import GroupWeights
@@ -129,8 +129,12 @@ class StageDamage:
         return damage / self._elements
 
     @property
+    def _guided(self) -> ClassifierFreeGuidance:
+        return ClassifierFreeGuidance(self.guidance)
+
+    @property
     def _branches(self) -> int:
-        return 2 if self.guidance > 1 else 1
+        return self._guided.branches
 
     @property
     def _elements(self) -> int:
@@ -173,13 +177,11 @@ class StageDamage:
     def _observe(
         self, paths: Sequence[str], drawn: _Drawn, backward: bool
     ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[tuple[Tensor, ...]]]:
-        adapter, denoiser, n = self.adapter, self.adapter.denoiser, len(drawn.chosen)
+        adapter, denoiser, guided = self.adapter, self.adapter.denoiser, self._guided
         clean = self.data.latents[drawn.chosen].to(adapter.device, adapter.dtype)
-        noisy, timesteps = adapter.add_noise(clean, drawn.noise, drawn.timesteps), drawn.timesteps
-        conditions = tuple(self.data.conditions[i] for i in drawn.chosen.tolist())
-        if self._branches == 2:
-            noisy, timesteps = torch.cat([noisy, noisy]), torch.cat([timesteps, timesteps])
-            conditions = (*conditions, *(None,) * n)
+        noisy = guided.rows(adapter.add_noise(clean, drawn.noise, drawn.timesteps))
+        timesteps = guided.rows(drawn.timesteps)
+        conditions = guided.conditions([self.data.conditions[i] for i in drawn.chosen.tolist()])
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         handles = [
             denoiser.get_submodule(path).register_forward_hook(
@@ -192,8 +194,9 @@ class StageDamage:
             with torch.set_grad_enabled(backward):
                 predicted = adapter.denoise_once(noisy.requires_grad_(backward), timesteps, conditions)
                 predicted = predicted[:, : drawn.noise.shape[1]].float()  # without a learned variance, if any
-                if self._branches == 2:
-                    predicted = self.guidance * predicted[:n] + (1 - self.guidance) * predicted[n:]
+                if guided.branches > 1:  # as weights, which the gradients of the branches then are
+                    conditional, null = guided.split(predicted)
+                    predicted = guided.scale * conditional + (1 - guided.scale) * null
                 found = dict(seen)  # a copy: gradient checkpointing may call the same modules again
                 outputs = [found[path][1] for path in paths]
                 for v in drawn.signs if backward else ():

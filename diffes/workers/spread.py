@@ -10,6 +10,7 @@ import torch
 
 from diffes.measure.evaluator import RoutedEvaluator, in_trie_order
 from diffes.measure.metrics import METRICS, Metric, make_metric
+from diffes.plugins import guarded
 from diffes.spaces.schedule import Schedule
 from diffes.spaces.strategy import Evaluation
 from diffes.workers.packing import packed
@@ -30,8 +31,8 @@ class Spread:
         self._pool, self._local = pool, local
         name = local.metric.name
         recipe: Callable[[torch.device], Metric] = partial(make_metric, name)
-        if name in METRICS.names():  # it may be defined in a notebook, which workers do not know
-            recipe = partial(_metric, name, local.metric.function)
+        if name in METRICS.names() and not METRICS.is_known_elsewhere(name):  # it may be defined in a notebook
+            recipe = partial(_as_it_is, local.metric)
         self._recipe = recipe
         self._sent: Any = None
 
@@ -64,9 +65,11 @@ class Spread:
         """Send the bank and the evaluator, unless they were sent before. Return references to both."""
         bank = self._pool.send_bank(self._local.router.bank)
         if self._sent is None:
-            self._sent = self._pool.send((packed(self._local.detached()), self._recipe))
+            metric = self._local.metric
+            with guarded(metric.function, f"metric {metric.name!r}", "be one that pickle can send to the workers"):
+                self._sent = self._pool.send((packed(self._local.detached()), self._recipe))
         return bank, self._sent
 
 
-def _metric(name: str, function: Any, _device: torch.device) -> Metric:
-    return Metric(name, "latent", True, function)
+def _as_it_is(metric: Metric, _device: torch.device) -> Metric:
+    return metric

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 from conftest import open_adapter, small_bank
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 
+import diffes
 from diffes.adapters import ModelAdapter, SamplingState
 from diffes.measure.evaluator import ScheduleEvaluator, _copied, size_of
-from diffes.measure.metrics import make_metric
+from diffes.measure.metrics import METRICS, make_metric
 from diffes.pruning import GroupWeights
 from diffes.pruning.bank import WeightBank
 from diffes.runtime.router import Router
@@ -68,6 +70,34 @@ def test_dense_schedule_scores_perfectly(adapter: ModelAdapter, stages: Stages) 
     evaluator = make(adapter, stages)
     assert evaluator.dense_scores(8).tolist() == [0] * 5
     assert evaluator.dense_scores(4).max() < 0
+
+
+def test_an_image_metric_of_one_s_own_ranks_by_images_and_conditions(untrained: ModelAdapter, stages: Stages) -> None:
+    """One that counts a single class or prompt only, in images, where lower is better."""
+    probes = untrained.make_probes(5, 3)
+    chosen = probes.conditions[4]  # of the second part of a batch
+    seen: list[tuple[Any, ...]] = []
+
+    @diffes.metric("error_of_one", space="image", higher_is_better=False)
+    def error_of_one(outputs: torch.Tensor, references: torch.Tensor, conditions: Sequence[Any]) -> torch.Tensor:
+        seen.append((tuple(outputs.shape[1:]), conditions))
+        return (outputs - references).square().flatten(1).mean(1) * torch.tensor([c == chosen for c in conditions])
+
+    try:
+        evaluator = make(untrained, stages, "error_of_one")
+        schedules = [Schedule(stages, levels, untrained.max_level("width")) for levels in SCHEDULES]
+        found = {e.schedule: e.fitness for e in evaluator(schedules)}
+        (half,) = evaluator(schedules[:1], 0.5)
+    finally:
+        METRICS.unregister("error_of_one")
+    assert seen == [((3, 16, 16), probes.conditions)] * len(schedules) + [((3, 16, 16), probes.conditions[:3])]
+    assert (half.fitness == 0) == (chosen not in probes.conditions[:3])
+    of_chosen = torch.tensor([c == chosen for c in probes.conditions])
+    references = untrained.decode(evaluator.final_reference)
+    for schedule in schedules:
+        images = untrained.decode(evaluator.latents(schedule))
+        errors = (images - references).square().flatten(1).mean(1) * of_chosen
+        assert found[schedule] == pytest.approx(-float(errors.mean()), rel=1e-4) and found[schedule] < 0
 
 
 def test_more_sparsity_is_worse_on_the_trained_model(stages: Stages) -> None:

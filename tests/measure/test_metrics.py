@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
+import diffes
 from diffes.errors import DiffesError
 from diffes.measure.metrics import METRICS, make_metric
 
@@ -25,7 +27,6 @@ def test_higher_is_better_and_scores_are_per_probe(name: str) -> None:
 
 def test_no_reference_metrics_run() -> None:
     metric = make_metric("piqe", CPU)
-    assert not metric.needs_reference
     assert torch.isfinite(metric(IMAGES, IMAGES)).all()
 
 
@@ -57,3 +58,28 @@ def test_a_metric_of_one_s_own_is_found_by_name() -> None:
         assert make_metric("worst_pixel", CPU)(IMAGES, IMAGES).tolist() == [0] * 4
     finally:
         METRICS.unregister("worst_pixel")
+
+
+def test_a_decorated_metric_has_its_space_its_direction_and_conditions() -> None:
+    @diffes.metric("of_class", space="image", higher_is_better=False)
+    def of_class(outputs: Tensor, references: Tensor, conditions: tuple[int, ...]) -> Tensor:
+        return (outputs - references).abs().flatten(1).amax(1) * torch.tensor(conditions)
+
+    try:
+        made = make_metric("of_class", CPU)
+        assert (made.name, made.space, made.higher_is_better) == ("of_class", "image", False)
+        assert made(IMAGES + 0.5, IMAGES, (0, 1, 2, 3)).tolist() == pytest.approx([0, -0.5, -1, -1.5])
+        assert made is not of_class and made == of_class and not METRICS.is_known_elsewhere("of_class")
+        again = diffes.metric("of_latents")(of_class.function)
+        assert (again.space, again.higher_is_better) == ("latent", True) and make_metric("of_class", CPU) == made
+    finally:
+        METRICS.unregister("of_class")
+        METRICS.unregister("of_latents")
+
+
+def test_a_failure_is_one_in_both_directions() -> None:
+    for higher_is_better in (True, False):
+        values = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0])
+        made = diffes.metric("odd", higher_is_better=higher_is_better)(lambda *_, values=values: values)
+        METRICS.unregister("odd")
+        assert made(IMAGES, IMAGES).tolist() == [-float("inf")] * 3 + [1 if higher_is_better else -1]

@@ -3,10 +3,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from conftest import Counting, options_of, small_config
 from torch import Tensor
 
+import diffes
 from diffes.config import WorkerOptions
 from diffes.errors import DiffesError, PluginError
 from diffes.measure.metrics import METRICS
@@ -165,6 +167,24 @@ def test_a_failed_score_stays_one(factored: Workbench, pool: Pool) -> None:
         assert found[schedules[0]] == 0 and found[schedules[1]] == -torch.inf
     finally:
         METRICS.unregister("blind")
+
+
+def test_workers_are_sent_an_image_metric_of_this_process(factored: Workbench, pool: Pool) -> None:
+    @diffes.metric("of_first", space="image", higher_is_better=False)
+    def of_first(outputs: Tensor, references: Tensor, conditions: Sequence[Any]) -> Tensor:
+        return (outputs - references).square().flatten(1).mean(1) * torch.tensor(
+            [c == conditions[0] for c in conditions]
+        )
+
+    try:
+        bench = vary(factored, replace(factored.config, metric="of_first"), Counting())
+        assert facts(search(bench, pool)) == facts(search(bench))
+        lock = Lock()
+        held = replace(bench, metric=replace(bench.metric, function=lambda *_: lock))  # type: ignore[arg-type]
+        with pytest.raises(PluginError, match=r"metric 'of_first' failed .TypeError: .*it must be one that pickle can"):
+            search(held, pool)
+    finally:
+        METRICS.unregister("of_first")
 
 
 def test_a_device_that_is_full_gets_fewer_probes_at_a_time(

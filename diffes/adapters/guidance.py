@@ -1,0 +1,69 @@
+"""Classifier-free guidance: the branches of a denoiser call, and how they are mixed into one prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ClassifierFreeGuidance:
+    """Classifier-free guidance of denoiser calls on n images. A guided call has two branches of n rows each: one with
+    the conditions of the images, one with the null condition. Without guidance a call has the first branch only.
+
+    Args:
+        scale: guidance scale; 1 and less switch guidance off.
+        scales: n guidance scales, one an image, that replace `scale` where branches are mixed; None where all images
+            have the same.
+        null_first: whether the branch with the null condition comes first.
+
+    Example:
+        >>> import torch
+        >>> guided = ClassifierFreeGuidance(3.0)
+        >>> guided.branches, guided.conditions([7, 8])
+        (2, (7, 8, None, None))
+        >>> guided.mixed(torch.tensor([2.0, 5.0, 1.0, 5.0]))
+        tensor([4., 5.])
+        >>> ClassifierFreeGuidance(1.0).branches
+        1
+    """
+
+    scale: float
+    scales: tuple[float, ...] | None = None
+    null_first: bool = False
+
+    @property
+    def branches(self) -> int:
+        """Number of rows that a call has for each image."""
+        return 2 if self.scale > 1 else 1
+
+    def rows(self, of_images: Tensor) -> Tensor:
+        """Return the rows (branches * n, ...) of a call that reads the same in all branches, such as latents (n, ...)
+        or timesteps (n,)."""
+        return torch.cat([of_images] * self.branches) if self.branches > 1 else of_images
+
+    def conditions(self, of_images: Sequence[T]) -> tuple[T | None, ...]:
+        """Return the conditions of the rows of a call, from those of n images."""
+        given, null = tuple(of_images), (None,) * (len(of_images) * (self.branches - 1))
+        return (*null, *given) if self.null_first else (*given, *null)
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what a guided call says with the conditions and with the null condition, each (n, ...)."""
+        first, second = rows.chunk(2)
+        return (second, first) if self.null_first else (first, second)
+
+    def mixed(self, rows: Tensor) -> Tensor:
+        """Return the guided prediction (n, ...) of a call, from the predictions of its rows."""
+        if self.branches == 1:
+            return rows
+        conditional, null = self.split(rows)
+        scale: float | Tensor = self.scale
+        if self.scales is not None:
+            scale = torch.tensor(self.scales, dtype=rows.dtype, device=rows.device).view(-1, *[1] * (rows.dim() - 1))
+        return null + scale * (conditional - null)
