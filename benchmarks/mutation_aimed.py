@@ -6,7 +6,7 @@ A line of the table is `Aimed(file, old, new, tests)`:
 - `old`: text of the module, with its line breaks and indentation where it spans lines. It must be there exactly once;
   anything else stops the script before the first mutant, so that the table follows the code.
 - `new`: what takes its place.
-- `tests`: files, folders or test ids (`tests/search/test_loop.py::test_name`) that are run, in this order. None at all
+- `tests`: files, folders or test ids (`tests/spaces/test_loop.py::test_name`) that are run, in this order. None at all
   stands for the tests that belong to the module, as for a sampled mutant.
 """
 
@@ -42,8 +42,8 @@ AIMED = (
     # the two branches of guidance are added up, not mixed
     Aimed(
         "diffes/pruning/damage.py",
-        "self.guidance * predicted[:n] + (1 - self.guidance) * predicted[n:]",
-        "self.guidance * predicted[:n] + predicted[n:]",
+        "guided.scale * conditional + (1 - guided.scale) * null",
+        "guided.scale * conditional + null",
         ("tests/pruning/test_damage.py",),
     ),
     # a timestep on the edge of two stages goes to the lower one
@@ -51,7 +51,7 @@ AIMED = (
         "diffes/spaces/schedule.py",
         "bisect.bisect_right(uppers, timestep)",
         "bisect.bisect_left(uppers, timestep)",
-        ("tests/search/test_schedule.py",),
+        ("tests/spaces/test_schedule.py",),
     ),
     # the weights are scored and no longer compensated
     Aimed(
@@ -90,17 +90,17 @@ AIMED = (
     ),
     # the report is on the probes of searches
     Aimed(
-        "diffes/study/heldout.py",
+        "diffes/problems/heldout.py",
         'HELDOUT_SEED, "heldout")',
         'HELDOUT_SEED, "search")',
-        ("tests/study/test_heldout.py",),
+        ("tests/problems/test_heldout.py",),
     ),
     # the report is on the noise of the search
     Aimed(
-        "diffes/study/heldout.py",
+        "diffes/problems/heldout.py",
         'bench.config.heldout, HELDOUT_SEED, "heldout"',
         'bench.config.heldout, bench.config.seed, "heldout"',
-        ("tests/study/test_heldout.py",),
+        ("tests/problems/test_heldout.py",),
     ),
     # the pictures are of the prompts of searches
     Aimed(
@@ -132,9 +132,9 @@ AIMED = (
     ),
     # the router does not ask the adapter what stands in for a block
     Aimed(
-        "diffes/runtime/router.py",
-        "block.forward = self._adapter.skipped(block)",
-        "block.forward = lambda hidden_states, *_args, **_kwargs: hidden_states",
+        "diffes/runtime/parts.py",
+        "forward if i in kept else self._adapter.skipped(block)",
+        "forward if i in kept else lambda hidden_states, *_args, **_kwargs: hidden_states",
         ("tests/runtime/test_router.py",),
     ),
     # the tables of the sampler are not counted in a cached state
@@ -167,38 +167,38 @@ AIMED = (
     ),
     # a factory of evaluators is left aside
     Aimed(
-        "diffes/study/workbench.py",
+        "diffes/problems/workbench.py",
         "        if self.make_evaluator is not None:",
         "        if False:",
-        ("tests/study/test_workbench.py",),
+        ("tests/problems/test_workbench.py",),
     ),
     # DEAP's generations are not measured together
     Aimed(
-        "diffes/study/toolbox.py",
+        "diffes/problems/toolbox.py",
         'return self.batch(*many) if getattr(function, "func", None) is self else list(map(function, *many))',
         "return list(map(function, *many))",
-        ("tests/study/test_toolbox.py",),
+        ("tests/problems/test_toolbox.py",),
     ),
     # the toolbox takes schedules of any cost
     Aimed(
-        "diffes/study/toolbox.py",
+        "diffes/problems/toolbox.py",
         "Proposal(space.schedule(list(g)),",
         "Proposal(space.any_schedule(list(g)),",
-        ("tests/study/test_toolbox.py",),
+        ("tests/problems/test_toolbox.py",),
     ),
     # a parent is crossed with itself
     Aimed(
         "diffes/spaces/variation.py",
         "others = [genome for genome in parents if genome is not parent]",
         "others = list(parents)",
-        ("tests/search/test_variation.py",),
+        ("tests/spaces/test_variation.py",),
     ),
     # a limit in calls may end within a batch that is measured in the evaluator's order
     Aimed(
         "diffes/spaces/loop.py",
         "                return 1\n        return len(proposals)",
         "                return len(proposals)\n        return len(proposals)",
-        ("tests/search/test_loop.py",),
+        ("tests/spaces/test_loop.py",),
     ),
     # parents are drawn, not the winners of a tournament
     Aimed(
@@ -224,22 +224,22 @@ AIMED = (
     # the batch shuns what it knows little of
     Aimed(
         "search_strategies/surrogate.py",
-        "np.argmax(mean + curiosity * deviation - THRIFT * prices)",
-        "np.argmax(mean - curiosity * deviation - THRIFT * prices)",
+        "self._thrifty(unseen, mean + curiosity * deviation)",
+        "self._thrifty(unseen, mean - curiosity * deviation)",
         ("tests/search_strategies/test_surrogate.py",),
     ),
     # the batch is chosen against what is believed
     Aimed(
         "search_strategies/surrogate.py",
-        "np.argmax(mean + curiosity * deviation - THRIFT * prices)",
-        "np.argmax(-mean + curiosity * deviation - THRIFT * prices)",
+        "self._thrifty(unseen, mean + curiosity * deviation)",
+        "self._thrifty(unseen, -mean + curiosity * deviation)",
         ("tests/search_strategies/test_surrogate.py",),
     ),
     # the batch prefers what costs more calls
     Aimed(
         "search_strategies/surrogate.py",
-        "np.argmax(mean + curiosity * deviation - THRIFT * prices)",
-        "np.argmax(mean + curiosity * deviation + THRIFT * prices)",
+        "left = [worth[i] - THRIFT",
+        "left = [worth[i] + THRIFT",
         ("tests/search_strategies/test_surrogate.py",),
     ),
     # the climb shuns what it knows little of

@@ -48,7 +48,7 @@ from mutation_operators import Mutation, mutate, mutations
 NAME = "mutation_testing"
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
-MODULES = ("diffes/search", "diffes/pruning", "diffes/runtime", "diffes/measure", "search_strategies")
+MODULES = ("diffes/spaces", "diffes/pruning", "diffes/runtime", "diffes/measure", "search_strategies")
 WRONG_COPY = 97  # exit status of RUNNER
 STOP = threading.Event()  # set when all that runs must end
 
