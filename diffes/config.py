@@ -36,18 +36,18 @@ class ModelSettings:
     model: str = "fashion-dit"
     """A shipped pipeline by name, a local folder in diffusers' format, or a hub id OWNER/NAME."""
     prompts: str | None = None
-    """Text-to-image models: a JSON file with lists of prompts `search`, `heldout` and `calibration`, none in two of
+    """JSON file of a text-to-image model with lists of prompts `search`, `heldout` and `calibration`, none in two of
     them. Left out: prompts.json in the model's folder if it has one, else 64 of each that come with diffes."""
     guidance: float | tuple[float, float] = 2.0
-    """Classifier-free guidance scale; 1 and less switch it off. Of plans also two, the ends of a range (--guidance 1.5
-    4): each probe then has a scale of its own, calibration and samples have the middle, both ends are reported."""
+    """Classifier-free guidance scale; 1 and less switch it off. Plans also take two, the ends of a range: --guidance
+    1.5 4 gives each probe a scale of its own, calibrates and samples at the middle, and reports both ends."""
     steps: int = 20
-    """Sampling steps with the pipeline's own scheduler: of schedules of levels, of samples that calibrate, and of the
-    kind `levels` beside plans."""
+    """Sampling steps with the pipeline's own scheduler: of schedules of levels, of the samples that calibrate, and of
+    the kind `levels` beside plans."""
     device: str = "auto"
-    """Where the model runs: cpu, cuda or cuda:1; auto takes cuda where there is one."""
+    """Device of the model: cpu, cuda or cuda:1. auto takes cuda if there is one."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """What the model computes in."""
+    """Data type of the model's computations."""
 
     def __post_init__(self) -> None:
         at_least("steps", self.steps, 1, LARGEST)
@@ -64,20 +64,19 @@ class CalibrationSettings:
     """Settings of the pruned weights. Beside them, weights depend on the model's, and on the seed of a run."""
 
     method: str = "obs"
-    """Pruning method. Of heads and channels: magnitude, activation, wanda, obs (makes up for what it removes). Of whole
-    blocks: layer_drop. Of an earlier call, whose outputs are taken in place of computing them: deep_reuse (U-Nets),
-    block_reuse. Several give the levels of all: obs+deep_reuse. Options follow a colon: obs:damping=0.01,weighting=log
-    or layer_drop:importance=mse."""
+    """Pruning method. It removes heads and channels (magnitude, activation, wanda; obs also corrects the weights that
+    stay), or whole blocks (layer_drop), or it reuses outputs of an earlier call (deep_reuse for U-Nets, block_reuse).
+    A sum has the levels of all: obs+deep_reuse. Options follow a colon: obs:damping=0.01,weighting=log."""
     allocation: Allocation = "damage"
-    """How a level is shared out over the layers. damage: least harm to the prediction in each stage, at no more
-    multiply-accumulates than the same fraction of every layer would leave; equal: that same fraction, as in the paper.
-    Whole blocks (layer_drop) know the second only."""
+    """How a level is shared out over the layers. damage: each stage removes what its prediction is least sensitive
+    to, for at most the multiply-accumulates that equal shares leave. equal: the same fraction of every layer, as in
+    the paper. layer_drop takes equal only."""
     stages: int = 10
-    """Number of equal stages that the training timesteps are divided into; each has a level of its own."""
+    """Number of equal stages that the training timesteps are divided into. Each stage has its own pruned weights."""
     calibration_samples: int = 256
-    """Clean latents per stage that calibration draws its statistics from."""
+    """Clean latents for each stage, from which calibration takes its statistics."""
     calibration_data: str | None = None
-    """An .npz of images (n, channels, h, w) uint8 and labels (n,) or prompts (n,). Left out: calibration.npz in the
+    """NPZ file of images (n, channels, h, w) uint8, and labels (n,) or prompts (n,). Left out: calibration.npz in the
     model's folder if it has one, else samples of the dense model."""
 
     def __post_init__(self) -> None:
@@ -100,20 +99,20 @@ class ProblemSettings:
     schedule has to reach, the fraction of prunable parameters removed. With macs or latency: the most that a schedule
     may cost, as a fraction of the dense model. Left out: 0.5."""
     cost: str = "auto"
-    """What the budget counts: macs, multiply-accumulates of the whole denoiser; latency, milliseconds measured on this
-    device when the run begins; level, the mean level as in the paper (schedules only); or one of your own by entry
-    point. auto: macs for plans, level for schedules."""
+    """What the budget counts: macs, multiply-accumulates of the whole denoiser; latency, milliseconds measured on
+    this device when the run begins; level, the mean level as in the paper (schedules only); or one of your own by
+    entry point. auto: macs for plans, level for schedules."""
     metric: str = "auto"
     """Fitness: latent_mse, latent_cosine, or any pyiqa metric by its name there. auto: latent_mse for plans, ssim for
     schedules."""
     solver: str | None = None
     """Solver of plans: fitted (coefficients by least squares to the reference, found with the timesteps), dpmsolver++
-    (second order), dpmsolver++3m, unipc, ddim (first order, no noise) or one of your own by entry point. Options follow
-    a colon: fitted:memory=2. Left out: fitted."""
+    (second order), dpmsolver++3m, unipc, ddim (first order, no noise) or one of your own by entry point. Options
+    follow a colon: fitted:memory=2. Left out: fitted."""
     nodes: int | None = None
     """Candidate timesteps of plans. Left out: 64."""
     probes: int = 16
-    """Images per evaluation, from fixed noise and classes or prompts."""
+    """Images of an evaluation, from fixed noise and classes or prompts."""
     fit_probes: int | None = None
     """Images on which the best few plans of a search are fitted and compared again, unseen by it. Left out: 48."""
     heldout: int = 64
@@ -142,29 +141,30 @@ class SearchSettings:
     """Settings of a search. The seed also draws the probes of the search and the noise that calibrates."""
 
     strategy: str = "auto"
-    """Search strategy, or one of your own by entry point. Searches: evolution (the paper's), evopress, surrogate, tpe,
-    cmaes, optuna:sampler=NAME, nsga2 (the whole front), exhaustive (small spaces). Baselines: uniform, random, mosaic.
-    Options follow a colon: evolution:mu=4,lam=16. auto: evopress for plans, evolution for schedules."""
+    """Search strategy, or one of your own by entry point. Searches: evolution (the paper's), evopress, surrogate,
+    tpe, cmaes, optuna:sampler=NAME, nsga2 (the whole front), exhaustive (small spaces). Baselines: uniform, random,
+    mosaic. Options follow a colon: evolution:mu=4,lam=16. auto: evopress for plans, evolution for schedules."""
     mutation: str | None = None
-    """Mutation operator of evolution, evopress and nsga2: level_switch, level_switch_small, level_step, swap_stages,
-    shift_window, segment_transfer, one of DEAP's (deap.mutUniformInt:indpb=0.2, deap.mutShuffleIndexes:indpb=0.2, ...)
-    or one of your own. Options follow a colon. Left out: the strategy's own."""
+    """Mutation operator of evolution, evopress and nsga2. Of plans: plan_move, move_call, add_call, ... Of schedules:
+    level_switch, level_step, swap_stages, shift_window, segment_transfer. Also DEAP's (deap.mutUniformInt:indpb=0.2)
+    and your own. Options follow a colon. Left out: the default of the strategy."""
     crossover: str | None = None
-    """Crossover operator of evolution and nsga2: level_exchange, one of DEAP's (deap.cxTwoPoint,
-    deap.cxUniform:indpb=0.5, ...) or one of your own. Left out: the strategy's own."""
+    """Crossover operator of evolution and nsga2: node_exchange of plans, level_exchange of schedules, one of DEAP's
+    (deap.cxTwoPoint, deap.cxUniform:indpb=0.5) or your own. Left out: the default of the strategy."""
     max_evals: int = 120
     """Plans or schedules to evaluate; one on a fraction of the probes counts as that fraction."""
     max_calls: int | None = None
     """Denoiser calls to spend, in rows. Left out: only max_evals ends the search."""
     time_limit: float | None = None
-    """Seconds of evaluation to spend on a search, those of earlier commands on the same folder included. Left out: no
-    limit. Any of the three limits may be raised on a finished or interrupted run, which then goes on."""
+    """Seconds of evaluation to spend, those of earlier commands on the same folder included. Left out: no limit. Each
+    of the three limits may be raised on a finished or interrupted run, which then continues."""
     asynchronous: bool = False
-    """With several workers, or a shared study: ask for a schedule as soon as one is free, not in generations
-    (evolution, surrogate). Faster where many would wait for a few; what is found then depends on which is faster."""
+    """Ask for the next genome as soon as a worker is free, not in generations (evolution, surrogate; with several
+    workers or a shared study). This is faster where many would wait for a few. The result then depends on which is
+    faster."""
     study: str | None = None
-    """Name of a study in the storage that several processes, on any machines, search together: each with the same
-    settings, a run folder of its own, and asynchronous. Left out: the run folder's own, which nobody else may use."""
+    """Name of a study in the storage that several processes search together, on any machines. Each needs the same
+    settings, a run folder of its own, and asynchronous. Left out: the run folder's own study."""
     seed: int = 0
     """Seed of the strategy, of the search probes and of the calibration noise."""
 
@@ -187,14 +187,15 @@ class ResourceSettings:
     """Settings of the machine. Only the last digits of results depend on them."""
 
     bank_memory: float = 4.0
-    """GB of host memory for the weights that OBS makes as a search asks for them, and for its statistics. What it makes
-    them from lies in the run folder until the run is done; without one, what does not fit goes to a temporary file (in
-    the folder that TMPDIR names). As much again may stay ready on the device. Results do not depend on it."""
+    """GB of host memory for the weights that OBS makes during a search, and for its statistics. What does not fit
+    goes to the run folder, or to a temporary file (in the folder that TMPDIR names). The device may keep as much
+    again. Results do not depend on it."""
     storage: str | None = None
-    """URL of a database for the evaluations, for instance postgresql://HOST/NAME. Left out: study.journal in the run
-    folder. Both are opened by optuna-dashboard."""
+    """URL of a database for the evaluations of schedules, for instance postgresql://HOST/NAME. Left out:
+    study.journal in the run folder. optuna-dashboard opens both."""
     threads: int | None = None
-    """Threads of torch in each process, on which the last digits of scores depend. Left out: as torch has it here."""
+    """Threads of torch in each process; the last digits of scores depend on it. Left out: chosen once from the cores
+    that are free, kept for the run, and used again when it continues."""
 
     def __post_init__(self) -> None:
         if self.threads is not None:
@@ -351,17 +352,17 @@ class WorkerOptions:
     """Worker settings: how many processes measure, and where. Results do not depend on them."""
 
     workers: int = 1
-    """Processes that measure side by side, on Ray (pip install "diffes[ray]"), each with the model and the bank; 1 is
-    this process alone. Of compare and ablate each runs a cell at a time, where they are on this machine. What is found
-    and the denoiser calls counted are the same for any number."""
+    """Processes that measure in parallel on Ray (pip install "diffes[ray]"), each with the model and the bank. 1 is
+    this process alone. In compare and ablate each runs a cell at a time, if all are on this machine. The result and
+    the counted denoiser calls are the same for any number."""
     ray_address: str | None = None
-    """Of a Ray cluster that is running: auto, HOST:PORT or ray://HOST:PORT. Left out: one is started on this machine
+    """Address of a running Ray cluster: auto, HOST:PORT or ray://HOST:PORT. Left out: one is started on this machine
     and ends with the command."""
     gpus_per_worker: float | None = None
-    """Share of a GPU that each worker takes, for instance 0.5. Left out: 1 where the device is cuda."""
+    """Share of a GPU that each worker takes, for instance 0.5. Left out: 1 if the device is cuda."""
     evaluation_timeout: float | None = None
-    """Seconds after which a worker that has not finished an evaluation is ended, and the evaluation repeated on
-    another; workers then share the evaluations of a cell. Left out: no limit."""
+    """Seconds until a worker that has not finished an evaluation is ended; another then repeats the evaluation.
+    Workers then share the evaluations of a cell. Left out: no limit."""
 
     def __post_init__(self) -> None:
         at_least("workers", self.workers, 1)
