@@ -151,7 +151,7 @@ def test_a_step_after_the_last_is_refused_until_a_run_begins_again() -> None:
     scheduler = PlanScheduler.of(OWN, PLAN, "dpmsolver++")
     once = walked(scheduler)
     assert scheduler.index == 5
-    with pytest.raises(DiffesError, match="all 5 calls of the applied plan are made. Call set_timesteps"):
+    with pytest.raises(DiffesError, match=r"all 5 calls of the applied plan are made\. Call set_timesteps"):
         scheduler.step(once, 90, once)
     scheduler.set_timesteps(5)
     assert scheduler.index == 0 and torch.equal(walked(scheduler), once)

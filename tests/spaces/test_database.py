@@ -84,5 +84,5 @@ def test_a_study_of_another_folder_is_refused_before_the_long_part(tmp_path: Pat
     database.check_owner(url, "one", "/runs/one", fresh=True)
     EvaluationStore(url, SPACE, "one", "/runs/one")
     database.check_owner(url, "one", "/runs/one", fresh=True)
-    with pytest.raises(DiffesError, match="the study 'one' in .* belongs to /runs/one, not to /other/one"):
+    with pytest.raises(DiffesError, match=r"the study 'one' in .* belongs to /runs/one, not to /other/one"):
         database.check_owner(url, "one", "/other/one", fresh=False)

@@ -171,8 +171,8 @@ def test_the_front_is_what_nothing_else_dominates() -> None:
     ("scores", "batch", "message"),
     [
         ({}, [], "asked for no schedule"),
-        ({}, ask(DEAR), "none of 1 evaluations was on all probes and within the budget"),
-        ({}, ask(A, fidelity=0.5), "none of 1 evaluations was on all probes and within the budget"),
+        ({}, ask(DEAR), "none of its 1 evaluations was on all probes and within the budget"),
+        ({}, ask(A, fidelity=0.5), "none of its 1 evaluations was on all probes and within the budget"),
         ({A: -math.inf, B: -math.inf}, ask(A, B, DEAR), "all 2 evaluations failed"),
     ],
 )

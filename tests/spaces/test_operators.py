@@ -322,9 +322,7 @@ def shorter(individual: list[int]) -> Any:
 @pytest.mark.parametrize("function", [not_a_number, infinite, letters, beyond])
 def test_a_plain_operator_that_cannot_work_is_named(function: Any) -> None:
     mutation("bad")(function)
-    with pytest.raises(
-        DiffesError, match=r"operator 'bad' fails on a genome of 10 levels from 0 to 8 \(.+\). Choose"
-    ):
+    with pytest.raises(DiffesError, match=r"operator 'bad' fails on a genome of 10 levels from 0 to 8 \(.+\). Choose"):
         bind(MUTATIONS, "bad")(Genome(PAPER.uniform()))
 
 
@@ -345,11 +343,11 @@ def test_a_plain_operator_that_changes_the_length_is_named(function: Any, length
 @pytest.mark.parametrize(
     ("registry", "spec", "message"),
     [
-        (MUTATIONS, "deap.mutESLogNormal:c=1,indpb=1", "'deap.mutESLogNormal' fails on a genome"),  # wants a strategy vector
+        (MUTATIONS, "deap.mutESLogNormal:c=1,indpb=1", "'deap.mutESLogNormal' fails on a"),  # wants a strategy vector
         (MUTATIONS, "deap.mutUniformInt:indpb=1,low=(1,2)", "'deap.mutUniformInt' fails on a genome"),
         (MUTATIONS, "deap.mutUniformInt:indpb=often", "'deap.mutUniformInt' fails on a genome"),
         (CROSSOVERS, "deap.cxESBlend:alpha=0.5", "'deap.cxESBlend' fails on a genome"),
-        (CROSSOVERS, "deap.cxMessyOnePoint", "'deap.cxMessyOnePoint' returned a genome of .* levels, and it must have 10"),
+        (CROSSOVERS, "deap.cxMessyOnePoint", "'deap.cxMessyOnePoint' returned a genome of .* levels, and it must"),
     ],
 )
 def test_those_of_deap_that_do_not_suit_are_named(registry: OperatorRegistry, spec: str, message: str) -> None:

@@ -128,9 +128,9 @@ def test_failures_stay_failures() -> None:
 
 
 def test_what_wants_whole_batches_is_refused() -> None:
-    with pytest.raises(DiffesError, match="EvoPress is not asynchronous. Use ask and tell"):
+    with pytest.raises(DiffesError, match=r"EvoPress is not asynchronous\. Use ask and tell"):
         search(Devices(2), "evopress")
-    with pytest.raises(DiffesError, match="function measures whole batches: an asynchronous search needs workers"):
+    with pytest.raises(DiffesError, match="function measures whole batches, and an asynchronous search needs single"):
         search(lambda schedules: [])  # type: ignore[arg-type]
 
 

@@ -210,7 +210,7 @@ def test_a_journal_of_another_kind_is_refused(path: Path, stages: Stages, max_le
 
 def test_a_schedule_of_another_kind_is_refused(path: Path) -> None:
     store = reopen(path)
-    with pytest.raises(DiffesError, match="max_level 8. Got one with 4 stages"):
+    with pytest.raises(DiffesError, match=r"max_level 8\. Got one with 4 stages"):
         store.add(Evaluation(Schedule(Stages.equal(4), (1, 1, 1, 1), 8), 0.0))
     with pytest.raises(DiffesError, match="NaN"):
         store.add(evaluation(1, 1, 1, fitness=math.nan))

@@ -127,7 +127,7 @@ def test_bad_input_is_refused_before_anything_is_computed(
         ([999.9, 500.2], {}, "must be whole numbers"),
         (["a"], {}, "must be whole numbers"),
         (None, {}, "a plan is a folder, a Plan, or the timesteps"),
-        ([999, 500], {"calls": 2.0}, "calls=2.0 chooses a plan of a folder"),
+        ([999, 500], {"calls": 2.0}, "calls=2.0 chooses a plan in a folder"),
         ([999, 500], {"reference_steps": 0}, "reference_steps must be at least 1"),
         ([999, 500], {"out": full / "thesis.txt"}, "cannot write to"),
         ([999, 500], {"out": "/proc/x/y"}, "cannot write to"),
@@ -138,7 +138,7 @@ def test_bad_input_is_refused_before_anything_is_computed(
             diffes.fit(pipe, given, progress=Failing(), **options)  # type: ignore[arg-type]
     with pytest.raises(DiffesError, match="needs pruned weights"):
         diffes.apply(pipe, pruned)
-    with pytest.raises(DiffesError, match="no coefficients, .* Fit them with `diffes fit"):
+    with pytest.raises(DiffesError, match=r"no coefficients, .* Fit them with `diffes fit"):
         diffes.apply(pipe, Plan(pruned.stages, ((999, 0),), 4, "fitted"))
     with pytest.raises(DiffesError, match="Leave calls out"):
         diffes.apply(pipe, Plan(pruned.stages, ((999, 0),), 4, "ddim"), calls=3)

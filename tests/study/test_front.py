@@ -172,7 +172,7 @@ def test_a_killed_front_goes_on_and_ends_the_same(front: Path, tiny_folder: Path
     assert (out / folder.JOURNALS / "dense-fitted-3.journal").read_bytes().startswith(before)
     for one, other in zip(again["points"], whole["points"], strict=True):
         assert {k: v for k, v in one.items() if k != "ms"} == {k: v for k, v in other.items() if k != "ms"}
-    with pytest.raises(DiffesError, match="finished run. Raise --max-evals"):
+    with pytest.raises(DiffesError, match=r"finished run\. Raise --max-evals"):
         make(tiny_folder, out)
 
 
