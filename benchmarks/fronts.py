@@ -235,7 +235,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     shown = [row | {"ms": row["ms_16"]} for row in rows if row["seed"] == 0 and row["currency"] == "macs"]
     if shown:
         timing = {"batch": 16, "device": "cpu", "threads": shown[0]["threads"]}
-        plots.save(charts.fronts(shown, "macs", timing), path)
+        plots.save(charts.error_over_cost(shown, "macs", timing), path)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

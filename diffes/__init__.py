@@ -38,8 +38,8 @@ try:
     __version__ = version("diffes")
 except PackageNotFoundError as error:
     raise ImportError(
-        "diffes is not installed here: its strategies, methods and models are found through the installed package. Run "
-        "`pip install -e .` in the folder of its pyproject.toml"
+        "diffes is not installed. Run `pip install -e .` in the folder of its pyproject.toml: strategies, methods and "
+        "models are found through the installed package."
     ) from error
 
 _LAZY = {

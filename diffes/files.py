@@ -45,7 +45,7 @@ def write_safely(path: Path, write: Callable[[Path], object]) -> None:
             partial.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise DiffesError(
-            f"cannot write {path} ({error}); what is finished is kept: run the same command again once there is room"
+            f"cannot write {path} ({error}). Finished work is kept: make room, and run the same command again."
         ) from error
 
 
@@ -82,7 +82,7 @@ def read_json(path: Path, form: type[Form] = Form) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise DiffesError(f"{path} is damaged ({error}); {AGAIN}") from error
     if not isinstance(data, dict):
-        raise DiffesError(f"{path} holds no JSON object; {AGAIN}")
+        raise DiffesError(f"{path} does not hold a JSON object; {AGAIN}")
     found: dict[str, Any] = checked(form, data, path)
     return found
 
@@ -99,7 +99,7 @@ def check_seal(path: Path, data: Mapping[str, Any]) -> None:
         DiffesError: its digest differs.
     """
     if data.get("checksum") != checksum(data):
-        raise DiffesError(f"{path} was altered after it was written (its checksum differs); {AGAIN}")
+        raise DiffesError(f"{path} was changed after it was written (its checksum differs); {AGAIN}")
 
 
 def file_sha256(path: Path) -> str:

@@ -91,7 +91,7 @@ def _places(loc: tuple[int | str, ...]) -> Iterator[str]:
     return (reprlib.repr(part)[1:-1] if isinstance(part, str) else str(part) for part in loc)
 
 
-class Split(Form):
+class LayerSplit(Form):
     """Split of the levels over the layers (see `diffes.pruning.bank.split_of`)."""
 
     sets: list[Text]
@@ -108,7 +108,7 @@ class Pruned(Form):
     model: Text
     stages: Annotated[list[Range], Field(min_length=1)]
     max_level: Number
-    split: Split | None = None
+    split: LayerSplit | None = None
 
 
 class StageEntry(Form):
@@ -226,31 +226,31 @@ class BankHeader(Form):
     method: Text = "?"
     max_level: Count = 0
     stages: list[Range] = []
-    split: Split | None = None
+    split: LayerSplit | None = None
     same: dict[Text, Text] = {}
     fingerprint: Fingerprint | None = None
 
 
-class Measured(Form):
+class HeldOutScore(Form):
     """Measurements of a candidate on held-out probes."""
 
     heldout_mean: float | None
     heldout_std: float | None = None
 
 
-class Fitness(Measured):
+class Scores(HeldOutScore):
     search: float | None
     n_heldout: Number
 
 
-class Uniform(Measured):
+class Uniform(HeldOutScore):
     levels: list[Count]
     search: float | None
     nominal_sparsity: Fraction
     macs_fraction: Amount
 
 
-class FewerSteps(Measured):
+class FewerSteps(HeldOutScore):
     steps: Number
     macs_fraction: Amount
 
@@ -296,7 +296,7 @@ class ReportFile(Form):
     paid_calls: Count | None = None
     search_seconds: Amount
     calibration_calls: Count = 0
-    fitness: Fitness
+    fitness: Scores
     baselines: Baselines
     latency: Latency
     front: dict[Text, list[ReportPoint]] = {}

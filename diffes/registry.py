@@ -83,13 +83,15 @@ class Registry(Generic[T]):
             DiffesError: the name is unknown, or the options are not of that form.
         """
         if not isinstance(spec, str):
-            raise DiffesError(f"a {self.kind} is given by its name, got {spec!r}")
+            raise DiffesError(f"{self.kind} must be a name, got {spec!r}")
         name, _, text = spec.partition(":")
         options: dict[str, Any] = {}
         for part in re.split(r",(?=\s*[A-Za-z_]\w*=)", text) if text else ():
             option, equals, value = part.partition("=")
             if not (equals and option.isidentifier() and value):
-                raise DiffesError(f"{self.kind} {spec!r}: {part!r} is no option; write name:option=value,option=value")
+                raise DiffesError(
+                    f"{self.kind} {spec!r}: {part!r} is not an option. Write name:option=value,option=value."
+                )
             try:
                 options[option] = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
             except (ValueError, SyntaxError):
@@ -114,7 +116,7 @@ class Registry(Generic[T]):
             signature.bind(*[None] * n_args, **kwargs, **options)
         except TypeError as error:
             known = [name for name in signature.parameters if name not in kwargs][n_args:]
-            raise DiffesError(f"{self.kind} {spec!r}: {error}; its options are {', '.join(known) or 'none'}") from error
+            raise DiffesError(f"{self.kind} {spec!r}: {error}. Its options: {', '.join(known) or 'none'}.") from error
         return functools.partial(thing, **kwargs, **options)
 
     def make(self, spec: str, *args: Any, **kwargs: Any) -> Any:
@@ -135,7 +137,7 @@ class Registry(Generic[T]):
         except (TypeError, ValueError) as error:
             if ":" not in spec:
                 raise
-            raise DiffesError(f"{self.kind} {spec!r}: an option is not of its type ({error})") from error
+            raise DiffesError(f"{self.kind} {spec!r}: an option has the wrong type ({error})") from error
 
     def is_known_elsewhere(self, spec: str) -> bool:
         """Check whether other processes find the same thing by the name in a spec.

@@ -6,11 +6,12 @@ import numpy as np
 
 from diffes.errors import DiffesError
 from diffes.spaces.genome import Genome
-from diffes.spaces.operators import mended
-from diffes.spaces.plan import plans_only
+from diffes.spaces.operators import default_of, mended
+from diffes.spaces.plan import PlanSpace, plans_only
 from diffes.spaces.space import SearchSpace
 
 
+@default_of(SearchSpace)
 def level_exchange(
     one: Genome, other: Genome, *, space: SearchSpace, rng: np.random.Generator, rate: float = 0.5
 ) -> tuple[Genome, Genome]:
@@ -45,6 +46,7 @@ def level_exchange(
     return mended(one, space, rng), mended(other, space, rng)
 
 
+@default_of(PlanSpace)
 def node_exchange(one: Genome, other: Genome, *, space: SearchSpace, rng: np.random.Generator) -> tuple[Genome, Genome]:
     """Exchange the calls of two plans at the nodes cleaner than a random cut.
 

@@ -9,6 +9,7 @@ import numpy as np
 from diffes.errors import DiffesError, at_least
 from diffes.spaces.genome import Genome
 from diffes.spaces.initial import hybrid
+from diffes.spaces.operators import MUTATIONS
 from diffes.spaces.space import SearchSpace
 from diffes.spaces.strategy import Evaluation, Proposal, Strategy
 from diffes.spaces.variation import make_toolbox, vary
@@ -51,13 +52,13 @@ class EvoPress(Strategy):
         rising = all(a < b for a, b in zip((0, *fidelities), fidelities, strict=False))
         if not (rising and fidelities and fidelities[-1] == 1 and len(survivors) == len(fidelities) - 1):
             raise DiffesError(
-                "fidelities must rise within (0, 1] and end with 1, with a number of survivors for each but the last, "
-                f"got {tuple(fidelities)} and {tuple(survivors)}"
+                "fidelities must rise, from above 0 to 1 at the end, and survivors must have one number for each but "
+                f"the last. Got {tuple(fidelities)} and {tuple(survivors)}."
             )
         self.fidelities = tuple(fidelities)
         self.survivors = tuple(at_least("survivors", n, 1) for n in survivors)
         self._rng = np.random.default_rng(seed)
-        self._toolbox = make_toolbox(space, self._rng, mutate=mutation or space.small_mutation)
+        self._toolbox = make_toolbox(space, self._rng, mutate=mutation or MUTATIONS.default(space, small=True))
         self._parent: Genome | None = None
         self._rung = 0
         self._going_on: list[Genome] = []

@@ -32,7 +32,7 @@ class Exhaustive(Strategy):
         if next(itertools.islice(feasible(space), limit, None), None) is not None:
             raise DiffesError(
                 f"the space has more than {limit:,} feasible schedules ({space.n_stages} stages, levels 0 to "
-                f"{space.max_level}); take fewer stages, raise limit, or search with another strategy"
+                f"{space.max_level}). Use fewer stages, raise limit, or choose another strategy."
             )
         self._left = feasible(space)
 
@@ -51,14 +51,14 @@ def feasible(space: SearchSpace) -> Iterator[list[int]]:
         yield from map(list, itertools.product(*choices))
         return
     cheapest = [0] * (n + 1)  # least and largest cost of the stages from s on
-    dearest = [0] * (n + 1)
+    most_expensive = [0] * (n + 1)
     for s in reversed(range(n)):
         cheapest[s] = cheapest[s + 1] + space.steps[s] * space.level_costs[s][-1]
-        dearest[s] = dearest[s + 1] + space.steps[s] * space.level_costs[s][0]
+        most_expensive[s] = most_expensive[s + 1] + space.steps[s] * space.level_costs[s][0]
 
     def extend(levels: list[int], cost: int, smallest_gain: float) -> Iterator[list[int]]:
         s = len(levels)
-        if cost + cheapest[s] > budget or cost + dearest[s] + smallest_gain <= budget:
+        if cost + cheapest[s] > budget or cost + most_expensive[s] + smallest_gain <= budget:
             return
         if s == n:
             yield levels

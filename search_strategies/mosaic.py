@@ -46,7 +46,9 @@ class Mosaic(Strategy):
         schedules_only(space, "mosaic")
         super().__init__(space, seed=seed)
         if profile is None or len(profile.loss) != space.n_stages:
-            raise DiffesError(f"mosaic needs a profile of the model with {space.n_stages} stages, got {profile}")
+            raise DiffesError(
+                f"mosaic needs a profile with one entry for each of the {space.n_stages} stages, got {profile}"
+            )
         if not weight >= 0:
             raise DiffesError(f"weight must be at least 0, got {weight}")
         self.profile = profile

@@ -9,10 +9,11 @@ import numpy as np
 
 from diffes.errors import at_least
 from diffes.spaces.genome import Genome
-from diffes.spaces.operators import mended
+from diffes.spaces.operators import default_of, mended
 from diffes.spaces.space import SearchSpace
 
 
+@default_of(SearchSpace)
 def level_switch(
     genome: Genome, *, space: SearchSpace, rng: np.random.Generator, max_moves: int = 5, max_levels: int = 2
 ) -> tuple[Genome]:
@@ -40,13 +41,13 @@ def level_switch(
         return (genome,)
     for _ in range(int(rng.integers(1, max_moves + 1, 2).min())):
         i, j = (int(stage) for stage in rng.choice(called, 2, replace=False))
-        shift = min(int(rng.integers(1, max_levels + 1)), genome[i], space.thinnest - genome[j])
+        shift = min(int(rng.integers(1, max_levels + 1)), genome[i], space.most_pruned - genome[j])
         genome[i] -= shift
         genome[j] += shift
     return (mended(genome, space, rng),)
 
 
-level_switch_small = functools.partial(level_switch, max_moves=3, max_levels=1)
+level_switch_small = default_of(SearchSpace, small=True)(functools.partial(level_switch, max_moves=3, max_levels=1))
 """`level_switch` with the small moves that EvoPress' own ablation found best (m = 3, A = 1)."""
 
 
@@ -93,7 +94,7 @@ def level_step(genome: Genome, *, space: SearchSpace, rng: np.random.Generator, 
     at_least("max_levels", max_levels, 1)
     stage = int(rng.choice(space.called(genome)))
     change = int(rng.integers(1, max_levels + 1)) * (1 if rng.random() < 0.5 else -1)
-    genome[stage] = min(max(genome[stage] + change, 0), space.thinnest)
+    genome[stage] = min(max(genome[stage] + change, 0), space.most_pruned)
     return (mended(genome, space, rng),)
 
 
@@ -122,7 +123,7 @@ def segment_transfer(
     source, target = segments if rng.random() < 0.5 else segments[::-1]
     amount = int(rng.integers(1, max_levels + 1))
     for i, j in zip(source, target, strict=True):
-        shift = min(amount, genome[i], space.thinnest - genome[j])
+        shift = min(amount, genome[i], space.most_pruned - genome[j])
         genome[i] -= shift
         genome[j] += shift
     return (mended(genome, space, rng),)

@@ -133,7 +133,7 @@ def _make_sampler(name: str, seed: int, options: dict[str, Any]) -> BaseSampler:
         try:
             import optunahub
         except ImportError as error:
-            raise DiffesError(f"sampler {name!r} is of OptunaHub: pip install optunahub") from error
+            raise DiffesError(f"sampler {name!r} is from OptunaHub. Run pip install optunahub.") from error
         module = optunahub.load_module(name)
         classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, BaseSampler)]
         (cls,) = [c for c in classes if c.__module__.startswith(module.__name__)][:1] or classes[:1]
@@ -144,12 +144,14 @@ def _make_sampler(name: str, seed: int, options: dict[str, Any]) -> BaseSampler:
         cls = getattr(optuna.samplers, name)
     make: Callable[..., BaseSampler] = cls
     if "seed" not in inspect.signature(cls).parameters:
-        raise DiffesError(f"sampler {name!r} takes no seed, so its searches could not be repeated; choose another")
+        raise DiffesError(
+            f"sampler {name!r} takes no seed, so its searches cannot be repeated. Choose another sampler."
+        )
     try:
         with quiet_optuna(), warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             return make(seed=seed, **options)
     except (TypeError, ValueError) as error:
-        raise DiffesError(f"sampler {name!r} refuses {options}: {error}") from error
+        raise DiffesError(f"sampler {name!r} does not accept the options {options} ({error})") from error
     except ImportError as error:
-        raise DiffesError(f"sampler {name!r} lacks a library: {error}") from error
+        raise DiffesError(f"sampler {name!r} needs a library that is missing ({error}). Install it.") from error

@@ -13,7 +13,7 @@ import numpy as np
 
 from diffes.errors import at_least
 from diffes.spaces.genome import Genome
-from diffes.spaces.operators import mended
+from diffes.spaces.operators import default_of, mended
 from diffes.spaces.plan import PlanSpace, plans_only
 from diffes.spaces.space import SearchSpace
 
@@ -157,9 +157,9 @@ def merge_calls(genome: Genome, *, space: SearchSpace, rng: np.random.Generator)
         first = int(rng.integers(len(called) - 1))
         low, high = called[first : first + 2]
         paid = plans.level_costs[low][genome[low]] + plans.level_costs[high][genome[high]]
-        thinner = max(genome[low], genome[high])
+        highest = max(genome[low], genome[high])
         node = int(rng.integers(low, high + 1))
-        level = next((k for k in plans.allowed if plans.level_costs[node][k] <= paid), thinner)
+        level = next((k for k in plans.allowed if plans.level_costs[node][k] <= paid), highest)
         genome[low] = genome[high] = plans.skip
         genome[node] = level
     return (mended(genome, plans, rng),)
@@ -175,6 +175,8 @@ MOVES: tuple[Callable[..., tuple[Genome]], ...] = (
 )
 
 
+@default_of(PlanSpace)
+@default_of(PlanSpace, small=True, options="max_moves=1")
 def plan_move(genome: Genome, *, space: SearchSpace, rng: np.random.Generator, max_moves: int = 3) -> tuple[Genome]:
     """Make a few random moves: `n = min(U{1..m}, U{1..m})` draws of the other mutations here, all equally likely.
 

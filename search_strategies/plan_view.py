@@ -27,6 +27,7 @@ class PlanView:
 
     def __init__(self, space: PlanSpace) -> None:
         self.space = space
+        self._mutation = MUTATIONS.default(space, small=True)
         nodes = (np.arange(space.n_stages) + 0.5) / space.n_stages
         centres = (np.arange(BINS) + 0.5) / BINS
         weights = np.maximum(1 - np.abs(nodes[:, None] - centres) * BINS, 0)  # triangles: near nodes look alike
@@ -34,8 +35,8 @@ class PlanView:
         costs = np.array(space.level_costs, dtype=float)
         self._costs = costs / costs[:, space.allowed[0]].mean()
         uniform = space.uniform()
-        self._even = len(space.called(uniform))
-        self._scale = max(self._even, 1) / BINS
+        self._uniform_calls = len(space.called(uniform))
+        self._scale = max(self._uniform_calls, 1) / BINS
 
     @property
     def n_features(self) -> int:
@@ -54,7 +55,7 @@ class PlanView:
 
     def neighbours(self, levels: tuple[int, ...], rng: np.random.Generator) -> list[tuple[int, ...]]:
         """Return the distinct feasible plans that random single mutations lead to."""
-        mutate = MUTATIONS.bind(self.space.small_mutation, 1, space=self.space, rng=rng)
+        mutate = MUTATIONS.bind(self._mutation, 1, space=self.space, rng=rng)
         found = dict.fromkeys(tuple(mutate(list(levels))[0]) for _ in range(AROUND))
         found.pop(levels, None)
         return list(found)
@@ -68,4 +69,4 @@ class PlanView:
         called = self.space.called(levels)[::-1]
         path = list(itertools.chain(*((node, levels[node]) for node in called)))
         ends = [*called[1:], -1]
-        return [((*path[: 2 * i + 2], end), 1 / self._even) for i, end in enumerate(ends)]
+        return [((*path[: 2 * i + 2], end), 1 / self._uniform_calls) for i, end in enumerate(ends)]

@@ -193,13 +193,13 @@ class StageView:
     def neighbours(self, levels: tuple[int, ...], rng: np.random.Generator) -> list[tuple[int, ...]]:
         """Return the distinct feasible genomes that moving one level from one stage to another leads to."""
         found: dict[tuple[int, ...], None] = {}
-        thinner, denser = self._moves
+        lowered, raised = self._moves
         here = np.array(levels)
-        possible = (here[thinner] > 0) & (here[denser] < self.space.max_level)
+        possible = (here[lowered] > 0) & (here[raised] < self.space.max_level)
         moved = np.tile(here, (int(possible.sum()), 1))
         rows = np.arange(len(moved))
-        moved[rows, thinner[possible]] -= 1
-        moved[rows, denser[possible]] += 1
+        moved[rows, lowered[possible]] -= 1
+        moved[rows, raised[possible]] += 1
         for genome, feasible in zip(moved.tolist(), self._feasible(moved), strict=True):
             found.setdefault(tuple(genome if feasible else self.space.repair(genome, rng)))
         found.pop(levels, None)
@@ -211,8 +211,8 @@ class StageView:
             return np.ones(len(genomes), dtype=bool)
         stages = np.arange(self.space.n_stages)
         cost = self._costs[stages, genomes].sum(1)
-        thinnest = cost[:, None] + self._gains[stages, genomes] > self.space.budget
-        return (cost <= self.space.budget) & ((genomes == 0) | thinnest).all(1)
+        tight = cost[:, None] + self._gains[stages, genomes] > self.space.budget
+        return (cost <= self.space.budget) & ((genomes == 0) | tight).all(1)
 
     def states(self, levels: Sequence[int]) -> list[tuple[tuple[int, ...], float]]:
         """Return what decides the state after each visited stage, and the share of a run's calls in the stage.

@@ -166,7 +166,7 @@ def test_operators_and_strategies_take_options(
     assert "Did you mean 'swap_stages'" in fails(
         capsys, "search", "--genes", "levels", *out, "--mutation", "swap_stage"
     )
-    assert "its options are" in fails(capsys, "search", "--genes", "levels", *out, "--strategy", "evolution:nu=4")
+    assert "Its options:" in fails(capsys, "search", "--genes", "levels", *out, "--strategy", "evolution:nu=4")
 
 
 def test_a_budget_in_macs_is_met_by_the_whole_denoiser(tiny_folder: Path, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_finished_and_foreign_folders_are_not_overwritten(
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("ten years")
     (foreign / "config.json").write_text('{"settings": {}, "_class_name": "DiTTransformer2DModel"}')
-    assert "holds no run" in fails(capsys, "search", "--out", str(foreign), "--overwrite")
+    assert "not a run of diffes" in fails(capsys, "search", "--out", str(foreign), "--overwrite")
     assert (foreign / "thesis.txt").read_text() == "ten years"
 
 
@@ -285,9 +285,9 @@ def test_finished_and_foreign_folders_are_not_overwritten(
         (["--calibration-data", "none.npz"], "none.npz"),
         (["--device", "abacus"], "abacus"),
         (["--device", "meta"], "holds no numbers"),
-        (["--storage", "study.db"], "is no URL of a database"),
-        (["--storage", "sqlite://"], "in memory only"),
-        (["--storage", "sqlite:///:memory:"], "in memory only"),
+        (["--storage", "study.db"], "is not the URL of a database"),
+        (["--storage", "sqlite://"], "is in memory"),
+        (["--storage", "sqlite:///:memory:"], "is in memory"),
         (["--strategy", "exhaustive"], "more than 100,000 feasible schedules"),
         (["--time-limit", "0"], "time_limit must be above 0 seconds, got 0"),
         (["--out", "x" * 300], "File name too long"),
@@ -390,7 +390,7 @@ def test_front_then_sample_by_cost(tiny_folder: Path, tmp_path: Path, capsys: py
     main(["sample", str(out), "--calls", "2", "--out", str(tmp_path / "grid.png")])
     assert (tmp_path / "grid.png").stat().st_size > 1000
     other = str(tmp_path / "other.png")
-    assert "they cost" in fails(capsys, "sample", str(out), "--calls", "0.01", "--out", other)
+    assert "or less. Set calls to" in fails(capsys, "sample", str(out), "--calls", "0.01", "--out", other)
     assert "3 denoiser calls, got steps 33: leave it out" in fails(
         capsys, "sample", str(out), "--steps", "33", "--out", other
     )

@@ -42,7 +42,7 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("[1]", "holds no JSON object"), ('{"a":', "is damaged"), (b"\xff", "is damaged")]
+    ("content", "message"), [("[1]", "does not hold a JSON object"), ('{"a":', "is damaged"), (b"\xff", "is damaged")]
 )
 def test_damaged_json_is_refused(tmp_path: Path, content: str | bytes, message: str) -> None:
     path = tmp_path / "a.json"

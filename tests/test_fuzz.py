@@ -337,7 +337,7 @@ def test_calibration_data(tiny: ModelAdapter, scratch: Path) -> None:
 def test_a_base_model_elsewhere_is_refused(tmp_path: Path, model: str) -> None:
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "link").symlink_to("/etc")
-    with pytest.raises(DiffesError, match="names the base model"):
+    with pytest.raises(DiffesError, match="was made for the model"):
         base_model(tmp_path / "export", {"model": model})
 
 

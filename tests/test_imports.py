@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import diffes
+from diffes.spaces.operators import CROSSOVERS, MUTATIONS
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "pyiqa"}
@@ -90,6 +91,14 @@ def test_strategies_import_only_spaces(path: Path) -> None:
     assert not packages(path) & HEAVY
     assert "diffes" not in imported(path), "import from the module itself, not from the package"
     assert parts_of_diffes(path) <= {"spaces"} | ANYONE
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "diffes" / "spaces").rglob("*.py")), ids=lambda path: path.stem)
+def test_spaces_call_no_operator_by_name(path: Path) -> None:
+    names = {*MUTATIONS.names(), *CROSSOVERS.names()}
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    texts = [str(node.value).split(":")[0] for node in nodes if isinstance(node, ast.Constant)]
+    assert not names & set(texts)
 
 
 def test_strategies_are_imported_without_torch() -> None:

@@ -19,7 +19,7 @@ def test_import_without_installation_says_what_to_do(tmp_path: Path) -> None:
     # isolated and without site-packages: no installed package of any name is in sight
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
     assert done.returncode != 0
-    assert "ImportError: diffes is not installed here" in done.stderr and "pip install -e ." in done.stderr
+    assert "ImportError: diffes is not installed." in done.stderr and "pip install -e ." in done.stderr
 
 
 def test_public_names_are_there_and_others_are_not() -> None:

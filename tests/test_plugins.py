@@ -158,7 +158,7 @@ def test_operators_that_fail(made: Callable[..., Any], words: str) -> None:
         (leaves, "failed (SystemExit: 0)"),
         (returns(None), "must return a list of what self.propose(levels) gives from _ask, got None"),
         (returns([[2, 2, 2, 2]]), "must return a list of what self.propose(levels) gives from _ask"),
-        (lambda self: [self.propose(DENSE)], "not the budget of"),
+        (lambda self: [self.propose(DENSE)], "do not meet the budget of"),
         (lambda self: [self.propose([math.nan] * 4)], "failed (ValueError"),
         (lambda self: [self.propose([2])], "one level per stage"),
     ],

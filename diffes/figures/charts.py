@@ -128,7 +128,7 @@ def spread_by_label(values: Mapping[str, Sequence[float]], name: str) -> Figure:
         return figure
 
 
-def front(
+def fitness_over_macs(
     named: Mapping[str, Sequence[tuple[float, float, bool]]],
     metric: str,
     budget: tuple[float, str],
@@ -147,7 +147,7 @@ def front(
         axes: Axes = figure.subplots()
         for label, (colour, marker) in looks(named).items():
             over = [point[:2] for point in named[label] if point[2]]
-            _front(axes, [point[:2] for point in named[label]], label, colour, marker, best=max)
+            _undominated(axes, [point[:2] for point in named[label]], label, colour, marker, best=max)
             if over:
                 axes.plot(*zip(*over, strict=True), **OVER, label=f"{label}, over budget")
         for name, point in marked.items():
@@ -161,7 +161,9 @@ def front(
         return figure
 
 
-def _front(axes: Axes, points: Sequence[tuple[float, float]], label: str, colour: str, marker: str, best: Any) -> None:
+def _undominated(
+    axes: Axes, points: Sequence[tuple[float, float]], label: str, colour: str, marker: str, best: Any
+) -> None:
     """Draw points (cost, value), filled and connected if no other point is cheaper and as good, else hollow.
 
     `best` is `max` or `min`, and picks the better of two values.
@@ -187,7 +189,9 @@ KINDS = {
 }  # fmt: skip
 
 
-def fronts(points: Sequence[Mapping[str, Any]], currency: str, timing: Mapping[str, Any] | None = None) -> Figure:
+def error_over_cost(
+    points: Sequence[Mapping[str, Any]], currency: str, timing: Mapping[str, Any] | None = None
+) -> Figure:
     """Draw the error of the plans of a front against cost, and against measured time, by kind.
 
     Args:
@@ -203,7 +207,7 @@ def fronts(points: Sequence[Mapping[str, Any]], currency: str, timing: Mapping[s
         for kind, (colour, marker) in looks(point["kind"] for point in known).items():
             for axes, name in ((left, "cost"), (right, "ms")):
                 mine = [(point[name], point["latent_mse"]) for point in known if point["kind"] == kind]
-                _front(axes, mine, KINDS.get(kind, kind), colour, marker, best=min)
+                _undominated(axes, mine, KINDS.get(kind, kind), colour, marker, best=min)
         for i, budget in enumerate(budgets):
             left.axvline(budget, color="#888888", linestyle="--", linewidth=0.8, label=None if i else "budgets")
         chosen = [point for budget in budgets if (point := best_within(known, budget)) is not None]

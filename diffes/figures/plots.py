@@ -142,7 +142,7 @@ def _sparsity(runs: Sequence[Schedule]) -> tuple[list[int], np.ndarray, np.ndarr
     return [lo for lo, _ in ranges] + [ranges[-1][1]], values.mean(0), values.std(0, ddof=min(1, len(runs) - 1))
 
 
-def damage(table: Sequence[Sequence[float]], stages: Stages, metric: str) -> Figure:
+def sensitivity(table: Sequence[Sequence[float]], stages: Stages, metric: str) -> Figure:
     """Draw a heat map of the sensitivity: the fitness that each level of each stage costs on its own.
 
     The scale is logarithmic, and noise is on the left.
@@ -188,7 +188,7 @@ def damage(table: Sequence[Sequence[float]], stages: Stages, metric: str) -> Fig
         return figure
 
 
-def split(prunable: Sequence[AnySet], kept: Sequence[Sequence[int]], schedule: Schedule) -> Figure:
+def layer_split(prunable: Sequence[AnySet], kept: Sequence[Sequence[int]], schedule: Schedule) -> Figure:
     """Draw a heat map of the fraction that each layer loses in each stage of a schedule, noise on the left.
 
     Args:

@@ -276,7 +276,7 @@ class Plans:
         powers = itertools.product(POWERS, SHIFTS) if genes == "steps" else ()
         spacings = [*self.spaced(calls), *(power_spaced(n, size, power, shift) for power, shift in powers)]
         dense = [self.nearest(self.of_dense(timesteps, self.solver)) for timesteps in spacings]
-        levels = [made for level in space.allowed for made in (space.even(level), space.ramp(level))]
+        levels = [made for level in space.allowed for made in (space.evenly_spaced(level), space.ramp(level))]
         pairs = itertools.zip_longest(dense, levels)
         found = [*map(tuple, known), *(tuple(plan) for pair in pairs for plan in pair if plan is not None)]
         return [plan for plan in dict.fromkeys(found) if space.is_feasible(plan)]

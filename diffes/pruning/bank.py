@@ -103,7 +103,7 @@ class WeightBank(Mapping[Key, StageWeights]):
 
     def for_schedule(self, *schedules: Schedule | Plan) -> WeightBank:
         """Return the part that these schedules or plans need, in memory."""
-        keys = sorted({key for schedule in schedules for key in schedule.thin()})
+        keys = sorted({key for schedule in schedules for key in schedule.pruned()})
         return WeightBank({key: self[key] for key in keys}, self.kind, max_level=self.max_level, workshop=self.workshop)
 
     def in_order(self, levels: Sequence[int]) -> WeightBank:

@@ -61,20 +61,21 @@ def chosen(folder: Path, calls: float | None) -> tuple[Schedule | Plan, dict[str
         DiffesError: the folder is damaged or holds neither, or no plan is that cheap.
     """
     if calls is not None and (isinstance(calls, bool) or not isinstance(calls, numbers.Real) or not calls > 0):
-        raise DiffesError(f"calls must be a number of dense calls above 0, got {calls!r}")
+        raise DiffesError(f"calls must be a number above 0, in dense denoiser calls, got {calls!r}")
     if not (folder / FRONT).is_file():
         if calls is not None:
-            raise DiffesError(f"{folder} holds one schedule, not a front of plans: leave calls={calls:g} out")
+            raise DiffesError(f"{folder} holds one schedule and no plans to choose from. Leave out calls={calls:g}.")
         return read_schedule(folder)
     data = read_front(folder)
     points = [point for point in data["points"] if point["heldout_mean"] is not None]
     if not points:
-        raise DiffesError(f"all plans of {folder} failed on held-out probes, so there is none to run")
+        raise DiffesError(f"{folder} has no plan to run, because all of them failed on held-out probes")
     best = best_within(points, calls)
     if best is None:
         costs = [point["cost"] for point in points]
         raise DiffesError(
-            f"no plan of {folder} costs {calls} dense calls or less: they cost {min(costs):.2f} to {max(costs):.2f}"
+            f"no plan of {folder} costs {calls} dense calls or less. Set calls to {min(costs):.2f} or more; the most "
+            f"expensive plan costs {max(costs):.2f}."
         )
     try:
         plan = plan_of(data, best)
@@ -112,20 +113,20 @@ def _write(folder: Path, name: str, content: Mapping[str, Any]) -> None:
 
 def _read(folder: Path, name: str, form: type[Artifact]) -> dict[str, Any]:
     if not folder.is_dir():
-        raise DiffesError(f"{folder} is no folder; pass the --out folder of a `diffes search`")
+        raise DiffesError(f"{folder} is not a folder. Pass the --out folder of a `diffes search`.")
     data = read_json(folder / name)
     check_seal(folder / name, data)
     if isinstance(version := data.get("format_version"), int) and version > VERSIONS[name]:
         raise DiffesError(
-            f"{folder / name} has format version {version}, this diffes reads up to {VERSIONS[name]}: install a "
-            "newer diffes"
+            f"{folder / name} has the format version {version}, and this diffes reads versions up to {VERSIONS[name]}. "
+            "Install a newer diffes."
         )
     checked(form, data, folder / name)
     bank = folder / BANK
     if not bank.is_file():
         raise DiffesError(f"{bank} is missing; {AGAIN}")
     if file_sha256(bank) != data["bank_sha256"]:
-        raise DiffesError(f"{bank} is not the file that {name} was written with: it was truncated or altered; {AGAIN}")
+        raise DiffesError(f"{bank} was truncated or changed since {name} was written; {AGAIN}")
     return data
 
 
@@ -149,6 +150,6 @@ def base_model(folder: Path, facts: Mapping[str, Any]) -> str:
     elif model in shipped_models() or (re.fullmatch(HUB_ID, model) and not Path(model).exists()):
         return model
     raise DiffesError(
-        f"{folder} names the base model {model!r}, which is neither in the folder (./{BASE}), nor shipped with diffes, "
-        "nor the id of a hub (OWNER/NAME); load the pipeline yourself and call diffes.apply(pipe, FOLDER)"
+        f"{folder} was made for the model {model!r}. It is not in the folder (./{BASE}), it does not ship with diffes, "
+        "and it is not the id of a hub (OWNER/NAME). Load the pipeline yourself, then call diffes.apply(pipe, FOLDER)."
     )

@@ -73,13 +73,13 @@ def open_run(
     """
     try:
         if folder.exists() and not folder.is_dir():
-            raise DiffesError(f"--out {folder} is a file; name a folder")
+            raise DiffesError(f"--out {folder} is a file. Name a folder.")
     except OSError as error:  # its name is too long
-        raise DiffesError(f"cannot write to --out {folder} ({error}); name another folder") from error
+        raise DiffesError(f"cannot write to --out {folder} ({error}). Name another folder.") from error
     resumes = False
     if not is_unused(folder):
         if not _is_run(folder):
-            raise DiffesError(f"--out {folder} is not empty and holds no run of diffes; name another folder")
+            raise DiffesError(f"--out {folder} has files that are not a run of diffes. Name another folder.")
         try:
             resumes = _check_same_run(folder, config_record(config, extra), finished)
         except DiffesError:
@@ -104,7 +104,7 @@ def check_writable(folder: Path) -> None:
         if not existed:
             folder.rmdir()  # bad settings should leave nothing behind
     except OSError as error:
-        raise DiffesError(f"cannot write to --out {folder} ({error}); name another folder") from error
+        raise DiffesError(f"cannot write to --out {folder} ({error}). Name another folder.") from error
 
 
 def _is_run(folder: Path) -> bool:
@@ -131,13 +131,14 @@ def _check_same_run(folder: Path, now: Mapping[str, Any], finished: str) -> bool
     if (folder / finished).exists() and (changed or not raised):
         why = f" ({'; '.join(changed)})" if changed else ""
         raise DiffesError(
-            f"--out {folder} holds a finished run{why}; raise --max-evals to go on with it, pass --overwrite to "
-            "replace it, or name another folder"
+            f"--out {folder} holds a finished run{why}. Raise --max-evals to continue it, pass --overwrite to replace "
+            "it, or name another folder."
         )
     if changed:
         raise DiffesError(
-            f"--out {folder} holds an unfinished run that this one cannot go on with ({'; '.join(changed)}; only "
-            f"{', '.join(LIMITS)} may change, and be raised); name another folder, or pass --overwrite to replace it"
+            f"--out {folder} holds an unfinished run with other settings ({'; '.join(changed)}). To continue it, "
+            f"change nothing but {', '.join(LIMITS)}, and only to higher values. Or name another folder, or pass "
+            "--overwrite to replace the run."
         )
     return True
 

@@ -31,16 +31,16 @@ def held(folder: Path) -> Iterator[None]:
     lock = FileLock(path, timeout=0)
     try:
         if folder.exists() and not folder.is_dir():
-            raise DiffesError(f"--out {folder} is a file; name a folder")
+            raise DiffesError(f"--out {folder} is a file. Name a folder.")
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise DiffesError(
-            f"--out {folder} is in use by {_holder(path)}; wait until it is done, stop it, or name another folder"
+            f"--out {folder} is in use by {_holder(path)}. Wait until it ends, stop it, or name another folder."
         ) from None
     except OSError as error:
-        raise DiffesError(f"cannot write to --out {folder} ({error}); name another folder") from error
+        raise DiffesError(f"cannot write to --out {folder} ({error}). Name another folder.") from error
     try:
         with suppress(OSError):  # on a full disk the next write fails, with a message
             now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")

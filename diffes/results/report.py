@@ -23,7 +23,7 @@ def read_report(run: Path) -> Report:
     schedule, facts = read_schedule(run)
     data = read_json(run / REPORT, ReportFile)
     if tuple(data["levels"]) != schedule.levels:
-        raise DiffesError(f"{run / REPORT} is of another schedule than {SCHEDULE}; {AGAIN}")
+        raise DiffesError(f"{run / REPORT} belongs to another schedule than {SCHEDULE}; {AGAIN}")
     return Report.from_json(data, schedule, facts)
 
 

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 from diffes.adapters import adapter_for, load_pipeline
 from diffes.errors import DiffesError, DiffesWarning
+from diffes.forms import AGAIN
 from diffes.pruning.bank import WeightBank, check_bank, check_fingerprint
 from diffes.results.artifact import BANK, base_model, chosen
 from diffes.runtime.checks import check_cuttable, check_not_offloaded
@@ -77,13 +78,13 @@ def apply(pipe: P, run: str | Path | Plan, *, calls: float | None = None, reside
         schedule, facts = chosen(folder, calls)
         bank, header = WeightBank.open(folder / BANK, adapter.dtype)
         if facts.get("split") != header.get("split"):
-            raise DiffesError(f"{folder} is damaged: its schedule and its bank split levels over layers differently")
+            raise DiffesError(f"{folder} is damaged: its schedule and its bank divide levels differently; {AGAIN}")
     if isinstance(schedule, Schedule):
         adapter.check_sampler()
     if (last := schedule.stages.ranges[-1][1]) != adapter.n_timesteps:
         raise DiffesError(
-            f"{folder or 'this plan'} has stages of {last} timesteps, and this pipeline {adapter.n_timesteps}: it was "
-            "made for another"
+            f"{folder or 'this plan'} was made for a pipeline with {last} training timesteps, and this one has "
+            f"{adapter.n_timesteps}. Apply it to the pipeline that it was made for."
         )
     previous: _Applied | None = getattr(adapter.denoiser, APPLIED, None)
     routed_before, scheduler_before = previous.router.schedule if previous else None, pipe.scheduler
@@ -135,7 +136,7 @@ def remove(pipe: P) -> P:
     applied: _Applied | None = getattr(denoiser, APPLIED, None)
     planned = pipe.scheduler if own_of(pipe.scheduler) is not pipe.scheduler else None
     if applied is None and planned is None:
-        raise DiffesError("no run is applied to this pipeline: call diffes.apply(pipe, RUN) first")
+        raise DiffesError("no run is applied to this pipeline. Call diffes.apply(pipe, RUN) first.")
     if applied is not None:
         applied.router.remove()
         delattr(denoiser, APPLIED)
@@ -148,8 +149,8 @@ def remove(pipe: P) -> P:
 
 def _warn_of_another() -> None:
     warnings.warn(
-        "a plan was applied to another pipeline around this denoiser, or the scheduler was set since: if a pipeline "
-        "still has that plan's scheduler, call diffes.remove on it, too",
+        "another pipeline shares this denoiser and has a plan applied, or the scheduler was replaced since. If a "
+        "pipeline still has the scheduler of that plan, call diffes.remove on it, too.",
         DiffesWarning,
         stacklevel=3,
     )
@@ -163,10 +164,10 @@ def check_alone(plan: Plan, calls: float | None) -> None:
     """
     if any(plan.levels):
         raise DiffesError(
-            f"a plan with levels {list(plan.levels)} needs the weights of its bank: give the folder that it is from"
+            f"a plan with the levels {list(plan.levels)} needs pruned weights. Pass the folder that the plan is from."
         )
     if calls is not None:
-        raise DiffesError(f"calls={calls} chooses a plan of a folder, and one plan is given: leave calls out")
+        raise DiffesError(f"calls={calls} chooses a plan in a folder, and here a plan is given. Leave calls out.")
 
 
 def planned_scheduler(own: Any, plan: Plan, facts: Mapping[str, Any]) -> PlanScheduler:
@@ -183,23 +184,23 @@ def planned_scheduler(own: Any, plan: Plan, facts: Mapping[str, Any]) -> PlanSch
     """
     if plan.coefficients is None and SOLVERS.parse(plan.solver)[0].fits:
         raise DiffesError(
-            f"this plan of the solver {plan.solver!r} has no coefficients: fit them with `diffes fit RUN`, or "
-            "diffes.fit(pipe, plan)"
+            f"this plan has no coefficients, and its solver {plan.solver!r} needs them. Fit them with `diffes fit RUN` "
+            "or diffes.fit(pipe, plan)."
         )
     made = PlanScheduler.of(own, plan.timesteps, plan.rows)
     predicts = made.config.prediction_type
     if (wanted := facts.get("prediction_type", predicts)) != predicts:
         raise DiffesError(
-            f"the plan was made for a network that predicts {wanted}, and this pipeline's predicts {predicts}: it was "
-            "made for another model; fit it again with `diffes fit`"
+            f"the plan was made for a model that predicts {wanted}, and this pipeline predicts {predicts}. Fit the "
+            "plan again for this model, with `diffes fit`."
         )
     sigmas = facts["points"][0]["sigmas"] if facts else [noise.sigma / noise.alpha for noise in made.noises]
     for timestep, sigma, noise in zip(plan.timesteps, sigmas, made.noises, strict=True):
         found = noise.sigma / noise.alpha
         if not math.isclose(sigma, found, rel_tol=1e-3):
             raise DiffesError(
-                f"the plan was made for a noise process with sigma {sigma:.4g} at timestep {timestep}, and this "
-                f"pipeline's has {found:.4g}: it was made for another model; fit it again with `diffes fit`"
+                f"the plan was made for a model with sigma {sigma:.4g} at timestep {timestep}, and this pipeline has "
+                f"{found:.4g}. Fit the plan again for this model, with `diffes fit`."
             )
     return made
 
@@ -251,7 +252,7 @@ def pick_device(name: str) -> str:
         DiffesError: the device is "meta", which holds no numbers.
     """
     if name.split(":")[0] == "meta":
-        raise DiffesError(f"device {name!r} holds no numbers, so nothing can run there; choose cpu or cuda")
+        raise DiffesError(f"nothing can run on the device {name!r}, which holds no numbers. Choose cpu or cuda.")
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -26,9 +26,9 @@ def check_not_offloaded(denoiser: Any) -> None:
     grouped = registry is not None and any("group_offloading" in name for name in registry.hooks)
     if "_hf_hook" in own or grouped:
         raise DiffesError(
-            "the denoiser is offloaded (enable_model_cpu_offload, enable_group_offload or another of that kind): its "
-            "weights move between devices while it runs, so they cannot be routed; call pipe.remove_all_hooks(), move "
-            "the pipeline to one device, then apply"
+            "the denoiser is offloaded (for instance by enable_model_cpu_offload or enable_group_offload). Its weights "
+            "move between devices while it runs, so pruned weights cannot be put in. Call pipe.remove_all_hooks(), "
+            "move the pipeline to one device, and apply again."
         )
 
 
@@ -42,21 +42,20 @@ def check_cuttable(adapter: ModelAdapter) -> None:
     for path, module in adapter.denoiser.named_modules():
         if hasattr(module, "_orig_mod"):
             raise DiffesError(
-                f"{path} was compiled for itself (torch.compile put another module around it), so its layers go by "
-                "other names; load the pipeline anew, apply, and only then compile, or compile in place: "
-                "denoiser.compile_repeated_blocks()"
+                f"torch.compile wrapped {path} in another module, so its layers have other names. Load the pipeline "
+                "again and compile after diffes.apply, or compile in place with denoiser.compile_repeated_blocks()."
             )
         registry = getattr(module, "_diffusers_hook", None)
         if registry is not None and "layerwise_casting" in registry.hooks:
             raise DiffesError(
-                f"the weights of {path} are cast at every call (enable_layerwise_casting), so they cannot be routed; "
-                "load the pipeline without it"
+                f"the weights of {path} are cast at every call (enable_layerwise_casting), so pruned weights cannot be "
+                "put in. Load the pipeline without layerwise casting."
             )
     for path, parameter in adapter.denoiser.named_parameters():
         if type(parameter) is not nn.Parameter or parameter.dtype not in COMPUTED_IN:
             raise DiffesError(
-                f"{path} is quantised, or stored as no plain tensor ({type(parameter).__name__} of {parameter.dtype}): "
-                "thin layers can be cut from float64, float32, float16 and bfloat16 alone; load the pipeline so"
+                f"{path} is quantised or not a plain tensor ({type(parameter).__name__} of {parameter.dtype}), so it "
+                "cannot be pruned. Load the pipeline in float64, float32, float16 or bfloat16."
             )
     for groups in adapter.group_sets():
         if groups.kind == "heads":
@@ -71,14 +70,10 @@ def check_attention(name: str, attention: Any) -> None:
     """
     if isinstance(attention.processor, nn.Module):
         raise DiffesError(
-            f"{name} has an adapter of its own (IP-Adapter?), which cannot be cut to thin layers; call "
-            "pipe.unload_ip_adapter()"
+            f"{name} has an adapter loaded (IP-Adapter?), which cannot be pruned. Call pipe.unload_ip_adapter()."
         )
     if is_fused(attention):
-        raise DiffesError(
-            f"{name} has fused projections, which are copies that cannot be cut to thin layers; call "
-            "pipe.unfuse_qkv_projections()"
-        )
+        raise DiffesError(f"{name} has fused projections, which cannot be pruned. Call pipe.unfuse_qkv_projections().")
 
 
 def is_fused(attention: Any) -> bool:
@@ -105,15 +100,15 @@ def tree_of(denoiser: nn.Module, sets: Sequence[GroupSet]) -> Iterator[tuple[dic
 def replaced() -> DiffesError:
     """Return the error for layers that are no longer those that are routed."""
     return DiffesError(
-        "layers of the model were replaced (a LoRA loaded, fused or unloaded?) while a schedule was routed through it: "
-        "call diffes.remove(pipe), load it, call diffes.apply again"
+        "layers of the model were replaced while a run was applied (was a LoRA loaded, fused or unloaded?). Call "
+        "diffes.remove(pipe), change the model, and call diffes.apply again."
     )
 
 
 def written(name: str) -> DiffesError:
     """Return the error for weights of a layer that were written to."""
     return DiffesError(
-        f"weights of {name} were written to (a training step, load_state_dict, a scaled LoRA?) while a schedule was "
-        "routed through it; what is written to thin weights is lost at the next stage, and a run is made for the "
-        "weights that it was searched on: call diffes.remove(pipe), write, call diffes.apply again"
+        f"weights of {name} were changed while a run was applied (by a training step, load_state_dict or a scaled "
+        "LoRA?). Changes to pruned weights are lost at the next stage. Call diffes.remove(pipe), change the weights, "
+        "and call diffes.apply again. The run was searched for the weights before."
     )

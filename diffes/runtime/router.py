@@ -124,7 +124,7 @@ class Router:
                 f"the schedule has max_level {schedule.max_level}, this model {self.max_level} for {self.bank.kind} "
                 "pruning: it was made for another model"
             )
-        reused = [key for key in schedule.thin() if not REUSE_SETS.isdisjoint(self.bank[key])]
+        reused = [key for key in schedule.pruned() if not REUSE_SETS.isdisjoint(self.bank[key])]
         if not self._hooks:
             for part in self._parts.values():
                 part.check_dense()

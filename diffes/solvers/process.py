@@ -97,8 +97,8 @@ class NoiseProcess:
         config, name = scheduler.config, type(scheduler).__name__
         if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
             raise DiffesError(
-                f"{name} samples by flow matching, whose noise process plans do not know yet: use --genes levels, or a "
-                "pipeline that was trained to predict noise, velocity or clean latents"
+                f"{name} samples by flow matching, which plans do not support. Search levels (--genes levels), or use "
+                "a pipeline that predicts noise, velocity or clean latents."
             )
         if hasattr(scheduler, "alphas_cumprod"):
             signal = scheduler.alphas_cumprod.double().cpu().numpy()
@@ -107,8 +107,8 @@ class NoiseProcess:
             prediction = config.get("prediction_type", "epsilon")
         else:
             raise DiffesError(
-                f"{name} does not count in training timesteps, which plans are made of; give the pipeline another "
-                "scheduler, for instance EulerDiscreteScheduler.from_config"
+                f"plans are made of training timesteps, and {name} has none. Give the pipeline another scheduler, for "
+                "instance with EulerDiscreteScheduler.from_config."
             )
         if prediction not in get_args(Prediction):
             raise DiffesError(f"prediction_type must be one of {', '.join(get_args(Prediction))}, got {prediction!r}")

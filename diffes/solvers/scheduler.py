@@ -72,22 +72,22 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         if not len(plan):
             raise DiffesError(
-                "a PlanScheduler needs a plan, and none is given. The folder of a pipeline holds the pipeline's own "
-                "scheduler, also while a plan is applied: keep the plan with `diffes export`, or its scheduler with "
-                "PlanScheduler.from_config(pipe.scheduler.config).save_pretrained"
+                "a PlanScheduler needs a plan, and got none. The folder of a saved pipeline holds the pipeline's own "
+                "scheduler, even if a plan was applied. Save a plan with `diffes export`, or its scheduler with "
+                "PlanScheduler.from_config(pipe.scheduler.config).save_pretrained(FOLDER)."
             )
         check_timesteps(plan, num_train_timesteps)
         self.plan = tuple(int(t) for t in plan)
         if not len(plan) == len(alphas) == len(sigmas):
             raise DiffesError(
-                f"a plan of {len(plan)} calls needs as many alphas and sigmas, got {len(alphas)} and {len(sigmas)}"
+                f"a plan of {len(plan)} calls needs {len(plan)} alphas and sigmas, got {len(alphas)} and {len(sigmas)}"
             )
         if prediction_type not in get_args(Prediction):
             raise DiffesError(
                 f"prediction_type must be one of {', '.join(get_args(Prediction))}, got {prediction_type!r}"
             )
         if not all(0 < a <= 1 and 0 <= s <= 1 for a, s in zip(alphas, sigmas, strict=True)):
-            raise DiffesError(f"alphas must lie in (0, 1] and sigmas in [0, 1], got {list(alphas)} and {list(sigmas)}")
+            raise DiffesError(f"alphas must be in (0, 1] and sigmas in [0, 1], got {list(alphas)} and {list(sigmas)}")
         check_rows(coefficients, len(plan))
         self.coefficients = [tuple(float(each) for each in row) for row in coefficients]
         self.noises = [Noise(float(a), float(s)) for a, s in zip(alphas, sigmas, strict=True)]
@@ -150,13 +150,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if (given is not None and given != list(self.plan)) or sigmas is not None:
             found = f"timesteps {given}" if given is not None else "sigmas of your own"
             raise DiffesError(
-                f"the plan that is applied visits the timesteps {list(self.plan)}, got {found}: leave them out, or "
-                "call diffes.remove(pipe) first"
+                f"the applied plan visits the timesteps {list(self.plan)}, got {found}. Leave out the timesteps, or "
+                "call diffes.remove(pipe) first."
             )
         if given is None and num_inference_steps is not None and num_inference_steps != len(self.plan):
             warnings.warn(
-                f"the plan that is applied makes {len(self.plan)} denoiser calls: num_inference_steps="
-                f"{num_inference_steps} is replaced (diffes.remove(pipe) brings the pipeline's own scheduler back)",
+                f"the applied plan makes {len(self.plan)} denoiser calls, so num_inference_steps={num_inference_steps} "
+                "is ignored. diffes.remove(pipe) restores the pipeline's own scheduler.",
                 DiffesWarning,
                 stacklevel=2,
             )
@@ -191,8 +191,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         if self.index >= len(self.plan):
             raise DiffesError(
-                f"the plan that is applied makes {len(self.plan)} calls, and all are made: call set_timesteps to begin "
-                "another run"
+                f"all {len(self.plan)} calls of the applied plan are made. Call set_timesteps to begin another run."
             )
         row = self.coefficients[self.index]
         if len(row) > 2 + len(self._clean):  # the run began at a later call
@@ -229,7 +228,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         known = dict(zip(self.plan, self.noises, strict=True))
         if missing := [int(t) for t in timesteps.flatten() if int(t) not in known]:
-            raise DiffesError(f"the plan that is applied visits {list(self.plan)}, not timestep {missing[0]}")
+            raise DiffesError(f"the applied plan visits the timesteps {list(self.plan)}, not {missing[0]}")
         shape = (-1, *[1] * (original_samples.dim() - 1))
         alphas, sigmas = (
             torch.tensor([getattr(known[int(t)], name) for t in timesteps.flatten()]).view(shape).to(original_samples)

@@ -41,13 +41,13 @@ def check_url(url: str) -> None:
         parsed = make_url(url)
     except (ArgumentError, ValueError) as error:
         raise DiffesError(
-            f"--storage {url!r} is no URL of a database; write one as SQLAlchemy has them, for instance "
-            "sqlite:///study.db, or leave it out to keep a journal in the run folder"
+            f"--storage {url!r} is not the URL of a database. Write one like sqlite:///study.db, or leave it out to "
+            "keep the evaluations in the run folder."
         ) from error
     name = parsed.database or ""
     if parsed.get_backend_name() == "sqlite" and (name in ("", ":memory:") or "memory" in parsed.query.get("mode", "")):
         raise DiffesError(
-            f"--storage {url!r} is in memory only, and is lost when the command ends; name a file: sqlite:///study.db"
+            f"--storage {url!r} is in memory, so it is lost when the command ends. Name a file: sqlite:///study.db."
         )
 
 
@@ -71,8 +71,8 @@ def open_database(url: str, waits: Sequence[float] = WAITS) -> RDBStorage:
             return open_database(url, waits[1:])
         reason = " ".join(str(error).split())[:300]
         raise DiffesError(
-            f"the database {url!r} cannot be opened ({type(error).__name__}: {reason}); give a URL as SQLAlchemy has "
-            "them, for instance sqlite:///study.db, and install its driver"
+            f"the database {url!r} cannot be opened ({type(error).__name__}: {reason}). Check the URL, which looks "
+            "like sqlite:///study.db, and install the driver of the database."
         ) from error
 
 
@@ -115,13 +115,15 @@ def check_owner(url: str, study: str, owner: str, *, fresh: bool) -> None:
     theirs = found.user_attrs.get(OWNER)
     if theirs not in (None, owner) and owner.startswith(ALIKE):
         raise DiffesError(
-            f"{url} has a study {study!r} that was begun with other settings; all who share one need the same, but for "
-            "the strategy, its operators and limits, heldout and the device: name another --study"
+            f"the study {study!r} in {url} was begun with other settings. All runs of a study need the same settings, "
+            "except the strategy, its operators and limits, heldout and the device. Name another --study."
         )
     if theirs not in (None, owner):
-        raise DiffesError(f"{url} has a study {study!r} of {theirs}, not of {owner}; name another --out folder")
+        raise DiffesError(
+            f"the study {study!r} in {url} belongs to {theirs}, not to {owner}. Name another --out folder."
+        )
     if fresh and found.get_trials(deepcopy=False):
         raise DiffesError(
-            f"{url} has evaluations of a study {study!r} already; pass --overwrite to replace them, or name another "
-            "--out folder"
+            f"the study {study!r} in {url} already has evaluations. Pass --overwrite to replace them, or name another "
+            "--out folder."
         )

@@ -31,7 +31,7 @@ class Fitness(base.Fitness):  # type: ignore[misc]  # DEAP has no type hints
 
     def _set_values(self, values: Sequence[float]) -> None:
         if any(math.isnan(value) for value in values):
-            raise DiffesError("fitness must not be NaN: give -inf to a genome that failed")
+            raise DiffesError("fitness must not be NaN. Set it to -inf for a genome that failed.")
         self.setValues(values)
 
     values = property(base.Fitness.getValues, _set_values, base.Fitness.delValues)

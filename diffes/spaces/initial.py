@@ -56,9 +56,9 @@ def _(space: PlanSpace, rng: np.random.Generator, size: int) -> Iterator[list[in
     yield from map(list, space.starts)
     yield space.uniform()
     for level in dict.fromkeys(space.allowed[i * (len(space.allowed) - 1) // MIXES] for i in range(1, MIXES + 1)):
-        if (plan := space.even(level)) is not None:
+        if (plan := space.evenly_spaced(level)) is not None:
             yield space.spend(plan, np.random.default_rng(level))
-    mutate = MUTATIONS.bind(space.mutation, 1, space=space, rng=rng)
+    mutate = MUTATIONS.bind(MUTATIONS.default(space), 1, space=space, rng=rng)
     for start in itertools.islice(itertools.cycle(space.starts), max(size * 3 // 4 - len(space.starts) - MIXES - 1, 0)):
         yield mutate(list(start))[0]
 

@@ -19,7 +19,7 @@ from diffes.plugins import unexpected
 from diffes.spaces.genome import Origin
 from diffes.spaces.schedule import Schedule
 from diffes.spaces.space import SearchSpace
-from diffes.spaces.strategy import Evaluation, Evaluator, Key, Proposal, key_of
+from diffes.spaces.strategy import Evaluation, Evaluator, Key, Proposal, measurement_key
 
 if TYPE_CHECKING:
     from diffes.spaces.store import EvaluationStore
@@ -109,10 +109,10 @@ class Ledger:
         self._logbook.header = list(LOGGED)
 
     def __contains__(self, proposal: Proposal) -> bool:
-        return key_of(proposal) in self._known
+        return measurement_key(proposal) in self._known
 
     def __getitem__(self, proposal: Proposal) -> Evaluation:
-        return self._known[key_of(proposal)]
+        return self._known[measurement_key(proposal)]
 
     def measure(self, proposals: Sequence[Proposal]) -> Iterator[Evaluation]:
         """Measure distinct proposals that are not known yet; yield those found in the store first.
@@ -138,7 +138,8 @@ class Ledger:
         steady = getattr(self._evaluate, "steady", None)
         if steady is None:
             raise DiffesError(
-                f"{type(self._evaluate).__name__} measures whole batches: an asynchronous search needs workers"
+                f"{type(self._evaluate).__name__} measures whole batches, and an asynchronous search needs single "
+                "results. Set workers to 2 or more, or asynchronous to False."
             )
         origins: dict[Schedule, Origin | None] = {}
 
@@ -150,7 +151,7 @@ class Ledger:
         for evaluation in steady(schedules):
             _check_given(evaluation, origins, 1.0)
             scored = _scored(evaluation)
-            origin, is_new = origins.pop(scored.schedule), key_of(scored) not in self._known
+            origin, is_new = origins.pop(scored.schedule), measurement_key(scored) not in self._known
             if is_new:
                 self._keep(scored, origin)
                 self.note(scored)
@@ -158,7 +159,7 @@ class Ledger:
 
     def note(self, evaluation: Evaluation) -> None:
         """Record an evaluation that was measured here or by an earlier process."""
-        self._known[key_of(evaluation)] = evaluation
+        self._known[measurement_key(evaluation)] = evaluation
         self._calls += evaluation.denoiser_calls
         if self.space.counts(evaluation.schedule, evaluation.fidelity):
             self._best = max(self._best, evaluation.fitness)
@@ -167,7 +168,7 @@ class Ledger:
 
     def arrange(self, proposals: Sequence[Proposal]) -> None:
         """Put the latest evaluations into the order of a batch; they were measured in another order."""
-        latest = {key_of(p): self._known.pop(key_of(p)) for p in proposals if p in self}
+        latest = {measurement_key(p): self._known.pop(measurement_key(p)) for p in proposals if p in self}
         self._known.update(latest)
 
     def log(self, batch: Sequence[Proposal]) -> None:
@@ -204,22 +205,23 @@ class Ledger:
         """
         evaluations = tuple(self._known.values())
         if not evaluations:
-            raise DiffesError("the strategy asked for no schedule at all, so there is no result")
+            raise DiffesError("the search has no result, because the strategy asked for no schedule")
         eligible = tuple(self.space.counts(evaluation.schedule, evaluation.fidelity) for evaluation in evaluations)
         candidates = [evaluation for evaluation, counts in zip(evaluations, eligible, strict=True) if counts]
         if all(evaluation.fitness == -math.inf for evaluation in evaluations):
             raise DiffesError(
-                f"all {len(evaluations)} evaluations failed (fitness NaN or infinite), so there is no result"
+                f"the search has no result: all {len(evaluations)} evaluations failed, with a fitness of NaN or "
+                "infinity"
             )
         if not candidates:
             raise DiffesError(
-                f"none of {len(evaluations)} evaluations was on all probes and within the budget, so there is no "
-                "result; raise the limit"
+                f"the search has no result: none of its {len(evaluations)} evaluations was on all probes and within "
+                "the budget. Raise the limit, for instance max_evals."
             )
         best = max(candidates, key=lambda evaluation: evaluation.fitness)
         if best.fitness == -math.inf:
             raise DiffesError(
-                f"all {len(candidates)} evaluations failed (fitness NaN or infinite), so there is no result"
+                f"the search has no result: all {len(candidates)} evaluations failed, with a fitness of NaN or infinity"
             )
         return SearchResult(
             best=best,
@@ -295,8 +297,8 @@ def _evaluated(schedules: list[Schedule], fidelity: float, evaluate: Evaluator) 
         start = time.perf_counter()
     if waiting:
         raise DiffesError(
-            f"the evaluator must return one Evaluation per schedule: it got {len(schedules)} and left out "
-            f"{len(waiting)}"
+            f"the evaluator must return one Evaluation per schedule. It got {len(schedules)} schedules and left out "
+            f"{len(waiting)}."
         )
 
 
@@ -306,9 +308,9 @@ def _check_given(evaluation: Any, waiting: Container[Schedule], fidelity: float)
         raise unexpected("the evaluator", "return one Evaluation per schedule", evaluation)
     if evaluation.schedule not in waiting or evaluation.fidelity != fidelity:
         raise DiffesError(
-            f"the evaluator returned levels {list(evaluation.schedule.levels)} at fidelity {evaluation.fidelity}, "
-            f"which it was not given at {fidelity} or has returned before: it must return one Evaluation per "
-            "schedule"
+            f"the evaluator must return one Evaluation per schedule, at the fidelity {fidelity}. It returned levels "
+            f"{list(evaluation.schedule.levels)} at the fidelity {evaluation.fidelity}, which it was not given or has "
+            "returned before."
         )
 
 
@@ -318,7 +320,8 @@ def _scored(evaluation: Evaluation) -> Evaluation:
         return evaluation
     found = "NaN" if math.isnan(evaluation.fitness) else "infinite"
     warnings.warn(
-        f"the fitness of levels {list(evaluation.schedule.levels)} is {found}: recorded as a failed evaluation (-inf)",
+        f"the fitness of levels {list(evaluation.schedule.levels)} is {found}. It counts as a failed evaluation "
+        "(-inf).",
         RuntimeWarning,
         stacklevel=5,
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from diffes.errors import DiffesError
 from diffes.spaces.ledger import Ledger, OnEvaluation, SearchResult
-from diffes.spaces.strategy import Evaluation, Evaluator, Proposal, Strategy, key_of
+from diffes.spaces.strategy import Evaluation, Evaluator, Proposal, Strategy, measurement_key
 
 if TYPE_CHECKING:
     from diffes.spaces.store import EvaluationStore
@@ -131,14 +131,14 @@ def _search_steadily(strategy: Strategy, ledger: Ledger, limits: _Limits, store:
         for _ in range(MAX_IDLE_BATCHES):
             if limits.reached or (n_open and not n_told):
                 break
-            open_before = {key_of(proposal) for proposal in strategy.pending}
+            open_before = {measurement_key(proposal) for proposal in strategy.pending}
             batch = strategy.ask_more()
             if not batch:
                 break
             for proposal in batch:
                 if proposal in ledger:
                     strategy.tell_one(ledger[proposal])
-            new = [p for p in batch if p not in ledger and key_of(p) not in open_before]
+            new = [p for p in batch if p not in ledger and measurement_key(p) not in open_before]
             if new and shared is not None:
                 new = [new[i] for i in order.permutation(len(new))]
             if new:
@@ -172,13 +172,13 @@ class _Limits:
 
     def __init__(self, limits: dict[str, float | None]) -> None:
         if all(limit is None for limit in limits.values()):
-            raise DiffesError(f"a search needs a limit: give at least one of {', '.join(limits)}")
+            raise DiffesError(f"a search needs a limit. Set at least one of {', '.join(limits)}.")
         for name, limit in limits.items():
             if limit is not None and not limit > 0:
                 raise DiffesError(f"{name} must be above 0, got {limit}")
         self._limits = limits
         self._spent: dict[str, float] = dict.fromkeys(limits, 0.0)
-        self._dearest: dict[str, float] = {}  # highest cost so far of an evaluation on all probes
+        self._most_expensive: dict[str, float] = {}  # highest cost so far of an evaluation on all probes
 
     @property
     def reached(self) -> bool:
@@ -192,7 +192,7 @@ class _Limits:
         }
         for name, price in prices.items():
             self._spent[name] += price
-            self._dearest[name] = max(self._dearest.get(name, 0.0), price / evaluation.fidelity)
+            self._most_expensive[name] = max(self._most_expensive.get(name, 0.0), price / evaluation.fidelity)
 
     def cut(self, proposals: Sequence[Proposal], n_open: int = 0) -> list[Proposal]:
         """Return as many proposals as `max_evals` allows beside those open; the last may exceed it by a fraction."""
@@ -207,6 +207,7 @@ class _Limits:
         evaluations = sum(proposal.fidelity for proposal in proposals) + n_open
         for name in ("max_denoiser_calls", "max_seconds"):
             limit = self._limits[name]
-            if limit is not None and not self._spent[name] + self._dearest.get(name, math.inf) * evaluations < limit:
+            most = self._most_expensive.get(name, math.inf)
+            if limit is not None and not self._spent[name] + most * evaluations < limit:
                 return 1
         return len(proposals)

@@ -6,8 +6,8 @@ import inspect
 import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 import numpy as np
 from deap import tools
@@ -19,8 +19,10 @@ from diffes.spaces.genome import Genome, Origin
 from diffes.spaces.space import SearchSpace
 
 Operator = Callable[..., tuple[Any, ...]]
+T = TypeVar("T", bound=Callable[..., Any])
 DEAP = "deap."  # prefix of the names of DEAP's own operators
 OURS = ("space", "rng")  # parameters of an operator that was written for diffes
+DEFAULT_OF = "default_of"  # attribute of an operator: by the kind of space and of search, the operator and its options
 
 
 def mended(genome: Any, space: SearchSpace, rng: np.random.Generator) -> Any:
@@ -88,15 +90,15 @@ class PlainOperator:
             raise
         except (AttributeError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise PluginError(
-                f"operator {self.name!r} cannot work on a genome of {space.n_stages} levels from 0 to "
-                f"{space.max_level} ({type(error).__name__}: {error}); take one for lists of whole numbers",
+                f"operator {self.name!r} fails on a genome of {space.n_stages} levels from 0 to {space.max_level} "
+                f"({type(error).__name__}: {error}). Choose an operator for lists of whole numbers.",
                 "" if self.name.startswith(DEAP) else own_trace(error),
             ) from error
         for genome in made:
             if len(genome) != space.n_stages:
                 raise DiffesError(
-                    f"operator {self.name!r} made a genome of {len(genome)} levels of one of {space.n_stages}; take "
-                    "one that keeps the length"
+                    f"operator {self.name!r} returned a genome of {len(genome)} levels, and it must have "
+                    f"{space.n_stages}. Choose an operator that keeps the length."
                 )
         return tuple(mended(genome, space, rng) for genome in made)
 
@@ -132,6 +134,44 @@ class OperatorRegistry(Registry[Operator]):
             return function
         return PlainOperator(name, function, self.n_parents)
 
+    def default(self, space: SearchSpace, *, small: bool = False) -> str:
+        """Return the spec of the operator that was written as the default of a kind of space, by `default_of`.
+
+        Args:
+            space: the feasible schedules. The default of its class goes before those of the base classes.
+            small: whether it is for a search that takes small steps.
+
+        Raises:
+            DiffesError: there is no such operator, or several.
+        """
+        for kind in type(space).__mro__:
+            found = [f"{name}:{options}" if options else name for name, options in self._defaults(kind, small)]
+            if len(found) > 1:
+                raise DiffesError(
+                    f"{' and '.join(found)} are both the default {self.kind} of {kind.__name__}. Choose one of them by "
+                    "its name."
+                )
+            if found:
+                return found[0]
+        raise DiffesError(
+            f"no installed {self.kind} is the default of {type(space).__name__}. Choose one by its name: "
+            f"{', '.join(self.names()) or 'none is installed'}."
+        )
+
+    def _defaults(self, kind: type, small: bool) -> Iterator[tuple[str, str]]:
+        """Yield the name and options of each operator that is the default of a class, once.
+
+        Those that do not import are left out, and so are wrappers, which have the attributes of what they wrap.
+        """
+        seen: list[Operator] = []
+        for name in self.names():
+            with suppress(DiffesError):
+                function = super().get(name)
+                marked, options = getattr(function, DEFAULT_OF, {}).get((kind, small), (None, ""))
+                if marked is function and function not in seen:
+                    seen.append(function)
+                    yield name, options
+
     def _of_deap(self, name: str) -> Operator:
         known = {
             f"{DEAP}{each}": function
@@ -141,6 +181,22 @@ class OperatorRegistry(Registry[Operator]):
         if name not in known:
             raise unknown_name(self.kind, name, known)
         return known[name]
+
+
+def default_of(space: type[SearchSpace], *, small: bool = False, options: str = "") -> Callable[[T], T]:
+    """Make an operator the default of a kind of space, as a decorator: it is taken where the user names none.
+
+    Args:
+        space: class of the spaces. Classes derived from it share the default, unless they have their own.
+        small: whether it is for searches that take small steps.
+        options: options of the default: "max_moves=1".
+    """
+
+    def mark(function: T) -> T:
+        function.__dict__.setdefault(DEFAULT_OF, {})[space, small] = function, options
+        return function
+
+    return mark
 
 
 MUTATIONS = OperatorRegistry("mutation", "diffes.mutations", "mut", 1)

@@ -7,7 +7,6 @@ import math
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -37,10 +36,6 @@ class PlanSpace(SearchSpace):
         reusing: levels that reuse what an earlier call computed; the noisiest call of a plan cannot have one of them.
     """
 
-    mutation: ClassVar[str] = "plan_move"
-    small_mutation: ClassVar[str] = "plan_move:max_moves=1"
-    crossover: ClassVar[str] = "node_exchange"
-
     allowed: tuple[int, ...]
     starts: tuple[tuple[int, ...], ...] = ()
     reusing: tuple[int, ...] = ()
@@ -52,25 +47,25 @@ class PlanSpace(SearchSpace):
         levels = list(self.allowed)
         if not levels or levels != sorted({*levels}) or levels[0] < 0 or levels[-1] >= self.max_level:
             raise DiffesError(
-                f"allowed must be rising levels in [0, {self.max_level - 1}], at least one, got {self.allowed}: "
-                f"{self.max_level} is a skipped node"
+                f"allowed must have one or more rising levels in [0, {self.max_level - 1}], got {self.allowed}. The "
+                f"value {self.max_level} means a skipped node."
             )
         if 0 in self.reusing or not set(levels) - set(self.reusing):
             raise DiffesError(
-                f"reusing must be levels above 0 and leave at least one of {self.allowed}, got {self.reusing}: the "
-                "first call of a run has nothing to reuse"
+                f"reusing must have levels above 0 and leave out at least one of {self.allowed}, got {self.reusing}. "
+                "The first call of a run has nothing to reuse."
             )
         costs = np.array(self.level_costs) if len({len(row) for row in self.level_costs}) == 1 else np.empty(0)
         if costs.shape != (n, self.max_level + 1) or costs[:, -1].any() or not (costs[:, :-1] > 0).all():
             raise DiffesError(
-                f"level_costs must be {(n, self.max_level + 1)} whole numbers, positive but for the last of each node, "
-                f"which is 0 for a skipped one; got {self.level_costs}"
+                f"level_costs must be a table of {n} nodes with {self.max_level + 1} whole numbers each: costs above "
+                f"0, and 0 at the end for a skipped node. Got {self.level_costs}."
             )
         smallest = int(costs[:, self.first_levels].min())
         if self.budget is not None and self.budget < smallest:
             raise DiffesError(
-                f"no plan costs {self.budget} or less: the smallest possible is {smallest} (one call at the cheapest "
-                "allowed level); raise the budget"
+                f"no plan costs {self.budget} or less. The cheapest, one call at the cheapest allowed level, costs "
+                f"{smallest}. Raise the budget."
             )
         for plan in self.starts:
             self.schedule(plan)
@@ -104,7 +99,7 @@ class PlanSpace(SearchSpace):
         """
         table = np.array(costs, dtype=float)
         if table.ndim != 2 or not (np.isfinite(table).all() and (table > 0).all()):
-            raise DiffesError(f"costs of calls must be an (N, H + 1) table of positive numbers, got {costs}")
+            raise DiffesError(f"costs must be a table (N, H + 1) of positive numbers, got {costs}")
         n, skip = table.shape
         levels = tuple(range(skip)) if allowed is None else tuple(allowed)
         scaled = table / table[:, 0].mean() * COST_RESOLUTION
@@ -114,8 +109,8 @@ class PlanSpace(SearchSpace):
         smallest = whole[:, first].min(initial=2**62) / COST_RESOLUTION
         if calls is not None and not (smallest <= calls < math.inf):
             raise DiffesError(
-                f"calls must be at least {math.ceil(smallest * 1e4) / 1e4:.4f} dense calls, what one call at the "
-                f"cheapest allowed level costs, got {calls}; raise it"
+                f"calls must be a finite number of at least {math.ceil(smallest * 1e4) / 1e4:.4f} dense calls, got "
+                f"{calls}. One call at the cheapest allowed level costs that much."
             )
         rows = tuple((*(int(cost) for cost in row), 0) for row in whole)
         budget = None if calls is None else math.floor(calls * COST_RESOLUTION * (1 + 1e-12))
@@ -134,7 +129,7 @@ class PlanSpace(SearchSpace):
         return (*self.allowed, self.skip)
 
     @property
-    def thinnest(self) -> int:
+    def most_pruned(self) -> int:
         """Highest allowed level."""
         return self.allowed[-1]
 
@@ -274,12 +269,12 @@ class PlanSpace(SearchSpace):
         there is no such level, the plan is one random call that can be paid.
         """
         for level in self.first_levels:
-            if (plan := self.even(level)) is not None:
+            if (plan := self.evenly_spaced(level)) is not None:
                 return plan
         node, level = self._single(np.random.default_rng(0))
         return [level if each == node else self.skip for each in range(self.n_stages)]
 
-    def even(self, level: int) -> list[int] | None:
+    def evenly_spaced(self, level: int) -> list[int] | None:
         """Return as many calls as can be paid at one level, evenly spaced from the noisiest node on; None if none can.
 
         The plan is grounded.
@@ -318,9 +313,9 @@ class PlanSpace(SearchSpace):
         schedule = self.any_schedule(levels)
         if not self.is_feasible(schedule.levels):
             raise DiffesError(
-                f"plan {list(schedule.levels)} is not feasible: it costs {self.cost(schedule.levels)} of at most "
-                f"{self.budget}, must call at least one node, and each at one of the levels {list(self.allowed)} "
-                f"({self.skip} is a skipped node), the noisiest at one of {self.first_levels}"
+                f"plan {list(schedule.levels)} is not feasible. It costs {self.cost(schedule.levels)}, and the budget "
+                f"is {self.budget}. It needs at least one call. Levels of calls must be in {list(self.allowed)}, and "
+                f"that of the noisiest call in {self.first_levels}. The value {self.skip} means a skipped node."
             )
         return schedule
 
@@ -376,8 +371,8 @@ def plans_only(space: SearchSpace, name: str) -> PlanSpace:
     """
     if not isinstance(space, PlanSpace):
         raise DiffesError(
-            f"{name!r} works on plans, which choose the timesteps too, and this space has a fixed number of steps a "
-            f"stage; take {space.mutation!r} or another operator of levels, or search a PlanSpace"
+            f"{name!r} works on plans only, and this space has levels of stages. Choose an operator of levels, leave "
+            "the operator out to take the default, or search plans (--genes joint)."
         )
     return space
 
@@ -390,6 +385,6 @@ def schedules_only(space: SearchSpace, name: str) -> None:
     """
     if isinstance(space, PlanSpace):
         raise DiffesError(
-            f"strategy {name!r} works on levels of stages and this is a space of plans of {space.n_stages} nodes; take "
-            "another strategy, or search levels only"
+            f"strategy {name!r} works on levels of stages only, and this is a space of plans of {space.n_stages} "
+            "nodes. Choose another strategy, or search levels (--genes levels)."
         )

@@ -31,11 +31,12 @@ class Stages:
         for lo, hi in self.ranges:
             if lo != edge or hi <= lo:
                 raise DiffesError(
-                    f"stages must be contiguous [lo, hi) ranges of timesteps that start at 0, got {list(self.ranges)}"
+                    "stages must be ranges [lo, hi) of timesteps. The first must start at 0, and each where the one "
+                    f"before ends. Got {list(self.ranges)}."
                 )
             edge = hi
         if not self.ranges:
-            raise DiffesError("Stages need at least one range, got none")
+            raise DiffesError("stages must have at least one range of timesteps, got none")
 
     @classmethod
     def equal(cls, n_stages: int, n_timesteps: int = 1000) -> Stages:
@@ -77,7 +78,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if len(self.levels) != len(self.stages):
-            raise DiffesError(f"a schedule needs one level per stage, got {len(self.levels)} for {len(self.stages)}")
+            raise DiffesError(
+                f"a schedule needs one level per stage, got {len(self.levels)} for {len(self.stages)} stages"
+            )
         _check_levels(self.levels, self.max_level)
 
     def nominal_sparsity(self, steps: Sequence[int]) -> float:
@@ -94,7 +97,7 @@ class Schedule:
         stage = self.stages.stage_of(timestep)
         return stage, self.levels[stage]
 
-    def thin(self) -> list[tuple[int, int]]:
+    def pruned(self) -> list[tuple[int, int]]:
         """Return the stage and level of every stage that is not dense."""
         return [(stage, level) for stage, level in enumerate(self.levels) if level]
 
@@ -119,7 +122,7 @@ class Schedule:
         except DiffesError:
             raise
         except (KeyError, TypeError, ValueError) as error:
-            raise DiffesError(f"this is no schedule: {type(error).__name__} {error}") from error
+            raise DiffesError(f"the data are not a schedule ({type(error).__name__}: {error})") from error
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ class Plan:
         """Return the stage and level of each call, in the order of the timesteps."""
         return [(self.stages.stage_of(timestep), level) for timestep, level in self.calls]
 
-    def thin(self) -> list[tuple[int, int]]:
+    def pruned(self) -> list[tuple[int, int]]:
         """Return the stage and level of every call that is not dense, without repeats."""
         return sorted({key for key in self.keys() if key[1]})
 
@@ -200,13 +203,13 @@ class Plan:
         except DiffesError:
             raise
         except (KeyError, TypeError, ValueError) as error:
-            raise DiffesError(f"this is no plan: {type(error).__name__} {error}") from error
+            raise DiffesError(f"the data are not a plan ({type(error).__name__}: {error})") from error
 
 
 def _check_levels(levels: Sequence[int], max_level: int) -> None:
     for level in levels:
         if type(level) is not int or not 0 <= level <= max_level:
-            raise DiffesError(f"levels must be integers in [0, {max_level}], got {level!r}")
+            raise DiffesError(f"levels must be whole numbers in [0, {max_level}], got {level!r}")
 
 
 def check_timesteps(timesteps: Sequence[int], n_timesteps: int) -> None:
@@ -218,11 +221,9 @@ def check_timesteps(timesteps: Sequence[int], n_timesteps: int) -> None:
     if not all(isinstance(t, numbers.Integral) and not isinstance(t, bool) for t in timesteps):
         raise DiffesError(f"the timesteps of a plan must be whole numbers, got {list(timesteps)}")
     if not len(timesteps) or any(not 0 <= t < n_timesteps for t in timesteps):
-        raise DiffesError(
-            f"the timesteps of a plan must lie in [0, {n_timesteps - 1}], at least one, got {list(timesteps)}"
-        )
+        raise DiffesError(f"a plan needs one or more timesteps, all in [0, {n_timesteps - 1}], got {list(timesteps)}")
     if any(a <= b for a, b in itertools.pairwise(timesteps)):
-        raise DiffesError(f"the timesteps of a plan must fall, each below the one before, got {list(timesteps)}")
+        raise DiffesError(f"each timestep of a plan must be below the one before, got {list(timesteps)}")
 
 
 def check_rows(rows: Sequence[Sequence[float]], n: int) -> None:
@@ -233,12 +234,12 @@ def check_rows(rows: Sequence[Sequence[float]], n: int) -> None:
             a number is not finite.
     """
     if len(rows) != n:
-        raise DiffesError(f"a plan of {n} calls needs as many rows of coefficients, got {len(rows)}")
+        raise DiffesError(f"a plan of {n} calls needs {n} rows of coefficients, got {len(rows)}")
     for i, row in enumerate(rows):
         if not 2 <= len(row) <= i + 2:
             raise DiffesError(
-                f"row {i} of the coefficients must have 2 to {i + 2} numbers, of the latents and of at most {i + 1} "
-                f"predictions, got {len(row)}"
+                f"row {i} of the coefficients must have 2 to {i + 2} numbers, got {len(row)}: one for the latents, and "
+                "one for each prediction that it uses"
             )
         if not all(isinstance(each, int | float) and math.isfinite(each) for each in row):
-            raise DiffesError(f"row {i} of the coefficients must be finite numbers, got {list(row)}")
+            raise DiffesError(f"row {i} of the coefficients must have finite numbers, got {list(row)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 import numpy as np
 
@@ -33,16 +33,7 @@ class SearchSpace:
             with the level. A level that costs as much as the next denser one is never feasible.
         budget: the largest cost allowed, in the units of `steps * level_costs`. None allows all: every genome whose
             unvisited stages are dense is then feasible.
-
-    Attributes:
-        mutation: default mutation of a search.
-        small_mutation: default mutation of a search that takes small steps.
-        crossover: default crossover of a search.
     """
-
-    mutation: ClassVar[str] = "level_switch"
-    small_mutation: ClassVar[str] = "level_switch_small"
-    crossover: ClassVar[str] = "level_exchange"
 
     stages: Stages
     max_level: int
@@ -52,15 +43,18 @@ class SearchSpace:
 
     def __post_init__(self) -> None:
         if len(self.steps) != len(self.stages) or min(self.steps) < 0 or sum(self.steps) == 0:
-            raise DiffesError(f"steps must be {len(self.stages)} counts with a positive sum, got {self.steps}")
+            raise DiffesError(f"steps must have {len(self.stages)} numbers of calls, not all 0, got {self.steps}")
         shape = len(self.stages), self.max_level + 1
         if np.shape(self.level_costs) != shape or (np.diff(self.level_costs) > 0).any():
-            raise DiffesError(f"level_costs must be {shape} whole numbers that never rise, got {self.level_costs}")
+            raise DiffesError(
+                f"level_costs must be a table of {shape[0]} stages with {shape[1]} whole numbers each that never rise, "
+                f"got {self.level_costs}"
+            )
         smallest, largest = (self.cost([k] * len(self.stages)) for k in (self.max_level, 0))
         if self.budget is not None and not smallest <= self.budget:
             raise DiffesError(
-                f"no schedule costs {self.budget} or less: the smallest possible is {smallest} (every stage at level "
-                f"{self.max_level}), the largest {largest} (all dense); raise the budget"
+                f"no schedule costs {self.budget} or less. Costs go from {smallest} (every stage at level "
+                f"{self.max_level}) to {largest} (all dense). Raise the budget."
             )
 
     @classmethod
@@ -82,8 +76,8 @@ class SearchSpace:
         """
         if not (isinstance(budget, int | float) and 0 <= budget <= 1):
             raise DiffesError(
-                f"budget must be a mean sparsity in [0, 1], got {budget}: 0 is the dense model, the smallest possible, "
-                "and 1 removes every prunable group, the largest possible"
+                f"budget must be a mean sparsity in [0, 1], got {budget}. With 0 the model stays dense; 1 removes "
+                "everything that can be pruned."
             )
         steps = tuple(steps) if steps is not None else (1,) * len(stages)
         removed = math.ceil(round(budget * max_level * sum(steps), 9))
@@ -112,13 +106,13 @@ class SearchSpace:
         smallest = float(np.asarray(steps) @ falling[:, -1]) / dense
         if not (isinstance(budget, int | float) and smallest <= budget <= 1):
             raise DiffesError(
-                f"budget must be a fraction of the dense cost in [{smallest:.4f}, 1], got {budget}: below, not even "
-                "the highest level everywhere is cheap enough; 1 is the dense model"
+                f"budget must be a fraction of the dense cost in [{smallest:.4f}, 1], got {budget}. The highest level "
+                f"in every stage costs {smallest:.4f}, and the dense model 1."
             )
         unit = float(falling[:, 0].max()) / COST_RESOLUTION
         whole = tuple(tuple(int(cost) for cost in row) for row in np.round(falling / unit))
-        thinnest, densest = (sum(n * row[k] for n, row in zip(steps, whole, strict=True)) for k in (-1, 0))
-        limit = max(math.floor(budget * densest * (1 + 1e-9)), thinnest)
+        cheapest, dense = (sum(n * row[k] for n, row in zip(steps, whole, strict=True)) for k in (-1, 0))
+        limit = max(math.floor(budget * dense * (1 + 1e-9)), cheapest)
         return cls(stages, falling.shape[1] - 1, tuple(steps), whole, limit)
 
     def without_budget(self) -> Self:
@@ -146,7 +140,7 @@ class SearchSpace:
         return tuple(range(self.max_level + 1))
 
     @property
-    def thinnest(self) -> int:
+    def most_pruned(self) -> int:
         """Highest level of a denoiser call."""
         return self.max_level
 
@@ -191,8 +185,8 @@ class SearchSpace:
             s = int(rng.choice([s for s in self.visited if repaired[s] < self.max_level]))
             repaired[s] += 1
             cost -= self._gain(s, repaired[s])
-        while thicker := [s for s in self.visited if repaired[s] and cost + self._gain(s, repaired[s]) <= self.budget]:
-            s = int(rng.choice(thicker))
+        while denser := [s for s in self.visited if repaired[s] and cost + self._gain(s, repaired[s]) <= self.budget]:
+            s = int(rng.choice(denser))
             cost += self._gain(s, repaired[s])
             repaired[s] -= 1
         return repaired
@@ -210,12 +204,12 @@ class SearchSpace:
             return [0] * self.n_stages
         visited = self.visited
         level = next(k for k in range(self.max_level + 1) if self.cost([k] * self.n_stages) <= self.budget)
-        for n_thinner in range(len(visited) + 1):
+        for n_pruned in range(len(visited) + 1):
             levels = [0] * self.n_stages
             for s in visited:
                 levels[s] = max(level - 1, 0)
-            for i in range(n_thinner):
-                levels[visited[int((i + 0.5) * len(visited) / n_thinner)]] = level
+            for i in range(n_pruned):
+                levels[visited[int((i + 0.5) * len(visited) / n_pruned)]] = level
             if self.cost(levels) <= self.budget:
                 break
         return self.repair(levels, np.random.default_rng(0))
@@ -241,7 +235,8 @@ class SearchSpace:
         schedule = self.any_schedule(levels)
         if not self.is_feasible(schedule.levels):
             raise DiffesError(
-                f"levels {list(schedule.levels)} cost {self.cost(schedule.levels)}, not the budget of {self.budget}"
+                f"levels {list(schedule.levels)} cost {self.cost(schedule.levels)} and do not meet the budget of "
+                f"{self.budget}. space.repair(levels, rng) returns levels that do."
             )
         return schedule
 

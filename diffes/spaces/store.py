@@ -132,8 +132,8 @@ class EvaluationStore:
             found = trial.user_attrs.get(DIGEST)
             if found != digest(evaluation) and (self._sealed or found is not None):
                 raise DiffesError(
-                    f"{self.path} was altered: trial {trial.number} is not what was written (its digest differs); "
-                    "restore it, or choose another file"
+                    f"{self.path} was changed after it was written: the digest of trial {trial.number} differs. "
+                    "Restore the file, or choose another."
                 )
             self._sealed = found is not None  # older versions wrote none
             if (evaluation.schedule, evaluation.fidelity) not in self._memo:
@@ -163,8 +163,9 @@ class EvaluationStore:
         schedule = evaluation.schedule
         if (schedule.stages, schedule.max_level) != (self.stages, self.max_level):
             raise DiffesError(
-                f"{self.path} holds schedules of {len(self.stages)} stages and max_level {self.max_level}, got one of "
-                f"{len(schedule.stages)} stages ({list(schedule.stages.ranges)}) and max_level {schedule.max_level}"
+                f"{self.path} holds schedules with {len(self.stages)} stages and max_level {self.max_level}. Got one "
+                f"with {len(schedule.stages)} stages ({list(schedule.stages.ranges)}) and max_level "
+                f"{schedule.max_level}."
             )
         if not evaluation.fitness < math.inf:
             raise DiffesError(f"fitness must not be NaN or inf, got {evaluation.fitness} for {list(schedule.levels)}")
@@ -207,8 +208,8 @@ class EvaluationStore:
                 self._study.set_user_attr(key, value)
             elif theirs[key] != value:
                 raise DiffesError(
-                    f"{self.path} holds evaluations of {key} {theirs[key]}, this search has {value}; "
-                    "choose another file or the settings of the first run"
+                    f"{self.path} holds evaluations with {key} {theirs[key]}, and this search has {value}. Choose "
+                    "another file, or use the settings of the first run."
                 )
 
     def _to_trial(self, evaluation: Evaluation, origin: Origin | None) -> FrozenTrial:
@@ -258,7 +259,7 @@ class EvaluationStore:
             schedule = Schedule(self.stages, levels, self.max_level)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DiffesError(
-                f"{place} is damaged ({type(error).__name__}: {error}); restore it, or choose another file"
+                f"{place} is damaged ({type(error).__name__}: {error}). Restore the file, or choose another."
             ) from error
         who = paid.get("worker")
         measured = None if who is None else Measured(who, paid.get("waited", 0.0), paid.get("paid_calls", 0))
@@ -288,7 +289,7 @@ def _open_journal(path: Path) -> JournalStorage:
 
 def _no_journal(path: object, error: Exception) -> DiffesError:
     reason = " ".join(str(error).split())[:200]
-    return DiffesError(f"{path} is no journal of evaluations, or damaged ({type(error).__name__}: {reason})")
+    return DiffesError(f"{path} is damaged, or is not a journal of evaluations ({type(error).__name__}: {reason})")
 
 
 def digest(evaluation: Evaluation) -> str:
@@ -319,7 +320,7 @@ def _mend(path: Path, lock: JournalFileOpenLock) -> None:
         end = content.rfind(b"\n") + 1
         unfinished = content[end:]
         if not all(LINE_START.startswith(part[: len(LINE_START)]) for part in (content, unfinished)):
-            raise DiffesError(f"{path} is no journal of evaluations; choose another file")
+            raise DiffesError(f"{path} is not a journal of evaluations. Choose another file.")
         if unfinished:
             os.truncate(path, end)
     finally:

@@ -74,7 +74,7 @@ class Proposal:
 
     def __post_init__(self) -> None:
         if not 0 < self.fidelity <= 1:
-            raise DiffesError(f"fidelity must be in (0, 1], got {self.fidelity}")
+            raise DiffesError(f"fidelity must be above 0 and at most 1, got {self.fidelity}")
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,9 @@ class Strategy(abc.ABC):
         name = f"strategy {type(self).__name__}"
         self._check_made(name)
         if self.pending:
-            raise DiffesError(f"tell the {len(self.pending)} open schedules before asking again")
+            raise DiffesError(
+                f"{len(self.pending)} schedules of the last batch have no result yet. Tell them before you ask again."
+            )
         self._asked, self._told = self._batch(name), {}
         return list(self._asked)
 
@@ -174,18 +176,18 @@ class Strategy(abc.ABC):
         """
         name = f"strategy {type(self).__name__}"
         if not self.asynchronous:
-            raise DiffesError(f"{name} wants whole batches told: it is not asynchronous")
+            raise DiffesError(f"{name} is not asynchronous. Use ask and tell, with whole batches.")
         self._check_made(name)
-        batch, asked = self._batch(name), {key_of(proposal) for proposal in self._asked}
+        batch, asked = self._batch(name), {measurement_key(proposal) for proposal in self._asked}
         if any(proposal.fidelity != 1 for proposal in batch):
-            raise DiffesError(f"{name} is asynchronous and has to ask for evaluations on all probes")
-        self._asked += [proposal for proposal in batch if key_of(proposal) not in asked]
+            raise DiffesError(f"{name} is asynchronous, so it must ask for evaluations on all probes (fidelity 1)")
+        self._asked += [proposal for proposal in batch if measurement_key(proposal) not in asked]
         return batch
 
     @property
     def pending(self) -> list[Proposal]:
         """Proposals that were asked for and not told yet."""
-        return [proposal for proposal in self._asked if key_of(proposal) not in self._told]
+        return [proposal for proposal in self._asked if measurement_key(proposal) not in self._told]
 
     def _check_made(self, name: str) -> None:
         if not hasattr(self, "_told"):
@@ -202,8 +204,8 @@ class Strategy(abc.ABC):
         for schedule in (proposal.schedule for proposal in batch):
             if schedule.stages != self.space.stages or schedule.max_level != self.space.max_level:
                 raise unexpected(name, "ask for schedules of the space's own stages and max_level", schedule.levels)
-        if len({key_of(proposal) for proposal in batch}) < len(batch):
-            raise DiffesError(f"{type(self).__name__} asked for the same schedule twice in one batch")
+        if len({measurement_key(proposal) for proposal in batch}) < len(batch):
+            raise DiffesError(f"{name} must ask for distinct schedules, and asked for one twice in a batch")
         return batch
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
@@ -213,20 +215,20 @@ class Strategy(abc.ABC):
             DiffesError: a fitness is NaN or inf, or a schedule was not asked for at this fidelity, or was told before;
                 nothing is taken then.
         """
-        keys = {key_of(proposal) for proposal in self._asked}
+        keys = {measurement_key(proposal) for proposal in self._asked}
         fresh: dict[Key, Evaluation] = {}
         for evaluation in evaluations:
-            key = key_of(evaluation)
+            key = measurement_key(evaluation)
             _check_fitness(evaluation)
             if key not in keys or key in self._told or key in fresh:
                 raise DiffesError(
-                    f"levels {list(evaluation.schedule.levels)} at fidelity {evaluation.fidelity} are not open: told "
-                    "before, or never asked for"
+                    f"levels {list(evaluation.schedule.levels)} at the fidelity {evaluation.fidelity} were told "
+                    "before, or never asked for. Tell each proposal of the last batch once."
                 )
             fresh[key] = evaluation
         self._told.update(fresh)
         if self._asked and len(self._told) == len(self._asked):
-            batch = [self._told[key_of(proposal)] for proposal in self._asked]
+            batch = [self._told[measurement_key(proposal)] for proposal in self._asked]
             self._learn(batch)
 
     def tell_one(self, evaluation: Evaluation) -> None:
@@ -236,7 +238,7 @@ class Strategy(abc.ABC):
             DiffesError: its fitness is NaN or inf.
         """
         _check_fitness(evaluation)
-        self._asked = [proposal for proposal in self._asked if key_of(proposal) != key_of(evaluation)]
+        self._asked = [proposal for proposal in self._asked if measurement_key(proposal) != measurement_key(evaluation)]
         self._learn([evaluation])
 
     def _learn(self, batch: Sequence[Evaluation]) -> None:
@@ -260,15 +262,15 @@ class Strategy(abc.ABC):
 def _check_fitness(evaluation: Evaluation) -> None:
     if not evaluation.fitness < math.inf:
         raise DiffesError(
-            f"fitness must not be NaN or inf, got {evaluation.fitness} for levels {list(evaluation.schedule.levels)}: "
-            "tell -inf for a run that failed"
+            f"fitness must not be NaN or inf, got {evaluation.fitness} for levels {list(evaluation.schedule.levels)}. "
+            "Tell -inf for a run that failed."
         )
 
 
 Key = tuple[Schedule, float]
 
 
-def key_of(measured: Proposal | Evaluation) -> Key:
+def measurement_key(measured: Proposal | Evaluation) -> Key:
     """Return the key of a measurement: the schedule and the fraction of the probes."""
     return measured.schedule, measured.fidelity
 

@@ -28,7 +28,7 @@ def make_toolbox(
         space: the feasible schedules.
         rng: source of all random draws.
         mutate: a registered mutation or one of DEAP's, with options after a colon: "level_switch:max_moves=3",
-            "deap.mutUniformInt:indpb=0.2"; the default of the space when left out.
+            "deap.mutUniformInt:indpb=0.2"; when left out, the default of the space (see `default_of`).
         mate: a crossover, likewise.
 
     Raises:
@@ -37,8 +37,8 @@ def make_toolbox(
     toolbox = base.Toolbox()
     toolbox.register("individual", _individual, space, rng)
     toolbox.register("population", _population, space, rng)
-    toolbox.register("mutate", BoundOperator(MUTATIONS, mutate or space.mutation, space, rng))
-    toolbox.register("mate", BoundOperator(CROSSOVERS, mate or space.crossover, space, rng))
+    toolbox.register("mutate", BoundOperator(MUTATIONS, mutate or MUTATIONS.default(space), space, rng))
+    toolbox.register("mate", BoundOperator(CROSSOVERS, mate or CROSSOVERS.default(space), space, rng))
     toolbox.register("select", tools.selBest)
     return toolbox
 

@@ -246,7 +246,7 @@ def _write(
     del data["search_probes"]  # there was no search
     header = {**data, "fingerprint": fingerprint(bench.adapter.denoiser)}
     files.write_safely(out / BANK, lambda partial: bank.save(partial, header))
-    figure = charts.fronts(rows, data["currency"], data["timing"])
+    figure = charts.error_over_cost(rows, data["currency"], data["timing"])
     files.write_safely(out / folder.FRONT, functools.partial(plots.save, figure))
     files.write_json(out / files.CONFIG, folder.config_record(bench.config))  # as for any run, with the versions here
     write_front(out, data | {"points": rows})

@@ -158,7 +158,7 @@ def _front_in(
         spent = {"reference_calls": plans.reference_calls, "calls_spent": sum(point.calls_spent for point in points)}
         data = facts_of(plans) | {"genes": genes, "split": split, **spent, "points": rows}
         figures = {
-            folder.FRONT: charts.fronts(rows, config.cost, data["timing"]),
+            folder.FRONT: charts.error_over_cost(rows, config.cost, data["timing"]),
             "plans.png": plots.plans(rows, data["max_level"]),
         }
         figures |= _shown(plans, points, pictures)

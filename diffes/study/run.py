@@ -214,7 +214,7 @@ def _draw(bench: Workbench, result: SearchResult, report: Report, out: Path) -> 
     prunable = adapter.prunable(bench.router.bank.kind)
     kept = [bench.router.bank.kept(key, prunable) for key in enumerate(best.levels)]
     figures = {
-        "split.png": plots.split(prunable, kept, best),
+        "split.png": plots.layer_split(prunable, kept, best),
         "schedule.png": plots.schedules({"searched": best, "uniform": uniform}),
         "convergence.png": charts.convergence({config.strategy: result}, config.metric),
         "images.png": plots.image_grid(images, captions, differences=True),
@@ -246,7 +246,7 @@ def _front_figure(bench: Workbench, report: Report) -> Figure:
         budget = config.budget, "budget"
     else:
         budget = run.rivals[UNIFORM].macs_fraction, f"budget in {config.cost}, {config.budget:g}: MACs of uniform"
-    return charts.front(points, f"held-out {config.metric}", budget, marked)
+    return charts.fitness_over_macs(points, f"held-out {config.metric}", budget, marked)
 
 
 def sample_images(

@@ -21,7 +21,8 @@ def check_asynchronous(config: RunConfig, options: WorkerOptions) -> None:
     """
     if config.asynchronous and config.study is None and options.workers == 1:
         raise DiffesError(
-            "asynchronous is of several workers, and workers is 1: raise it, share a study, or leave this out"
+            "asynchronous needs several workers, and workers is 1. Set workers to 2 or more, share a --study, or leave "
+            "asynchronous out."
         )
 
 
@@ -42,7 +43,9 @@ def the_ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise DiffesError('several workers need Ray, which does not import: pip install "diffes[ray]"') from error
+        raise DiffesError(
+            'several workers need Ray, which cannot be imported. Run pip install "diffes[ray]", or set workers to 1.'
+        ) from error
     return ray
 
 
@@ -62,7 +65,9 @@ def connect(ray: Any, options: WorkerOptions) -> None:
     except Exception as error:
         where = "on this machine" if options.ray_address is None else f"at {options.ray_address}"
         reason = " ".join(str(error).split())[:200]
-        raise DiffesError(f"there is no Ray cluster {where} ({type(error).__name__}: {reason})") from error
+        raise DiffesError(
+            f"there is no Ray cluster {where} ({type(error).__name__}: {reason}). Start one with `ray start --head`."
+        ) from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray's own handler would call `sys.exit`
@@ -82,6 +87,6 @@ def check_room(there: Mapping[str, float], each: Mapping[str, float], workers: i
     for name, wanted in each.items():
         if wanted * workers > there.get(name, 0.0):
             raise DiffesError(
-                f"{workers} workers of {wanted:g} {name} each want more than the Ray cluster's {there.get(name, 0):g}: "
-                f"take fewer{', or lower gpus_per_worker' if name == 'GPU' else ''}"
+                f"{workers} workers with {wanted:g} {name} each need more than the {there.get(name, 0):g} {name} of "
+                f"the Ray cluster. Use fewer workers{', or lower gpus_per_worker' if name == 'GPU' else ''}."
             )

@@ -306,8 +306,8 @@ class Pool:
             self._failed[i] += 1
             if self._failed[i] >= LIVES:
                 raise DiffesError(
-                    f"worker {i} does not start ({found.why}); what is finished is kept: run the same command again, "
-                    "with fewer workers where memory is short"
+                    f"worker {i} does not start ({found.why}). Finished evaluations are kept: run the same command "
+                    "again, with fewer workers if memory is short."
                 )
             self._wake(i)
 
@@ -319,8 +319,8 @@ class Pool:
         """
         if seconds > PATIENCE_SECONDS:
             raise DiffesError(
-                f"no worker is ready after {seconds:.0f} s; the Ray cluster has {self._ray.available_resources()} to "
-                "spare. Take fewer workers, or lower gpus_per_worker; what is finished is kept"
+                f"no worker is ready after {seconds:.0f} s. The Ray cluster has {self._ray.available_resources()} to "
+                "spare. Use fewer workers, or lower gpus_per_worker. Finished evaluations are kept."
             )
 
     def _died(self, i: int, task: _Task, why: str) -> _Task:
@@ -334,8 +334,8 @@ class Pool:
         self._wake(i)
         if task.deaths >= LIVES:
             raise DiffesError(
-                f"{LIVES} workers ended at {task.name}, the last one because {why}; where memory is short take fewer "
-                "workers; what is finished is kept"
+                f"{LIVES} workers ended during {task.name}, the last one because {why}. If memory is short, use fewer "
+                "workers. Finished evaluations are kept."
             )
         return task
 
@@ -353,8 +353,8 @@ class Pool:
             self._ours = True
         elif options.ray_address is not None:
             raise DiffesError(
-                f"this process has joined a Ray cluster already: leave ray_address {options.ray_address!r} out, or "
-                "call ray.shutdown() first"
+                f"this process has already joined a Ray cluster. Leave out ray_address {options.ray_address!r}, or "
+                "call ray.shutdown() first."
             )
         gpus = options.gpus_per_worker
         if gpus is None:

@@ -86,7 +86,7 @@ def test_where_nothing_improves_the_axis_is_readable() -> None:
 def test_a_front_has_its_budget_what_was_chosen_and_uniform_and_nothing_dominated() -> None:
     points = [(0.5, 0.6, False), (0.3, 0.7, False), (0.6, 0.9, False), (0.8, 0.95, True), (0.85, 0.95, True)]
     marked = {"chosen": (0.6, 0.9), "uniform": (0.69, 0.85)}
-    figure = charts.front({"searched": points}, "ssim", (0.7, "budget"), marked)
+    figure = charts.fitness_over_macs({"searched": points}, "ssim", (0.7, "budget"), marked)
     assert marks(figure, "searched") == [(0.3, 0.7), (0.6, 0.9), (0.8, 0.95)]
     assert marks(figure, "searched, dominated") == [(0.5, 0.6), (0.85, 0.95)]
     assert marks(figure, "searched, over budget") == [(0.8, 0.95), (0.85, 0.95)]
@@ -104,7 +104,7 @@ def test_fronts_of_plans_likewise_in_cost_and_in_time() -> None:
         plan("dense", 4, 4, 40, 0.4), plan("dense", 6, 6, 60, 0.3), plan("joint", 4, 3.9, 70, 0.1),
         plan("joint", 6, 6.5, 65, 0.05), plan("joint", 8, 8, 80, 0.2), plan("joint", 9, 9, 90, None),
     ]  # fmt: skip
-    figure = charts.fronts(points, "macs")
+    figure = charts.error_over_cost(points, "macs")
     assert marks(figure, "joint") == [(3.9, 0.1), (6.5, 0.05)] and marks(figure, "joint", 1) == [(65, 0.05)]
     assert marks(figure, "joint, dominated") == [(8, 0.2)]
     assert marks(figure, "joint, dominated", 1) == [(70, 0.1), (80, 0.2)]

@@ -63,7 +63,7 @@ def test_an_axis_on_which_nothing_changes_does_not_count_in_billionths(value: fl
 
 def test_damage_is_on_a_logarithmic_scale_and_what_costs_nothing_is_explained() -> None:
     table = [[0, 1e-4, 1e-2], [0, -1e-3, 1e-1], [float("nan")] * 3]
-    figure = plots.damage(table, Stages.equal(3), "ssim")
+    figure = plots.sensitivity(table, Stages.equal(3), "ssim")
     axes = figure.axes[0]
     (image,) = axes.images
     assert type(image.norm).__name__ == "LogNorm" and (image.norm.vmin, image.norm.vmax) == (1e-4, 1e-1)
@@ -76,7 +76,7 @@ def test_damage_is_on_a_logarithmic_scale_and_what_costs_nothing_is_explained() 
         "costs nothing here, or gains",
         "no step of the sampler is in this stage",
     ]
-    plots.damage([[0, 0.0], [0, 0.0]], Stages.equal(2), "ssim")
+    plots.sensitivity([[0, 0.0], [0, 0.0]], Stages.equal(2), "ssim")
 
 
 def test_differences_are_beside_the_images_on_one_scale() -> None:

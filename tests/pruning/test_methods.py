@@ -252,10 +252,10 @@ def test_log_weighting_of_obs_falls_from_one_to_a_half() -> None:
     [
         ("obs:weighting=linear", "weighting of obs must be uniform or log, got 'linear'"),
         ("obs:damping=0", r"damping of obs must be in \(0, 1\], got 0"),
-        ("obs:dampin=0.1", "its options are damping, weighting"),
-        ("obs:damping", "is no option"),
+        ("obs:dampin=0.1", "Its options: damping, weighting"),
+        ("obs:damping", "is not an option"),
         ("layer_drop:importance=l1", "must be cosine or mse, got 'l1'"),
-        ("magnitude:x=1", "its options are none"),
+        ("magnitude:x=1", "Its options: none"),
         ("obss", "Did you mean 'obs'"),
     ],
 )

@@ -51,7 +51,7 @@ def test_one_of_other_settings_or_versions_is_not(tmp_path: Path) -> None:
 def test_a_finished_run_is_only_replaced_when_told_to(tmp_path: Path) -> None:
     out = unfinished(tmp_path / "run")
     (out / folder.REPORT).write_text("{}")
-    with pytest.raises(DiffesError, match="finished run; raise --max-evals to go on with it, pass --overwrite"):
+    with pytest.raises(DiffesError, match=r"finished run\. Raise --max-evals to continue it, pass --overwrite"):
         folder.open_run(out, CONFIG, overwrite=False)
     assert not folder.open_run(out, CONFIG, overwrite=True)
 
@@ -59,7 +59,7 @@ def test_a_finished_run_is_only_replaced_when_told_to(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{}", "[]", "no JSON", '{"settings": {}, "versions": {"torch": "2"}}'])
 def test_what_is_no_run_is_never_replaced(tmp_path: Path, content: str) -> None:
     (tmp_path / files.CONFIG).write_text(content)
-    with pytest.raises(DiffesError, match="holds no run"):
+    with pytest.raises(DiffesError, match="not a run of diffes"):
         folder.open_run(tmp_path, CONFIG, overwrite=True)
 
 

@@ -275,11 +275,11 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        (artifact.SCHEDULE, edit_levels, "was altered"),
+        (artifact.SCHEDULE, edit_levels, "was changed after it was written"),
         (artifact.SCHEDULE, truncate, "is damaged"),
         (artifact.SCHEDULE, Path.unlink, "unfinished"),
-        (artifact.BANK, flip_a_byte, "truncated or altered"),
-        (artifact.BANK, truncate, "truncated or altered"),
+        (artifact.BANK, flip_a_byte, "truncated or changed"),
+        (artifact.BANK, truncate, "truncated or changed"),
         (artifact.BANK, Path.unlink, "is missing"),
     ],
 )
@@ -311,7 +311,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, tiny_folder: Path) -
     pipe = open_pipe(tiny_folder)
     with pytest.raises(DiffesError, match="no run folder"):
         diffes.apply(pipe, tmp_path)
-    with pytest.raises(DiffesError, match="no folder"):
+    with pytest.raises(DiffesError, match="is not a folder"):
         diffes.apply(pipe, tmp_path / "nothing")
 
 

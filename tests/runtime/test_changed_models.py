@@ -222,7 +222,7 @@ def parametrise(adapter: ModelAdapter) -> None:
         (lambda adapter: set_processors(adapter, IPAdapterAttnProcessor2_0(32, 32)), "unload_ip_adapter"),
         (cast_at_every_call, "enable_layerwise_casting"),
         (quantise, r"quantised.*torch.int8"),
-        (compile_a_block, "was compiled for itself"),
+        (compile_a_block, "torch.compile wrapped"),
         (parametrise, "no plain parameter"),
     ],
 )

@@ -171,7 +171,7 @@ class JunkInPlans(RandomSearch):
     explores = True
 
     def _ask(self) -> list[Proposal]:
-        return [self.propose([self.space.thinnest] * self.space.n_stages) for _ in super()._ask()[:1]]
+        return [self.propose([self.space.most_pruned] * self.space.n_stages) for _ in super()._ask()[:1]]
 
 
 class Silent(RandomSearch):
@@ -372,7 +372,7 @@ def test_an_operator_of_plans_has_to_refuse_other_spaces() -> None:
 
 def skips_all(genome: list[int], *, space: SearchSpace, rng: np.random.Generator) -> Any:
     """It takes the highest value for a level like others."""
-    return ([max(level, space.thinnest + isinstance(space, PlanSpace)) for level in genome],)
+    return ([max(level, space.most_pruned + isinstance(space, PlanSpace)) for level in genome],)
 
 
 def test_an_operator_that_knows_nothing_of_skipped_nodes_is_found() -> None:

@@ -54,7 +54,7 @@ def test_options_may_be_tuples_and_of_a_wrong_type_are_named() -> None:
     made = STRATEGIES.make("evopress:fidelities=(0.1,0.5,1.0),survivors=(8,2),lam=9", PAPER, seed=0)
     assert (made.fidelities, made.survivors, made.lam) == ((0.1, 0.5, 1.0), (8, 2), 9)
     for spec in ("evopress:survivors=8", "evopress:fidelities=0.5"):
-        with pytest.raises(DiffesError, match="not of its type"):
+        with pytest.raises(DiffesError, match="wrong type"):
             STRATEGIES.make(spec, PAPER, seed=0)
 
 

@@ -237,7 +237,7 @@ def test_only_fits_need_the_reference_recorded(tiny: ModelAdapter) -> None:
 
 def test_a_plan_that_is_not_fitted_yet_is_not_applied(tiny: ModelAdapter) -> None:
     dense, own = plan_of(tiny, levels=(0,) * 5), tiny.pipe.scheduler
-    with pytest.raises(DiffesError, match="this plan of the solver 'fitted' has no coefficients: fit them with"):
+    with pytest.raises(DiffesError, match=r"no coefficients, and its solver 'fitted' needs them\. Fit them with"):
         diffes.apply(tiny.pipe, dense)
     assert tiny.pipe.scheduler is own
     pipe = diffes.apply(tiny.pipe, evaluator_of(tiny).fitted(dense))

@@ -60,7 +60,7 @@ def test_a_process_that_ends_in_pure_noise_keeps_a_little_signal() -> None:
 
 
 def test_other_schedulers_and_predictions_are_refused() -> None:
-    with pytest.raises(DiffesError, match="FlowMatchEulerDiscreteScheduler does not count in training timesteps"):
+    with pytest.raises(DiffesError, match="training timesteps, and FlowMatchEulerDiscreteScheduler has none"):
         NoiseProcess.of(FlowMatchEulerDiscreteScheduler())
     with pytest.raises(DiffesError, match=r"prediction_type must be one of epsilon, .*, got 'velocity'"):
         NoiseProcess.of(DDIMScheduler(prediction_type="velocity"))

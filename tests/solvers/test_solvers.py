@@ -90,7 +90,7 @@ def test_a_solver_is_asked_for_two_runs_in_turn() -> None:
         ("fitted:scaled=maybe", "scaled must be true or false, got 'maybe'"),
         ("fitted:ridge=0", "ridge must be a finite number above 0, got 0"),
         ("fitted:ridge=-1e-3", "ridge must be a finite number above 0"),
-        ("ddim:order=2", "its options are none"),
+        ("ddim:order=2", "Its options: none"),
         ("dpmsolver", r"unknown solver of plans 'dpmsolver'.*Did you mean 'dpmsolver\+\+'"),
     ],
 )

@@ -170,9 +170,9 @@ def test_the_front_is_what_nothing_else_dominates() -> None:
 @pytest.mark.parametrize(
     ("scores", "batch", "message"),
     [
-        ({}, [], "no schedule at all"),
-        ({}, ask(DEAR), "none of 1 evaluations was on all probes and within the budget"),
-        ({}, ask(A, fidelity=0.5), "none of 1 evaluations was on all probes and within the budget"),
+        ({}, [], "asked for no schedule"),
+        ({}, ask(DEAR), "none of its 1 evaluations was on all probes and within the budget"),
+        ({}, ask(A, fidelity=0.5), "none of its 1 evaluations was on all probes and within the budget"),
         ({A: -math.inf, B: -math.inf}, ask(A, B, DEAR), "all 2 evaluations failed"),
     ],
 )
@@ -243,5 +243,5 @@ def test_an_evaluation_of_another_fidelity_is_refused() -> None:
     def elsewhere(schedules: Sequence[Schedule], fidelity: float = 1.0) -> list[Evaluation]:
         return [replace(evaluation, fidelity=0.25) for evaluation in Table()(schedules, fidelity)]
 
-    with pytest.raises(DiffesError, match=r"at fidelity 0.25, which it was not given at 0.5"):
+    with pytest.raises(DiffesError, match=r"at the fidelity 0.5. It returned .* at the fidelity 0.25"):
         list(Ledger(SPACE, elsewhere).measure(ask(A, fidelity=0.5)))

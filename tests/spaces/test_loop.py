@@ -365,7 +365,7 @@ def test_all_failed_is_an_error_but_stored(journal: Path) -> None:
     with pytest.raises(DiffesError, match="all 2 evaluations failed"):
         run_search(Scripted([1], [2]), failing, store=open_store(journal), max_evals=9)
     assert len(open_store(journal)) == 2
-    with pytest.raises(DiffesError, match="no schedule at all"):
+    with pytest.raises(DiffesError, match="asked for no schedule"):
         run_search(Scripted(), Counting(), max_evals=9)
 
 

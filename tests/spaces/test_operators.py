@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import random
 from collections.abc import Iterator, Sequence
@@ -21,9 +22,11 @@ from diffes.spaces.operators import (
     PlainOperator,
     confined,
     crossover,
+    default_of,
     mended,
     mutation,
 )
+from diffes.spaces.plan import PlanSpace
 from diffes.spaces.schedule import Stages
 from diffes.spaces.space import SearchSpace
 from diffes.spaces.variation import make_toolbox
@@ -146,10 +149,10 @@ def test_bounds_come_from_the_space_unless_they_are_given() -> None:
         (MUTATIONS, "deap.cxTwoPoint", r"unknown mutation 'deap.cxTwoPoint'.*Known: deap.mutESLogNormal"),
         (MUTATIONS, "deap.mutation", r"unknown mutation 'deap.mutation'"),
         (CROSSOVERS, "deap.mutFlipBit", r"unknown crossover 'deap.mutFlipBit'.*Known: deap.cxBlend"),
-        (MUTATIONS, "level_switch:moves=3", r"'level_switch:moves=3'.*its options are max_moves, max_levels"),
-        (MUTATIONS, "deap.mutUniformInt", r"missing a required argument: 'indpb'; its options are low, up, indpb"),
-        (MUTATIONS, "deap.mutUniformInt:p=1,indpb=1", r"'p'; its options are low, up, indpb"),
-        (CROSSOVERS, "deap.cxTwoPoint:indpb=1", r"'indpb'; its options are none"),
+        (MUTATIONS, "level_switch:moves=3", r"'level_switch:moves=3'.*Its options: max_moves, max_levels"),
+        (MUTATIONS, "deap.mutUniformInt", r"missing a required argument: 'indpb'. Its options: low, up, indpb"),
+        (MUTATIONS, "deap.mutUniformInt:p=1,indpb=1", r"'p'.*Its options: low, up, indpb"),
+        (CROSSOVERS, "deap.cxTwoPoint:indpb=1", r"'indpb'. Its options: none"),
     ],
 )
 def test_wrong_names_and_options_are_named(registry: OperatorRegistry, spec: str, message: str) -> None:
@@ -201,7 +204,7 @@ def test_a_plain_operator_of_a_user_is_rounded_and_repaired() -> None:
         found.add(tuple(genome))
     assert len(found) > 20
     assert bind(MUTATIONS, "noisy:indpb=0")(Genome(PAPER.uniform())) == (PAPER.uniform(),)
-    with pytest.raises(DiffesError, match=r"'noisy:p=1'.*its options are indpb"):
+    with pytest.raises(DiffesError, match=r"'noisy:p=1'.*Its options: indpb"):
         bind(MUTATIONS, "noisy:p=1")
 
 
@@ -319,9 +322,7 @@ def shorter(individual: list[int]) -> Any:
 @pytest.mark.parametrize("function", [not_a_number, infinite, letters, beyond])
 def test_a_plain_operator_that_cannot_work_is_named(function: Any) -> None:
     mutation("bad")(function)
-    with pytest.raises(
-        DiffesError, match=r"operator 'bad' cannot work on a genome of 10 levels from 0 to 8 \(.+\); take"
-    ):
+    with pytest.raises(DiffesError, match=r"operator 'bad' fails on a genome of 10 levels from 0 to 8 \(.+\). Choose"):
         bind(MUTATIONS, "bad")(Genome(PAPER.uniform()))
 
 
@@ -335,18 +336,18 @@ def test_a_plain_operator_that_returns_no_tuple_is_named(function: Any) -> None:
 @pytest.mark.parametrize(("function", "length"), [(longer, 11), (shorter, 9)])
 def test_a_plain_operator_that_changes_the_length_is_named(function: Any, length: int) -> None:
     mutation("bad")(function)
-    with pytest.raises(DiffesError, match=rf"operator 'bad' made a genome of {length} levels of one of 10"):
+    with pytest.raises(DiffesError, match=rf"operator 'bad' returned a genome of {length} levels, and it must have 10"):
         bind(MUTATIONS, "bad")(Genome(PAPER.uniform()))
 
 
 @pytest.mark.parametrize(
     ("registry", "spec", "message"),
     [
-        (MUTATIONS, "deap.mutESLogNormal:c=1,indpb=1", "'deap.mutESLogNormal' cannot work"),  # wants a strategy vector
-        (MUTATIONS, "deap.mutUniformInt:indpb=1,low=(1,2)", "'deap.mutUniformInt' cannot work"),
-        (MUTATIONS, "deap.mutUniformInt:indpb=often", "'deap.mutUniformInt' cannot work"),
-        (CROSSOVERS, "deap.cxESBlend:alpha=0.5", "'deap.cxESBlend' cannot work"),
-        (CROSSOVERS, "deap.cxMessyOnePoint", "'deap.cxMessyOnePoint' made a genome of .* levels of one of 10"),
+        (MUTATIONS, "deap.mutESLogNormal:c=1,indpb=1", "'deap.mutESLogNormal' fails on a"),  # wants a strategy vector
+        (MUTATIONS, "deap.mutUniformInt:indpb=1,low=(1,2)", "'deap.mutUniformInt' fails on a genome"),
+        (MUTATIONS, "deap.mutUniformInt:indpb=often", "'deap.mutUniformInt' fails on a genome"),
+        (CROSSOVERS, "deap.cxESBlend:alpha=0.5", "'deap.cxESBlend' fails on a genome"),
+        (CROSSOVERS, "deap.cxMessyOnePoint", "'deap.cxMessyOnePoint' returned a genome of .* levels, and it must"),
     ],
 )
 def test_those_of_deap_that_do_not_suit_are_named(registry: OperatorRegistry, spec: str, message: str) -> None:
@@ -475,3 +476,41 @@ def test_individuals_of_deaps_creator_work_as_its_documentation_teaches() -> Non
         del creator.FitnessHigh, creator.Individual
     assert all(type(each).__name__ == "Individual" and PAPER.is_feasible(each) for each in found)
     assert max(each.fitness.values[0] for each in found) == 0.0
+
+
+class Derived(SearchSpace):
+    """A kind of space that nobody wrote a default for."""
+
+
+def test_the_default_of_a_space_is_the_operator_that_was_written_for_its_kind() -> None:
+    plans = PlanSpace.dense_calls([[1.0, 0.5]] * 4, 2)
+    derived = Derived.mean_sparsity(Stages.equal(3), 4, 0.5)
+    found = [[MUTATIONS.default(s), MUTATIONS.default(s, small=True), CROSSOVERS.default(s)] for s in (TINY, derived)]
+    assert found == [["level_switch", "level_switch_small", "level_exchange"]] * 2
+    assert MUTATIONS.default(plans) == "plan_move"
+    assert MUTATIONS.default(plans, small=True) == "plan_move:max_moves=1"
+    assert CROSSOVERS.default(plans) == "node_exchange"
+
+
+def test_a_default_of_ones_own_goes_before_that_of_the_base_class() -> None:
+    @mutation("mine")
+    @default_of(Derived, options="times=2")
+    def mine(genome: Genome, *, space: SearchSpace, rng: np.random.Generator, times: int = 1) -> tuple[Genome]:
+        return (genome,)
+
+    assert MUTATIONS.default(Derived.mean_sparsity(Stages.equal(3), 4, 0.5)) == "mine:times=2"
+    assert MUTATIONS.default(TINY) == "level_switch"
+
+
+def test_two_defaults_of_one_kind_are_refused_and_a_wrapper_of_one_is_none() -> None:
+    level_switch = MUTATIONS.get("level_switch")
+    mutation("wrapped")(functools.wraps(level_switch)(lambda genome, **options: level_switch(genome, **options)))
+    assert MUTATIONS.default(TINY) == "level_switch"
+    mutation("wrapped")(default_of(SearchSpace)(lambda genome, *, space, rng: (genome,)))
+    with pytest.raises(DiffesError, match="level_switch and wrapped are both the default mutation of SearchSpace"):
+        MUTATIONS.default(TINY)
+
+
+def test_a_registry_without_a_default_says_so() -> None:
+    with pytest.raises(DiffesError, match="no installed mutation is the default of SearchSpace"):
+        OperatorRegistry("mutation", "diffes.nothing", "mut", 1).default(TINY)

@@ -126,5 +126,5 @@ def test_processes_search_one_study_together_and_one_may_die(url: str) -> None:
 def test_a_study_of_other_settings_is_refused(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'studies.db'}"
     EvaluationStore(url, SPACE, "together", "settings 1", shared=True)
-    with pytest.raises(DiffesError, match="holds evaluations of run settings 1, this search has settings 2"):
+    with pytest.raises(DiffesError, match="holds evaluations with run settings 1, and this search has settings 2"):
         EvaluationStore(url, SPACE, "together", "settings 2", shared=True)

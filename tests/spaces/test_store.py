@@ -96,7 +96,7 @@ def test_a_value_that_was_changed_or_is_none_is_found(path: Path, written: str, 
     content = path.read_text().replace(" ", "")
     at = content.rindex(written)
     path.write_text(content[:at] + changed + content[at + len(written) :])
-    with pytest.raises(DiffesError, match=r"altered|damaged"):
+    with pytest.raises(DiffesError, match=r"was changed after it was written|damaged"):
         reopen(path)
 
 
@@ -139,7 +139,7 @@ def test_coefficients_that_were_changed_are_found(path: Path, written: str, chan
     content = path.read_text().replace(" ", "")
     at = content.rindex(written)
     path.write_text(content[:at] + changed + content[at + len(written) :])
-    with pytest.raises(DiffesError, match=r"altered|damaged"):
+    with pytest.raises(DiffesError, match=r"was changed after it was written|damaged"):
         reopen(path)
 
 
@@ -204,13 +204,13 @@ def test_a_run_killed_before_its_first_evaluation_can_be_opened(path: Path) -> N
 @pytest.mark.parametrize(("stages", "max_level"), [(Stages.equal(4), 8), (Stages.equal(3, 999), 8), (STAGES, 4)])
 def test_a_journal_of_another_kind_is_refused(path: Path, stages: Stages, max_level: int) -> None:
     reopen(path)
-    with pytest.raises(DiffesError, match=r"holds evaluations of (stages|max_level)"):
+    with pytest.raises(DiffesError, match=r"holds evaluations with (stages|max_level)"):
         EvaluationStore(path, SearchSpace.mean_sparsity(stages, max_level, 0.5))
 
 
 def test_a_schedule_of_another_kind_is_refused(path: Path) -> None:
     store = reopen(path)
-    with pytest.raises(DiffesError, match="max_level 8, got one of 4 stages"):
+    with pytest.raises(DiffesError, match=r"max_level 8\. Got one with 4 stages"):
         store.add(Evaluation(Schedule(Stages.equal(4), (1, 1, 1, 1), 8), 0.0))
     with pytest.raises(DiffesError, match="NaN"):
         store.add(evaluation(1, 1, 1, fitness=math.nan))
@@ -221,7 +221,7 @@ def test_a_schedule_of_another_kind_is_refused(path: Path) -> None:
 def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
-    with pytest.raises(DiffesError, match="no journal"):
+    with pytest.raises(DiffesError, match="not a journal"):
         reopen(path)
     assert path.read_bytes() == content
 

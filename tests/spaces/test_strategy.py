@@ -11,7 +11,7 @@ from diffes.errors import DiffesError
 from diffes.spaces.genome import Origin
 from diffes.spaces.schedule import Stages
 from diffes.spaces.space import SearchSpace
-from diffes.spaces.strategy import Evaluation, Proposal, Strategy, key_of
+from diffes.spaces.strategy import Evaluation, Proposal, Strategy, measurement_key
 
 SPACE = SearchSpace.mean_sparsity(Stages.equal(3), 4, 0.5)
 FIRST = [[2, 2, 2], [1, 2, 3], [3, 2, 1]]
@@ -83,7 +83,7 @@ def test_asking_with_open_schedules_is_refused() -> None:
     strategy = Scripted([FIRST, FIRST])
     a, _, _ = strategy.ask()
     strategy.tell([measured(a, 1.0)])
-    with pytest.raises(DiffesError, match="tell the 2 open schedules"):
+    with pytest.raises(DiffesError, match="2 schedules of the last batch have no result yet"):
         strategy.ask()
 
 
@@ -103,7 +103,7 @@ def test_a_refused_tell_takes_nothing() -> None:
     other = Evaluation(SPACE.schedule([0, 2, 4]), 1.0)
     elsewhere = Evaluation(b.schedule, 1.0, fidelity=0.5)
     for evaluations in ([measured(a, 1.0)], [other], [elsewhere], [measured(b, 1.0), measured(b, 1.0)]):
-        with pytest.raises(DiffesError, match="not open"):
+        with pytest.raises(DiffesError, match="told before, or never asked for"):
             strategy.tell(evaluations)
     strategy.tell([measured(b, 1.0), measured(c, 1.0)])
     assert strategy.learnt == [[1.0, 1.0, 1.0]]
@@ -120,14 +120,14 @@ def test_a_subclass_that_breaks_the_contract_is_refused(batch: list[list[int]], 
 
 def test_an_explorer_may_ask_for_what_is_off_the_budget() -> None:
     assert [p.schedule.levels for p in Explorer([[[2, 2, 1], [4, 4, 4]]]).ask()] == [(2, 2, 1), (4, 4, 4)]
-    with pytest.raises(DiffesError, match=r"integers in \[0, 4\]"):
+    with pytest.raises(DiffesError, match=r"whole numbers in \[0, 4\]"):
         Explorer([[[5, 0, 0]]]).ask()
 
 
 def test_one_schedule_may_be_asked_at_two_fidelities() -> None:
     strategy = Rungs([FIRST[:1]])
     batch = strategy.ask()
-    assert [key_of(p) for p in batch] == [(SPACE.schedule([2, 2, 2]), 0.5), (SPACE.schedule([2, 2, 2]), 1.0)]
+    assert [measurement_key(p) for p in batch] == [(SPACE.schedule([2, 2, 2]), 0.5), (SPACE.schedule([2, 2, 2]), 1.0)]
     strategy.tell([measured(p, p.fidelity) for p in reversed(batch)])
     assert strategy.learnt == [[0.5, 1.0]]
 
@@ -138,7 +138,7 @@ def test_a_proposal_carries_its_fidelity_and_origin() -> None:
     proposal = strategy.propose([2, 2, 2], fidelity=0.25, origin=origin)
     assert (proposal.fidelity, proposal.origin) == (0.25, origin)
     for fidelity in (0, -0.5, 1.5, math.nan):
-        with pytest.raises(DiffesError, match=r"fidelity must be in \(0, 1\]"):
+        with pytest.raises(DiffesError, match=r"fidelity must be above 0 and at most 1"):
             strategy.propose([2, 2, 2], fidelity=fidelity)
 
 

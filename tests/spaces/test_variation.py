@@ -81,7 +81,7 @@ def test_toolbox_refuses_unknown_names_and_parameters() -> None:
         make_toolbox(PAPER, rng, mutate="level_swich")
     with pytest.raises(DiffesError, match=r"unknown crossover 'worst'.*Known: level_exchange"):
         make_toolbox(PAPER, rng, mate="worst")
-    with pytest.raises(DiffesError, match=r"'level_switch:moves=3'.*its options are max_moves, max_levels"):
+    with pytest.raises(DiffesError, match=r"'level_switch:moves=3'.*Its options: max_moves, max_levels"):
         make_toolbox(PAPER, rng, mutate="level_switch:moves=3")
 
 

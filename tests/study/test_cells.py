@@ -147,7 +147,7 @@ def test_a_cell_that_fails_in_a_worker_is_noted_as_in_one_process(
         (tmp_path / cells.CELLS).unlink(missing_ok=True)
         found.append(grid.run_experiment(model, {"strategy": ["random"]}, 2, tmp_path, Counting(), options))
     assert found[0].failed == found[1].failed and len(found[0].failed) == 1
-    assert found[0].failed[0].error.startswith(f"DiffesError: {journal} is no journal of evaluations; choose another")
+    assert found[0].failed[0].error.startswith(f"DiffesError: {journal} is not a journal of evaluations.")
     assert [facts(record) for record in found[0].records] == [facts(record) for record in found[1].records]
 
 
@@ -160,7 +160,7 @@ def test_a_full_disk_ends_the_command(model: RunConfig, one_pool: Pool, tmp_path
         journal.symlink_to(tmp_path / "nowhere" / "at all")
     else:
         journal.mkdir()
-    with pytest.raises(diffes.DiffesError if cause else OSError, match="no journal" if cause else "Is a directory"):
+    with pytest.raises(diffes.DiffesError if cause else OSError, match="not a journal" if cause else "Is a directory"):
         grid.run_experiment(model, {"strategy": ["random"]}, 2, tmp_path, Counting(), TWO)
     assert not (tmp_path / "results.json").exists()
 

@@ -79,7 +79,7 @@ def test_an_asynchronous_search_measures_what_one_process_does(factored: Workben
     assert {e.schedule: e.fitness for e in found.evaluations} == alone
     assert {e.measured.worker for e in found.evaluations if e.measured} <= {"worker 0", "worker 1"}
     assert str(pool).startswith("2 workers, ") and str(pool).endswith(" calls/s, 0 waiting")
-    with pytest.raises(DiffesError, match="asynchronous is of several workers, and workers is 1"):
+    with pytest.raises(DiffesError, match="asynchronous needs several workers, and workers is 1"):
         bench.search(progress=Counting())
     with pytest.raises(
         DiffesError, match=r"'evopress' wants whole generations; asynchronous ones: evolution, surrogate"
