@@ -41,10 +41,10 @@ AIMED = (
     ),
     # the two branches of guidance are added up, not mixed
     Aimed(
-        "diffes/pruning/damage.py",
+        "diffes/pruning/sensitivity.py",
         "self.guidance * predicted[:n] + (1 - self.guidance) * predicted[n:]",
         "self.guidance * predicted[:n] + predicted[n:]",
-        ("tests/pruning/test_damage.py",),
+        ("tests/pruning/test_sensitivity.py",),
     ),
     # a timestep on the edge of two stages goes to the lower one
     Aimed(

@@ -40,9 +40,9 @@ def masked(adapter: ModelAdapter, bank: WeightBank, level: int, stack: ExitStack
             continue
         if isinstance(prunable, GroupSet):
             columns = prunable.features(thin.kept.long())
-            layer = adapter.denoiser.get_submodule(prunable.consumer)
+            layer = adapter.denoiser.get_submodule(prunable.consumers[0])
             dense, full = layer.weight.data, torch.zeros_like(layer.weight)
-            full[:, columns] = thin.consumer if thin.consumer is not None else dense[:, columns]
+            full[:, columns] = thin.consumers[0] if thin.consumers else dense[:, columns]
             layer.weight.data = full
             stack.callback(setattr, layer.weight, "data", dense)
         elif isinstance(prunable, BlockSet):

@@ -25,7 +25,7 @@ from diffes.adapters.groups import (
     NoHeads,
     UpLayerSet,
     hand_on,
-    heads_of,
+    sets_of_block,
 )
 from diffes.errors import DiffesError
 from diffes.plugins import guarded, unexpected
@@ -230,7 +230,7 @@ class ModelAdapter(abc.ABC):
         """
         if kind == "depth":
             return len(self.blocks())
-        return max(groups.n_groups for groups in self.group_sets() if groups.kind == "heads")
+        return max(groups.n_groups for groups in self.group_sets() if groups.attention is not None)
 
     def prunable(self, kind: str) -> Sequence[AnySet]:
         """Return the sets that methods of a kind remove or reuse. Kinds of several methods are joined by "+"."""
@@ -246,9 +246,7 @@ class ModelAdapter(abc.ABC):
 
     def branches(self) -> BranchSet:
         """Return the attentions and FFNs of every block, in the order of the forward pass."""
-        parts = [f"{path}.{name}" for path in self.blocks() for name in ("attn1", "attn2", "ff")]
-        there = {name for name, _ in self.denoiser.named_modules()}
-        return BranchSet(tuple(part for part in parts if part in there))
+        return BranchSet(tuple(groups.name for groups in self.group_sets()))
 
     def up_layers(self) -> UpLayerSet | None:
         """Return the layers of a U-Net's decoder path; None where the denoiser is no U-Net."""
@@ -256,16 +254,8 @@ class ModelAdapter(abc.ABC):
 
     def group_sets(self) -> list[GroupSet]:
         """Return the heads and FFN channels of every block, in the order of the forward pass."""
-        sets = []
-        for path in self.blocks():
-            block = self.denoiser.get_submodule(path)
-            for name in ("attn1", "attn2"):
-                attention = getattr(block, name, None)
-                if attention is not None:
-                    sets.append(heads_of(f"{path}.{name}", attention))
-            channels = block.ff.net[2].weight.shape[1]
-            sets.append(GroupSet(f"{path}.ff", "channels", channels, 1, (f"{path}.ff.net.0.proj",), f"{path}.ff.net.2"))
-        return sets
+        submodule = self.denoiser.get_submodule
+        return [groups for path in self.blocks() for groups in sets_of_block(path, submodule(path))]
 
     def skipped(self, block: nn.Module) -> Callable[..., Any]:
         """Return the forward that a block gets when it is skipped. The block itself stays in the model."""

@@ -309,7 +309,7 @@ def prepare(
     if isinstance(example, PlanSpace):
         NoiseProcess.of(pipe.scheduler)  # refuses processes that plans do not know
     try_adapter(adapter, config.steps, config.scale)
-    if "reuse" in method.kind and config.cost == "level":
+    if method.reuses and config.cost == "level":
         raise DiffesError(
             f"levels of {config.method} that reuse remove nothing: set cost to macs or latency, not level"
         )

@@ -30,5 +30,5 @@ class DeepReuse(ReuseMethod):
     def max_level(self, adapter: ModelAdapter) -> int:
         return self.groups(adapter).n_groups - 1
 
-    def kept(self, groups: ReuseSet, max_level: int, harm: Tensor | None) -> list[Tensor]:
+    def kept(self, groups: ReuseSet, max_level: int, sensitivity: Tensor | None) -> list[Tensor]:
         return [torch.arange(level, groups.n_groups, dtype=torch.int32) for level in range(1, max_level + 1)]

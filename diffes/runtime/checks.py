@@ -56,11 +56,11 @@ def check_cuttable(adapter: ModelAdapter) -> None:
         if type(parameter) is not nn.Parameter or parameter.dtype not in COMPUTED_IN:
             raise DiffesError(
                 f"{path} is quantised, or stored as no plain tensor ({type(parameter).__name__} of {parameter.dtype}): "
-                "thin layers can be cut from float64, float32, float16 and bfloat16 alone; load the pipeline so"
+                "pruned layers can be cut from float64, float32, float16 and bfloat16 alone; load the pipeline so"
             )
     for groups in adapter.group_sets():
-        if groups.kind == "heads":
-            check_attention(groups.name, adapter.denoiser.get_submodule(groups.name))
+        if groups.attention is not None:
+            check_attention(groups.attention, adapter.denoiser.get_submodule(groups.attention))
 
 
 def check_attention(name: str, attention: Any) -> None:
@@ -71,12 +71,12 @@ def check_attention(name: str, attention: Any) -> None:
     """
     if isinstance(attention.processor, nn.Module):
         raise DiffesError(
-            f"{name} has an adapter of its own (IP-Adapter?), which cannot be cut to thin layers; call "
+            f"{name} has an adapter of its own (IP-Adapter?), which cannot be cut to pruned layers; call "
             "pipe.unload_ip_adapter()"
         )
     if is_fused(attention):
         raise DiffesError(
-            f"{name} has fused projections, which are copies that cannot be cut to thin layers; call "
+            f"{name} has fused projections, which are copies that cannot be cut to pruned layers; call "
             "pipe.unfuse_qkv_projections()"
         )
 
@@ -92,7 +92,7 @@ def tree_of(denoiser: nn.Module, sets: Sequence[GroupSet]) -> Iterator[tuple[dic
     """Yield each step of the module tree on the way to the layers of the sets: the children of a module, the name of
     one of them, and this child."""
     known = set()
-    for path in (path for groups in sets for path in (*groups.producers, groups.consumer)):
+    for path in (path for groups in sets for path in (*groups.producers, *groups.consumers)):
         module = denoiser
         for name in path.split("."):
             child = module.get_submodule(name)
@@ -114,6 +114,6 @@ def written(name: str) -> DiffesError:
     """Return the error for weights of a layer that were written to."""
     return DiffesError(
         f"weights of {name} were written to (a training step, load_state_dict, a scaled LoRA?) while a schedule was "
-        "routed through it; what is written to thin weights is lost at the next stage, and a run is made for the "
+        "routed through it; what is written to pruned weights is lost at the next stage, and a run is made for the "
         "weights that it was searched on: call diffes.remove(pipe), write, call diffes.apply again"
     )

@@ -20,7 +20,7 @@ from diffes.spaces.schedule import Schedule, Stages
 
 def consumer(bank: WeightBank, key: tuple[int, int], name: str) -> torch.Tensor:
     """The compensated weight of a group set at a stage and level."""
-    found = bank[key][name].consumer
+    (found,) = bank[key][name].consumers
     assert found is not None
     return found
 

@@ -15,7 +15,7 @@ from diffes.pruning import METHODS
 from diffes.pruning.bank import WeightBank, split_of
 from diffes.pruning.build import build_bank
 from diffes.pruning.calibration import load_calibration
-from diffes.pruning.damage import StageDamage
+from diffes.pruning.sensitivity import StageSensitivity
 from diffes.runtime.router import Router
 from diffes.spaces.schedule import Schedule, Stages
 
@@ -74,20 +74,20 @@ def test_the_equal_allocation_is_the_papers(tiny: ModelAdapter, stages: Stages) 
         assert kept == [groups.n_kept(level, 4) for groups in tiny.group_sets()]
 
 
-def test_damage_is_measured_in_the_stage_and_decides(
+def test_sensitivity_is_measured_in_the_stage_and_decides(
     tiny: ModelAdapter, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where one set is told to be harmless, it gives all it has before any other gives."""
+    """Where one set is told to be insensitive, it gives all it has before any other gives."""
     data = load_calibration(tiny, Path(tiny.pipe.config._name_or_path) / "calibration.npz", 8)
     asked = []
 
-    def measure(self: StageDamage, sets, thin):  # type: ignore[no-untyped-def]
+    def measure(self: StageSensitivity, sets, pruned):  # type: ignore[no-untyped-def]
         asked.append((self.stage, self.guidance))
         return [torch.arange(len(r.kept)).double().numpy() * (r.groups.name != sets[1].groups.name) for r in sets]
 
-    monkeypatch.setattr(StageDamage, "measure", measure)
+    monkeypatch.setattr(StageSensitivity, "measure", measure)
     bank = build_bank(
-        tiny, METHODS.make("magnitude"), stages, data, guidance=3.0, seed=0, allocation="damage", only=[0, 2]
+        tiny, METHODS.make("magnitude"), stages, data, guidance=3.0, seed=0, allocation="sensitivity", only=[0, 2]
     )
     assert asked == [((0, 250), 3.0), ((500, 750), 3.0)]
     sets = tiny.group_sets()
@@ -96,7 +96,9 @@ def test_damage_is_measured_in_the_stage_and_decides(
     assert second < sets[1].n_groups and [first, *others] == [s.n_groups for s in (sets[0], *sets[2:])]
 
 
-def test_allocation_by_damage_needs_data_even_where_the_method_does_not(tiny: ModelAdapter, stages: Stages) -> None:
+def test_allocation_by_sensitivity_needs_data_even_where_the_method_does_not(
+    tiny: ModelAdapter, stages: Stages
+) -> None:
     with pytest.raises(DiffesError, match="Magnitude with allocation damage needs calibration data, got none"):
         build_bank(tiny, METHODS.make("magnitude"), stages, None, guidance=2.0, seed=0, allocation="damage")
 
