@@ -233,7 +233,7 @@ INDICES = torch.arange(4, dtype=torch.int32)
     [
         (raises, "failed (ZeroDivisionError: of theirs); it must return GroupWeights"), (leaves, "failed (SystemExit"),
         (returns(None), "must return GroupWeights for each of the 4 numbers"), (returns((1,)), "got (1,)"),
-        (lambda *_: [GroupWeights(INDICES)] * 4, "4 groups of transformer_blocks.0.attn1 are kept, its level keeps 3"),
+        (lambda *_: [GroupWeights(INDICES)] * 4, "3 groups of transformer_blocks.0.attn1 must be kept, got 4"),
         (lambda *_: [GroupWeights(INDICES[:n].flip(0)) for n in (3, 2, 1, 0)], "must rise within [0, 3]"),
         (lambda *_: [GroupWeights(INDICES[:n] + 9) for n in (3, 2, 1, 0)], "must rise within [0, 3]"),
         (lambda *_: [GroupWeights(INDICES[:n].double()) for n in (3, 2, 1, 0)], "must be whole numbers"),

@@ -143,8 +143,8 @@ class ModelAdapter(abc.ABC):
         timestep = float(timesteps[0])
         if any(other != timestep for other in timesteps):
             raise DiffesError(
-                f"the rows of a denoiser call are at timesteps from {min(timesteps):g} to {max(timesteps):g}, but thin "
-                "layers are those of one stage: call it with rows at one timestep, or diffes.remove(pipe) first"
+                f"the rows of a denoiser call have timesteps from {min(timesteps):g} to {max(timesteps):g}, but pruned "
+                "layers belong to one stage: call it with one timestep for all rows, or call diffes.remove(pipe) first"
             )
         if not timestep >= 0:
             raise _no_training_timestep(type(self.own_scheduler).__name__, f"the denoiser was called at {timestep:g}")
@@ -164,7 +164,7 @@ class ModelAdapter(abc.ABC):
         Raises:
             DiffesError: the model takes no prompts, or the file is not of that form.
         """
-        raise DiffesError(f"{type(self.pipe).__name__} takes class ids, no prompts; leave --prompts {path} out")
+        raise DiffesError(f"{type(self.pipe).__name__} takes class ids, not prompts: leave --prompts {path} out")
 
     @abc.abstractmethod
     def start(self, probes: Probes, steps: int | Any, guidance: float) -> SamplingState:
@@ -371,8 +371,8 @@ class ModelAdapter(abc.ABC):
         """
         if found := self.unusual():
             raise DiffesError(
-                f"this {type(self.pipe).__name__} has {' and '.join(found)}, which diffes does not know how to sample: "
-                "nothing can be searched on it, but runs that were made for its denoiser can be applied"
+                f"this {type(self.pipe).__name__} has {' and '.join(found)}. diffes cannot sample with that, so it "
+                "cannot search on this pipeline: search on one without it, and apply the run to this one"
             )
 
     def fresh_scheduler(self, n_steps: int) -> Any:
@@ -482,8 +482,8 @@ class ModelAdapter(abc.ABC):
 
 def _no_training_timestep(scheduler: str, reason: str = "it has no noise schedule of variances") -> DiffesError:
     return DiffesError(
-        f"{scheduler} does not count in training timesteps, which stages are made of ({reason}); give the pipeline "
-        "another scheduler, for instance DPMSolverMultistepScheduler.from_config, or "
+        f"{scheduler} does not count in training timesteps ({reason}), but stages are ranges of them: give the "
+        "pipeline another scheduler, for instance DPMSolverMultistepScheduler.from_config, or "
         "EulerDiscreteScheduler.from_config with timestep_type='discrete'"
     )
 
@@ -496,9 +496,8 @@ def check_finite(tensor: Tensor, what: str) -> None:
     """
     if not torch.isfinite(tensor).all():
         raise DiffesError(
-            f"the {what} are NaN or infinite, so nothing can be searched: half precision overflows (the autoencoder of "
-            "SDXL does in float16); choose dtype bfloat16 or float32, or a pipeline with an autoencoder made for "
-            "float16"
+            f"the {what} are NaN or infinite. Half precision overflows, for instance in SDXL's autoencoder in float16: "
+            "choose dtype bfloat16 or float32, or a pipeline whose autoencoder is made for float16"
         )
 
 

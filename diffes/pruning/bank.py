@@ -190,21 +190,21 @@ class BankFile:
             file: Any = safe_open(path, framework="pt")
             metadata = file.metadata() or {}
             if FORMAT not in metadata:
-                raise DiffesError(f"{path} is a safetensors file but no diffes bank")
+                raise DiffesError(f"{path} is a safetensors file, but not a diffes bank")
             self.header: dict[str, Any] = parse_json(metadata[FORMAT])
             if self.header["format_version"] > FORMAT_VERSION:
                 raise DiffesError(
-                    f"{path} has bank format version {self.header['format_version']}, this diffes reads up to "
-                    f"{FORMAT_VERSION}: install a newer diffes"
+                    f"{path} has bank format version {self.header['format_version']}, but this diffes reads versions "
+                    f"up to {FORMAT_VERSION}: install a newer diffes"
                 )
             checked(BankHeader, self.header, path)
             own = {full.rsplit(":", 1)[0] for full in file.keys()}  # noqa: SIM118 (a safe_open handle is no mapping)
             for place, source in ({place: place for place in own} | self.header.get("same", {})).items():
                 if (found := re.fullmatch(PLACE, place)) is None:
-                    raise ValueError(f"a tensor is called {place!r}")
+                    raise ValueError(f"tensors must be called stageS.levelK.NAME:..., got {place!r}")
                 self.names.setdefault((int(found[1]), int(found[2])), {})[found[3]] = source
             if not set(self.header["kind"].split("+")) <= set(get_args(Kind)):
-                raise ValueError(f"kind {self.header['kind']!r}")
+                raise ValueError(f"kind must be of {', '.join(get_args(Kind))}, got {self.header['kind']!r}")
             self._file = file
         except DiffesError:
             raise
@@ -241,7 +241,7 @@ class BankFile:
         for name, n_groups, n_kept in zip(split["sets"], split["groups"], split["kept"][place], strict=True):
             found = len(weights[name].kept) if name in weights else n_groups
             if found != n_kept:
-                raise ValueError(f"{place} keeps {found} groups of {name}, its split says {n_kept}")
+                raise ValueError(f"{place} keeps {found} groups of {name}, but its split says {n_kept}")
 
     def _damaged(self, error: Exception) -> DiffesError:
         return DiffesError(f"{self.path} is damaged ({error}): {AGAIN}")
@@ -299,14 +299,14 @@ def check_bank(bank: WeightBank, header: Mapping[str, Any], adapter: ModelAdapte
     try:
         for (stage, level), entry in bank.items():
             if unknown := sorted(set(entry) - set(sets)):
-                raise ValueError(f"the model has no {unknown[0]}")
+                raise ValueError(f"it has weights of {unknown[0]}, but the model has no such set")
             for name, prunable in sets.items():
                 n = prunable.n_kept(level, bank.max_level or adapter.max_level(bank.kind)) if equal else None
                 if name in entry:
                     outputs = [len(adapter.denoiser.get_submodule(path).weight) for path in prunable.consumers]
                     check_weights(prunable, entry[name], n, outputs)
                 elif n not in (None, prunable.n_groups):
-                    raise ValueError(f"{name} is dense at level {level} of stage {stage}")
+                    raise ValueError(f"stage {stage} at level {level} must prune {name}, but has no weights of it")
     except ValueError as error:
         raise DiffesError(f"{path} is damaged ({error}): {AGAIN}") from error
 
@@ -318,13 +318,13 @@ def check_fingerprint(denoiser: nn.Module, expected: Mapping[str, Any] | None, p
         DiffesError: structure or weights differ by more than half precision explains.
     """
     if expected is None:
-        raise DiffesError(f"{path} is damaged (it does not say which model it was made for); {AGAIN}")
+        raise DiffesError(f"{path} is damaged (it does not name its model): {AGAIN}")
     found = fingerprint(denoiser)
     same_layers = found["structure"] == expected["structure"] and len(found["sample"]) == len(expected["sample"])
     sample, expected_sample = torch.tensor(found["sample"]), torch.tensor(expected["sample"])
     if not same_layers or not torch.allclose(sample, expected_sample, rtol=2e-2, atol=1e-3):
         raise DiffesError(
-            f"{path} was made for another model: its denoiser has other {'weights' if same_layers else 'layers'} than "
-            "this pipeline's; load the pipeline named in the run's config.json, or fit a plan of dense calls to it "
+            f"{path} was made for another model, with other {'weights' if same_layers else 'layers'} than this "
+            "pipeline's: load the pipeline named in the run's config.json, or fit a plan of dense calls to this one "
             "with `diffes fit` or diffes.fit"
         )

@@ -222,12 +222,12 @@ def check_weights(
     """
     kept, consumers = weights.kept, weights.consumers
     if not isinstance(kept, Tensor) or kept.ndim != 1 or kept.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"the groups kept of {groups.name} must be whole numbers (n,)")
+        raise ValueError(f"the groups kept of {groups.name} must be whole numbers in a tensor (n,)")
     groups.check_kept(kept)
     if n_kept is not None and len(kept) != n_kept:
-        raise ValueError(f"{len(kept)} groups of {groups.name} are kept, its level keeps {n_kept}")
+        raise ValueError(f"{n_kept} groups of {groups.name} must be kept, got {len(kept)}")
     if not isinstance(consumers, tuple) or len(consumers) not in (0, len(groups.consumers)):
-        raise ValueError(f"{groups.name} must have a tuple of {len(groups.consumers)} consumers, or of none")
+        raise ValueError(f"consumers of {groups.name} must be a tuple of {len(groups.consumers)} weights, or of none")
     for consumer, d_out in zip(consumers, outputs or itertools.repeat(None), strict=False):
         if not isinstance(consumer, Tensor):
             raise ValueError(f"a consumer of {groups.name} must be a tensor, got {type(consumer).__name__}")
@@ -235,7 +235,7 @@ def check_weights(
         if tuple(consumer.shape) != shape:
             raise ValueError(f"a consumer of {groups.name} must be of shape {shape}, got {tuple(consumer.shape)}")
         if not consumer.is_floating_point() or not torch.isfinite(consumer).all():
-            raise ValueError(f"a consumer of {groups.name} has values that are not finite numbers")
+            raise ValueError(f"a consumer of {groups.name} has values that are not finite")
 
 
 def nested(importance: Tensor, n_kept: Sequence[int]) -> list[GroupWeights]:

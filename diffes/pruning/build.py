@@ -346,6 +346,6 @@ def passes(method: PruningMethod, sets: Sequence[Rungs[Any]], memory: int) -> li
 def _check_finite(name: str, run: StagePass | None, values: Sequence[Tensor]) -> None:
     if run is not None and not all(bool(torch.isfinite(each).all()) for each in values):
         raise DiffesError(
-            f"calibration of {name} at timesteps {list(run.stage)} overflowed: not all values are finite; "
-            "try another --dtype"
+            f"calibration of {name} at timesteps {list(run.stage)} overflowed: not all values are finite. Choose "
+            "another --dtype"
         )

@@ -121,7 +121,7 @@ def load_calibration(adapter: ModelAdapter, path: Path, n: int, batch: int = 64)
         with np.load(path) as data:
             images, conditions = data["images"][:n], data[wanted][:n]
         if images.ndim != 4 or images.dtype != np.uint8 or len(images) != len(conditions) or not len(images):
-            raise ValueError(f"images are {images.dtype} {images.shape}, {wanted} {conditions.shape}")
+            raise ValueError(f"images are {images.dtype} {images.shape}, and {wanted} {conditions.shape}")
         if wanted == "labels":
             _check_labels(conditions, adapter)
         elif conditions.ndim != 1 or conditions.dtype.kind != "U" or not all(text.strip() for text in conditions):
@@ -130,7 +130,7 @@ def load_calibration(adapter: ModelAdapter, path: Path, n: int, batch: int = 64)
         latents = torch.cat([adapter.encode(part) for part in pixels.split(batch)])
         config = adapter.denoiser.config
         if latents.shape[1:] != (config.in_channels, config.sample_size, config.sample_size):
-            raise ValueError(f"images of {images.shape[1:]} become latents of {tuple(latents.shape[1:])}")
+            raise ValueError(f"latents of images {images.shape[1:]} have another shape: {tuple(latents.shape[1:])}")
     except Exception as error:  # zipfile, numpy, the model and the checks each raise their own classes
         raise DiffesError(f"{path} holds no calibration images with {wanted}: {error}; {FORM}") from error
     kind = int if wanted == "labels" else str

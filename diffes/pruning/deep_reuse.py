@@ -23,7 +23,7 @@ class DeepReuse(ReuseMethod):
         groups = adapter.up_layers()
         if groups is None:
             raise DiffesError(
-                f"deep_reuse is for U-Nets, and {type(adapter.denoiser).__name__} is none: take block_reuse"
+                f"deep_reuse is for U-Nets, and {type(adapter.denoiser).__name__} is not one: use block_reuse"
             )
         return groups
 

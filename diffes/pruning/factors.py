@@ -257,7 +257,7 @@ class Workshop:
         except OSError as error:
             raise DiffesError(
                 f"the bank's triangles, {(self.filed + triangle.nbytes) / 1e9:.1f} GB so far, have no room in "
-                f"{tempfile.gettempdir()} ({error}): name a folder with more in TMPDIR, or raise --bank-memory"
+                f"{tempfile.gettempdir()} ({error}): set TMPDIR to a folder with more room, or raise --bank-memory"
             ) from error
         stored = Stored(self._file, self.filed, triangle.dtype, len(triangle))
         self.filed += triangle.nbytes

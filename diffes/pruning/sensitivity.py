@@ -92,7 +92,7 @@ class StageSensitivity:
         if not all(bool(torch.isfinite(each).all()) for each in total):
             raise DiffesError(
                 f"the sensitivity to pruned layers at timesteps [{self.stage[0]}, {self.stage[1]}) is not finite: the "
-                "gradients overflowed; try another --dtype, or --allocation equal, which needs none"
+                "gradients overflowed. Choose another --dtype, or --allocation equal, which needs no gradients"
             )
         return [np.asarray(each) / self._elements for each in total]
 
@@ -126,7 +126,7 @@ class StageSensitivity:
         if not torch.isfinite(total).all():
             raise DiffesError(
                 f"the sensitivity to reused outputs at timesteps [{self.stage[0]}, {self.stage[1]}) is not finite: the "
-                "gradients overflowed; try another --dtype"
+                "gradients overflowed. Choose another --dtype"
             )
         return total / self._elements
 

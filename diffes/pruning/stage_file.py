@@ -67,7 +67,7 @@ def read_stage(path: Path, adapter: ModelAdapter) -> WeightBank:
     check_seal(path, data)
     try:
         if file_sha256(beside) != data["sha256"] or fingerprint(adapter.denoiser) != data["fingerprint"]:
-            raise ValueError("its tensors are not those that were written, or of another model")
+            raise ValueError("its tensors were changed, or are of another model")
         with safe_open(beside, framework="pt") as file:
             return _bank(data, file, adapter)
     except Exception as error:  # safetensors' own error class, and any error that data of another model cause
@@ -104,9 +104,11 @@ def _bank(data: dict[str, Any], file: Any, adapter: ModelAdapter) -> WeightBank:
 def _factor(groups: GroupSet, place: str, file: Any) -> Factor:
     order = file.get_tensor(f"{place}:order")
     if order.sort().values.tolist() != list(range(groups.n_groups)):
-        raise ValueError(f"the order of {groups.name} does not name each of its groups once")
+        raise ValueError(f"the order of {groups.name} must name each of its groups once")
     triangles = tuple(file.get_tensor(f"{place}:{triangle_name(i)}") for i in range(len(groups.consumers)))
     for triangle in triangles:
         if triangle.shape != (packed_size(groups.width),):
-            raise ValueError(f"a triangle of {groups.name} has {triangle.numel()} elements")
+            raise ValueError(
+                f"a triangle of {groups.name} must have {packed_size(groups.width)} elements, got {triangle.numel()}"
+            )
     return Factor(groups, order, triangles)

@@ -11,10 +11,11 @@ from diffes.adapters import GroupSet, ModelAdapter
 from diffes.adapters.macs import call_once, macs_per_call
 from diffes.errors import DiffesError
 from diffes.measure.currencies import macs_by_level
-from diffes.pruning import METHODS
+from diffes.pruning import METHODS, make_method
 from diffes.pruning.bank import WeightBank, split_of
 from diffes.pruning.build import build_bank
 from diffes.pruning.calibration import load_calibration
+from diffes.pruning.factors import MEMORY, FactoredWeights
 from diffes.pruning.sensitivity import StageSensitivity
 from diffes.runtime.router import Router
 from diffes.spaces.schedule import Schedule, Stages
@@ -120,3 +121,32 @@ def test_the_split_is_kept_with_the_bank_and_checked(tiny: ModelAdapter, stages:
     assert loaded[1, 1]
     with pytest.raises(DiffesError, match=r"is damaged \(stage2.level3 keeps \d+ groups of transformer_blocks"):
         _ = loaded[2, 3]
+
+
+def test_damage_is_another_name_of_sensitivity(tiny: ModelAdapter, stages: Stages) -> None:
+    data = load_calibration(tiny, Path(tiny.pipe.config._name_or_path) / "calibration.npz", 8)
+    build = {"guidance": 2.0, "seed": 0, "only": [1]}
+    old, new = (
+        build_bank(tiny, METHODS.make("magnitude"), stages, data, allocation=name, **build)  # type: ignore[arg-type]
+        for name in ("damage", "sensitivity")
+    )
+    sets = tiny.group_sets()
+    assert [old.kept(key, sets) for key in sorted(old)] == [new.kept(key, sets) for key in sorted(new)]
+    with pytest.raises(DiffesError, match="allocation must be sensitivity or equal, got 'harm'"):
+        build_bank(tiny, METHODS.make("magnitude"), stages, data, allocation="harm", **build)  # type: ignore[arg-type]
+
+
+def test_a_memory_limit_bounds_all_parts_of_a_sum_together(tiny: ModelAdapter, stages: Stages) -> None:
+    data = load_calibration(tiny, Path(tiny.pipe.config._name_or_path) / "calibration.npz", 8)
+
+    def bank_of(spec: str, memory: int) -> WeightBank:
+        return build_bank(tiny, make_method(spec), stages, data, guidance=2.0, seed=0, only=[1, 2], memory=memory)
+
+    alone = bank_of("obs", MEMORY).workshop
+    assert alone is not None
+    limit = 2 * alone.nbytes  # half of it takes the triangles of one part
+    both = bank_of("obs+obs:weighting=log", limit)
+    assert both.workshop is not None and both.workshop.filed == alone.nbytes == both.workshop.nbytes
+    made = {id(w): w for entry in both.values() for w in entry.values() if isinstance(w, FactoredWeights)}
+    assert all(len(weights.consumers) == 1 and both.workshop.nbytes <= limit for weights in made.values())
+    assert both.workshop.made == len(made)

@@ -157,7 +157,10 @@ def test_a_triangle_that_finds_no_room_says_what_to_do(monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    with pytest.raises(DiffesError, match=r"0\.0 GB so far, have no room in .*TMPDIR, or raise --bank-memory"):
+    with pytest.raises(
+        DiffesError,
+        match=r"0\.0 GB so far, have no room in .*TMPDIR to a folder with more room, or raise --bank-memory",
+    ):
         Workshop(1).keep(factor)
 
 

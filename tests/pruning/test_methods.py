@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,14 +90,10 @@ def test_obs_equals_the_least_squares_optimum_at_every_level(groups: GroupSet) -
 def test_obs_drops_the_group_of_least_squared_error_first(groups: GroupSet) -> None:
     weights, moment = example(groups, seed=1)
     hessian = damped(moment, 0.01)
-    weight = weights.consumers[0].double()
 
     def error_without(group: int) -> float:
-        kept = groups.features(torch.tensor([g for g in range(groups.n_groups) if g != group]))
-        fitted = torch.zeros_like(weight)
-        fitted[:, kept] = weight @ hessian[:, kept] @ torch.linalg.inv(hessian[kept][:, kept])
-        difference = weight - fitted
-        return float((difference @ hessian @ difference.T).trace())
+        kept = [g for g in range(groups.n_groups) if g != group]
+        return without(groups, weights.consumers[0], hessian, kept)
 
     (thin,) = OBS().prune(groups, weights, (moment,), [groups.n_groups - 1])
     (dropped,) = set(range(groups.n_groups)) - set(thin.kept.tolist())
@@ -154,6 +151,45 @@ def test_obs_in_blocks_is_greedy_elimination(
         for found, expected in zip(map(consumer_of, thin), map(consumer_of, wanted), strict=True):
             assert found.dtype == weights.consumers[0].dtype and found.is_contiguous()
             assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("block", [5, 128])
+@pytest.mark.parametrize("groups", SETS, ids=lambda groups: groups.name)
+def test_obs_drops_what_costs_least_over_all_consumers(
+    groups: GroupSet, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the definition, with the losses of two consumers added up; each is compensated on its own."""
+    monkeypatch.setattr(obs, "BLOCK", block)
+    (first, one), (second, two) = example(groups, 0), example(groups, 1)
+    weights = LayerWeights(first.producers, (*first.consumers, *second.consumers))
+    alone = OBS().factor(groups, first, (one,)).order.tolist()
+    groups = replace(groups, consumers=("out", "other"))
+    kept, order = list(range(groups.n_groups)), []
+    while kept:
+        losses = [
+            sum(without(groups, weight, damped(moment, 0.01), [g for g in kept if g != gone])
+                for weight, moment in zip(weights.consumers, (one, two), strict=True))
+            for gone in kept
+        ]  # fmt: skip
+        order.append(kept.pop(losses.index(min(losses))))
+    factor = OBS().factor(groups, weights, (one, two))
+    assert factor.order.tolist()[:-1] == order[:-1] != alone[:-1]
+    for n in (1, groups.n_groups // 2, groups.n_groups):
+        features = groups.features(factor.kept(n).long())
+        for found, weight, moment in zip(
+            factor.consumers(weights.consumers, n), weights.consumers, (one, two), strict=True
+        ):
+            hessian = damped(moment, 0.01)
+            optimum = weight.double() @ hessian[:, features] @ torch.linalg.inv(hessian[features][:, features])
+            assert (found - optimum).norm() <= 1e-5 * optimum.norm()
+
+
+def without(groups: GroupSet, weight: torch.Tensor, hessian: torch.Tensor, kept: list[int]) -> float:
+    """The squared error of the least-squares optimum on the groups kept."""
+    features, weight = groups.features(torch.tensor(kept, dtype=torch.long)), weight.double()
+    fitted = torch.zeros_like(weight)
+    fitted[:, features] = weight @ hessian[:, features] @ torch.linalg.inv(hessian[features][:, features])
+    return float(((weight - fitted) @ hessian @ (weight - fitted).T).trace())
 
 
 def test_obs_looks_further_than_the_inputs_that_seemed_likely(monkeypatch: pytest.MonkeyPatch) -> None:

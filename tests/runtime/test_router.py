@@ -18,7 +18,7 @@ from diffes.runtime.router import Router
 from diffes.spaces.schedule import Schedule, Stages
 
 METHOD_NAMES = METHODS.names()
-PRUNING = [name for name in METHOD_NAMES if METHODS.get(name).kind != "reuse"]
+PRUNING = [name for name in METHOD_NAMES if not METHODS.get(name).reuses]
 STAGES = [1, 2]  # of the four: banks of two stages are enough, and are built once for all tests
 OF_KIND: dict[Kind, str] = {"width": "obs", "depth": "layer_drop", "reuse": "block_reuse"}
 
