@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
@@ -232,6 +233,13 @@ def sets_of_block(path: str, block: Any) -> list[GroupSet]:
     attentions = [(name, getattr(block, name, None)) for name in ("attn1", "attn2")]
     heads = [heads_of(f"{path}.{name}", attention) for name, attention in attentions if attention is not None]
     return [*heads, channels_of(f"{path}.ff", block.ff)]
+
+
+def is_fused(attention: Any) -> bool:
+    """Return True where attention reads `to_qkv`, not `to_q`, `to_k`, `to_v`; in older classes, the processor tells."""
+    if not getattr(attention, "fused_projections", False):
+        return False
+    return isinstance(attention, AttentionModuleMixin) or "Fused" in type(attention.processor).__name__
 
 
 FUSED = re.compile(r"\.to_q?kv\.")  # diffusers' fused copies of projections

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 
 from diffes.adapters import GroupSet, ModelAdapter
+from diffes.adapters.groups import is_fused
 from diffes.errors import DiffesError
 
 COMPUTED_IN = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
@@ -79,13 +79,6 @@ def check_attention(name: str, attention: Any) -> None:
             f"{name} has fused projections, which are copies that cannot be cut to pruned layers; call "
             "pipe.unfuse_qkv_projections()"
         )
-
-
-def is_fused(attention: Any) -> bool:
-    """Return True where attention reads `to_qkv`, not `to_q`, `to_k`, `to_v`; in older classes, the processor tells."""
-    if not getattr(attention, "fused_projections", False):
-        return False
-    return isinstance(attention, AttentionModuleMixin) or "Fused" in type(attention.processor).__name__
 
 
 def tree_of(denoiser: nn.Module, sets: Sequence[GroupSet]) -> Iterator[tuple[dict[str, Any], str, nn.Module]]:

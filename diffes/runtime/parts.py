@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from diffes.adapters import BlockSet, GroupSet, ModelAdapter
+from diffes.adapters.groups import is_fused
 from diffes.errors import DiffesError
 from diffes.pruning.base import GroupWeights
-from diffes.runtime.checks import check_attention, is_fused, replaced, written
+from diffes.runtime.checks import check_attention, replaced, written
 from diffes.runtime.in_place import Held, in_place, streamed
 from diffes.runtime.resident import Resident
 

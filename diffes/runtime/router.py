@@ -124,7 +124,8 @@ class Router:
                 f"the schedule has max_level {schedule.max_level}, this model {self.max_level} for {self.bank.kind} "
                 "pruning: it was made for another model"
             )
-        reused = [key for key in schedule.thin() if any(part.groups.name in self.bank[key] for part in self._reuse)]
+        pruned = {key: self.bank[key] for key in schedule.thin()}  # refused where the bank lacks one
+        reused = [key for key, entry in pruned.items() if any(part.groups.name in entry for part in self._reuse)]
         if not self._hooks:
             for part in self._parts.values():
                 part.check_dense()
