@@ -34,11 +34,11 @@ from diffes.adapters import Condition, GroupSet, ModelAdapter, adapter_for, load
 from diffes.adapters.macs import macs_by_module, macs_per_group
 from diffes.config import HELDOUT_SEED, RunConfig
 from diffes.measure.currencies import macs_fraction
-from diffes.pruning import METHODS, damage
+from diffes.pruning import METHODS, sensitivity
 from diffes.pruning.allocation import Floats, Rungs, allocate
 from diffes.pruning.bank import StageWeights, WeightBank
 from diffes.pruning.base import GroupWeights
-from diffes.pruning.build import at_split, stage_seed, thin_weights
+from diffes.pruning.build import at_split, pruned_weights, stage_seed
 from diffes.pruning.calibrate import calibration_of
 from diffes.pruning.calibration import CalibrationSet, StagePass
 from diffes.pruning.factors import Workshop
@@ -80,7 +80,7 @@ class Stage:
     data: CalibrationSet
     guidance: float
     seed: int
-    sets: Sequence[Rungs]
+    sets: Sequence[Rungs[GroupSet]]
     thin: Mapping[str, Sequence[GroupWeights]]
     levels: Sequence[int]
     samples: int
@@ -109,7 +109,7 @@ class Stage:
             with ExitStack() as hooks:
                 for groups in adapter.group_sets():
                     if groups.name in thin:
-                        consumer = adapter.denoiser.get_submodule(groups.consumer)
+                        consumer = adapter.denoiser.get_submodule(groups.consumers[0])
                         hooks.callback(consumer.register_forward_hook(_reading(groups, thin[groups.name])).remove)
                 predicted = adapter.denoise_once(noisy, timesteps, conditions)[:, : noisy.shape[1]].float()
             if not guided:
@@ -134,7 +134,7 @@ class Stage:
 def _reading(groups: GroupSet, left: GroupWeights) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tensor]:
     def hook(consumer: Any, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:
         features = groups.features(left.kept.to(consumer.weight.device, torch.long))
-        weight = consumer.weight[:, features] if left.consumer is None else left.consumer.to(consumer.weight)
+        weight = consumer.weight[:, features] if not left.consumers else left.consumers[0].to(consumer.weight)
         return F.linear(inputs[0][..., features], weight, consumer.bias)
 
     return hook
@@ -145,10 +145,10 @@ def equal(stage: Stage) -> tuple[Splits, int]:
     return {k: [rungs.equal(k) for rungs in stage.sets] for k in stage.levels}, 0
 
 
-def by_gradients(stage: Stage, directions: int = damage.DIRECTIONS) -> tuple[Splits, int]:
+def by_gradients(stage: Stage, directions: int = sensitivity.DIRECTIONS) -> tuple[Splits, int]:
     """The library's way."""
-    with patch.multiple(damage, DIRECTIONS=directions, SAMPLES=stage.samples):
-        estimate = damage.StageDamage(stage.adapter, stage.timesteps, stage.data, stage.guidance, stage.seed)
+    with patch.multiple(sensitivity, DIRECTIONS=directions, SAMPLES=stage.samples):
+        estimate = sensitivity.StageSensitivity(stage.adapter, stage.timesteps, stage.data, stage.guidance, stage.seed)
         return stage.allocate(estimate.measure(stage.sets, stage.thin)), estimate.calls
 
 
@@ -166,7 +166,7 @@ def by_calls(stage: Stage, *, guided: bool = True, pairs: bool = False) -> tuple
     return splits, rows * (1 + sum(len(each) - 1 for each in changes))
 
 
-def refined(sets: Sequence[Rungs], changes: Sequence[Tensor], level: int, split: Sequence[int]) -> list[int]:
+def refined(sets: Sequence[Rungs[GroupSet]], changes: Sequence[Tensor], level: int, split: Sequence[int]) -> list[int]:
     """Local search for the least `|sum of changes|^2` that costs no more than the equal split.
 
     A move takes two sets to any other rungs (or one, where the other's rung is the one that it has).
@@ -278,11 +278,11 @@ class Bench:
             self._pruned = finer, [self._prune(sets, stage) for stage in range(len(self.stages))]
         return self._pruned[1]
 
-    def _prune(self, sets: Sequence[Rungs], stage: int) -> Stage:
+    def _prune(self, sets: Sequence[Rungs[GroupSet]], stage: int) -> Stage:
         method, timesteps, guidance = METHODS.make(self.config.method), self.stages.ranges[stage], self.config.scale
         seed = stage_seed(self.config.seed, stage)
         run = StagePass(self.adapter, timesteps, self.data, guidance > 1, seed, method.timestep_weights)
-        thin = thin_weights(self.adapter, method, None if method.needs == "nothing" else run, sets, Workshop())
+        thin = pruned_weights(self.adapter, method, None if method.needs == "nothing" else run, sets, Workshop())
         return Stage(
             self.adapter, timesteps, self.data, guidance, seed, sets, thin, self.levels, self.samples, self.evaluations
         )
@@ -342,7 +342,7 @@ def main() -> None:
     config = RunConfig(
         genes="levels", model=args.model, method=args.method, seed=args.seed, metric="latent_mse", device=args.device
     )
-    samples, evaluations = damage.SAMPLES, EVALUATIONS
+    samples, evaluations = sensitivity.SAMPLES, EVALUATIONS
     if args.smoke:
         config = replace(config, stages=1, steps=2, heldout=2, calibration_samples=4)
         samples, evaluations = 2, 4

@@ -40,9 +40,9 @@ from diffes.measure.metrics import make_metric
 from diffes.problems.workbench import Workbench
 from diffes.pruning import METHODS, build
 from diffes.pruning.calibration import CalibrationSet
-from diffes.pruning.damage import StageDamage
 from diffes.pruning.factors import Factor, LayerStatistics, packed_size
 from diffes.pruning.obs import OBS
+from diffes.pruning.sensitivity import StageSensitivity
 from diffes.results.artifact import BANK
 from diffes.results.folder import config_record
 from diffes.runtime.apply import apply, remove
@@ -59,13 +59,13 @@ def measure_layer(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
     n_groups, size, d_out = shape[:3]
     groups, weights, moment = layer(n_groups, size, d_out)
     start = time.process_time()
-    factor = OBS().factor(groups, weights, moment)
+    factor = OBS().factor(groups, weights, (moment,))
     row: dict[str, Any] = {"factor_s": round(time.process_time() - start, 3)}
-    dense = weights.consumer.to(dtype)
+    dense = weights.consumers[0].to(dtype)
     for quarter in (1, 2, 3):
         n = groups.n_kept(quarter, 4)
         start = time.process_time()
-        factor.consumer(dense, n)
+        factor.consumers((dense,), n)
         row[f"level_{quarter}_of_4_s"] = round(time.process_time() - start, 4)
     return dict(zip(("groups", "size", "d_out", "levels", "tokens"), shape, strict=True)) | row
 
@@ -149,11 +149,11 @@ def first_ones(eliminate: int, parts: Parts) -> Callable[..., Iterator[Factor]]:
             made = list(factors(method, waiting[:n]))
         done[shape] += n
         like[shape] = (made or [like[shape]])[0]
-        triangle = like[shape].triangle
+        (triangle,) = like[shape].triangles
         assert isinstance(triangle, Tensor)
         yield from made
         for each in waiting[n:]:
-            yield Factor(each.groups, like[shape].order.clone(), triangle.clone())
+            yield Factor(each.groups, like[shape].order.clone(), (triangle.clone(),))
 
     return copied
 
@@ -162,7 +162,7 @@ def search(config: RunConfig, out: Path, make: Callable[[], ModelAdapter], elimi
     """From calibration to a sampling run of the applied result."""
     parts = Parts()
     build.input_moments = parts.of("statistics", build.input_moments)  # type: ignore[attr-defined]
-    StageDamage.measure = parts.of("damage", StageDamage.measure)  # type: ignore[method-assign]
+    StageSensitivity.measure = parts.of("damage", StageSensitivity.measure)  # type: ignore[method-assign]
     OBS.factors = first_ones(eliminate, parts)  # type: ignore[method-assign]
     with parts.part("model"):
         adapter = make()

@@ -67,8 +67,8 @@ def layer(n_groups: int, size: int, d_out: int) -> tuple[GroupSet, LayerWeights,
     x = torch.randn(d + 512, d // 4, generator=generator) @ torch.randn(d // 4, d, generator=generator) / d**0.5
     x += 0.3 * torch.randn(x.shape, generator=generator)
     weight = torch.randn(d_out, d, generator=generator) * (0.1 + torch.rand(d, generator=generator))
-    groups = GroupSet("layer", "channels" if size == 1 else "heads", n_groups, size, (), "out")
-    return groups, LayerWeights((), weight), x.T @ x / len(x)
+    groups = GroupSet("layer", n_groups, size, (), ("out",))
+    return groups, LayerWeights((), (weight,)), x.T @ x / len(x)
 
 
 def seconds(run: Callable[..., object], *args: Any) -> float:
@@ -105,7 +105,7 @@ def measure(shape: Shape, columns: int, repeats: int) -> dict[str, Any]:
         start = time.process_time()
         inverse = torch.linalg.inv(hessian)
         parts = {"inverse_before": time.process_time() - start}
-        parts["eliminate_before"] = one_by_one_seconds(weights.consumer, inverse, size, widths, columns)
+        parts["eliminate_before"] = one_by_one_seconds(weights.consumers[0], inverse, size, widths, columns)
         del inverse
         parts["inverse"] = seconds(invert, hessian)
         parts["prune"] = seconds(OBS().factor, groups, weights, moment)
@@ -122,16 +122,16 @@ def measure(shape: Shape, columns: int, repeats: int) -> dict[str, Any]:
 def agreement(n: int) -> dict[str, Any]:
     """Both ways through all 20 levels of an n-wide layer: kept sets, and the largest relative difference of weights."""
     groups, single, moment = layer(n, 1, n // 4)
-    weights = LayerWeights((), single.consumer.double())
+    weights = LayerWeights((), (single.consumers[0].double(),))
     widths = [groups.n_kept(level, 20) for level in range(20)]
-    w, h, kept = weights.consumer.clone(), torch.linalg.inv(damped(moment, 0.01)), torch.arange(n)
+    w, h, kept = weights.consumers[0].clone(), torch.linalg.inv(damped(moment, 0.01)), torch.arange(n)
     same, difference = True, 0.0
-    for width, thin in zip(widths, OBS().prune(groups, weights, moment, widths), strict=True):
+    for width, thin in zip(widths, OBS().prune(groups, weights, (moment,), widths), strict=True):
         w, h, alive = one_by_one(w, h, 1, len(kept) - width)
         kept = kept[alive]
         same = same and kept.tolist() == thin.kept.tolist()
-        if same and thin.consumer is not None:
-            difference = max(difference, float((thin.consumer - w).norm() / w.norm()))
+        if same:
+            difference = max(difference, float((thin.consumers[0] - w).norm() / w.norm()))
     return {"width": n, "same_kept_sets": same, "largest_difference": difference}
 
 
@@ -139,7 +139,7 @@ def shapes_of(adapter: ModelAdapter, tokens: Callable[[int], int], shrink: int) 
     """How many sets of each shape a model has; `tokens` of an image by outputs of the projection."""
     top, found = adapter.max_level("width"), Counter[Shape]()
     for groups in adapter.group_sets():
-        d_out = adapter.denoiser.get_submodule(groups.consumer).out_features
+        d_out = adapter.denoiser.get_submodule(groups.consumers[0]).out_features
         n_groups = groups.n_groups if groups.size > 1 else groups.n_groups // shrink
         found[n_groups, groups.size // shrink or 1, d_out // shrink, top, tokens(d_out)] += 1
     return found

@@ -79,7 +79,7 @@ def measure(adapter: ModelAdapter, batch: int, repeats: int) -> dict[str, Any]:
     def static(level: int) -> None:
         stage = 0 if level == half else 1
         for part in parts:
-            part.load_thin(bank[stage, level][part.groups.name])
+            part.load_pruned(bank[stage, level][part.groups.name])
 
     def before_static() -> None:
         dense()

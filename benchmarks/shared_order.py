@@ -46,14 +46,14 @@ class SharedOBS(OBS):
 
     def factors(self, layers: Iterable[LayerStatistics]) -> Iterator[Factor]:
         for layer in layers:
-            assert layer.inputs is not None
-            (pooled,) = super().factors([replace(layer, inputs=POOLED[layer.groups.name].to(layer.inputs))])
+            (moment,) = layer.inputs
+            (pooled,) = super().factors([replace(layer, inputs=(POOLED[layer.groups.name].to(moment),))])
             places = layer.groups.features(pooled.order.long())
-            hessian = damped(layer.inputs, self.damping)[places][:, places]
+            hessian = damped(moment, self.damping)[places][:, places]
             upper = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)  # H = U U^T: dropped inputs come first
             inverse = torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
             rows = inverse / inverse.diagonal()[:, None]
-            yield Factor(layer.groups, pooled.order, pack(rows, layer.weights.consumer.dtype))
+            yield Factor(layer.groups, pooled.order, (pack(rows, layer.weights.consumers[0].dtype),))
 
 
 @METHODS.register("wanda" + SHARED)
@@ -61,9 +61,9 @@ class SharedWanda(Wanda):
     """Wanda on the mean of all stages."""
 
     def prune(
-        self, groups: GroupSet, weights: LayerWeights, inputs: Tensor | None, n_kept: Sequence[int]
+        self, groups: GroupSet, weights: LayerWeights, inputs: Sequence[Tensor], n_kept: Sequence[int]
     ) -> list[GroupWeights]:
-        return super().prune(groups, weights, POOLED[groups.name].diagonal(), n_kept)
+        return super().prune(groups, weights, (POOLED[groups.name].diagonal(),), n_kept)
 
 
 def pool(config: RunConfig) -> None:
@@ -73,7 +73,7 @@ def pool(config: RunConfig) -> None:
     data, stages = calibration_of(config, adapter), Stages.equal(config.stages, adapter.n_timesteps)
     for stage, span in enumerate(stages.ranges):
         run = StagePass(adapter, span, data, config.scale > 1, stage_seed(config.seed, stage))
-        for name, moment in input_moments(run, adapter.group_sets(), full=True).items():
+        for name, (moment,) in input_moments(run, adapter.group_sets(), full=True).items():
             part = moment.double() / moment.double().trace()
             POOLED[name] = POOLED[name] + part if name in POOLED else part
 

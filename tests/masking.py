@@ -40,11 +40,12 @@ def masked(adapter: ModelAdapter, bank: WeightBank, level: int, stack: ExitStack
             continue
         if isinstance(prunable, GroupSet):
             columns = prunable.features(thin.kept.long())
-            layer = adapter.denoiser.get_submodule(prunable.consumer)
-            dense, full = layer.weight.data, torch.zeros_like(layer.weight)
-            full[:, columns] = thin.consumer if thin.consumer is not None else dense[:, columns]
-            layer.weight.data = full
-            stack.callback(setattr, layer.weight, "data", dense)
+            for i, path in enumerate(prunable.consumers):
+                layer = adapter.denoiser.get_submodule(path)
+                dense, full = layer.weight.data, torch.zeros_like(layer.weight)
+                full[:, columns] = thin.consumers[i] if thin.consumers else dense[:, columns]
+                layer.weight.data = full
+                stack.callback(setattr, layer.weight, "data", dense)
         elif isinstance(prunable, BlockSet):
             for i, path in enumerate(prunable.blocks):
                 if i not in thin.kept:

@@ -291,12 +291,12 @@ INDICES = torch.arange(4, dtype=torch.int32)
     [
         (raises, "failed (ZeroDivisionError: of theirs); it must return GroupWeights"), (leaves, "failed (SystemExit"),
         (returns(None), "must return GroupWeights for each of the 4 numbers"), (returns((1,)), "got (1,)"),
-        (lambda *_: [GroupWeights(INDICES)] * 4, "4 groups of transformer_blocks.0.attn1 are kept, its level keeps 3"),
+        (lambda *_: [GroupWeights(INDICES)] * 4, "3 groups of transformer_blocks.0.attn1 must be kept, got 4"),
         (lambda *_: [GroupWeights(INDICES[:n].flip(0)) for n in (3, 2, 1, 0)], "must rise within [0, 3]"),
         (lambda *_: [GroupWeights(INDICES[:n] + 9) for n in (3, 2, 1, 0)], "must rise within [0, 3]"),
         (lambda *_: [GroupWeights(INDICES[:n].double()) for n in (3, 2, 1, 0)], "must be whole numbers"),
-        (lambda *_: [GroupWeights(INDICES[:n], torch.zeros(2, 2)) for n in (3, 2, 1, 0)], "of shape (32, 24)"),
-        (lambda *_: [GroupWeights(INDICES[:n], torch.zeros(32, 8 * n) / 0) for n in (3, 2, 1, 0)], "not finite"),
+        (lambda *_: [GroupWeights(INDICES[:n], (torch.zeros(2, 2),)) for n in (3, 2, 1, 0)], "of shape (32, 24)"),
+        (lambda *_: [GroupWeights(INDICES[:n], (torch.zeros(32, 8 * n) / 0,)) for n in (3, 2, 1, 0)], "not finite"),
     ],
 )  # fmt: skip
 def test_width_methods_that_fail(tiny: ModelAdapter, made: Callable[..., Any], words: str) -> None:
@@ -335,7 +335,7 @@ def test_reuse_methods_that_fail(tiny: ModelAdapter, made: Callable[..., Any]) -
         def groups(self, adapter: ModelAdapter) -> Any:
             return adapter.branches()
 
-        def kept(self, groups: Any, max_level: int, harm: Any) -> Any:
+        def kept(self, groups: Any, max_level: int, sensitivity: Any) -> Any:
             return made()
 
     build = {"guidance": 1.0, "seed": 0, "only": [0]}

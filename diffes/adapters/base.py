@@ -25,7 +25,7 @@ from diffes.adapters.groups import (
     NoHeads,
     UpLayerSet,
     hand_on,
-    heads_of,
+    sets_of_block,
 )
 from diffes.adapters.guidance import ClassifierFreeGuidance
 from diffes.errors import DiffesError
@@ -138,8 +138,8 @@ class ModelAdapter(abc.ABC):
         timestep = float(timesteps[0])
         if any(other != timestep for other in timesteps):
             raise DiffesError(
-                f"the rows of a denoiser call are at timesteps from {min(timesteps):g} to {max(timesteps):g}, but thin "
-                "layers are those of one stage: call it with rows at one timestep, or diffes.remove(pipe) first"
+                f"the rows of a denoiser call have timesteps from {min(timesteps):g} to {max(timesteps):g}, but pruned "
+                "layers belong to one stage: call it with one timestep for all rows, or call diffes.remove(pipe) first"
             )
         if not timestep >= 0:
             raise _no_training_timestep(type(self.own_scheduler).__name__, f"the denoiser was called at {timestep:g}")
@@ -168,7 +168,7 @@ class ModelAdapter(abc.ABC):
         Raises:
             DiffesError: the model takes no prompts, or the file is not of that form.
         """
-        raise DiffesError(f"{type(self.pipe).__name__} takes class ids, no prompts; leave --prompts {path} out")
+        raise DiffesError(f"{type(self.pipe).__name__} takes class ids, not prompts: leave --prompts {path} out")
 
     @abc.abstractmethod
     def start(self, probes: Probes, steps: int | Any, guidance: float) -> SamplingState:
@@ -234,7 +234,7 @@ class ModelAdapter(abc.ABC):
         """
         if kind == "depth":
             return len(self.blocks())
-        return max(groups.n_groups for groups in self.group_sets() if groups.kind == "heads")
+        return max(groups.n_groups for groups in self.group_sets() if groups.attention is not None)
 
     def prunable(self, kind: str) -> Sequence[AnySet]:
         """Return the sets that methods of a kind remove or reuse. Kinds of several methods are joined by "+"."""
@@ -250,9 +250,7 @@ class ModelAdapter(abc.ABC):
 
     def branches(self) -> BranchSet:
         """Return the attentions and FFNs of every block, in the order of the forward pass."""
-        parts = [f"{path}.{name}" for path in self.blocks() for name in ("attn1", "attn2", "ff")]
-        there = {name for name, _ in self.denoiser.named_modules()}
-        return BranchSet(tuple(part for part in parts if part in there))
+        return BranchSet(tuple(groups.name for groups in self.group_sets()))
 
     def up_layers(self) -> UpLayerSet | None:
         """Return the layers of a U-Net's decoder path; None where the denoiser is no U-Net."""
@@ -260,16 +258,8 @@ class ModelAdapter(abc.ABC):
 
     def group_sets(self) -> list[GroupSet]:
         """Return the heads and FFN channels of every block, in the order of the forward pass."""
-        sets = []
-        for path in self.blocks():
-            block = self.denoiser.get_submodule(path)
-            for name in ("attn1", "attn2"):
-                attention = getattr(block, name, None)
-                if attention is not None:
-                    sets.append(heads_of(f"{path}.{name}", attention))
-            channels = block.ff.net[2].weight.shape[1]
-            sets.append(GroupSet(f"{path}.ff", "channels", channels, 1, (f"{path}.ff.net.0.proj",), f"{path}.ff.net.2"))
-        return sets
+        submodule = self.denoiser.get_submodule
+        return [groups for path in self.blocks() for groups in sets_of_block(path, submodule(path))]
 
     def skipped(self, block: nn.Module) -> Callable[..., Any]:
         """Return the forward that a block gets when it is skipped. The block itself stays in the model."""
@@ -385,8 +375,8 @@ class ModelAdapter(abc.ABC):
         """
         if found := self.unusual():
             raise DiffesError(
-                f"this {type(self.pipe).__name__} has {' and '.join(found)}, which diffes does not know how to sample: "
-                "nothing can be searched on it, but runs that were made for its denoiser can be applied"
+                f"this {type(self.pipe).__name__} has {' and '.join(found)}. diffes cannot sample with that, so it "
+                "cannot search on this pipeline: search on one without it, and apply the run to this one"
             )
 
     def fresh_scheduler(self, n_steps: int) -> Any:
@@ -496,8 +486,8 @@ class ModelAdapter(abc.ABC):
 
 def _no_training_timestep(scheduler: str, reason: str = "it has no noise schedule of variances") -> DiffesError:
     return DiffesError(
-        f"{scheduler} does not count in training timesteps, which stages are made of ({reason}); give the pipeline "
-        "another scheduler, for instance DPMSolverMultistepScheduler.from_config, or "
+        f"{scheduler} does not count in training timesteps ({reason}), but stages are ranges of them: give the "
+        "pipeline another scheduler, for instance DPMSolverMultistepScheduler.from_config, or "
         "EulerDiscreteScheduler.from_config with timestep_type='discrete'"
     )
 
@@ -510,9 +500,8 @@ def check_finite(tensor: Tensor, what: str) -> None:
     """
     if not torch.isfinite(tensor).all():
         raise DiffesError(
-            f"the {what} are NaN or infinite, so nothing can be searched: half precision overflows (the autoencoder of "
-            "SDXL does in float16); choose dtype bfloat16 or float32, or a pipeline with an autoencoder made for "
-            "float16"
+            f"the {what} are NaN or infinite. Half precision overflows, for instance in SDXL's autoencoder in float16: "
+            "choose dtype bfloat16 or float32, or a pipeline whose autoencoder is made for float16"
         )
 
 

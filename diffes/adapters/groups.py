@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
@@ -20,39 +22,86 @@ Kind = Literal["width", "depth", "reuse"]
 
 
 class Prunable:
-    """Set of groups that compete with each other for their place at a level."""
+    """Set of groups that compete with each other for their place at a level.
 
+    Attributes:
+        kind: how groups are left out: "width" inside layers, "depth" as whole blocks, "reuse" by earlier outputs.
+        name: the name in a bank.
+        n_groups: number of groups in the dense model.
+        size: inputs of each consumer that belong to one group.
+        consumers: paths of the linear layers whose inputs go with the groups; none where whole modules are left out.
+        interchangeable: True where the cost of a call depends on how many groups are left, not on which ones.
+    """
+
+    kind: ClassVar[Kind]
     name: str
     n_groups: int
+    size: int = 1
+    consumers: tuple[str, ...] = ()
+    interchangeable: ClassVar[bool] = False
 
     def n_kept(self, level: int, max_level: int) -> int:
         """Return the number of groups left at a level: `n_groups * (1 - level / max_level)`, rounded to whole groups,
         halves up."""
         return math.floor(self.n_groups * (max_level - level) / max_level + 0.5)
 
+    @property
+    def label(self) -> str:
+        """Short name, for figures."""
+        return re.sub(r"transformer_blocks\.|attentions\.|_blocks", "", self.name)
+
+    @property
+    def removed(self) -> tuple[str, ...]:
+        """Beginnings of the names of the parameters that go with the groups."""
+        return ()
+
+    def check_kept(self, kept: Tensor) -> None:
+        """Check the indices (n_kept,) of the groups that stay.
+
+        Raises:
+            ValueError: they do not rise, or one is out of range.
+        """
+        if len(kept) and (kept[0] < 0 or kept[-1] >= self.n_groups or bool((kept.diff() <= 0).any())):
+            raise ValueError(
+                f"the groups kept of {self.name} must rise within [0, {self.n_groups - 1}], got {kept.tolist()[:20]}"
+            )
+
 
 @dataclass(frozen=True)
 class GroupSet(Prunable):
-    """Groups inside one layer (width): the heads of an attention or the channels of an FFN.
+    """Groups inside layers (width): the heads of an attention or the channels of an FFN.
 
-    Removing a group removes its rows from every producer and its columns from the consumer.
+    Removing a group removes its rows from every producer and its columns from every consumer.
 
     Args:
         name: module path inside the denoiser; also the name in a bank.
-        kind: "heads" or "channels".
         n_groups: number of groups in the dense model.
-        size: consumer inputs per group: the head's width, or 1.
-        producers: paths of the linear layers whose output rows belong to the groups; of a gated FFN (GEGLU), channel i
-            is row i and row n_groups + i.
-        consumer: path of the linear layer that reads them.
+        size: inputs of each consumer that belong to one group: the head's width, or 1.
+        producers: paths of the linear layers whose output rows belong to the groups. Group i has the rows
+            [i * size, (i + 1) * size) and, in a layer with a multiple of n_groups * size rows, the same ones of each
+            multiple: of a gated FFN (GEGLU), channel i is row i and row n_groups + i.
+        consumers: paths of the linear layers that read them, of one shape.
+        attention: path of the attention module whose heads the groups are; None for channels.
     """
 
+    kind = "width"
+    interchangeable = True
+
     name: str
-    kind: Literal["heads", "channels"]
     n_groups: int
-    size: int
+    size: int = field()
     producers: tuple[str, ...]
-    consumer: str
+    consumers: tuple[str, ...] = field()
+    attention: str | None = None
+
+    @property
+    def width(self) -> int:
+        """Number of inputs of each consumer."""
+        return self.n_groups * self.size
+
+    @property
+    def removed(self) -> tuple[str, ...]:
+        return (*(f"{path}." for path in self.producers), *(f"{path}.weight" for path in self.consumers))
 
     def features(self, groups: Tensor) -> Tensor:
         """Return the consumer input indices (n * size,) of group indices (n,), group by group."""
@@ -68,12 +117,18 @@ class BlockSet(Prunable):
         name: the name in a bank.
     """
 
+    kind = "depth"
+
     blocks: tuple[str, ...]
     name: str = "blocks"
 
     @property
     def n_groups(self) -> int:  # type: ignore[override]
         return len(self.blocks)
+
+    @property
+    def removed(self) -> tuple[str, ...]:
+        return tuple(f"{path}." for path in self.blocks)
 
 
 @dataclass(frozen=True)
@@ -83,6 +138,8 @@ class ReuseSet(Prunable):
     Args:
         sources: (n,) module paths whose outputs may be reused.
     """
+
+    kind = "reuse"
 
     sources: tuple[str, ...]
 
@@ -137,6 +194,11 @@ class UpLayerSet(ReuseSet):
     middle: tuple[str, ...]
     name: str = "up_layers"
 
+    def check_kept(self, kept: Tensor) -> None:
+        super().check_kept(kept)
+        if kept.tolist() != list(range(self.n_groups - max(len(kept), 1), self.n_groups)):
+            raise ValueError(f"the groups kept of {self.name} must be the last ones, got {kept.tolist()[:20]}")
+
     def recalled(self, kept: Sequence[int]) -> list[str]:
         return [self.sources[min(kept)]] if min(kept) else []
 
@@ -157,7 +219,36 @@ def heads_of(path: str, attention: Any) -> GroupSet:
     heads = attention.heads
     size = attention.to_out[0].weight.shape[1] // heads
     producers = tuple(f"{path}.{part}" for part in ("to_q", "to_k", "to_v"))
-    return GroupSet(path, "heads", heads, size, producers, f"{path}.to_out.0")
+    return GroupSet(path, heads, size, producers, (f"{path}.to_out.0",), attention=path)
+
+
+def channels_of(path: str, ffn: Any) -> GroupSet:
+    """Return the channels of one of diffusers' FFNs (`FeedForward`) at a module path."""
+    return GroupSet(path, ffn.net[2].weight.shape[1], 1, (f"{path}.net.0.proj",), (f"{path}.net.2",))
+
+
+def sets_of_block(path: str, block: Any) -> list[GroupSet]:
+    """Return the heads and FFN channels of a `BasicTransformerBlock` at a module path, in the order of the forward
+    pass."""
+    attentions = [(name, getattr(block, name, None)) for name in ("attn1", "attn2")]
+    heads = [heads_of(f"{path}.{name}", attention) for name, attention in attentions if attention is not None]
+    return [*heads, channels_of(f"{path}.ff", block.ff)]
+
+
+def is_fused(attention: Any) -> bool:
+    """Return True where attention reads `to_qkv`, not `to_q`, `to_k`, `to_v`; in older classes, the processor tells."""
+    if not getattr(attention, "fused_projections", False):
+        return False
+    return isinstance(attention, AttentionModuleMixin) or "Fused" in type(attention.processor).__name__
+
+
+FUSED = re.compile(r"\.to_q?kv\.")  # diffusers' fused copies of projections
+
+
+def unused_copies(names: Iterable[str]) -> set[str]:
+    """Return the names of parameters that fused projections left behind: copies of others that are named too."""
+    found = set(names)
+    return {name for name in found if (one := FUSED.sub(".to_k.", name)) != name and one in found}
 
 
 PLAIN_PROCESSORS = {AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor, SlicedAttnProcessor}

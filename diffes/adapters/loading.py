@@ -34,7 +34,7 @@ def model_folder(model: str) -> Path | None:
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise DiffesError(
-                f"{model} is no pipeline: it holds no model_index.json; pass a folder that diffusers' "
+                f"the folder {model} has no model_index.json, so it is not a pipeline: give a folder that diffusers' "
                 "save_pretrained wrote"
             )
         return path

@@ -58,6 +58,6 @@ def read_prompts(path: Path) -> dict[str, list[str]]:
     for a, b in itertools.combinations(SPLITS, 2):
         if shared := sorted(set(prompts[a]) & set(prompts[b])):
             raise DiffesError(
-                f"{path} has {shared[0]!r} in both {a!r} and {b!r}; searches and reports must not share prompts"
+                f"{path} has {shared[0]!r} in both {a!r} and {b!r}, which must not share prompts: remove it from one"
             )
     return prompts

@@ -72,7 +72,7 @@ class TextToImageAdapter(ModelAdapter):
     ) -> Tensor:
         for prompt in conditions:
             if not isinstance(prompt, str) or not prompt:
-                raise DiffesError(f"{type(self.pipe).__name__} takes prompts, texts that are not empty; got {prompt!r}")
+                raise DiffesError(f"{type(self.pipe).__name__} takes prompts, and none may be empty, got {prompt!r}")
         pipe: Any = self.pipe
         images = pipe(
             list(conditions), guidance_scale=guidance, generator=generator, num_inference_steps=n_steps,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -196,7 +195,7 @@ def layer_split(prunable: Sequence[AnySet], kept: Sequence[Sequence[int]], sched
         kept: (S, sets) number of groups of each set that stay.
         schedule: the schedule, whose stages and levels label the columns.
     """
-    short = [re.sub(r"transformer_blocks\.|attentions\.|_blocks", "", each.name) for each in prunable]
+    short = [each.label for each in prunable]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 1.4 + 0.19 * len(prunable)))
         axes: Axes = figure.subplots()

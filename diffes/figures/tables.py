@@ -16,7 +16,7 @@ def verdicts(data: Mapping[str, Any]) -> list[str]:
 
     Plans were chosen on the probes of the final fit; differences in error are those on held-out probes.
     """
-    lines, pruned = [], "pruned or reusing calls" if "reuse" in data["kind"] else "pruned calls"
+    lines, pruned = [], "pruned or reusing calls" if "reuse" in data["kind"].split("+") else "pruned calls"
     points = [point for point in data["points"] if point["latent_mse"] is not None]
     for budget in sorted({point["budget"] for point in points}):
         at = {point["kind"]: point for point in points if point["budget"] == budget}

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from diffes.adapters import BlockSet, GroupSet, ModelAdapter, Probes
+from diffes.adapters import ModelAdapter, Probes
 from diffes.adapters.macs import call_once, macs_by_module, macs_per_call, macs_per_group
 from diffes.progress import Progress, Silent
 from diffes.registry import Registry
@@ -209,7 +209,7 @@ def _macs(router: Router, stages: Stages) -> Callable[[int, int], float]:
         if level == 0:
             return counted.dense
         entry = bank[stage, level]
-        if "width" in bank.kind and counted.by_group and set(entry) <= set(counted.by_group):
+        if counted.by_group and set(entry) <= set(counted.by_group):
             kept = bank.kept((stage, level), sets)
             return counted.dense - sum(
                 counted.by_group[p.name] * (p.n_groups - n) for p, n in zip(sets, kept, strict=True)
@@ -276,10 +276,10 @@ def ms_by_level(
     sets, levels = adapter.prunable(bank.kind), range(1, max_level + 1)
 
     def shape(stage: int, level: int) -> list[object]:
-        """Return what a call's time depends on: for width the number of groups that stay, else which ones."""
+        """Return what a call's time depends on: the numbers of groups that stay and, where it matters, which ones."""
         entry = bank[stage, level]
         counts = bank.kept((stage, level), sets)
-        which = [entry[p.name].kept.tolist() for p in sets if p.name in entry and not isinstance(p, GroupSet)]
+        which = [entry[p.name].kept.tolist() for p in sets if p.name in entry and not p.interchangeable]
         return [counts, which]
 
     shapes = {stage: [shape(stage, level) for level in levels] for stage in visited}
@@ -363,13 +363,6 @@ def prunable_fraction(adapter: ModelAdapter, kind: str) -> float:
     A sparsity is a fraction of this share.
     """
     denoiser = adapter.denoiser
-    layers: set[str] = set()
-    for prunable in adapter.prunable(kind):
-        if isinstance(prunable, GroupSet):
-            layers.update(f"{path}." for path in prunable.producers)
-            layers.add(f"{prunable.consumer}.weight")  # its bias stays
-        elif isinstance(prunable, BlockSet):
-            layers.update(f"{path}." for path in prunable.blocks)
-    prefixes = tuple(layers)
+    prefixes = tuple({each for prunable in adapter.prunable(kind) for each in prunable.removed})
     sizes = {name: parameter.numel() for name, parameter in denoiser.named_parameters()}
     return sum(n for name, n in sizes.items() if name.startswith(prefixes)) / sum(sizes.values())

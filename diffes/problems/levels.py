@@ -43,7 +43,7 @@ class Levels(Problem):
                 f"guidance {in_words(config.guidance)} is a range, which plans are fitted over. With --genes "
                 f"{config.genes}, give one scale"
             )
-        if config.cost == "level" and "reuse" in make_method(config.method).kind:
+        if config.cost == "level" and make_method(config.method).reuses:
             raise DiffesError(
                 f"levels of {config.method} that reuse remove nothing: set cost to macs or latency, not level"
             )

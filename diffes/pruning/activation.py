@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from diffes.adapters import GroupSet
@@ -16,8 +17,7 @@ class Activation(WidthMethod):
     needs = "squares"
 
     def prune(
-        self, groups: GroupSet, weights: LayerWeights, inputs: Tensor | None, n_kept: Sequence[int]
+        self, groups: GroupSet, weights: LayerWeights, inputs: Sequence[Tensor], n_kept: Sequence[int]
     ) -> list[GroupWeights]:
-        if inputs is None:
-            raise TypeError("Activation.prune needs the mean squares of the consumer's inputs, got None")
-        return nested(inputs.double().view(groups.n_groups, groups.size).mean(1).sqrt(), n_kept)
+        squares = torch.stack([each.double().view(groups.n_groups, groups.size).mean(1) for each in inputs])
+        return nested(squares.sum(0).sqrt(), n_kept)

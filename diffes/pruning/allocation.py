@@ -4,25 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffes.adapters import AnySet
-from diffes.config import Allocation
+from diffes.adapters.groups import Prunable
+from diffes.errors import DiffesError
 
 Floats = NDArray[np.float64]
+S = TypeVar("S", bound=Prunable)
 UNITS = 1 << 14  # resolution of savings: parts of the savings of the last level
 
 
-def allocation_of(kind: str, wanted: Allocation) -> Allocation:
+def normalised(allocation: str) -> Literal["sensitivity", "equal"]:
+    """Return the name of an allocation: "sensitivity", called "damage" in older settings and files, or "equal".
+
+    Raises:
+        DiffesError: it is none of these.
+    """
+    if allocation in ("sensitivity", "damage"):
+        return "sensitivity"
+    if allocation == "equal":
+        return "equal"
+    raise DiffesError(f"allocation must be sensitivity or equal, got {allocation!r}")
+
+
+def allocation_of(kind: str, wanted: str) -> str:
     """Return the allocation used for levels of a kind, or of several joined by "+", where `wanted` was asked for. Depth
     and reuse alone always use the equal split."""
     return wanted if "width" in kind.split("+") else "equal"
 
 
+def by_sensitivity(kind: str, wanted: str) -> bool:
+    """Return True where the levels of a kind are allocated by sensitivity if `wanted` was asked for."""
+    return normalised(allocation_of(kind, wanted)) == "sensitivity"
+
+
 @dataclass(frozen=True)
-class Rungs:
+class Rungs(Generic[S]):
     """Sizes that a group set can be reduced to.
 
     Args:
@@ -32,13 +52,13 @@ class Rungs:
         macs: multiply-accumulates of one group in one denoiser call.
     """
 
-    groups: AnySet
+    groups: S
     max_level: int
     kept: tuple[int, ...]
     macs: float
 
     @classmethod
-    def of(cls, groups: AnySet, max_level: int, macs: float, finer: int = 1) -> Rungs:
+    def of(cls, groups: S, max_level: int, macs: float, finer: int = 1) -> Rungs[S]:
         """Build the rungs that the levels use, and `finer` times as many where there are enough groups."""
         steps = finer * max_level
         kept = sorted({groups.n_kept(k, steps) for k in range(steps + 1)}, reverse=True)
@@ -54,7 +74,7 @@ class Rungs:
         return self.kept.index(self.groups.n_kept(level, self.max_level))
 
 
-def allocate(sets: Sequence[Rungs], damage: Sequence[Floats]) -> list[list[int]]:
+def allocate(sets: Sequence[Rungs[Any]], sensitivity: Sequence[Floats]) -> list[list[int]]:
     """Return the rung of every set at every level, (H + 1, sets): the split with the least sum of sensitivities that
     saves enough.
 
@@ -63,7 +83,7 @@ def allocate(sets: Sequence[Rungs], damage: Sequence[Floats]) -> list[list[int]]
 
     Args:
         sets: the rungs of each set.
-        damage: for each set, (len(kept),) the sensitivity of the prediction to each rung when only that set is pruned.
+        sensitivity: for each set, (len(kept),) that of the prediction to each rung when only that set is pruned.
 
     Source: a multiple-choice knapsack, solved by dynamic programming over savings. Savings are rounded down, so that no
         split costs more than the equal one.
@@ -74,10 +94,10 @@ def allocate(sets: Sequence[Rungs], damage: Sequence[Floats]) -> list[list[int]]
     least = np.full(total + 1, np.inf)
     least[0] = 0.0
     choices = []
-    for gains, harms in zip(saved, damage, strict=True):
+    for gains, costs in zip(saved, sensitivity, strict=True):
         options = np.full((len(gains), total + 1), np.inf)
-        for row, gain, harm in zip(options, gains, harms, strict=True):
-            row[gain:] = least[: total + 1 - gain] + harm
+        for row, gain, cost in zip(options, gains, costs, strict=True):
+            row[gain:] = least[: total + 1 - gain] + cost
         choices.append(options.argmin(0))
         least = options.min(0)
     splits, max_level = [], sets[0].max_level
@@ -85,8 +105,8 @@ def allocate(sets: Sequence[Rungs], damage: Sequence[Floats]) -> list[list[int]]
         equal = [rungs.equal(level) for rungs in sets]
         wanted = sum(float(rungs.saved[rung]) for rungs, rung in zip(sets, equal, strict=True))
         enough = int(np.ceil(wanted / unit - 1e-6))
-        harm = sum(float(harms[rung]) for harms, rung in zip(damage, equal, strict=True))
-        if level in (0, max_level) or enough > total or harm <= least[enough:].min():
+        cost = sum(float(costs[rung]) for costs, rung in zip(sensitivity, equal, strict=True))
+        if level in (0, max_level) or enough > total or cost <= least[enough:].min():
             splits.append(equal)
             continue
         left, split = enough + int(least[enough:].argmin()), []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffes.adapters import AnySet, GroupSet, Kind, ModelAdapter
-from diffes.adapters.groups import REUSE_SETS
+from diffes.adapters import AnySet, Kind, ModelAdapter
+from diffes.adapters.groups import REUSE_SETS, unused_copies
 from diffes.errors import DiffesError
 from diffes.files import parse_json
 from diffes.forms import AGAIN, BankHeader, checked
@@ -42,8 +43,8 @@ class WeightBank(Mapping[Key, StageWeights]):
         workshop: makes the weights that are made on request.
 
     On disk a bank is one safetensors file. Its tensors are `stage{s}.level{k}.{name}:kept` (n,) int32, the groups that
-    stay, and, where the method compensates, `stage{s}.level{k}.{name}:consumer` (d_out, n * size). Its metadata has one
-    key, `diffes-bank`, a JSON object:
+    stay, and, where the method compensates, `stage{s}.level{k}.{name}:consumer` (d_out, n * size); further consumers of
+    the set are `:consumer1`, `:consumer2` and so on. Its metadata has one key, `diffes-bank`, a JSON object:
 
     - `format_version`: of this layout, now 3; version 2 had no kind `reuse`, no sums and no `same`; version 1 had no
       `split`, and every set in every entry
@@ -94,6 +95,16 @@ class WeightBank(Mapping[Key, StageWeights]):
         return sum(tensors.values()) + (self.workshop.nbytes if self.workshop else 0)
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of the methods that made the bank."""
+        return tuple(self.kind.split("+"))
+
+    @property
+    def reuses(self) -> bool:
+        """True where a method that reuses outputs made some of its levels."""
+        return "reuse" in self.kinds
+
+    @property
     def reusing(self) -> tuple[int, ...]:
         """Levels that reuse outputs of an earlier call."""
         named = {key: set(entry) for key, entry in self._entries.items()}
@@ -136,9 +147,8 @@ class WeightBank(Mapping[Key, StageWeights]):
                     continue
                 written[id(weights)] = prefix
                 tensors[f"{prefix}:kept"] = weights.kept.clone()
-                consumer = weights.consumer  # read once, because it may be made on request
-                if consumer is not None:
-                    tensors[f"{prefix}:consumer"] = consumer.to(dtype=dtype).contiguous()
+                for i, consumer in enumerate(weights.consumers):
+                    tensors[f"{prefix}:{consumer_name(i)}"] = consumer.to(dtype=dtype).contiguous()
         facts = {
             **header,
             "format_version": FORMAT_VERSION,
@@ -180,21 +190,21 @@ class BankFile:
             file: Any = safe_open(path, framework="pt")
             metadata = file.metadata() or {}
             if FORMAT not in metadata:
-                raise DiffesError(f"{path} is a safetensors file but no diffes bank")
+                raise DiffesError(f"{path} is a safetensors file, but not a diffes bank")
             self.header: dict[str, Any] = parse_json(metadata[FORMAT])
             if self.header["format_version"] > FORMAT_VERSION:
                 raise DiffesError(
-                    f"{path} has bank format version {self.header['format_version']}, this diffes reads up to "
-                    f"{FORMAT_VERSION}: install a newer diffes"
+                    f"{path} has bank format version {self.header['format_version']}, but this diffes reads versions "
+                    f"up to {FORMAT_VERSION}: install a newer diffes"
                 )
             checked(BankHeader, self.header, path)
             own = {full.rsplit(":", 1)[0] for full in file.keys()}  # noqa: SIM118 (a safe_open handle is no mapping)
             for place, source in ({place: place for place in own} | self.header.get("same", {})).items():
                 if (found := re.fullmatch(PLACE, place)) is None:
-                    raise ValueError(f"a tensor is called {place!r}")
+                    raise ValueError(f"tensors must be called stageS.levelK.NAME:..., got {place!r}")
                 self.names.setdefault((int(found[1]), int(found[2])), {})[found[3]] = source
             if not set(self.header["kind"].split("+")) <= set(get_args(Kind)):
-                raise ValueError(f"kind {self.header['kind']!r}")
+                raise ValueError(f"kind must be of {', '.join(get_args(Kind))}, got {self.header['kind']!r}")
             self._file = file
         except DiffesError:
             raise
@@ -220,23 +230,26 @@ class BankFile:
     def _tensors(self, place: str) -> GroupWeights:
         """Return the weights stored at a place, read once."""
         if place not in self._read:
-            consumer, kept = f"{place}:consumer", self._file.get_tensor(f"{place}:kept")
-            there = consumer in self._file.keys()  # noqa: SIM118
-            tensor = self._file.get_tensor(consumer).to(dtype=self._dtype) if there else None
-            self._read[place] = GroupWeights(kept, tensor)
+            kept, names = self._file.get_tensor(f"{place}:kept"), set(self._file.keys())
+            found = itertools.takewhile(names.__contains__, (f"{place}:{consumer_name(i)}" for i in itertools.count()))
+            self._read[place] = GroupWeights(
+                kept, tuple(self._file.get_tensor(name).to(dtype=self._dtype) for name in found)
+            )
         return self._read[place]
 
     def _check_split(self, place: str, weights: StageWeights, split: Mapping[str, Any]) -> None:
         for name, n_groups, n_kept in zip(split["sets"], split["groups"], split["kept"][place], strict=True):
             found = len(weights[name].kept) if name in weights else n_groups
             if found != n_kept:
-                raise ValueError(f"{place} keeps {found} groups of {name}, its split says {n_kept}")
+                raise ValueError(f"{place} keeps {found} groups of {name}, but its split says {n_kept}")
 
     def _damaged(self, error: Exception) -> DiffesError:
         return DiffesError(f"{self.path} is damaged ({error}): {AGAIN}")
 
 
-FUSED = re.compile(r"\.to_q?kv\.")  # diffusers' fused copies of projections
+def consumer_name(i: int) -> str:
+    """Return the name, in a file, of the tensor of a set's consumer number i."""
+    return f"consumer{i or ''}"
 
 
 def split_of(bank: WeightBank, prunable: Sequence[AnySet]) -> dict[str, Any]:
@@ -260,7 +273,7 @@ def fingerprint(denoiser: nn.Module) -> dict[str, Any]:
     longer used: their parameters do not count.
     """
     found = {n.replace(".base_layer", ""): p for n, p in denoiser.named_parameters() if ".lora_" not in n}
-    copies = {n for n in found if FUSED.sub(".to_k.", n) != n and FUSED.sub(".to_k.", n) in found}
+    copies = unused_copies(found)
     parameters = sorted((n, p) for n, p in found.items() if n not in copies)
     structure = json.dumps([[name, list(p.shape)] for name, p in parameters])
     sample = [float(p.detach().flatten()[p.numel() // 2]) for _, p in parameters]
@@ -281,19 +294,19 @@ def check_bank(bank: WeightBank, header: Mapping[str, Any], adapter: ModelAdapte
             weight has another shape or is not finite.
     """
     sets = {prunable.name: prunable for prunable in adapter.prunable(bank.kind)}
-    alone = bank.kind in ("width", "depth") and "+" not in header.get("method", "")
+    alone = len(bank.kinds) == 1 and not bank.reuses and "+" not in header.get("method", "")
     equal = alone and header.get("allocation", "equal") == "equal"  # others have their own order of levels
     try:
         for (stage, level), entry in bank.items():
             if unknown := sorted(set(entry) - set(sets)):
-                raise ValueError(f"the model has no {unknown[0]}")
+                raise ValueError(f"it has weights of {unknown[0]}, but the model has no such set")
             for name, prunable in sets.items():
                 n = prunable.n_kept(level, bank.max_level or adapter.max_level(bank.kind)) if equal else None
                 if name in entry:
-                    weight = isinstance(prunable, GroupSet) and adapter.denoiser.get_submodule(prunable.consumer).weight
-                    check_weights(prunable, entry[name], n, weight.shape[0] if weight is not False else None)
+                    outputs = [len(adapter.denoiser.get_submodule(path).weight) for path in prunable.consumers]
+                    check_weights(prunable, entry[name], n, outputs)
                 elif n not in (None, prunable.n_groups):
-                    raise ValueError(f"{name} is dense at level {level} of stage {stage}")
+                    raise ValueError(f"stage {stage} at level {level} must prune {name}, but has no weights of it")
     except ValueError as error:
         raise DiffesError(f"{path} is damaged ({error}): {AGAIN}") from error
 
@@ -305,13 +318,13 @@ def check_fingerprint(denoiser: nn.Module, expected: Mapping[str, Any] | None, p
         DiffesError: structure or weights differ by more than half precision explains.
     """
     if expected is None:
-        raise DiffesError(f"{path} is damaged (it does not say which model it was made for); {AGAIN}")
+        raise DiffesError(f"{path} is damaged (it does not name its model): {AGAIN}")
     found = fingerprint(denoiser)
     same_layers = found["structure"] == expected["structure"] and len(found["sample"]) == len(expected["sample"])
     sample, expected_sample = torch.tensor(found["sample"]), torch.tensor(expected["sample"])
     if not same_layers or not torch.allclose(sample, expected_sample, rtol=2e-2, atol=1e-3):
         raise DiffesError(
-            f"{path} was made for another model: its denoiser has other {'weights' if same_layers else 'layers'} than "
-            "this pipeline's; load the pipeline named in the run's config.json, or fit a plan of dense calls to it "
+            f"{path} was made for another model, with other {'weights' if same_layers else 'layers'} than this "
+            "pipeline's: load the pipeline named in the run's config.json, or fit a plan of dense calls to this one "
             "with `diffes fit` or diffes.fit"
         )

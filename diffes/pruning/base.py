@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffes.adapters import GroupSet, Kind, ModelAdapter, ReuseSet, UpLayerSet
+from diffes.adapters import GroupSet, Kind, ModelAdapter, ReuseSet
 from diffes.adapters.groups import Prunable
 from diffes.errors import at_least
 from diffes.plugins import guarded
@@ -24,17 +25,17 @@ class GroupWeights:
 
     Args:
         kept: (n_kept,) indices of the groups that stay, rising.
-        consumer: (d_out, n_kept * size) weight of the consumer where the method compensates for what was dropped; None
-            where the kept columns stay as they are.
+        consumers: weight (d_out, n_kept * size) of each consumer where the method compensates for what was dropped;
+            empty where the kept columns stay as they are.
     """
 
     kept: Tensor
-    consumer: Tensor | None = None
+    consumers: tuple[Tensor, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors held."""
-        return self.kept.nbytes + (self.consumer.nbytes if self.consumer is not None else 0)
+        return self.kept.nbytes + sum(consumer.nbytes for consumer in self.consumers)
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,20 @@ class LayerWeights:
 
     Args:
         producers: weights (n_rows, d_in) of the producing layers; gated FFNs have twice the rows.
-        consumer: weight (d_out, n_groups * size) of the consuming layer.
+        consumers: weights (d_out, n_groups * size) of the consuming layers.
     """
 
     producers: tuple[Tensor, ...]
-    consumer: Tensor
+    consumers: tuple[Tensor, ...]
 
     @classmethod
     def of(cls, denoiser: Any, groups: GroupSet) -> LayerWeights:
         """Return the present weights of a group set, detached."""
-        return cls(
-            tuple(denoiser.get_submodule(path).weight.detach() for path in groups.producers),
-            denoiser.get_submodule(groups.consumer).weight.detach(),
+        producers, consumers = (
+            tuple(denoiser.get_submodule(path).weight.detach() for path in paths)
+            for paths in (groups.producers, groups.consumers)
         )
+        return cls(producers, consumers)
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,12 @@ class PruningMethod(abc.ABC):
     Attributes:
         kind: "width" where groups inside blocks are removed, "depth" where whole blocks are removed, "reuse" where
             nothing is removed and layers return the output of an earlier call.
+        reuses: True where nothing is removed.
         needs: the statistics of a stage that the method is given; "nothing" where it needs no calibration.
     """
 
     kind: ClassVar[Kind]
+    reuses: ClassVar[bool] = False
     needs: ClassVar[Literal["nothing", "squares", "second_moment", "blocks", "changes"]]
 
     def max_level(self, adapter: ModelAdapter) -> int:
@@ -101,15 +105,15 @@ class WidthMethod(PruningMethod):
 
     @abc.abstractmethod
     def prune(
-        self, groups: GroupSet, weights: LayerWeights, inputs: Tensor | None, n_kept: Sequence[int]
+        self, groups: GroupSet, weights: LayerWeights, inputs: Sequence[Tensor], n_kept: Sequence[int]
     ) -> list[GroupWeights]:
         """Return what is left for each of `n_kept`. Groups kept at a smaller number are kept at every larger one.
 
         Args:
             groups: the group set.
             weights: its dense weights.
-            inputs: statistics of the consumer's inputs x in one stage, d = n_groups * size: `E[x x^T]` (d, d) where
-                `needs` is "second_moment", its diagonal `E[x^2]` (d,) where it is "squares", None where it is
+            inputs: statistics of each consumer's inputs x in one stage, d = n_groups * size: `E[x x^T]` (d, d) where
+                `needs` is "second_moment", its diagonal `E[x^2]` (d,) where it is "squares"; empty where it is
                 "nothing".
             n_kept: falling numbers of groups to keep, each in [0, n_groups].
         """
@@ -130,6 +134,7 @@ class ReuseMethod(PruningMethod):
     """Base class of methods that choose what a call computes. The rest comes from the last call that computed it."""
 
     kind = "reuse"
+    reuses = True
 
     @abc.abstractmethod
     def groups(self, adapter: ModelAdapter) -> ReuseSet:
@@ -140,16 +145,16 @@ class ReuseMethod(PruningMethod):
         """
 
     @abc.abstractmethod
-    def kept(self, groups: ReuseSet, max_level: int, harm: Tensor | None) -> list[Tensor]:
+    def kept(self, groups: ReuseSet, max_level: int, sensitivity: Tensor | None) -> list[Tensor]:
         """Return the indices (n_kept,) of the groups that are computed at levels 1 to H. Groups computed at a level are
         computed at every lower one.
 
         Args:
             groups: the set of layers that may be reused.
             max_level: H.
-            harm: sensitivity (n_groups,) where `needs` is "changes", else None: mean squared change of a prediction in
-                one stage when only that group's output comes from an earlier call, divided by the multiply-accumulates
-                of the group.
+            sensitivity: (n_groups,) where `needs` is "changes", else None: mean squared change of a prediction in one
+                stage when only that group's output comes from an earlier call, divided by the multiply-accumulates of
+                the group.
         """
 
 
@@ -178,6 +183,11 @@ class Sum:
         return "+".join(dict.fromkeys(part.kind for part in self.parts))
 
     @property
+    def reuses(self) -> bool:
+        """True where some levels reuse outputs of an earlier call."""
+        return any(part.reuses for part in self.parts)
+
+    @property
     def needs_data(self) -> bool:
         """True where a part needs calibration data."""
         return any(part.needs != "nothing" for part in self.parts)
@@ -203,7 +213,7 @@ def make_method(spec: str) -> Sum:
 
 
 def check_weights(
-    groups: Prunable, weights: GroupWeights, n_kept: int | None = None, outputs: int | None = None
+    groups: Prunable, weights: GroupWeights, n_kept: int | None = None, outputs: Sequence[int] = ()
 ) -> None:
     """Check that weights fit a group set.
 
@@ -211,32 +221,27 @@ def check_weights(
         groups: the set.
         weights: what is left of it.
         n_kept: number of groups that must be kept; None where it is not known.
-        outputs: number of rows that the consumer must have; None where it is not known.
+        outputs: number of rows that each consumer must have; empty where it is not known.
 
     Raises:
         ValueError: they do not fit; the message says what was expected.
     """
-    kept, consumer = weights.kept, weights.consumer
+    kept, consumers = weights.kept, weights.consumers
     if not isinstance(kept, Tensor) or kept.ndim != 1 or kept.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"the groups kept of {groups.name} must be whole numbers (n,)")
-    if len(kept) and (kept[0] < 0 or kept[-1] >= groups.n_groups or bool((kept.diff() <= 0).any())):
-        raise ValueError(
-            f"the groups kept of {groups.name} must rise within [0, {groups.n_groups - 1}], got {kept.tolist()[:20]}"
-        )
+        raise ValueError(f"the groups kept of {groups.name} must be whole numbers in a tensor (n,)")
+    groups.check_kept(kept)
     if n_kept is not None and len(kept) != n_kept:
-        raise ValueError(f"{len(kept)} groups of {groups.name} are kept, its level keeps {n_kept}")
-    last = list(range(groups.n_groups - max(len(kept), 1), groups.n_groups))
-    if isinstance(groups, UpLayerSet) and kept.tolist() != last:
-        raise ValueError(f"the groups kept of {groups.name} must be the last ones, got {kept.tolist()[:20]}")
-    if consumer is None:
-        return
-    if not isinstance(groups, GroupSet) or not isinstance(consumer, Tensor):
-        raise ValueError(f"{groups.name} has a consumer that is no weight of one")
-    shape = (consumer.shape[0] if outputs is None and consumer.ndim else outputs, len(kept) * groups.size)
-    if tuple(consumer.shape) != shape:
-        raise ValueError(f"the consumer of {groups.name} must be of shape {shape}, got {tuple(consumer.shape)}")
-    if not consumer.is_floating_point() or not torch.isfinite(consumer).all():
-        raise ValueError(f"the consumer of {groups.name} has values that are not finite numbers")
+        raise ValueError(f"{n_kept} groups of {groups.name} must be kept, got {len(kept)}")
+    if not isinstance(consumers, tuple) or len(consumers) not in (0, len(groups.consumers)):
+        raise ValueError(f"consumers of {groups.name} must be a tuple of {len(groups.consumers)} weights, or of none")
+    for consumer, d_out in zip(consumers, outputs or itertools.repeat(None), strict=False):
+        if not isinstance(consumer, Tensor):
+            raise ValueError(f"a consumer of {groups.name} must be a tensor, got {type(consumer).__name__}")
+        shape = (consumer.shape[0] if d_out is None and consumer.ndim else d_out, len(kept) * groups.size)
+        if tuple(consumer.shape) != shape:
+            raise ValueError(f"a consumer of {groups.name} must be of shape {shape}, got {tuple(consumer.shape)}")
+        if not consumer.is_floating_point() or not torch.isfinite(consumer).all():
+            raise ValueError(f"a consumer of {groups.name} has values that are not finite")
 
 
 def nested(importance: Tensor, n_kept: Sequence[int]) -> list[GroupWeights]:

@@ -23,8 +23,8 @@ class BlockReuse(ReuseMethod):
     def max_level(self, adapter: ModelAdapter) -> int:
         return min(adapter.max_level("width"), self.groups(adapter).n_groups)
 
-    def kept(self, groups: ReuseSet, max_level: int, harm: Tensor | None) -> list[Tensor]:
-        if harm is None:
-            raise TypeError("BlockReuse.kept needs the harm of each group, got None")
-        order, levels = harm.argsort(descending=True, stable=True), range(1, max_level + 1)
+    def kept(self, groups: ReuseSet, max_level: int, sensitivity: Tensor | None) -> list[Tensor]:
+        if sensitivity is None:
+            raise TypeError("BlockReuse.kept needs the sensitivity of each group, got None")
+        order, levels = sensitivity.argsort(descending=True, stable=True), range(1, max_level + 1)
         return [order[: groups.n_kept(level, max_level)].sort().values.to(torch.int32) for level in levels]

@@ -15,7 +15,7 @@ from diffes.config import HELDOUT_SEED, RunConfig
 from diffes.errors import DiffesError
 from diffes.files import write_safely
 from diffes.pruning import make_method
-from diffes.pruning.allocation import allocation_of
+from diffes.pruning.allocation import by_sensitivity
 from diffes.pruning.bank import WeightBank
 from diffes.pruning.build import build_bank
 from diffes.pruning.calibration import CalibrationSet, load_calibration, sample_calibration
@@ -26,7 +26,7 @@ from diffes.spaces.schedule import Stages
 def uses_data(config: RunConfig) -> bool:
     """Check whether a bank is built from measurements, so that each of its stages takes a while."""
     method = make_method(config.method)
-    return method.needs_data or allocation_of(method.kind, config.allocation) == "damage"
+    return method.needs_data or by_sensitivity(method.kind, config.allocation)
 
 
 def bank_of(

@@ -121,7 +121,7 @@ def load_calibration(adapter: ModelAdapter, path: Path, n: int, batch: int = 64)
         with np.load(path) as data:
             images, conditions = data["images"][:n], data[wanted][:n]
         if images.ndim != 4 or images.dtype != np.uint8 or len(images) != len(conditions) or not len(images):
-            raise ValueError(f"images are {images.dtype} {images.shape}, {wanted} {conditions.shape}")
+            raise ValueError(f"images are {images.dtype} {images.shape}, and {wanted} {conditions.shape}")
         if wanted == "labels":
             _check_labels(conditions, adapter)
         elif conditions.ndim != 1 or conditions.dtype.kind != "U" or not all(text.strip() for text in conditions):
@@ -130,7 +130,7 @@ def load_calibration(adapter: ModelAdapter, path: Path, n: int, batch: int = 64)
         latents = torch.cat([adapter.encode(part) for part in pixels.split(batch)])
         config = adapter.denoiser.config
         if latents.shape[1:] != (config.in_channels, config.sample_size, config.sample_size):
-            raise ValueError(f"images of {images.shape[1:]} become latents of {tuple(latents.shape[1:])}")
+            raise ValueError(f"latents of images {images.shape[1:]} have another shape: {tuple(latents.shape[1:])}")
     except Exception as error:  # zipfile, numpy, the model and the checks each raise their own classes
         raise DiffesError(f"{path} holds no calibration images with {wanted}: {error}; {FORM}") from error
     kind = int if wanted == "labels" else str
@@ -174,39 +174,41 @@ def sample_calibration(
     return CalibrationSet(torch.cat(latents), probes.conditions, "samples of the dense model")
 
 
-def input_moments(run: StagePass, sets: Sequence[GroupSet], *, full: bool) -> dict[str, Tensor]:
-    """Return weighted means over the tokens of a stage, in fp32, for every consumer's inputs x.
+def input_moments(run: StagePass, sets: Sequence[GroupSet], *, full: bool) -> dict[str, tuple[Tensor, ...]]:
+    """Return weighted means over the tokens of a stage, in fp32, for the inputs x of every consumer of each set.
 
     Args:
         run: the calls to observe.
         sets: the sets of the consumers.
         full: True for `E[x x^T]` (d, d), False for its diagonal `E[x^2]` (d,).
     """
-    return run.within_room(lambda fitting: _input_moments(fitting, sets, full))
+    paths = [path for groups in sets for path in groups.consumers]
+    found = run.within_room(lambda fitting: _input_moments(fitting, paths, full))
+    return {groups.name: tuple(found[path] for path in groups.consumers) for groups in sets}
 
 
-def _input_moments(run: StagePass, sets: Sequence[GroupSet], full: bool) -> dict[str, Tensor]:
+def _input_moments(run: StagePass, paths: Sequence[str], full: bool) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     total: dict[str, float] = {}
     weights = torch.empty(0)
 
-    def observe(name: str) -> Callable[[object, tuple[Tensor, ...]], None]:
+    def observe(path: str) -> Callable[[object, tuple[Tensor, ...]], None]:
         def hook(_module: object, inputs: tuple[Tensor, ...]) -> None:
             scale = weights.sqrt().view(-1, *[1] * (inputs[0].ndim - 1))
             x = (inputs[0].float() * scale).flatten(0, -2)
             found = x.T @ x if full else x.square().sum(0)
-            sums[name] = sums[name].add_(found) if name in sums else found
-            total[name] = total.get(name, 0.0) + float(weights.sum()) * len(x) / len(weights)
+            sums[path] = sums[path].add_(found) if path in sums else found
+            total[path] = total.get(path, 0.0) + float(weights.sum()) * len(x) / len(weights)
 
         return hook
 
     with ExitStack() as hooks:
-        for groups in sets:
-            layer = run.adapter.denoiser.get_submodule(groups.consumer)
-            hooks.callback(layer.register_forward_pre_hook(observe(groups.name)).remove)
+        for path in paths:
+            layer = run.adapter.denoiser.get_submodule(path)
+            hooks.callback(layer.register_forward_pre_hook(observe(path)).remove)
         for weights in run.run():  # noqa: B007 (the hooks read it)
             pass
-    return {name: found.div_(total[name]) for name, found in sums.items()}  # in place, because they fill the memory
+    return {path: found.div_(total[path]) for path, found in sums.items()}  # in place, because they fill the memory
 
 
 def block_changes(run: StagePass, blocks: BlockSet) -> BlockChanges:

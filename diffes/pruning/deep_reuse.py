@@ -23,12 +23,12 @@ class DeepReuse(ReuseMethod):
         groups = adapter.up_layers()
         if groups is None:
             raise DiffesError(
-                f"deep_reuse is for U-Nets, and {type(adapter.denoiser).__name__} is none: take block_reuse"
+                f"deep_reuse is for U-Nets, and {type(adapter.denoiser).__name__} is not one: use block_reuse"
             )
         return groups
 
     def max_level(self, adapter: ModelAdapter) -> int:
         return self.groups(adapter).n_groups - 1
 
-    def kept(self, groups: ReuseSet, max_level: int, harm: Tensor | None) -> list[Tensor]:
+    def kept(self, groups: ReuseSet, max_level: int, sensitivity: Tensor | None) -> list[Tensor]:
         return [torch.arange(level, groups.n_groups, dtype=torch.int32) for level in range(1, max_level + 1)]

@@ -1,4 +1,4 @@
-"""One triangle for all levels of a layer in one stage; levels are made on request, within a limit of memory."""
+"""One triangle for all levels of a consumer in one stage; levels are made on request, within a limit of memory."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ MEMORY = 4_000_000_000  # bytes, the default limit
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """Order in which the groups of a layer are dropped in one stage, and how the rest compensates for each.
+    """Order in which the groups of a set are dropped in one stage, and how the rest compensates for each.
 
-    Dropping input g subtracts `y_g r_g` from the consumer's weight `W`, with `y_g` the column of g and
+    Dropping input g subtracts `y_g r_g` from a consumer's weight `W`, with `y_g` the column of g and
     `r_g = H^-1_g / H^-1_gg` at that time. In the order of dropping, the rows `r` are a unit upper triangle `R`, and
     `Y R = W`. So with any prefix D dropped and the rest K kept, the weights left are `W_K - Y_D R_DK` with
     `Y_D = W_D R_DD^-1`: the least-squares optimum `W H[:,K] H[K,K]^-1`.
@@ -33,36 +33,41 @@ class Factor:
     Args:
         groups: the group set.
         order: (n_groups,) int32 indices of the groups, in the order of dropping.
-        triangle: R, in the layout of `pack`, in memory or in a file.
+        triangles: R of each consumer, in the layout of `pack`, in memory or in a file.
     """
 
     groups: GroupSet
     order: Tensor
-    triangle: Tensor | Stored
+    triangles: tuple[Tensor | Stored, ...]
 
     def kept(self, n_kept: int) -> Tensor:
         """Return the indices (n_kept,) of the groups that stay, rising, int32."""
         return self.order[self.groups.n_groups - n_kept :].sort().values
 
     @torch.no_grad()
-    def consumer(self, dense: Tensor, n_kept: int) -> Tensor:
-        """Return the consumer's weight (d_out, n_kept * size) where `n_kept` groups stay, on the device and in the
-        dtype of the dense one (d_out, d)."""
+    def consumers(self, dense: Sequence[Tensor], n_kept: int) -> tuple[Tensor, ...]:
+        """Return the weight (d_out, n_kept * size) of each consumer where `n_kept` groups stay, on the device and in
+        the dtype of the dense one (d_out, d)."""
         n_dropped = self.groups.n_groups - n_kept
-        left = self._in_order(dense)
-        for start, stop, block in self._blocks(n_dropped * self.groups.size, dense):
-            left[:, stop:].addmm_(_columns(left, block, start, stop), block[:, stop - start :], alpha=-1)
-        places = self.order[n_dropped:].argsort().to(dense.device)
-        return left[:, self.groups.features(places + n_dropped)].to(dense.dtype)
+        made = []
+        for weight, triangle in zip(dense, self.triangles, strict=True):
+            left = self._in_order(weight)
+            for start, stop, block in self._blocks(triangle, n_dropped * self.groups.size, weight):
+                left[:, stop:].addmm_(_columns(left, block, start, stop), block[:, stop - start :], alpha=-1)
+            places = self.order[n_dropped:].argsort().to(weight.device)
+            made.append(left[:, self.groups.features(places + n_dropped)].to(weight.dtype))
+        return tuple(made)
 
     @torch.no_grad()
-    def effects(self, dense: Tensor, inputs: Tensor, backward: Tensor) -> Tensor:
-        """Return the change of directional derivatives by dropping groups, for every number of dropped groups at once.
+    def effects(self, i: int, dense: Tensor, inputs: Tensor, backward: Tensor) -> Tensor:
+        """Return the change of directional derivatives by dropping groups from one consumer, for every number of
+        dropped groups at once.
 
         Args:
-            dense: (d_out, d) the consumer's weight.
-            inputs: (n, tokens, d) of the consumer.
-            backward: (directions, n, tokens, d_out) gradients with respect to the consumer's outputs.
+            i: number of the consumer.
+            dense: (d_out, d) its weight.
+            inputs: (n, tokens, d) of it.
+            backward: (directions, n, tokens, d_out) gradients with respect to its outputs.
 
         Returns:
             (directions, n, n_groups + 1) fp64 sums over the tokens of the gradient times the change of the output, by
@@ -70,7 +75,7 @@ class Factor:
         """
         left, x = self._in_order(dense), inputs.to(_compute(dense))[..., self._inputs().to(dense.device)]
         parts = []
-        for start, stop, block in self._blocks(left.shape[1], dense):
+        for start, stop, block in self._blocks(self.triangles[i], left.shape[1], dense):
             columns = _columns(left, block, start, stop)
             parts.append(-((backward.to(x) @ columns) * (x[..., start:] @ block.T)).sum(2).double())
             left[:, stop:].addmm_(columns, block[:, stop - start :], alpha=-1)
@@ -83,11 +88,11 @@ class Factor:
     def _in_order(self, dense: Tensor) -> Tensor:
         return dense[:, self._inputs().to(dense.device)].to(_compute(dense))
 
-    def _blocks(self, n_rows: int, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    def _blocks(self, triangle: Tensor | Stored, n_rows: int, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """Yield the first rows of R, block by block: rows [start, stop) from column `start` on."""
-        d = self.groups.n_groups * self.groups.size
+        d = self.groups.width
         sizes = [min(ROWS, d - start) * (d - start) for start in range(0, n_rows, ROWS)]
-        flat = self.triangle[: sum(sizes)]
+        flat = triangle[: sum(sizes)]
         for i, block in enumerate(flat.split(sizes)):
             start = i * ROWS
             stop = min(start + ROWS, n_rows)
@@ -124,17 +129,17 @@ def pack(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
-    """Input for a factor of one layer in one stage.
+    """Input for a factor of one set in one stage.
 
     Args:
         groups: the set.
         weights: of the layers around it.
-        inputs: statistics of the consumer's inputs, as the method `needs` them.
+        inputs: statistics of each consumer's inputs, as the method `needs` them.
     """
 
     groups: GroupSet
     weights: LayerWeights
-    inputs: Tensor | None
+    inputs: Sequence[Tensor]
 
 
 def packed_size(d: int) -> int:
@@ -143,38 +148,38 @@ def packed_size(d: int) -> int:
 
 
 class FactoredMethod(WidthMethod):
-    """Base class of methods where the rest compensates for what is dropped. A bank keeps one triangle for all levels in
-    a stage."""
+    """Base class of methods where the rest compensates for what is dropped. A bank keeps one triangle of each consumer
+    for all levels in a stage."""
 
     @abc.abstractmethod
     def factors(self, layers: Iterable[LayerStatistics]) -> Iterator[Factor]:
-        """Yield order and triangle of each of several layers of one shape, in one stage. Layers are taken from the
+        """Yield order and triangles of each of several sets of one shape, in one stage. Sets are taken from the
         iterable one after another."""
 
-    def factor(self, groups: GroupSet, weights: LayerWeights, inputs: Tensor | None) -> Factor:
-        """Return order and triangle of one layer; arguments as those of `prune`."""
+    def factor(self, groups: GroupSet, weights: LayerWeights, inputs: Sequence[Tensor]) -> Factor:
+        """Return order and triangles of one set; arguments as those of `prune`."""
         return next(iter(self.factors([LayerStatistics(groups, weights, inputs)])))
 
     def prune(
-        self, groups: GroupSet, weights: LayerWeights, inputs: Tensor | None, n_kept: Sequence[int]
+        self, groups: GroupSet, weights: LayerWeights, inputs: Sequence[Tensor], n_kept: Sequence[int]
     ) -> list[GroupWeights]:
         factor = self.factor(groups, weights, inputs)
-        return [GroupWeights(factor.kept(n), factor.consumer(weights.consumer, n)) for n in n_kept]
+        return [GroupWeights(factor.kept(n), factor.consumers(weights.consumers, n)) for n in n_kept]
 
 
 class FactoredWeights(GroupWeights):
-    """One group set at one level of one stage, whose consumer is made on request.
+    """One group set at one level of one stage, whose consumers are made on request.
 
     Args:
-        factor: order and triangle.
-        dense: (d_out, d) the consumer's dense weight.
+        factor: order and triangles.
+        dense: (d_out, d) the dense weight of each consumer.
         n_kept: number of groups that stay.
-        workshop: makes the consumer and caches it.
+        workshop: makes the consumers and caches them.
     """
 
     factor: Factor
 
-    def __init__(self, factor: Factor, dense: Tensor, n_kept: int, workshop: Workshop) -> None:
+    def __init__(self, factor: Factor, dense: tuple[Tensor, ...], n_kept: int, workshop: Workshop) -> None:
         for name, value in {"kept": factor.kept(n_kept), "factor": factor, "_dense": dense, "_shop": workshop}.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen
 
@@ -186,8 +191,8 @@ class FactoredWeights(GroupWeights):
         return self  # immutable
 
     @property
-    def consumer(self) -> Tensor:  # type: ignore[override]
-        """The consumer (d_out, n_kept * size) in host memory, the same whenever it is made."""
+    def consumers(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """The consumers (d_out, n_kept * size) in host memory, the same whenever they are made."""
         shop: Workshop = self.__dict__["_shop"]
         return shop.make(self.factor, self.__dict__["_dense"], len(self.kept))
 
@@ -208,7 +213,7 @@ class Workshop:
 
     Attributes:
         seconds: time that making levels took.
-        made: number of consumers made.
+        made: number of levels of a set made.
         filed: bytes of the triangles in the file.
     """
 
@@ -216,7 +221,7 @@ class Workshop:
         self.limit = limit
         self.seconds, self.made, self.filed = 0.0, 0, 0
         self._held = self._ready_bytes = 0
-        self._ready: OrderedDict[tuple[Factor, int], Tensor] = OrderedDict()
+        self._ready: OrderedDict[tuple[Factor, int], tuple[Tensor, ...]] = OrderedDict()
         self._file: Any = None
 
     @property
@@ -229,16 +234,20 @@ class Workshop:
         return Workshop, (self.limit,)
 
     def keep(self, factor: Factor) -> Factor:
-        """Return the same factor with its triangle in memory, or in the temporary file where memory has no room.
+        """Return the same factor with its triangles in memory, or in the temporary file where memory has no room.
 
         Raises:
             DiffesError: the temporary file has no room either.
         """
-        triangle = factor.triangle
+        kept = tuple(self._kept(triangle) for triangle in factor.triangles)
+        moved = any(isinstance(triangle, Stored) for triangle in kept)
+        return Factor(factor.groups, factor.order, kept) if moved else factor
+
+    def _kept(self, triangle: Tensor | Stored) -> Tensor | Stored:
         assert isinstance(triangle, Tensor)
         if self._held + triangle.nbytes <= self.limit // 2:
             self._held += triangle.nbytes
-            return factor
+            return triangle
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="diffes-bank-")  # noqa: SIM115 (as long as the process)
@@ -248,27 +257,31 @@ class Workshop:
         except OSError as error:
             raise DiffesError(
                 f"the bank's triangles, {(self.filed + triangle.nbytes) / 1e9:.1f} GB so far, have no room in "
-                f"{tempfile.gettempdir()} ({error}): name a folder with more in TMPDIR, or raise --bank-memory"
+                f"{tempfile.gettempdir()} ({error}): set TMPDIR to a folder with more room, or raise --bank-memory"
             ) from error
         stored = Stored(self._file, self.filed, triangle.dtype, len(triangle))
         self.filed += triangle.nbytes
-        return Factor(factor.groups, factor.order, stored)
+        return stored
 
-    def make(self, factor: Factor, dense: Tensor, n_kept: int) -> Tensor:
-        """Return a consumer (d_out, n_kept * size) in host memory, from the cache or made now."""
+    def make(self, factor: Factor, dense: Sequence[Tensor], n_kept: int) -> tuple[Tensor, ...]:
+        """Return the consumers (d_out, n_kept * size) of a set in host memory, from the cache or made now."""
         key = (factor, n_kept)
         if key in self._ready:
             self._ready.move_to_end(key)
             return self._ready[key]
         start = time.perf_counter()
-        consumer = factor.consumer(dense, n_kept).cpu()
+        consumers = tuple(consumer.cpu() for consumer in factor.consumers(dense, n_kept))
         self.seconds += time.perf_counter() - start
         self.made += 1
-        self._ready[key] = consumer
-        self._ready_bytes += consumer.nbytes
+        self._ready[key] = consumers
+        self._ready_bytes += _bytes(consumers)
         while self._ready_bytes > self.limit - self._held and len(self._ready) > 1:
-            self._ready_bytes -= self._ready.popitem(last=False)[1].nbytes
-        return consumer
+            self._ready_bytes -= _bytes(self._ready.popitem(last=False)[1])
+        return consumers
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 @dataclass(frozen=True, eq=False)

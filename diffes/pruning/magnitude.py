@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from diffes.adapters import GroupSet
@@ -12,7 +13,7 @@ from diffes.pruning.base import GroupWeights, LayerWeights, WidthMethod, nested
 
 class Magnitude(WidthMethod):
     """Pruning by the importance of a group: the mean absolute weight of its rows in the producers and its columns in
-    the consumer.
+    the consumers.
 
     No data is used, so every stage has the same order.
     """
@@ -20,14 +21,13 @@ class Magnitude(WidthMethod):
     needs = "nothing"
 
     def prune(
-        self, groups: GroupSet, weights: LayerWeights, inputs: Tensor | None, n_kept: Sequence[int]
+        self, groups: GroupSet, weights: LayerWeights, inputs: Sequence[Tensor], n_kept: Sequence[int]
     ) -> list[GroupWeights]:
-        d_out = weights.consumer.shape[0]
-        total = weights.consumer.double().abs().view(d_out, groups.n_groups, groups.size).sum((0, 2))
-        count = d_out * groups.size
-        for producer in weights.producers:
-            # A gated FFN stacks value rows over gate rows: the first axis is 2 there and 1 elsewhere.
-            rows = producer.double().abs().view(-1, groups.n_groups, groups.size * producer.shape[1])
-            total = total + rows.sum((0, 2))
-            count += rows.shape[0] * rows.shape[2]
+        parts = [consumer.view(-1, groups.n_groups, groups.size) for consumer in weights.consumers]
+        # A gated FFN stacks value rows over gate rows: the first axis is 2 there and 1 elsewhere.
+        parts += [p.view(-1, groups.n_groups, groups.size * p.shape[1]) for p in weights.producers]
+        total, count = torch.zeros((), dtype=torch.float64, device=parts[0].device), 0
+        for part in parts:
+            total = total + part.double().abs().sum((0, 2))
+            count += part.shape[0] * part.shape[2]
         return nested(total / count, n_kept)

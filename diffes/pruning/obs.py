@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -29,7 +29,8 @@ class OBS(FactoredMethod):
 
     With `H = E[x x^T]`, the group g of least loss `tr(W_g (H^-1_gg)^-1 W_g^T)` is dropped, the rest is updated by
     `W -= W_g (H^-1_gg)^-1 H^-1_g,:` and `H^-1` is down-dated. The weights left at any point are the least-squares
-    optimum `W H[:,K] H[K,K]^-1` of the kept inputs K.
+    optimum `W H[:,K] H[K,K]^-1` of the kept inputs K. Of a set with several consumers, each has a W and an H, and the
+    loss of a group is the sum over them.
 
     Args:
         damping: fraction of the mean diagonal of H that is added to the diagonal.
@@ -58,41 +59,42 @@ class OBS(FactoredMethod):
     def factors(self, layers: Iterable[LayerStatistics]) -> Iterator[Factor]:
         waiting = iter(layers)
         for first in waiting:
-            part = [first, *itertools.islice(waiting, _at_once(first.weights.consumer) - 1)]
-            inverses = torch.stack([self._inverse(layer) for layer in part])
-            dense = torch.stack([layer.weights.consumer for layer in part])
-            dtype, groups = dense.dtype, first.groups
+            part = [first, *itertools.islice(waiting, _at_once(first.weights.consumers) - 1)]
+            inverses = torch.stack([self._inverse(each.groups, moment) for each in part for moment in each.inputs])
+            dense = torch.stack([weight for each in part for weight in each.weights.consumers])
+            dtype, groups, n = dense.dtype, first.groups, len(first.groups.consumers)
             wide = torch.promote_types(dtype, torch.float32)
             order, rows = eliminate(groups, dense.to(torch.float64, copy=True), inverses, wide)
             del inverses, dense
-            for layer, gone, row in zip(part, order, rows, strict=True):
-                packed = pack(row[:, groups.features(gone)], dtype)
-                yield Factor(layer.groups, gone.to("cpu", torch.int32), packed)
+            for each, gone, of_consumers in zip(part, order[::n], rows.unflatten(0, (-1, n)), strict=True):
+                packed = tuple(pack(row[:, groups.features(gone)], dtype) for row in of_consumers)
+                yield Factor(each.groups, gone.to("cpu", torch.int32), packed)
 
-    def _inverse(self, layer: LayerStatistics) -> Tensor:
-        """Return `H^-1` (d, d) of one layer, in fp64."""
-        if layer.inputs is None:
-            raise TypeError("OBS.factors needs the second moment of the consumer's inputs, got None")
-        triangle, failed = torch.linalg.cholesky_ex(damped(layer.inputs, self.damping))
+    def _inverse(self, groups: GroupSet, second_moment: Tensor) -> Tensor:
+        """Return `H^-1` (d, d) of one consumer, in fp64."""
+        triangle, failed = torch.linalg.cholesky_ex(damped(second_moment, self.damping))
         if failed:
             raise DiffesError(
-                f"the second moment of {layer.groups.name} is not positive definite with damping {self.damping}: try "
-                "more"
+                f"the second moment of {groups.name} is not positive definite with damping {self.damping}: choose a "
+                "larger damping, up to 1"
             )
         return torch.cholesky_inverse(triangle)
 
 
-def _at_once(weight: Tensor) -> int:
-    """Return how many layers are eliminated side by side: on a GPU, where launches cost time, as many as half of its
-    free memory takes; on a CPU, one."""
+def _at_once(consumers: Sequence[Tensor]) -> int:
+    """Return how many sets are eliminated side by side: on a GPU, where launches cost time, as many as half of its free
+    memory takes; on a CPU, one."""
+    weight = consumers[0]
     if weight.device.type != "cuda":
         return 1
     d_out, d = weight.shape
-    return max(1, torch.cuda.mem_get_info(weight.device)[0] // (2 * 8 * d * (2 * d + 2 * d_out)))
+    nbytes = 8 * d * (2 * d + 2 * d_out) * len(consumers)
+    return max(1, torch.cuda.mem_get_info(weight.device)[0] // (2 * nbytes))
 
 
 def eliminate(groups: GroupSet, weight: Tensor, inverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Drop all groups of layers of one shape, cheapest first, in each layer separately.
+    """Drop all groups of sets of one shape, cheapest first, in each set separately. Layers are the consumers, those of
+    one set next to each other; they drop the same groups.
 
     Groups of one input are dropped in blocks: their order is found first, then `W` and `H^-1` are each updated by one
     matrix product.
@@ -108,6 +110,7 @@ def eliminate(groups: GroupSet, weight: Tensor, inverse: Tensor, dtype: torch.dt
         `H^-1` at the time over its diagonal: what dropping an input takes from the others, in units of its own weights.
         Columns are in the order of the layer; those of inputs dropped before carry no meaning.
     """
+    n_consumers = len(groups.consumers)
     every = torch.arange(len(weight), device=weight.device)[:, None]
     left = torch.arange(groups.n_groups, device=weight.device).repeat(len(weight), 1)
     rows = torch.zeros(inverse.shape, dtype=dtype, device=weight.device)
@@ -115,9 +118,9 @@ def eliminate(groups: GroupSet, weight: Tensor, inverse: Tensor, dtype: torch.dt
     done = 0
     while left.shape[1]:
         if groups.size == 1:
-            dropped, taken = cheapest_inputs(weight, inverse, min(BLOCK, left.shape[1]))
+            dropped, taken = cheapest_inputs(weight, inverse, min(BLOCK, left.shape[1]), n_consumers)
         else:
-            dropped = elimination_loss(weight, inverse, groups.size).argmin(1, keepdim=True)
+            dropped = _cheapest(elimination_loss(weight, inverse, groups.size), n_consumers)[:, None]
         gone = torch.stack([groups.features(each) for each in dropped])
         ours, weight_columns = inverse[every, gone], weight.mT[every, gone].mT
         inverse_columns = inverse.mT[every, gone].mT
@@ -145,7 +148,12 @@ def eliminate(groups: GroupSet, weight: Tensor, inverse: Tensor, dtype: torch.dt
     return order, rows
 
 
-def cheapest_inputs(weight: Tensor, inverse: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _cheapest(loss: Tensor, n_consumers: int) -> Tensor:
+    """Return the index (layers,) of the least loss, of losses (layers, n) summed over the consumers of each set."""
+    return loss.unflatten(0, (-1, n_consumers)).sum(1).argmin(1).repeat_interleave(n_consumers)
+
+
+def cheapest_inputs(weight: Tensor, inverse: Tensor, count: int, n_consumers: int = 1) -> tuple[Tensor, Tensor]:
     """Return the next inputs to drop in each layer, without changing `W` and `H^-1`.
 
     The loss of input i is `S_ii / H^-1_ii` with `S = W^T W`. Dropping g subtracts `H^-1_gg f f^T` from `H^-1` and
@@ -156,6 +164,7 @@ def cheapest_inputs(weight: Tensor, inverse: Tensor, count: int) -> tuple[Tensor
         weight: (layers, d_out, d).
         inverse: (layers, d, d) `H^-1`.
         count: number of inputs to drop, at most d.
+        n_consumers: number of layers, next to each other, that drop the same inputs.
 
     Returns:
         Indices (layers, count) in the order of greedy elimination, and the f (layers, count, d) of each.
@@ -173,7 +182,7 @@ def cheapest_inputs(weight: Tensor, inverse: Tensor, count: int) -> tuple[Tensor
     place.scatter_(1, likely, torch.arange(likely.shape[1], device=weight.device).expand_as(likely))
     order = []
     for k in range(count):
-        g = torch.where(alive, squares / diagonal, torch.inf).argmin(1)
+        g = _cheapest(torch.where(alive, squares / diagonal, torch.inf), n_consumers)
         known = place[every, g]
         row = products[every, known] if bool((known >= 0).all()) else _times(weight[every, :, g], weight)
         f_g, pivot = f[every, :k, g], diagonal[every, g]

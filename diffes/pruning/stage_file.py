@@ -13,7 +13,7 @@ from diffes.adapters import GroupSet, ModelAdapter
 from diffes.errors import DiffesError
 from diffes.files import check_seal, file_sha256, read_json, write_safely, write_sealed
 from diffes.forms import AGAIN, StageFile
-from diffes.pruning.bank import Key, StageWeights, WeightBank, fingerprint
+from diffes.pruning.bank import Key, StageWeights, WeightBank, consumer_name, fingerprint
 from diffes.pruning.base import GroupWeights, LayerWeights, check_weights
 from diffes.pruning.factors import Factor, FactoredWeights, Workshop, packed_size
 
@@ -46,11 +46,15 @@ def write_stage(path: Path, bank: WeightBank, adapter: ModelAdapter) -> None:
 
 def _tensors(source: Factor | GroupWeights) -> dict[str, Tensor]:
     if isinstance(source, Factor):
-        triangle = source.triangle
-        whole = triangle if isinstance(triangle, Tensor) else triangle[: triangle.size]
-        return {"order": source.order, "triangle": whole}
-    consumer = {} if source.consumer is None else {"consumer": source.consumer.contiguous()}
-    return {"kept": source.kept.clone(), **consumer}
+        whole = (each if isinstance(each, Tensor) else each[: each.size] for each in source.triangles)
+        return {"order": source.order, **{triangle_name(i): triangle for i, triangle in enumerate(whole)}}
+    consumers = {consumer_name(i): consumer.contiguous() for i, consumer in enumerate(source.consumers)}
+    return {"kept": source.kept.clone(), **consumers}
+
+
+def triangle_name(i: int) -> str:
+    """Return the name, in a file, of the triangle of a set's consumer number i."""
+    return f"triangle{i or ''}"
 
 
 def read_stage(path: Path, adapter: ModelAdapter) -> WeightBank:
@@ -63,7 +67,7 @@ def read_stage(path: Path, adapter: ModelAdapter) -> WeightBank:
     check_seal(path, data)
     try:
         if file_sha256(beside) != data["sha256"] or fingerprint(adapter.denoiser) != data["fingerprint"]:
-            raise ValueError("its tensors are not those that were written, or of another model")
+            raise ValueError("its tensors were changed, or are of another model")
         with safe_open(beside, framework="pt") as file:
             return _bank(data, file, adapter)
     except Exception as error:  # safetensors' own error class, and any error that data of another model cause
@@ -72,6 +76,7 @@ def read_stage(path: Path, adapter: ModelAdapter) -> WeightBank:
 
 def _bank(data: dict[str, Any], file: Any, adapter: ModelAdapter) -> WeightBank:
     sets = {prunable.name: prunable for prunable in adapter.prunable(data["kind"])}
+    layers = {groups.name: groups for groups in adapter.group_sets()}
     names, workshop = set(file.keys()), Workshop()
     factors: dict[str, Factor] = {}
     known: dict[tuple[str, int], GroupWeights] = {}  # shared weights become one object again
@@ -82,25 +87,28 @@ def _bank(data: dict[str, Any], file: Any, adapter: ModelAdapter) -> WeightBank:
             groups = sets[name]
             if (place, n_kept) not in known:
                 if f"{place}:order" in names:
-                    assert isinstance(groups, GroupSet)
                     if place not in factors:
-                        factors[place] = _factor(
-                            groups, *(file.get_tensor(f"{place}:{x}") for x in ("order", "triangle"))
-                        )
-                    dense = LayerWeights.of(adapter.denoiser, groups).consumer
+                        factors[place] = _factor(layers[name], place, file)
+                    dense = LayerWeights.of(adapter.denoiser, layers[name]).consumers
                     known[place, n_kept] = FactoredWeights(factors[place], dense, n_kept, workshop)
                 else:
-                    consumer = file.get_tensor(f"{place}:consumer") if f"{place}:consumer" in names else None
-                    known[place, n_kept] = GroupWeights(file.get_tensor(f"{place}:kept"), consumer)
+                    there = [consumer_name(i) for i in range(len(groups.consumers))]
+                    consumers = [file.get_tensor(f"{place}:{x}") for x in there if f"{place}:{x}" in names]
+                    known[place, n_kept] = GroupWeights(file.get_tensor(f"{place}:kept"), tuple(consumers))
                     check_weights(groups, known[place, n_kept], n_kept)
             entry[name] = known[place, n_kept]
         entries[each["stage"], each["level"]] = entry
     return WeightBank(entries, data["kind"], calls=data["calls"], max_level=data["max_level"])
 
 
-def _factor(groups: GroupSet, order: Tensor, triangle: Tensor) -> Factor:
+def _factor(groups: GroupSet, place: str, file: Any) -> Factor:
+    order = file.get_tensor(f"{place}:order")
     if order.sort().values.tolist() != list(range(groups.n_groups)):
-        raise ValueError(f"the order of {groups.name} does not name each of its groups once")
-    if triangle.shape != (packed_size(groups.n_groups * groups.size),):
-        raise ValueError(f"the triangle of {groups.name} has {triangle.numel()} elements")
-    return Factor(groups, order, triangle)
+        raise ValueError(f"the order of {groups.name} must name each of its groups once")
+    triangles = tuple(file.get_tensor(f"{place}:{triangle_name(i)}") for i in range(len(groups.consumers)))
+    for triangle in triangles:
+        if triangle.shape != (packed_size(groups.width),):
+            raise ValueError(
+                f"a triangle of {groups.name} must have {packed_size(groups.width)} elements, got {triangle.numel()}"
+            )
+    return Factor(groups, order, triangles)

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 
 from diffes.adapters import GroupSet, ModelAdapter
+from diffes.adapters.groups import is_fused
 from diffes.errors import DiffesError
 
 COMPUTED_IN = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
@@ -58,8 +58,8 @@ def check_cuttable(adapter: ModelAdapter) -> None:
                 "cannot be pruned. Load the pipeline in float64, float32, float16 or bfloat16."
             )
     for groups in adapter.group_sets():
-        if groups.kind == "heads":
-            check_attention(groups.name, adapter.denoiser.get_submodule(groups.name))
+        if groups.attention is not None:
+            check_attention(groups.attention, adapter.denoiser.get_submodule(groups.attention))
 
 
 def check_attention(name: str, attention: Any) -> None:
@@ -76,18 +76,11 @@ def check_attention(name: str, attention: Any) -> None:
         raise DiffesError(f"{name} has fused projections, which cannot be pruned. Call pipe.unfuse_qkv_projections().")
 
 
-def is_fused(attention: Any) -> bool:
-    """Return True where attention reads `to_qkv`, not `to_q`, `to_k`, `to_v`; in older classes, the processor tells."""
-    if not getattr(attention, "fused_projections", False):
-        return False
-    return isinstance(attention, AttentionModuleMixin) or "Fused" in type(attention.processor).__name__
-
-
 def tree_of(denoiser: nn.Module, sets: Sequence[GroupSet]) -> Iterator[tuple[dict[str, Any], str, nn.Module]]:
     """Yield each step of the module tree on the way to the layers of the sets: the children of a module, the name of
     one of them, and this child."""
     known = set()
-    for path in (path for groups in sets for path in (*groups.producers, groups.consumer)):
+    for path in (path for groups in sets for path in (*groups.producers, *groups.consumers)):
         module = denoiser
         for name in path.split("."):
             child = module.get_submodule(name)

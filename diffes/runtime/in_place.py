@@ -24,8 +24,8 @@ class Held:
     def __init__(self, layer: nn.Module, name: str) -> None:
         if name not in layer._parameters:
             raise DiffesError(
-                f"the {name} of {type(layer).__name__} is no plain parameter, so it cannot be cut to thin layers; load "
-                "the pipeline without what computes it"
+                f"the {name} of {type(layer).__name__} is no plain parameter, so it cannot be cut to pruned layers; "
+                "load the pipeline without what computes it"
             )
         self.layer = layer
         self.name = name
@@ -147,7 +147,7 @@ def in_place(
     n_rows = len(held[0].dense)
     alike = all(len(each.dense) == n_rows and each.device == held[0].device for each in held)
     own = all(_memory(each.dense) in alone for each in (*held, *others))
-    if not alike or not own or n_rows not in (n_groups * size, 2 * n_groups * size):
+    if not alike or not own or n_rows % (n_groups * size):
         return None
     return InPlace(held, n_groups, n_rows // (n_groups * size))
 

@@ -84,7 +84,7 @@ class ReusePart(Part):
         memory: returns the memory of the present call.
 
     Attributes:
-        watched: paths of the modules whose outputs are remembered from the next `load_dense` or `load_thin` on.
+        watched: paths of the modules whose outputs are remembered from the next `load_dense` or `load_pruned` on.
     """
 
     def __init__(self, adapter: ModelAdapter, groups: ReuseSet, memory: Callable[[], Memory]) -> None:
@@ -104,8 +104,8 @@ class ReusePart(Part):
     def load_dense(self) -> None:
         self._load(set(), set())
 
-    def load_thin(self, thin: GroupWeights) -> None:
-        kept = thin.kept.tolist()
+    def load_pruned(self, left: GroupWeights) -> None:
+        kept = left.kept.tolist()
         self._load(set(self.groups.recalled(kept)), set(self.groups.idle(kept)))
 
     def _load(self, recalled: set[str], idle: set[str]) -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from diffes.adapters import BlockSet, GroupSet, ModelAdapter
+from diffes.adapters.groups import is_fused
 from diffes.errors import DiffesError
 from diffes.pruning.base import GroupWeights
-from diffes.runtime.checks import check_attention, is_fused, replaced, written
+from diffes.runtime.checks import check_attention, replaced, written
 from diffes.runtime.in_place import Held, in_place, streamed
 from diffes.runtime.resident import Resident
 
@@ -24,7 +25,7 @@ class Part:
         """Restore the dense layers, bit for bit."""
         raise NotImplementedError
 
-    def load_thin(self, thin: GroupWeights) -> None:
+    def load_pruned(self, left: GroupWeights) -> None:
         """Keep only these groups."""
         raise NotImplementedError
 
@@ -89,21 +90,21 @@ class WidthPart(Part):
         self._adapter = adapter
         denoiser = adapter.denoiser
         producers = [denoiser.get_submodule(path) for path in groups.producers]
-        consumer = denoiser.get_submodule(groups.consumer)
-        layers = [layer for layer in (*producers, consumer) if hasattr(layer, "base_layer")]  # those with adapters
+        consumers = [denoiser.get_submodule(path) for path in groups.consumers]
+        layers = [layer for layer in (*producers, *consumers) if hasattr(layer, "base_layer")]  # those with adapters
         self._adapters = [(layer, _adapters(layer)) for layer in layers]
-        self.consumer = Held(_base(consumer), "weight")
+        self.consumers = [Held(_base(layer), "weight") for layer in consumers]
         by_row = [held for layer in producers for held in (*_own(layer), *_lora(layer, "lora_B"))]
-        self._by_row, self._by_column = by_row, _lora(consumer, "lora_A")
-        self._held = (self.consumer, *self._by_row, *self._by_column)
-        self._away = (self.consumer, *self._by_column)  # put away while pruned rows are in place
+        self._by_row, self._by_column = by_row, [held for layer in consumers for held in _lora(layer, "lora_A")]
+        self._held = (*self.consumers, *self._by_row, *self._by_column)
+        self._away = (*self.consumers, *self._by_column)  # put away while pruned rows are in place
         self.in_place = in_place(by_row, self._away, groups.n_groups, groups.size, alone)
         self._parameters = [held.parameter for held in self._held]
         self._places: list[Any] = [(held.layer._parameters, held.name, held.parameter) for held in self._held]
         self.note()
         self.modules = [held.layer for held in self._held]
-        self._thin: GroupWeights | None = None  # the weights that are loaded
-        self.attention: Any = denoiser.get_submodule(groups.name) if groups.kind == "heads" else None
+        self._left: GroupWeights | None = None  # the weights that are loaded
+        self.attention: Any = denoiser.get_submodule(groups.attention) if groups.attention is not None else None
         self._forward = self.attention.__dict__.get("forward") if self.attention is not None else None
         self._bypassed: Any = None  # the processor at the time when attention lost its last head
         if self.attention is not None:
@@ -121,10 +122,11 @@ class WidthPart(Part):
 
     def check_unchanged(self) -> None:
         if self._cast:
-            now, then = self.consumer.parameter, self.consumer.dense.dtype
+            now, then = self.consumers[0].parameter, self.consumers[0]
             raise DiffesError(
-                f"the model was moved or cast, from {then} on {self.consumer.device} to {now.dtype} on {now.device}, "
-                "while a schedule was routed through it: call diffes.remove(pipe), move it, call diffes.apply again"
+                f"the model was moved or cast, from {then.dense.dtype} on {then.device} to {now.dtype} on "
+                f"{now.device}, while a schedule was routed through it: call diffes.remove(pipe), move it, call "
+                "diffes.apply again"
             )
         if any(_adapters(layer) != known for layer, known in self._adapters):
             raise replaced()
@@ -135,8 +137,9 @@ class WidthPart(Part):
 
     @property
     def _cast(self) -> bool:
-        now, then = self.consumer.parameter, self.consumer
-        return bool(now.dtype != then.dense.dtype or now.device != then.device)
+        return any(
+            held.parameter.dtype != held.dense.dtype or held.parameter.device != held.device for held in self.consumers
+        )
 
     @property
     def changed(self) -> bool:
@@ -146,7 +149,7 @@ class WidthPart(Part):
             return True
         if [p.data_ptr() for p in self._parameters] == self._pointers or self._cast:
             return False
-        if all(_equal(p, tensor) for p, tensor in zip(self._parameters, self._tensors(self._thin), strict=True)):
+        if all(_equal(p, tensor) for p, tensor in zip(self._parameters, self._tensors(self._left), strict=True)):
             self.note()  # they were moved to another device and back
             return False
         return True
@@ -154,7 +157,7 @@ class WidthPart(Part):
     @property
     def spoilt(self) -> bool:
         rows = [held.parameter for held in self._by_row]
-        return self.in_place is not None and _versions(rows) != self._versions[1 : 1 + len(rows)]
+        return self.in_place is not None and _versions(rows) != self._versions[len(self.consumers) :][: len(rows)]
 
     def outdated(self) -> bool:
         return self._bypassed is not None and self.attention.processor is not self._bypassed
@@ -162,29 +165,29 @@ class WidthPart(Part):
     def load_dense(self) -> None:
         self._load(None)
 
-    def load_thin(self, thin: GroupWeights) -> None:
-        self._load(thin)
+    def load_pruned(self, left: GroupWeights) -> None:
+        self._load(left)
 
     def released(self) -> None:
         if self.attention is not None and is_fused(self.attention):  # since routing began, maybe from pruned layers
             self.attention.fuse_projections()
 
-    def _load(self, thin: GroupWeights | None) -> None:
+    def _load(self, left: GroupWeights | None) -> None:
         if self.attention is not None:
-            self._load_attention(thin)
-        self._thin = thin
+            self._load_attention(left)
+        self._left = left
         try:
-            for parameter, tensor in zip(self._parameters, self._tensors(thin), strict=True):
+            for parameter, tensor in zip(self._parameters, self._tensors(left), strict=True):
                 parameter.data = tensor
-            if self.in_place is not None and thin is not None:
+            if self.in_place is not None and left is not None:
                 for held in self._away:
                     held.put_away()
         finally:
             self.note()
 
-    def _load_attention(self, thin: GroupWeights | None) -> None:
+    def _load_attention(self, left: GroupWeights | None) -> None:
         attention, self._bypassed = self.attention, None
-        heads = self.groups.n_groups if thin is None else thin.kept.numel()
+        heads = self.groups.n_groups if left is None else left.kept.numel()
         attention.__dict__["heads"] = max(heads, 1)  # a module's own `setattr` takes ten times as long
         put_forward(attention, self._forward)
         if not heads:
@@ -193,40 +196,43 @@ class WidthPart(Part):
             if stand_in is not None:
                 put_forward(attention, partial(stand_in, attention))
 
-    def _tensors(self, thin: GroupWeights | None) -> list[Tensor]:
+    def _tensors(self, left: GroupWeights | None) -> list[Tensor]:
         """Return what each parameter holds where these groups are left; None stands for all groups."""
-        if thin is None:  # the dense tensor itself, unless the model was moved since
+        if left is None:  # the dense tensor itself, unless the model was moved since
             if self.in_place is not None:
                 self.in_place.dense()
             for held in self._away:
                 held.put_back()
             return [held.dense.to(held.parameter.device, held.parameter.dtype) for held in self._held]
-        if self.in_place is not None or not thin.kept.numel():  # without heads, it depends on the present processor
-            return self._cut(thin)
-        return self._resident.get(self.groups.name, thin, lambda: self._cut(thin))
+        if self.in_place is not None or not left.kept.numel():  # without heads, it depends on the present processor
+            return self._cut(left)
+        return self._resident.get(self.groups.name, left, lambda: self._cut(left))
 
-    def _cut(self, thin: GroupWeights) -> list[Tensor]:
+    def _cut(self, left: GroupWeights) -> list[Tensor]:
         """Build what each parameter holds where some of the groups are left."""
-        device, width = self.consumer.device, self.consumer.dense.shape[1]
+        device = self.consumers[0].device
         silent = self._bypassed is not None and "forward" not in self.attention.__dict__
-        kept = thin.kept.new_zeros(1) if silent else thin.kept
+        kept = left.kept.new_zeros(1) if silent else left.kept
         features = self.groups.features(kept.to(device, torch.long))
         if self.in_place is not None:
             rows = self.in_place.first(kept.cpu().numpy())
         else:
-            gated = torch.cat([features, features + width])  # value rows lie above gate rows
-            rows = [h.dense.index_select(0, gated if len(h.dense) == 2 * width else features) for h in self._by_row]
+            lengths, width = {len(held.dense) for held in self._by_row}, self.groups.width
+            # of a gated FFN, value rows lie above gate rows
+            stacked = {n: torch.cat([features + start for start in range(0, n, width)]) for n in lengths}
+            rows = [held.dense.index_select(0, stacked[len(held.dense)]) for held in self._by_row]
         columns = [held.dense.to(device).index_select(1, features) for held in self._by_column]
         if silent:
             columns = [torch.zeros_like(tensor) for tensor in columns]
-            consumer = self.consumer.dense.new_zeros(len(self.consumer.dense), len(features), device=device)
-        elif thin.consumer is None:
-            consumer = self.consumer.dense.to(device).index_select(1, features)
+            dense = (held.dense for held in self.consumers)
+            consumers = [weight.new_zeros(len(weight), len(features), device=device) for weight in dense]
+        elif not left.consumers:
+            consumers = [held.dense.to(device).index_select(1, features) for held in self.consumers]
         elif self.in_place is not None:
-            consumer = streamed(thin.consumer, device)
+            consumers = [streamed(consumer, device) for consumer in left.consumers]
         else:
-            consumer = thin.consumer.to(device)
-        return [consumer, *rows, *columns]
+            consumers = [consumer.to(device) for consumer in left.consumers]
+        return [*consumers, *rows, *columns]
 
 
 class DepthPart(Part):
@@ -248,8 +254,8 @@ class DepthPart(Part):
         for block, forward in zip(self.blocks, self._forwards, strict=True):
             put_forward(block, forward)
 
-    def load_thin(self, thin: GroupWeights) -> None:
-        kept = set(thin.kept.tolist())
+    def load_pruned(self, left: GroupWeights) -> None:
+        kept = set(left.kept.tolist())
         for i, (block, forward) in enumerate(zip(self.blocks, self._forwards, strict=True)):
             put_forward(block, forward if i in kept else self._adapter.skipped(block))
 
@@ -298,7 +304,7 @@ def _lora(layer: Any, part: str) -> list[Held]:
     if not plain or layer.merged or any(getattr(matrix, "bias", None) is not None for matrix in matrices):
         raise DiffesError(
             f"{type(layer).__name__} carries an adapter that is no plain LoRA, or one that is fused, which cannot be "
-            "cut to thin layers; unfuse or unload it, or save the fused model and search on that"
+            "cut to pruned layers; unfuse or unload it, or save the fused model and search on that"
         )
     return [Held(matrix, "weight") for matrix in matrices]
 

@@ -33,15 +33,15 @@ class Resident:
         self.nbytes = 0
         self._held: OrderedDict[tuple[str, int], tuple[GroupWeights, list[Tensor]]] = OrderedDict()
 
-    def get(self, name: str, thin: GroupWeights, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def get(self, name: str, left: GroupWeights, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Return the tensors of a set for these weights of a bank, from the cache or made now."""
-        key = (name, id(thin))  # `thin` is held too, so that no other object gets its id
+        key = (name, id(left))  # `left` is held too, so that no other object gets its id
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key][1]
         made = make()
         if self.limit != 0:
-            self._held[key] = (thin, made)
+            self._held[key] = (left, made)
             self.nbytes += _bytes(made)
             while self.limit is not None and self.nbytes > self.limit:
                 self.nbytes -= _bytes(self._held.popitem(last=False)[1][1])

@@ -6,15 +6,14 @@ import copy
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffes.adapters import AnySet, BlockSet, GroupSet, ModelAdapter
-from diffes.adapters.groups import REUSE_SETS
+from diffes.adapters import AnySet, Kind, ModelAdapter
 from diffes.errors import DiffesError, DiffesWarning
 from diffes.pruning.bank import StageWeights, WeightBank
 from diffes.runtime.checks import check_cuttable, check_not_offloaded, replaced, tree_of, written
@@ -83,7 +82,7 @@ class Router:
         self.resident = Resident(resident if isinstance(resident, int) else limit_of(resident, device))
         alone = unshared(adapter.denoiser) if self.resident.limit == 0 else frozenset()
         self._parts = {p.name: self._part(p, alone) for p in adapter.prunable(bank.kind)}
-        self._tree = list(tree_of(adapter.denoiser, [p for p in adapter.prunable("width") if isinstance(p, GroupSet)]))
+        self._tree = list(tree_of(adapter.denoiser, adapter.group_sets()))
         self._reuse = [part for part in self._parts.values() if isinstance(part, ReusePart)]
         self._keeps = False  # True to keep outputs that this schedule does not reuse
         self._wanted: frozenset[str] = frozenset()  # modules whose outputs are kept
@@ -97,11 +96,12 @@ class Router:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def _part(self, prunable: AnySet, alone: frozenset[int]) -> Part:
-        if isinstance(prunable, GroupSet):
-            return WidthPart(self.adapter, prunable, self.resident, alone)
-        if isinstance(prunable, BlockSet):
-            return DepthPart(self.adapter, prunable)
-        return ReusePart(self.adapter, prunable, self._remembered)
+        make: dict[Kind, Callable[[Any], Part]] = {
+            "width": lambda groups: WidthPart(self.adapter, groups, self.resident, alone),
+            "depth": lambda blocks: DepthPart(self.adapter, blocks),
+            "reuse": lambda layers: ReusePart(self.adapter, layers, self._remembered),
+        }
+        return make[prunable.kind](prunable)
 
     def _remembered(self) -> Memory:
         assert self.memory is not None  # layers are watched, and recalled, only in calls with a memory
@@ -124,7 +124,8 @@ class Router:
                 f"the schedule has max_level {schedule.max_level}, this model {self.max_level} for {self.bank.kind} "
                 "pruning: it was made for another model"
             )
-        reused = [key for key in schedule.pruned() if not REUSE_SETS.isdisjoint(self.bank[key])]
+        pruned = {key: self.bank[key] for key in schedule.pruned()}  # refused where the bank lacks one
+        reused = [key for key, entry in pruned.items() if any(part.groups.name in entry for part in self._reuse)]
         if not self._hooks:
             for part in self._parts.values():
                 part.check_dense()
@@ -160,7 +161,7 @@ class Router:
             self.resident.clear()
             warnings.warn(
                 "weights of the model were written to while a schedule was routed through it, and what was written to "
-                f"thin layers {SPOILT if spoilt else 'is lost: write again, now that it is dense'}",
+                f"pruned layers {SPOILT if spoilt else 'is lost: write again, now that it is dense'}",
                 DiffesWarning,
                 stacklevel=2,
             )
@@ -276,14 +277,13 @@ class Router:
         self._swapping, self._watching = True, watching
         for reuse in self._reuse:
             reuse.uncover()
+            reuse.watched = self._wanted if watching else frozenset()
         for name, part in self._parts.items():
-            thin = None if weights is None else weights.get(name)  # sets that are not named are dense
-            if isinstance(part, ReusePart):
-                part.watched = self._wanted if watching else frozenset()
-            if thin is None:
+            left = None if weights is None else weights.get(name)  # sets that are not named are dense
+            if left is None:
                 part.load_dense()
             else:
-                part.load_thin(thin)
+                part.load_pruned(left)
         self._current = weights
         self._swapping = False
 

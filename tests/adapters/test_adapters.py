@@ -55,12 +55,12 @@ def test_group_sets_cover_every_block(adapter: ModelAdapter) -> None:
     per_block = 2 if type(adapter.pipe).__name__ == "DiTPipeline" else 3  # a U-Net's blocks have cross-attention
     assert len(sets) == per_block * len(adapter.blocks())
     for groups in sets:
-        consumer = adapter.denoiser.get_submodule(groups.consumer)
+        consumer = adapter.denoiser.get_submodule(groups.consumers[0])
         assert consumer.in_features == groups.n_groups * groups.size
         for producer in groups.producers:
             halves = 2 if "ff" in producer and per_block == 3 else 1  # GEGLU: values over gates
             assert adapter.denoiser.get_submodule(producer).out_features == halves * consumer.in_features
-    assert max(groups.n_groups for groups in sets if groups.kind == "heads") == adapter.max_level("width")
+    assert max(groups.n_groups for groups in sets if groups.attention is not None) == adapter.max_level("width")
     assert adapter.max_level("depth") == len(adapter.blocks())
 
 

@@ -43,7 +43,7 @@ def test_dit_xl_2_256(dit_xl: ModelAdapter) -> None:
     assert (dit_xl.max_level("width"), dit_xl.max_level("depth")) == (16, 28)
     sets = dit_xl.group_sets()
     assert len(sets) == 56
-    assert {(g.kind, g.n_groups, g.size) for g in sets} == {("heads", 16, 72), ("channels", 4608, 1)}
+    assert {(g.attention is not None, g.n_groups, g.size) for g in sets} == {(True, 16, 72), (False, 4608, 1)}
     assert prunable_fraction(dit_xl, "width") == pytest.approx(0.60, abs=0.01)
 
 
@@ -52,8 +52,8 @@ def test_sdxl_base(sdxl: ModelAdapter) -> None:
     assert (sdxl.max_level("width"), sdxl.max_level("depth")) == (20, 70)
     sets = sdxl.group_sets()
     assert len(sets) == 210
-    assert {(g.kind, g.n_groups, g.size) for g in sets} == {
-        ("heads", 10, 64), ("heads", 20, 64), ("channels", 2560, 1), ("channels", 5120, 1),
+    assert {(g.attention is not None, g.n_groups, g.size) for g in sets} == {
+        (True, 10, 64), (True, 20, 64), (False, 2560, 1), (False, 5120, 1),
     }  # fmt: skip
     assert prunable_fraction(sdxl, "width") == pytest.approx(0.85, abs=0.01)
 

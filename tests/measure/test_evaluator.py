@@ -123,8 +123,8 @@ def test_failed_images_are_minus_infinity(tiny: ModelAdapter, stages: Stages) ->
     evaluator = make(tiny, stages, method="obs")
     broken = {}
     for name, weights in evaluator.router.bank[0, 1].items():
-        assert weights.consumer is not None
-        broken[name] = GroupWeights(weights.kept, torch.full_like(weights.consumer, float("nan")))
+        (consumer,) = weights.consumers
+        broken[name] = GroupWeights(weights.kept, (torch.full_like(consumer, float("nan")),))
     evaluator.router.bank = WeightBank({(0, 1): broken}, "width")
     assert only(evaluator, Schedule(stages, (1, 0, 0, 0), 4)).fitness == -float("inf")
 

@@ -20,7 +20,7 @@ from diffes.spaces.schedule import Schedule, Stages
 
 def consumer(bank: WeightBank, key: tuple[int, int], name: str) -> torch.Tensor:
     """The compensated weight of a group set at a stage and level."""
-    found = bank[key][name].consumer
+    (found,) = bank[key][name].consumers
     assert found is not None
     return found
 
@@ -122,7 +122,7 @@ def test_unreadable_banks_are_refused(tiny: ModelAdapter, stages: Stages, tmp_pa
     path = tmp_path / "bank.safetensors"
     small_bank(tiny, "obs", stages, [0]).save(path, {})
     content = path.read_bytes()
-    messages = {"missing": "missing", "foreign": "no diffes bank", "newer": "version 4.*newer diffes"}
+    messages = {"missing": "missing", "foreign": "not a diffes bank", "newer": "version 4.*newer diffes"}
     if damage == "missing":
         path.unlink()
     elif damage == "foreign":

@@ -11,11 +11,12 @@ from diffes.adapters import GroupSet, ModelAdapter
 from diffes.adapters.macs import call_once, macs_per_call
 from diffes.errors import DiffesError
 from diffes.measure.currencies import macs_by_level
-from diffes.pruning import METHODS
+from diffes.pruning import METHODS, make_method
 from diffes.pruning.bank import WeightBank, split_of
 from diffes.pruning.build import build_bank
 from diffes.pruning.calibration import load_calibration
-from diffes.pruning.damage import StageDamage
+from diffes.pruning.factors import MEMORY, FactoredWeights
+from diffes.pruning.sensitivity import StageSensitivity
 from diffes.runtime.router import Router
 from diffes.spaces.schedule import Schedule, Stages
 
@@ -74,20 +75,20 @@ def test_the_equal_allocation_is_the_papers(tiny: ModelAdapter, stages: Stages) 
         assert kept == [groups.n_kept(level, 4) for groups in tiny.group_sets()]
 
 
-def test_damage_is_measured_in_the_stage_and_decides(
+def test_sensitivity_is_measured_in_the_stage_and_decides(
     tiny: ModelAdapter, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where one set is told to be harmless, it gives all it has before any other gives."""
+    """Where one set is told to be insensitive, it gives all it has before any other gives."""
     data = load_calibration(tiny, Path(tiny.pipe.config._name_or_path) / "calibration.npz", 8)
     asked = []
 
-    def measure(self: StageDamage, sets, thin):  # type: ignore[no-untyped-def]
+    def measure(self: StageSensitivity, sets, pruned):  # type: ignore[no-untyped-def]
         asked.append((self.stage, self.guidance))
         return [torch.arange(len(r.kept)).double().numpy() * (r.groups.name != sets[1].groups.name) for r in sets]
 
-    monkeypatch.setattr(StageDamage, "measure", measure)
+    monkeypatch.setattr(StageSensitivity, "measure", measure)
     bank = build_bank(
-        tiny, METHODS.make("magnitude"), stages, data, guidance=3.0, seed=0, allocation="damage", only=[0, 2]
+        tiny, METHODS.make("magnitude"), stages, data, guidance=3.0, seed=0, allocation="sensitivity", only=[0, 2]
     )
     assert asked == [((0, 250), 3.0), ((500, 750), 3.0)]
     sets = tiny.group_sets()
@@ -96,7 +97,9 @@ def test_damage_is_measured_in_the_stage_and_decides(
     assert second < sets[1].n_groups and [first, *others] == [s.n_groups for s in (sets[0], *sets[2:])]
 
 
-def test_allocation_by_damage_needs_data_even_where_the_method_does_not(tiny: ModelAdapter, stages: Stages) -> None:
+def test_allocation_by_sensitivity_needs_data_even_where_the_method_does_not(
+    tiny: ModelAdapter, stages: Stages
+) -> None:
     with pytest.raises(DiffesError, match="Magnitude with allocation damage needs calibration data, got none"):
         build_bank(tiny, METHODS.make("magnitude"), stages, None, guidance=2.0, seed=0, allocation="damage")
 
@@ -118,3 +121,32 @@ def test_the_split_is_kept_with_the_bank_and_checked(tiny: ModelAdapter, stages:
     assert loaded[1, 1]
     with pytest.raises(DiffesError, match=r"is damaged \(stage2.level3 keeps \d+ groups of transformer_blocks"):
         _ = loaded[2, 3]
+
+
+def test_damage_is_another_name_of_sensitivity(tiny: ModelAdapter, stages: Stages) -> None:
+    data = load_calibration(tiny, Path(tiny.pipe.config._name_or_path) / "calibration.npz", 8)
+    build = {"guidance": 2.0, "seed": 0, "only": [1]}
+    old, new = (
+        build_bank(tiny, METHODS.make("magnitude"), stages, data, allocation=name, **build)  # type: ignore[arg-type]
+        for name in ("damage", "sensitivity")
+    )
+    sets = tiny.group_sets()
+    assert [old.kept(key, sets) for key in sorted(old)] == [new.kept(key, sets) for key in sorted(new)]
+    with pytest.raises(DiffesError, match="allocation must be sensitivity or equal, got 'harm'"):
+        build_bank(tiny, METHODS.make("magnitude"), stages, data, allocation="harm", **build)  # type: ignore[arg-type]
+
+
+def test_a_memory_limit_bounds_all_parts_of_a_sum_together(tiny: ModelAdapter, stages: Stages) -> None:
+    data = load_calibration(tiny, Path(tiny.pipe.config._name_or_path) / "calibration.npz", 8)
+
+    def bank_of(spec: str, memory: int) -> WeightBank:
+        return build_bank(tiny, make_method(spec), stages, data, guidance=2.0, seed=0, only=[1, 2], memory=memory)
+
+    alone = bank_of("obs", MEMORY).workshop
+    assert alone is not None
+    limit = 2 * alone.nbytes  # half of it takes the triangles of one part
+    both = bank_of("obs+obs:weighting=log", limit)
+    assert both.workshop is not None and both.workshop.filed == alone.nbytes == both.workshop.nbytes
+    made = {id(w): w for entry in both.values() for w in entry.values() if isinstance(w, FactoredWeights)}
+    assert all(len(weights.consumers) == 1 and both.workshop.nbytes <= limit for weights in made.values())
+    assert both.workshop.made == len(made)

@@ -25,7 +25,7 @@ def moments(
     adapter: ModelAdapter, data: CalibrationSet, stage: tuple[int, int], full: bool = True, **options: Any
 ) -> dict[str, torch.Tensor]:
     run = StagePass(adapter, stage, data, **{"guided": True, "seed": 0, **options})
-    return input_moments(run, adapter.group_sets(), full=full)
+    return {name: found for name, (found,) in input_moments(run, adapter.group_sets(), full=full).items()}
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def data(untrained: ModelAdapter) -> CalibrationSet:
 def test_moments_are_those_of_the_inputs(untrained: ModelAdapter, data: CalibrationSet) -> None:
     for groups in untrained.group_sets():
         seen: list[torch.Tensor] = []
-        layer = untrained.denoiser.get_submodule(groups.consumer)
+        layer = untrained.denoiser.get_submodule(groups.consumers[0])
         hook = layer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].flatten(0, 1)))
         found = moments(untrained, data, (250, 500))[groups.name]
         squares = moments(untrained, data, (250, 500), full=False)[groups.name]
@@ -54,7 +54,7 @@ def test_samples_count_by_their_weight(untrained: ModelAdapter, data: Calibratio
         return torch.where(progress <= 0.5, 1.0, 1e-9)
 
     seen, kept = [], []
-    layer = untrained.denoiser.get_submodule(untrained.group_sets()[0].consumer)
+    layer = untrained.denoiser.get_submodule(untrained.group_sets()[0].consumers[0])
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
 
     def remember(progress: torch.Tensor) -> torch.Tensor:

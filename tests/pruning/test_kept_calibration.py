@@ -59,8 +59,7 @@ def assert_same(one: WeightBank, other: WeightBank) -> None:
         for name, weights in entry.items():
             same = other[key][name]
             assert torch.equal(weights.kept, same.kept) and weights.kept.dtype == same.kept.dtype
-            assert (weights.consumer is None) == (same.consumer is None)
-            assert weights.consumer is None or torch.equal(weights.consumer, same.consumer)  # type: ignore[arg-type]
+            assert all(torch.equal(a, b) for a, b in zip(weights.consumers, same.consumers, strict=True))
 
 
 @pytest.mark.parametrize("method", METHODS)

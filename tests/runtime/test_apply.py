@@ -62,7 +62,7 @@ def check_routing(pipe: DiffusionPipeline, run: Path, steps: int, guidance: floa
     schedule, facts = artifact.read_schedule(run)
     kept = []
     groups = adapter.group_sets()[0]
-    consumer = adapter.denoiser.get_submodule(groups.consumer)
+    consumer = adapter.denoiser.get_submodule(groups.consumers[0])
 
     def look(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any], _out: object) -> None:
         blocks = [adapter.denoiser.get_submodule(path) for path in adapter.blocks()]

@@ -50,7 +50,7 @@ class Louder(AttnProcessor2_0):  # type: ignore[misc]
 
 
 def attentions(adapter: ModelAdapter) -> list[Any]:
-    return [adapter.denoiser.get_submodule(g.name) for g in adapter.group_sets() if g.kind == "heads"]
+    return [adapter.denoiser.get_submodule(g.name) for g in adapter.group_sets() if g.attention is not None]
 
 
 def set_processors(adapter: ModelAdapter, processor: Any) -> None:

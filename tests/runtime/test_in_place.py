@@ -159,9 +159,9 @@ def test_thin_consumers_of_a_bank_are_not_copied_where_they_lie_on_the_device(
     with Router(tiny, bank, resident="stream").routed(thin(stages, 2)):
         call(tiny)
         for groups in tiny.group_sets():
-            made = bank[1, 2][groups.name].consumer
+            made = bank[1, 2][groups.name].consumers[0]
             assert made is not None
-            assert tiny.denoiser.get_submodule(groups.consumer).weight.data_ptr() == made.data_ptr()
+            assert tiny.denoiser.get_submodule(groups.consumers[0]).weight.data_ptr() == made.data_ptr()
 
 
 def test_a_lora_moves_with_its_layers(untrained: ModelAdapter, stages: Stages) -> None:
@@ -258,7 +258,7 @@ def test_what_was_written_to_thin_rows_is_said_to_be_in_the_dense_ones(untrained
             router.remove()
 
     part = parts_of(router)[0]
-    write(part.consumer.layer, "is lost: write again")
+    write(part.consumers[0].layer, "is lost: write again")
     assert_dense(untrained, before)
     layer = producers(untrained)[0]
     dense = layer.weight.detach().clone()

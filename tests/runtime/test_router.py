@@ -18,7 +18,7 @@ from diffes.runtime.router import Router
 from diffes.spaces.schedule import Schedule, Stages
 
 METHOD_NAMES = METHODS.names()
-PRUNING = [name for name in METHOD_NAMES if METHODS.get(name).kind != "reuse"]
+PRUNING = [name for name in METHOD_NAMES if not METHODS.get(name).reuses]
 STAGES = [1, 2]  # of the four: banks of two stages are enough, and are built once for all tests
 OF_KIND: dict[Kind, str] = {"width": "obs", "depth": "layer_drop", "reuse": "block_reuse"}
 
@@ -116,13 +116,13 @@ def test_dense_is_restored_when_a_swap_is_interrupted(
     bank = small_bank(untrained, OF_KIND[kind], stages)
     router = Router(untrained, bank)
     last = router._parts[list(bank[1, 2])[-1]]
-    load_thin = last.load_thin
+    load_pruned = last.load_pruned
 
     def interrupted(thin: GroupWeights) -> None:
-        load_thin(thin)
+        load_pruned(thin)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(last, "load_thin", interrupted)
+    monkeypatch.setattr(last, "load_pruned", interrupted)
     with pytest.raises(KeyboardInterrupt), router.routed(Schedule(stages, (0, 2, 2, 0), bank.max_level)):
         untrained.sample(untrained.make_probes(1, 0), 4, 2.0)
     assert_dense(untrained, before)
@@ -142,7 +142,7 @@ def test_weights_change_exactly_at_stage_borders(tiny: ModelAdapter, stages: Sta
 def test_layers_of_few_heads_round_halves_up(tiny_sdxl: ModelAdapter, stages: Stages) -> None:
     """Levels are fractions of every set: of H = 4, a layer with 2 heads keeps 2, 1, 1, 0 of them."""
     assert tiny_sdxl.max_level("width") == 4
-    sets = {groups.n_groups: groups for groups in tiny_sdxl.group_sets() if groups.kind == "heads"}
+    sets = {groups.n_groups: groups for groups in tiny_sdxl.group_sets() if groups.attention is not None}
     assert [sets[2].n_kept(level, 4) for level in range(5)] == [2, 2, 1, 1, 0]
     assert [sets[4].n_kept(level, 4) for level in range(5)] == [4, 3, 2, 1, 0]
 

@@ -100,7 +100,7 @@ def test_calls_that_are_in_no_stage_or_in_two_are_refused(tiny: ModelAdapter, st
     router = Router(tiny, small_bank(tiny, "magnitude", stages, [1]))
     probes = tiny.make_probes(2, 0)
     with router.routed(thin(stages, 2)):
-        with pytest.raises(DiffesError, match="at timesteps from 10 to 300"):
+        with pytest.raises(DiffesError, match="have timesteps from 10 to 300"):
             tiny.denoise_once(probes.noise, torch.tensor([300, 10]), probes.conditions)
         with pytest.raises(DiffesError, match=r"called at -0.5"):
             tiny.denoise_once(probes.noise, torch.tensor([-0.5, -0.5]), probes.conditions)

@@ -43,7 +43,7 @@ def no_warnings_but_those_expected() -> Iterator[None]:
 
 
 def consumer(adapter: ModelAdapter) -> Any:
-    return adapter.denoiser.get_submodule(adapter.group_sets()[0].consumer)
+    return adapter.denoiser.get_submodule(adapter.group_sets()[0].consumers[0])
 
 
 def train(adapter: ModelAdapter) -> None:
@@ -147,7 +147,7 @@ def test_what_is_copied_out_of_a_routed_model_is_dense(router: Router, stages: S
 
 
 def consumer_path(adapter: ModelAdapter) -> str:
-    return adapter.group_sets()[0].consumer
+    return adapter.group_sets()[0].consumers[0]
 
 
 @feature("a deep copy of a routed model or pipeline", "equal")

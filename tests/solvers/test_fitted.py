@@ -249,8 +249,8 @@ def test_a_run_that_is_no_number_is_a_failed_evaluation_that_is_kept(tiny: Model
     evaluator, space = evaluator_of(tiny), PlanSpace.dense_calls([[1.0, 0.9, 0.8, 0.7, 0.6]] * 10, 4.0)
     broken = {}
     for name, weights in evaluator.router.bank[0, 1].items():
-        assert weights.consumer is not None
-        broken[name] = GroupWeights(weights.kept, torch.full_like(weights.consumer, float("nan")))
+        (consumer,) = weights.consumers
+        broken[name] = GroupWeights(weights.kept, (torch.full_like(consumer, float("nan")),))
     evaluator.router.bank = WeightBank({(0, 1): broken}, "width")
     genome = space.schedule([1, 5, 5, 5, 0, 5, 5, 5, 5, 0])
     (evaluation,) = evaluator([genome])

@@ -101,8 +101,8 @@ def test_workers_calibrate_what_one_process_does(factored: Workbench, method: st
         assert entry.keys() == ours[key].keys()
         for name, weights in entry.items():
             assert torch.equal(weights.kept, ours[key][name].kept)
-            consumers = weights.consumer, ours[key][name].consumer
-            assert consumers == (None, None) or torch.equal(*consumers)  # type: ignore[arg-type]
+            pairs = zip(weights.consumers, ours[key][name].consumers, strict=True)
+            assert all(torch.equal(one, other) for one, other in pairs)
     assert spread.costs == alone.costs
     assert (ours.nbytes, len({id(w) for e in ours.values() for w in e.values()})) == (
         theirs.nbytes, len({id(w) for e in theirs.values() for w in e.values()}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 from weakref import WeakSet
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from diffes.adapters import ClassifierFreeGuidance, GroupSet, ModelAdapter
 from diffes.errors import DiffesError
 from diffes.pruning.allocation import Floats, Rungs
-from diffes.pruning.base import GroupWeights
+from diffes.pruning.base import GroupWeights, LayerWeights
 from diffes.pruning.calibration import CalibrationSet
 from diffes.pruning.factors import FactoredWeights
 
@@ -28,13 +29,13 @@ _SPARING: WeakSet[nn.Module] = WeakSet()  # models whose activations did not fit
 
 
 @dataclass(frozen=True)
-class StageDamage:
+class StageSensitivity:
     """First-order sensitivity to pruned layers in one stage.
 
-    With `f` the guided prediction and `D` the change of a consumer's weights (those of dropped inputs become zero), the
-    sensitivity is the mean of `|J D|^2` over noised latents, J being the Jacobian of f. For random signs v, the mean of
-    `(v^T J D)^2` over v equals it, and `v^T J` takes one backward pass for all layers. So `DIRECTIONS` backward passes
-    give every rung of every set, where one denoiser call for each rung of each set would take hundreds.
+    With `f` the guided prediction and `D` the change of the consumers' weights (those of dropped inputs become zero),
+    the sensitivity is the mean of `|J D|^2` over noised latents, J being the Jacobian of f. For random signs v, the
+    mean of `(v^T J D)^2` over v equals it, and `v^T J` takes one backward pass for all layers. So `DIRECTIONS` backward
+    passes give every rung of every set, where one denoiser call for each rung of each set would take hundreds.
 
     Args:
         adapter: the dense model.
@@ -63,36 +64,37 @@ class StageDamage:
         """Cost of a measurement, in rows of denoiser calls; a backward pass counts as two."""
         return self.rows * (1 + BACKWARD * DIRECTIONS)
 
-    def measure(self, sets: Sequence[Rungs], thin: Mapping[str, Sequence[GroupWeights]]) -> list[Floats]:
+    def measure(self, sets: Sequence[Rungs[GroupSet]], pruned: Mapping[str, Sequence[GroupWeights]]) -> list[Floats]:
         """Measure the mean squared change of an element of the prediction when only one set is pruned: for each set,
         (rungs,).
 
         Args:
             sets: the rungs of each set.
-            thin: what is left of each set at each of its rungs.
+            pruned: what is left of each set at each of its rungs.
 
         Raises:
             DiffesError: the gradients overflowed.
         """
-        groups_of = [rungs.groups for rungs in sets if isinstance(rungs.groups, GroupSet)]
-        weights = [self.adapter.denoiser.get_submodule(groups.consumer).weight.detach() for groups in groups_of]
+        groups_of = [rungs.groups for rungs in sets]
+        weights = [LayerWeights.of(self.adapter.denoiser, groups).consumers for groups in groups_of]
 
         def measured(n: int) -> list[Tensor]:
-            damage = [torch.zeros(len(rungs.kept), dtype=torch.float64) for rungs in sets]
+            total = [torch.zeros(len(rungs.kept), dtype=torch.float64) for rungs in sets]
             for drawn in self._drawn(n):
                 found = self._seen(groups_of, drawn)
-                for i, (groups, weight, (inputs, backward)) in enumerate(zip(groups_of, weights, found, strict=True)):
-                    damage[i] += _squares(groups, weight, thin[groups.name], inputs, backward).cpu()
-            return damage
+                for i, (groups, dense, seen) in enumerate(zip(groups_of, weights, found, strict=True)):
+                    total[i] += _squares(groups, dense, pruned[groups.name], seen).cpu()
+            return total
 
-        most = max(1, ELEMENTS // (DIRECTIONS * max(w.numel() for w in weights)))  # samples with gradients at once
-        damage = self.adapter.within_room(measured, min(most, SAMPLES), what="gradients")
-        if not all(bool(torch.isfinite(each).all()) for each in damage):
+        largest = max(weight.numel() for dense in weights for weight in dense)
+        most = max(1, ELEMENTS // (DIRECTIONS * largest))  # samples with gradients at once
+        total = self.adapter.within_room(measured, min(most, SAMPLES), what="gradients")
+        if not all(bool(torch.isfinite(each).all()) for each in total):
             raise DiffesError(
-                f"the damage of thin layers at timesteps [{self.stage[0]}, {self.stage[1]}) is not finite: the "
-                "gradients overflowed; try another --dtype, or --allocation equal, which needs none"
+                f"the sensitivity to pruned layers at timesteps [{self.stage[0]}, {self.stage[1]}) is not finite: the "
+                "gradients overflowed. Choose another --dtype, or --allocation equal, which needs no gradients"
             )
-        return [np.asarray(each) / self._elements for each in damage]
+        return [np.asarray(each) / self._elements for each in total]
 
     def of_earlier_outputs(self, paths: Sequence[str]) -> Tensor:
         """Measure the mean squared change of an element of the prediction when only one module's output comes from an
@@ -107,7 +109,7 @@ class StageDamage:
         lo, hi = self.stage
 
         def measured(n: int) -> Tensor:
-            damage = torch.zeros(len(paths), dtype=torch.float64)
+            total = torch.zeros(len(paths), dtype=torch.float64)
             for drawn in self._drawn(n):
                 noisier = (drawn.timesteps + (hi - lo)).clamp_max(self.adapter.n_timesteps - 1)
                 with torch.no_grad():
@@ -117,16 +119,16 @@ class StageDamage:
                     change = (earlier[path][1] - seen[path][1]).detach().float().flatten(1)
                     for direction in gradients:
                         along = (direction[i].float().flatten(1) * change).sum(1)
-                        damage[i] += along.unflatten(0, (self._branches, -1)).sum(0).double().square().sum().cpu()
-            return damage
+                        total[i] += along.unflatten(0, (self._branches, -1)).sum(0).double().square().sum().cpu()
+            return total
 
-        damage = self.adapter.within_room(measured, SAMPLES, what="gradients")
-        if not torch.isfinite(damage).all():
+        total = self.adapter.within_room(measured, SAMPLES, what="gradients")
+        if not torch.isfinite(total).all():
             raise DiffesError(
-                f"the damage of reused outputs at timesteps [{self.stage[0]}, {self.stage[1]}) is not finite: the "
-                "gradients overflowed; try another --dtype"
+                f"the sensitivity to reused outputs at timesteps [{self.stage[0]}, {self.stage[1]}) is not finite: the "
+                "gradients overflowed. Choose another --dtype"
             )
-        return damage / self._elements
+        return total / self._elements
 
     @property
     def _guided(self) -> ClassifierFreeGuidance:
@@ -207,14 +209,19 @@ class StageDamage:
                 handle.remove()
         return found, by_direction
 
-    def _seen(self, groups_of: Sequence[GroupSet], drawn: _Drawn) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield, for each set, inputs (n, tokens, d_in) of its consumer and gradients (directions, n, tokens, d_out) of
-        `v^T f` with respect to its outputs. The tokens of both branches are those of one sample."""
-        seen, by_direction = self._observed([groups.consumer for groups in groups_of], drawn, backward=True)
-        for i, groups in enumerate(groups_of):  # one set at a time: together they are large in single precision
-            inputs = _side_by_side(seen[groups.consumer][0].float(), self._branches)
-            backward = [_side_by_side(gradients[i].float(), self._branches) for gradients in by_direction]
-            yield inputs, torch.stack(backward)
+    def _seen(self, groups_of: Sequence[GroupSet], drawn: _Drawn) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Yield, for each consumer of each set, its inputs (n, tokens, d_in) and the gradients (directions, n, tokens,
+        d_out) of `v^T f` with respect to its outputs. The tokens of both branches are those of one sample."""
+        paths = [path for groups in groups_of for path in groups.consumers]
+        seen, by_direction = self._observed(paths, drawn, backward=True)
+        of_path = dict(zip(paths, zip(*by_direction, strict=True), strict=True))
+        for groups in groups_of:  # one set at a time: together they are large in single precision
+            found = []
+            for path in groups.consumers:
+                inputs = _side_by_side(seen[path][0].float(), self._branches)
+                backward = [_side_by_side(gradients.float(), self._branches) for gradients in of_path[path]]
+                found.append((inputs, torch.stack(backward)))
+            yield found
 
 
 @contextmanager
@@ -245,22 +252,37 @@ def _side_by_side(rows: Tensor, branches: int) -> Tensor:
 
 
 def _squares(
-    groups: GroupSet, weight: Tensor, thin: Sequence[GroupWeights], inputs: Tensor, backward: Tensor
+    groups: GroupSet,
+    dense: Sequence[Tensor],
+    pruned: Sequence[GroupWeights],
+    seen: Sequence[tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Return (rungs,) fp64 sums over directions and samples of the squared change of `v^T f` when the set is pruned."""
-    last = thin[-1]
+    """Return (rungs,) fp64 sums over directions and samples of the squared change of `v^T f` when the set is pruned.
+
+    Args:
+        groups: the set.
+        dense: (d_out, d_in) the weight of each consumer.
+        pruned: what is left of the set at each rung.
+        seen: inputs and gradients of each consumer.
+    """
+    last, weights = pruned[-1], [weight.float() for weight in dense]
     if isinstance(last, FactoredWeights):
-        effects = last.factor.effects(weight.float(), inputs, backward)
-        dropped = torch.tensor([groups.n_groups - len(left.kept) for left in thin], device=effects.device)
-        return effects[..., dropped].square().sum((0, 1))
-    gradients = torch.einsum("vnto,nti->vnoi", backward, inputs).flatten(2).flatten(0, 1)
-    changes = (_change(groups, weight.float(), left).flatten() for left in thin)
-    return torch.stack([(gradients @ change).double().square().sum() for change in changes])
+        parts = [last.factor.effects(i, weights[i], *each) for i, each in enumerate(seen)]
+        dropped = torch.tensor([groups.n_groups - len(left.kept) for left in pruned], device=parts[0].device)
+        return reduce(torch.add, parts)[..., dropped].square().sum((0, 1))
+    gradients = [torch.einsum("vnto,nti->vnoi", backward, inputs).flatten(2).flatten(0, 1) for inputs, backward in seen]
+    sums = []
+    for left in pruned:
+        changes = _changes(groups, weights, left)
+        effects = [each @ change.flatten() for each, change in zip(gradients, changes, strict=True)]
+        sums.append(reduce(torch.add, effects).double().square().sum())
+    return torch.stack(sums)
 
 
-def _change(groups: GroupSet, dense: Tensor, left: GroupWeights) -> Tensor:
-    """Return (d_out, d_in) the pruned consumer's weights minus the dense ones; dropped inputs have weight zero."""
-    features = groups.features(left.kept.to(dense.device, torch.long))
-    change = -dense
-    change[:, features] = 0.0 if left.consumer is None else left.consumer.to(dense) - dense[:, features]
-    return change
+def _changes(groups: GroupSet, dense: Sequence[Tensor], left: GroupWeights) -> Iterator[Tensor]:
+    """Yield (d_out, d_in) the pruned weights of each consumer minus the dense ones; dropped inputs have weight zero."""
+    features = groups.features(left.kept.to(dense[0].device, torch.long))
+    for weight, consumer in zip(dense, left.consumers or [None] * len(dense), strict=True):
+        change = -weight
+        change[:, features] = 0.0 if consumer is None else consumer.to(weight) - weight[:, features]
+        yield change
