@@ -73,13 +73,13 @@ def table(records: Sequence[RunRecord]) -> str:
 
         macs = [
             [r.searched.macs_fraction for r in found if r.settings["allocation"] == allocation]
-            for allocation in ("equal", "damage")
+            for allocation in ("equal", "sensitivity")
         ]
         fewer = next(r for r in found if r.settings["metric"] == METRICS[0]).rivals[FEWER_STEPS]
         counted = " / ".join(f"{statistics.mean(each):.3f}" if each else "" for each in macs)
         values = (
             model, method, f"{-budget:g}", "uniform" if strategy == "uniform" else "searched",
-            *(cell(metric, allocation) for metric in METRICS for allocation in ("equal", "damage")),
+            *(cell(metric, allocation) for metric in METRICS for allocation in ("equal", "sensitivity")),
             counted, f"{fewer.steps} steps: {fewer.heldout_mean:.4f}",
         )  # fmt: skip
         lines.append(f"| {' | '.join(values)} |")
@@ -111,7 +111,7 @@ def main() -> None:
         args.models, args.methods, args.budgets, args.seeds, args.max_evals = ["fashion-dit"], ["obs"], [0.65], [0], 2
         args.out = Path("runs/smoke/allocation") if args.out == RESULTS else args.out
     reachable = {m: [b for b in args.budgets if b > least] for m in args.models for least in [least_macs(m)]}
-    allocations: tuple[Allocation, ...] = ("equal", "damage")
+    allocations: tuple[Allocation, ...] = ("equal", "sensitivity")
     for seed, model, method, allocation in itertools.product(args.seeds, args.models, args.methods, allocations):
         settings = replace(config, model=model, method=method, allocation=allocation, seed=seed)
         cells = cells_of(settings, reachable[model], args.max_evals)

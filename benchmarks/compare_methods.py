@@ -62,7 +62,9 @@ def main() -> None:
     parser.add_argument("--metric", default="ssim")
     parser.add_argument("--heldout", type=int, default=64)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--allocation", choices=("damage", "equal"), default="damage", help="of levels over layers")
+    parser.add_argument(
+        "--allocation", choices=("sensitivity", "equal"), default="sensitivity", help="of levels over layers"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
     config = RunConfig(

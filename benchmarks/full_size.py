@@ -162,7 +162,7 @@ def search(config: RunConfig, out: Path, make: Callable[[], ModelAdapter], elimi
     """From calibration to a sampling run of the applied result."""
     parts = Parts()
     build.input_moments = parts.of("statistics", build.input_moments)  # type: ignore[attr-defined]
-    StageSensitivity.measure = parts.of("damage", StageSensitivity.measure)  # type: ignore[method-assign]
+    StageSensitivity.measure = parts.of("sensitivity", StageSensitivity.measure)  # type: ignore[method-assign]
     OBS.factors = first_ones(eliminate, parts)  # type: ignore[method-assign]
     with parts.part("model"):
         adapter = make()

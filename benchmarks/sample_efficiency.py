@@ -76,7 +76,9 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=816, help="of the reference")
     parser.add_argument("--share", type=float, default=1 / 3, help="of the reference's calls, for surrogate")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--allocation", choices=("damage", "equal"), default="damage", help="of levels over layers")
+    parser.add_argument(
+        "--allocation", choices=("sensitivity", "equal"), default="sensitivity", help="of levels over layers"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny, into runs/smoke")
     args = parser.parse_args()
     config = RunConfig(

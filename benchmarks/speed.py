@@ -50,7 +50,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--allocation", choices=("damage", "equal"), default="damage", help="of levels over layers")
+    parser.add_argument(
+        "--allocation", choices=("sensitivity", "equal"), default="sensitivity", help="of levels over layers"
+    )
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     config = RunConfig(

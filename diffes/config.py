@@ -13,7 +13,7 @@ from diffes.errors import DiffesError, at_least, unknown_name
 
 LARGEST = 10**9
 HELDOUT_SEED = 1_000_000_007  # of the held-out probes: the same for every run, so that runs can be compared
-Allocation = Literal["damage", "equal"]  # how a level is shared out over the layers
+Allocation = Literal["sensitivity", "equal", "damage"]  # how a level is shared out; "damage" is its older name
 Guidance = float | tuple[float, float]  # one scale, or the two ends of a range
 # settings that older versions did not have, with the values that they used
 LATER: dict[str, Any] = {
@@ -67,8 +67,8 @@ class CalibrationSettings:
     """Pruning method. It removes heads and channels (magnitude, activation, wanda; obs also corrects the weights that
     stay), or whole blocks (layer_drop), or it reuses outputs of an earlier call (deep_reuse for U-Nets, block_reuse).
     A sum has the levels of all: obs+deep_reuse. Options follow a colon: obs:damping=0.01,weighting=log."""
-    allocation: Allocation = "damage"
-    """How a level is shared out over the layers. damage: each stage removes what its prediction is least sensitive
+    allocation: Allocation = "sensitivity"
+    """How a level is shared out over the layers. sensitivity: each stage removes what its prediction is least sensitive
     to, for at most the multiply-accumulates that equal shares leave. equal: the same fraction of every layer, as in
     the paper. layer_drop takes equal only."""
     stages: int = 10
@@ -81,6 +81,8 @@ class CalibrationSettings:
 
     def __post_init__(self) -> None:
         at_least("stages", self.stages, 1, LARGEST)
+        if self.allocation == "damage":
+            object.__setattr__(self, "allocation", "sensitivity")
         at_least("calibration_samples", self.calibration_samples, 1, LARGEST)
 
 

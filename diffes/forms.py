@@ -103,7 +103,7 @@ class Pruned(Form):
     """Facts about a bank: its method, model, stages and levels."""
 
     method: Text
-    allocation: Literal["damage", "equal"] = "equal"
+    allocation: Literal["sensitivity", "damage", "equal"] = "equal"
     kind: Text
     model: Text
     stages: Annotated[list[Range], Field(min_length=1)]

@@ -96,7 +96,7 @@ def search(config: RunConfig, out: Path, overwrite: bool, workers: WorkerOptions
     console.print(table)
     console.print(f"levels by stage, cleanest first: {' '.join(map(str, found.found.levels))}")
     spent = f"{found.denoiser_calls:,} denoiser calls and {found.calibration_calls:,} of calibration"
-    console.print(f"{found.evaluations} evaluations, {spent}")
+    console.print(f"{found.evaluations} evaluations, {spent}, on torch threads: {found.settings['threads']}")
     if workers.workers > 1 and report.paid_calls is not None:
         console.print(f"{workers.workers} workers paid {report.paid_calls:,} denoiser calls for the search")
     _list(out, "*")
@@ -112,7 +112,8 @@ def front(config: RunConfig, budgets: Sequence[float], out: Path, overwrite: boo
     _show_front(
         data["points"],
         f"{config.model}, {config.method}, guidance {in_words(config.guidance)}: {config.heldout} held-out probes, "
-        f"against {data['reference']['steps']} dense steps of {data['reference']['solver']}; cost by {config.cost}",
+        f"against {data['reference']['steps']} dense steps of {data['reference']['solver']}; cost by {config.cost}; "
+        f"torch threads: {data['timing']['threads']}",
     )
     for line in tables.verdicts(data):
         console.print(line, highlight=False)

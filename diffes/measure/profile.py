@@ -49,7 +49,7 @@ def stage_profile(adapter: ModelAdapter, data: CalibrationSet, stages: Stages, s
     return StageProfile(tuple(losses), tuple(ratios), len(data) * len(stages))
 
 
-def damage_table(evaluator: ScheduleEvaluator, space: SearchSpace) -> list[list[float]]:
+def sensitivity_table(evaluator: ScheduleEvaluator, space: SearchSpace) -> list[list[float]]:
     """Measure the sensitivity (S, H + 1) to each level of each stage: how much fitness it costs on its own.
 
     It is measured on the evaluator's probes, and NaN in stages that no step falls into. Stages that agree with the

@@ -27,7 +27,7 @@ from diffes.measure.currencies import (
 )
 from diffes.measure.evaluator import CACHE_BYTES, RoutedEvaluator, ScheduleEvaluator
 from diffes.measure.metrics import Metric, make_metric
-from diffes.measure.profile import damage_table, stage_profile
+from diffes.measure.profile import sensitivity_table, stage_profile
 from diffes.problems.base import PROBLEMS, Problem
 from diffes.problems.checks import check_settings, operators_of, try_adapter, try_metric
 from diffes.problems.heldout import HeldOut
@@ -176,12 +176,12 @@ class Workbench:
             store=store,
         )
 
-    def damage(self) -> list[list[float]]:
+    def sensitivity(self) -> list[list[float]]:
         """Measure the sensitivity (S, H + 1): the fitness that each level of each stage costs on its own.
 
         It is measured on the search's probes, and is NaN in stages that no step falls into.
         """
-        return damage_table(self.evaluator(self.config.probes, self.config.seed), self.levels)
+        return sensitivity_table(self.evaluator(self.config.probes, self.config.seed), self.levels)
 
     def macs_fraction(self, routed: Schedule | Plan) -> float:
         """Return the MACs of a sampling run over those of the dense model at all steps, for the whole denoiser."""

@@ -146,7 +146,8 @@ def _check_same_run(folder: Path, now: Mapping[str, Any], finished: str) -> bool
 def _as_now(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of an older version in today's form. Fronts had a budget of schedules, which nothing used."""
     unused: dict[str, Any] = {"budget": None} if "budgets" in settings else {}
-    return LATER | dict(settings) | unused
+    renamed = {"allocation": "sensitivity"} if settings.get("allocation") == "damage" else {}
+    return LATER | dict(settings) | unused | renamed
 
 
 def _above(limit: float | None, other: float | None) -> bool:

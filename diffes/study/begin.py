@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,28 @@ from diffes.problems.workbench import Workbench, prepare
 from diffes.progress import Progress
 from diffes.pruning.calibrate import Keep
 from diffes.results import folder
+from diffes.runtime.threads import choose_threads
 from diffes.workers import pool_of
+
+
+def with_threads(config: RunConfig, record: Path) -> RunConfig:
+    """Return the settings with a number of torch threads, on which the last digits of results depend.
+
+    A number in the settings stays. Work that continues keeps the number that it began with. Other work takes a number
+    that suits the machine as it is now.
+
+    Args:
+        config: the settings.
+        record: file of earlier work, `config.json` of a run or `cells.jsonl` of a comparison; it may be missing.
+    """
+    if config.threads is not None:
+        return config
+    try:
+        text = record.read_text(encoding="utf-8")
+        settings = json.loads(text.splitlines()[0] if record.suffix == ".jsonl" else text)["settings"]
+        return replace(config, threads=settings["threads"])
+    except (OSError, ValueError, LookupError, TypeError):  # none, a damaged one, or one of an older version
+        return replace(config, threads=choose_threads())
 
 
 def _nothing(resumes: bool) -> None: ...

@@ -251,6 +251,8 @@ def key_of(settings: Mapping[str, Any]) -> str:
     Settings that are missing because they were added later count as their defaults, a missing allocation as "equal".
     """
     known = _AS_OLD.to_json() | {"allocation": "equal"} | LATER | dict(settings)
+    if known["allocation"] == "sensitivity":
+        known["allocation"] = "damage"  # its older name, so that keys of older versions are found
     for name, default in LATER.items():
         if known[name] == default:  # so that keys of older versions are found
             del known[name]

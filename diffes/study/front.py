@@ -31,7 +31,7 @@ from diffes.spaces.ledger import OnEvaluation, SearchResult
 from diffes.spaces.schedule import Plan
 from diffes.spaces.space import SearchSpace
 from diffes.spaces.store import EvaluationStore
-from diffes.study.begin import begun
+from diffes.study.begin import begun, with_threads
 
 KINDS = ("dense", "off-the-shelf", "dense-planned", "dense-fitted", "levels", "joint")
 WITHOUT = {  # by kind of a search, the simpler kinds that it begins with and must not fall behind
@@ -127,6 +127,7 @@ def complete_front(
             "--genes levels: leave it out"
         )
     extra = {"budgets": sorted(budgets)}
+    config = with_threads(config, out / files.CONFIG)
     with held(out):
         return _front_in(config, out, progress, extra, overwrite, on_evaluation, workers)
 

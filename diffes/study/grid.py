@@ -15,7 +15,8 @@ from diffes.errors import DiffesError, unknown_name
 from diffes.progress import Progress
 from diffes.results.lock import held
 from diffes.results.record import RunRecord
-from diffes.study.cells import SHARED, finished, key_of
+from diffes.study.begin import with_threads
+from diffes.study.cells import CELLS, SHARED, finished, key_of
 from diffes.study.comparison import Comparison, Failure
 from diffes.study.equal_cost import calls_of, config_of
 
@@ -114,7 +115,7 @@ def run_experiment(
         DiffesError: see `grid` and `run_cells`; or all cells failed.
         OSError: see `run_cells`.
     """
-    cells = grid(base, varied, seeds)
+    cells = grid(with_threads(base, out / CELLS), varied, seeds)
     with held(out):
         done, failed = finished(out, cells, progress, seed=base.seed, workers=workers)
         if not done:
@@ -168,7 +169,7 @@ def run_cells(
             failed, which is raised after the others are done.
         OSError: `out` cannot be written.
     """
-    cells = [cell.resolved() for cell in cells]
+    cells = [with_threads(cell.resolved(), out / CELLS) for cell in cells]
     with held(out):
         calibrated = cells[0].seed if cells else 0
         done, failed = finished(out, cells, progress, seed=calibrated, equal_calls=equal_calls)

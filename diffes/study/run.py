@@ -37,7 +37,7 @@ from diffes.spaces.ledger import OnEvaluation, SearchResult
 from diffes.spaces.schedule import Plan, Schedule
 from diffes.spaces.store import EvaluationStore
 from diffes.spaces.strategy import STRATEGIES, Evaluation
-from diffes.study.begin import begun
+from diffes.study.begin import begun, with_threads
 
 Advance = Callable[..., None]
 IMAGES = 6  # per row of the picture that shows all candidates
@@ -77,6 +77,7 @@ def complete_run(
     if PROBLEMS.parse(config.genes)[0] is not Levels:
         raise DiffesError(f"complete_run makes runs of schedules, and --genes is {config.genes}: use complete_front")
     check_settings(config)
+    config = with_threads(config, out / files.CONFIG)
     with held(out):
         return _run_in(out, config, progress, overwrite, on_evaluation, workers)
 

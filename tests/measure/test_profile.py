@@ -16,7 +16,7 @@ from conftest import small_bank
 from diffes.adapters import ModelAdapter
 from diffes.measure.evaluator import ScheduleEvaluator
 from diffes.measure.metrics import make_metric
-from diffes.measure.profile import damage_table, stage_profile
+from diffes.measure.profile import sensitivity_table, stage_profile
 from diffes.pruning.calibration import load_calibration
 from diffes.runtime.router import Router
 from diffes.spaces.schedule import Schedule, Stages
@@ -78,7 +78,7 @@ def test_damage_is_what_each_level_of_each_stage_costs_alone(tiny: ModelAdapter,
     options: dict[str, Any] = {"n_steps": 2, "guidance": 2.0, "metric": make_metric("latent_cosine", tiny.device)}
     evaluator = Counted(router, stages, tiny.make_probes(3, 0), **options)
     space = SearchSpace.mean_sparsity(stages, 4, 0.5, evaluator.steps)
-    table = damage_table(evaluator, space)
+    table = sensitivity_table(evaluator, space)
     assert space.visited == [0, 2]
     assert evaluator.seen.total() == len(evaluator.seen) == 1 + 2 * 4
     alone = ScheduleEvaluator(router, stages, tiny.make_probes(3, 0), cache_bytes=0, **options)

@@ -113,7 +113,7 @@ def test_an_unknown_currency_names_the_nearest(bench: Workbench, base: RunConfig
 
 
 def test_the_profile_and_the_damage_are_those_of_the_settings(bench: Workbench) -> None:
-    profile, damage = bench.profile(), bench.damage()
+    profile, damage = bench.profile(), bench.sensitivity()
     assert len(profile.loss) == len(damage) == 4
     expected = bench.evaluator(4, bench.config.seed).scores(bench.space.any_schedule([0, 2, 0, 0])).mean()
     assert damage[1][2] == pytest.approx(-float(expected))
