@@ -37,7 +37,7 @@ def guarded(thing: object, what: str, wanted: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         said = " ".join(str(error).split())[:200]
         told = type(error).__name__ + (f": {said}" if said else "")
-        raise PluginError(f"{what} failed ({told}). It must {wanted}.", own_trace(error)) from error
+        raise PluginError(f"{what} failed ({told}); it must {wanted}", own_trace(error)) from error
 
 
 def is_ours(thing: object) -> bool:

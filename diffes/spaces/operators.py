@@ -91,7 +91,7 @@ class PlainOperator:
         except (AttributeError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise PluginError(
                 f"operator {self.name!r} fails on a genome of {space.n_stages} levels from 0 to {space.max_level} "
-                f"({type(error).__name__}: {error}). Choose an operator for lists of whole numbers.",
+                f"({type(error).__name__}: {error}). Choose an operator for lists of whole numbers",
                 "" if self.name.startswith(DEAP) else own_trace(error),
             ) from error
         for genome in made:

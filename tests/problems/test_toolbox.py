@@ -169,7 +169,7 @@ def test_a_checkpoint_goes_on_as_if_undisturbed(bench: Workbench, tmp_path: Path
 def test_an_individual_off_the_budget_is_refused(recorded: Workbench, recorder: Recorder) -> None:
     toolbox = recorded.toolbox()
     for evaluate in (toolbox.evaluate, lambda genome: toolbox.map(toolbox.evaluate, [genome])):
-        with pytest.raises(DiffesError, match=r"levels \[0, 0, 0, 0\] cost 16, not the budget of 8"):
+        with pytest.raises(DiffesError, match=r"levels \[0, 0, 0, 0\] cost 16 and do not meet the budget of 8"):
             evaluate(Genome([0, 0, 0, 0]))
     assert recorder.batches == []
 

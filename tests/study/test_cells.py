@@ -127,7 +127,7 @@ def test_a_cell_goes_on_from_its_journal_where_a_worker_died(
     assert one_pool._workers[0] is not killed[0]
     assert len(spread.records) == (1 if lives == 1 else 2)
     if lives == 1:
-        assert spread.failed[0].error.startswith("DiffesError: 1 workers ended at the cell of seed 0 with random, ")
+        assert spread.failed[0].error.startswith("DiffesError: 1 workers ended during the cell of seed 0 with random, ")
         spread = grid.run_experiment(base, varied, 2, tmp_path / "spread", Counting())
     alone = grid.run_experiment(base, varied, 2, tmp_path / "alone", Counting())
     assert [facts(record) for record in spread.records] == [facts(record) for record in alone.records]

@@ -98,7 +98,7 @@ def test_another_model_is_fitted_to_where_all_calls_are_dense(tiny_folder: Path,
         for parameter in second.transformer.parameters():
             parameter.mul_(1.1)
     diffes.fit(first, [999, 500], guidance=2.0, **SMALL, out=tmp_path / "one", progress=Counting())
-    with pytest.raises(DiffesError, match=r"was made for a model .*diffes fit"):
+    with pytest.raises(DiffesError, match=r"made for another model.*diffes fit"):
         diffes.apply(second, tmp_path / "one")
     found = diffes.fit(second, tmp_path / "one", **SMALL, out=tmp_path / "two", progress=Counting())
     assert found.after["fit_mean"] > found.before["fit_mean"]
@@ -127,7 +127,7 @@ def test_bad_input_is_refused_before_anything_is_computed(
         ([999.9, 500.2], {}, "must be whole numbers"),
         (["a"], {}, "must be whole numbers"),
         (None, {}, "a plan is a folder, a Plan, or the timesteps"),
-        ([999, 500], {"calls": 2.0}, "calls=2.0 chooses a plan in a folder"),
+        ([999, 500], {"calls": 2.0}, "calls=2.0 chooses a plan of a folder"),
         ([999, 500], {"reference_steps": 0}, "reference_steps must be at least 1"),
         ([999, 500], {"out": full / "thesis.txt"}, "cannot write to"),
         ([999, 500], {"out": "/proc/x/y"}, "cannot write to"),
