@@ -108,7 +108,7 @@ def measure(shape: Shape, columns: int, repeats: int) -> dict[str, Any]:
         parts["eliminate_before"] = one_by_one_seconds(weights.consumers[0], inverse, size, widths, columns)
         del inverse
         parts["inverse"] = seconds(invert, hessian)
-        parts["prune"] = seconds(OBS().factor, groups, weights, moment)
+        parts["prune"] = seconds(OBS().factor, groups, weights, (moment,))
         parts["moment_of_1024_tokens"] = seconds(torch.mm, tokens.T, tokens)
         for name, value in parts.items():
             found.setdefault(name, []).append(value)
