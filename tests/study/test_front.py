@@ -405,7 +405,7 @@ def test_a_front_of_format_1_still_runs(front: Path, tiny_folder: Path, tmp_path
 def test_a_plan_for_another_process_or_prediction_is_refused(front: Path, tiny_folder: Path) -> None:
     for change, said in (
         ({"prediction_type": "v_prediction"}, "predicts epsilon, and this pipeline predicts v_prediction"),
-        ({"beta_end": 0.03}, r"made for a noise process with sigma [\d.]+ at timestep"),
+        ({"beta_end": 0.03}, r"made for a model with sigma [\d.]+ at timestep"),
     ):
         pipe = load_pipeline(str(tiny_folder))
         own = pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **change)
