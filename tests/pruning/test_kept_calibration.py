@@ -89,7 +89,7 @@ def test_a_damaged_stage_and_one_of_another_model_are_refused(bench: Workbench, 
             read_stage(path, bench.adapter)
     tensors.write_bytes(whole)
     path.write_text(facts.replace('"level": 1', '"level": 2'))
-    with pytest.raises(DiffesError, match="altered"):
+    with pytest.raises(DiffesError, match="was changed after"):
         read_stage(path, bench.adapter)
     path.write_text(facts)
     weight = next(bench.adapter.denoiser.parameters())

@@ -133,8 +133,8 @@ def test_an_unvisited_stage_stays_dense_and_the_budget_is_met() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "mosaic needs a profile of the model with 6 stages, got None"),
-        ({"profile": StageProfile((1.0,), (1.0,))}, "mosaic needs a profile of the model with 6 stages"),
+        ({}, "mosaic needs a profile with one entry for each of the 6 stages, got None"),
+        ({"profile": StageProfile((1.0,), (1.0,))}, "mosaic needs a profile with one entry for each of the 6 stages"),
         ({"profile": StageProfile(FLAT, FLAT), "weight": -1}, "weight must be at least 0, got -1"),
         ({"profile": StageProfile(FLAT, FLAT), "weight": float("nan")}, "weight must be at least 0, got nan"),
     ],

@@ -35,8 +35,8 @@ class TestCmaEs(StrategyConformance):
     ("options", "message"),
     [
         ({"sampler": "TpeSampler"}, "Did you mean 'TPESampler'"),
-        ({"n_startup": 3}, "refuses {'n_startup': 3}"),
-        ({"sampler": "GridSampler"}, "refuses"),
+        ({"n_startup": 3}, "does not accept the options {'n_startup': 3}"),
+        ({"sampler": "GridSampler"}, "does not accept the options"),
         ({"sampler": "PartialFixedSampler"}, "takes no seed"),
     ],
 )

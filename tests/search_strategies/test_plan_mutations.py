@@ -225,7 +225,7 @@ def test_wrong_parameters_are_refused(function: Callable[..., Any], name: str, v
 @pytest.mark.parametrize("function", [*MOVES, plan_move], ids=lambda function: function.__name__)
 def test_a_space_of_stages_is_refused(function: Callable[..., Any]) -> None:
     space = SPACES["paper"]
-    with pytest.raises(DiffesError, match=f"'{function.__name__}' works on plans.*take 'level_switch'"):
+    with pytest.raises(DiffesError, match=f"'{function.__name__}' works on plans only.*Choose an operator of levels"):
         function(Genome(space.uniform()), space=space, rng=np.random.default_rng(0))
 
 
