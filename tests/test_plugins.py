@@ -91,7 +91,7 @@ def test_a_mutation_of_another_package(package: Path, tiny_folder: Path, tmp_pat
 
     assert "6 passed" in run("pytest", "-q", "-p", "no:cacheprovider", "test_borrow.py")
     run(
-        "diffes.cli", "compare", "--seeds", "2", "--model", str(tiny_folder),
+        "diffes.cli", "compare", "--genes", "levels", "--seeds", "2", "--model", str(tiny_folder),
         "--method", "magnitude", "--stages", "4", "--steps", "4", "--metric", "latent_mse", "--max-evals", "20",
         "--probes", "2", "--heldout", "2", "--out", "compared", "--strategies", "evolution:mutation=borrow", "random",
     )  # fmt: skip
