@@ -343,7 +343,7 @@ def _rival(name: str, line: Mapping[str, Any]) -> str:
 def _point(label: str, record: RunRecord, plan: Plan) -> dict[str, Any]:
     """Return a plan as a row of the figure of plans."""
     name = f"{label}, seed {record.settings['seed']}"
-    return {"kind": name, "budget": record.searched.cost, **plan.to_json()}
+    return {"kind": name, "budget": round(record.searched.cost or 0.0, 2), **plan.to_json()}
 
 
 def _number(value: float | None) -> str:
