@@ -136,7 +136,7 @@ def sample(
         guidance: guidance scale; left out, as in the search.
         calls: of a front, what the plan may cost, in dense calls; the best within is taken. Left out: the best of all.
         device: cpu, cuda or cuda:1; auto takes cuda where there is one.
-        resident: which thin layers stay ready on the device: all of them, which is fastest, or none but those in use,
+        resident: which pruned layers stay ready on the device: all of them, which is fastest, or none but those in use,
             in the memory of the dense weights (stream); auto keeps what goes into half of the memory that is free.
         overwrite: replace the PNG if it is there.
     """
