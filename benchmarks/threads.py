@@ -1,4 +1,4 @@
-"""How many torch threads pay? One against all cores, in turns, as the machine is and with another process a core.
+"""Time of denoiser calls and of calibration by torch threads: one against all cores, on a free and on a busy machine.
 
 python benchmarks/threads.py            # ten minutes or more
 python benchmarks/threads.py --smoke    # one call of each small model
@@ -71,7 +71,7 @@ def call_of(adapter: ModelAdapter, batch: int) -> Callable[[], object]:
 
 
 def jobs(smoke: bool) -> Iterator[tuple[str, float, Callable[[], object], int]]:
-    """What is timed: its name, millions of multiply-accumulates a call, the function, and calls in a block."""
+    """Yield each timed function: its name, millions of multiply-accumulates a call, the function, calls in a block."""
     for model in SHIPPED if smoke else (*SHIPPED, "half of DiT-S/2"):
         adapter = adapter_for(load_pipeline(model)) if model in SHIPPED else adapter_of(dit(**LARGER))
         macs = macs_per_call(adapter) / 1e6

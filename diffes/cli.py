@@ -248,7 +248,7 @@ def compare(
     if config.strategy != "auto":
         raise DiffesError(f"--strategy {config.strategy} is one strategy. In a comparison, use --strategies instead")
     _checked(config)
-    names = COMPARED["levels" if config.genes == "levels" else "plans"] if strategies is None else strategies
+    names = COMPARED[config.kind] if strategies is None else strategies
     for name in names:
         check_names(strategy=name)
     out = out or _named(f"{config.method}-compare-{_budget(config)}", config, seed=False)

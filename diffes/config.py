@@ -68,7 +68,7 @@ class CalibrationSettings:
     stay), or whole blocks (layer_drop), or it reuses outputs of an earlier call (deep_reuse for U-Nets, block_reuse).
     A sum has the levels of all: obs+deep_reuse. Options follow a colon: obs:damping=0.01,weighting=log."""
     allocation: Allocation = "sensitivity"
-    """How a level is shared out over the layers. sensitivity: each stage removes what its prediction is least sensitive
+    """Split of a level over the layers. sensitivity: each stage removes what its prediction is least sensitive
     to, for at most the multiply-accumulates that equal shares leave. equal: the same fraction of every layer, as in
     the paper. layer_drop takes equal only."""
     stages: int = 10
@@ -91,7 +91,7 @@ class ProblemSettings:
     """Settings of what is searched, under which budget, and how it is measured."""
 
     genes: str = "joint"
-    """What is searched. joint: plans, which timesteps call the denoiser and how much is pruned at each. steps: plans
+    """Problem to search. joint: plans, which timesteps call the denoiser and how much is pruned at each. steps: plans
     of dense calls, which timesteps only. levels: the paper's schedules, a level for each stage at the pipeline's own
     steps. Or a problem of your own by entry point."""
     calls: float | None = None
@@ -101,7 +101,7 @@ class ProblemSettings:
     schedule has to reach, the fraction of prunable parameters removed. With macs or latency: the most that a schedule
     may cost, as a fraction of the dense model. Left out: 0.5."""
     cost: str = "auto"
-    """What the budget counts: macs, multiply-accumulates of the whole denoiser; latency, milliseconds measured on
+    """Currency of the budget: macs, multiply-accumulates of the whole denoiser; latency, milliseconds measured on
     this device when the run begins; level, the mean level as in the paper (schedules only); or one of your own by
     entry point. auto: macs for plans, level for schedules."""
     metric: str = "auto"
@@ -241,12 +241,17 @@ class RunConfig(ResourceSettings, SearchSettings, ProblemSettings, CalibrationSe
                 "them reach, and asynchronous"
             )
 
+    @property
+    def kind(self) -> str:
+        """Kind of what is searched: "levels", or "plans", which also sets the defaults for problems of one's own."""
+        return KINDS.get(self.genes, "plans")
+
     def resolved(self) -> RunConfig:
         """Return the settings with a value for everything that depends on what is searched and was left out.
 
         Settings that do not apply stay None.
         """
-        kind = KINDS.get(self.genes, "plans")
+        kind = self.kind
         automatic: dict[str, Any] = {name: value for name, value in AUTO[kind].items() if getattr(self, name) == "auto"}
         left_out = {
             name: value for name, value in DEFAULTS.items() if OF_PROBLEMS[name] == kind and getattr(self, name) is None
@@ -283,7 +288,7 @@ def changed(config: RunConfig, **changes: Any) -> RunConfig:
         True
     """
     genes = changes.get("genes", config.genes)
-    if KINDS.get(genes, "plans") != KINDS.get(config.genes, "plans"):
+    if KINDS.get(genes, "plans") != config.kind:
         unset: dict[str, Any] = dict.fromkeys(OF_PROBLEMS) | dict.fromkeys(AUTO["plans"], "auto")
         changes = unset | changes
     return dataclasses.replace(config, **changes)

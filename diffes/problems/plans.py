@@ -42,6 +42,16 @@ CLIPS = ("clip_sample", "thresholding")  # settings of schedulers that plans do 
 OFF_THE_SHELF = (SOLVER, "dpmsolver++3m", "unipc:order=2", "unipc:order=3")
 
 
+def whole_calls(calls: float) -> int:
+    """Return the number of dense calls that a budget pays for, at least 1.
+
+    Example:
+        >>> whole_calls(4.9), whole_calls(0.5)
+        (4, 1)
+    """
+    return max(int(calls + 1e-9), 1)
+
+
 def call_costs(bench: Workbench, progress: Progress, timed_at: int | None = None) -> Table:
     """Return the cost (S, H + 1) of a call in each stage at each level.
 
@@ -95,9 +105,10 @@ class Plans:
     fit_probes: int = 0
 
     def __post_init__(self) -> None:
+        settings = self.bench.config.resolved()  # of schedules, they hold none of these
         for name in ("solver", "nodes", "fit_probes"):
-            given = getattr(self, name) or getattr(self.bench.config.resolved(), name)
-            object.__setattr__(self, name, given if given is not None else DEFAULTS[name])
+            given = getattr(self, name) or getattr(settings, name)
+            object.__setattr__(self, name, DEFAULTS[name] if given is None else given)
         at_least("nodes", self.nodes, 2)
         at_least("fit_probes", self.fit_probes, 1)
         at_least("reference_steps", self.reference_steps, 1)
@@ -214,7 +225,7 @@ class Plans:
 
     def spaced(self, calls: float) -> list[list[int]]:
         """Return the timesteps of as many dense calls as a budget pays for, in each of diffusers' even spacings."""
-        n = max(int(calls + 1e-9), 1)
+        n = whole_calls(calls)
         return [spaced(self.bench.adapter.pipe.scheduler, n, name) for name in SPACINGS]
 
     def of_dense(self, timesteps: Sequence[int], solver: str) -> Plan:
@@ -272,7 +283,7 @@ class Plans:
             genes: "steps" (every call is dense) or "joint".
             known: plans that were found before.
         """
-        space, n, size = self.space(calls, genes), max(int(calls + 1e-9), 1), self.bench.adapter.n_timesteps
+        space, n, size = self.space(calls, genes), whole_calls(calls), self.bench.adapter.n_timesteps
         powers = itertools.product(POWERS, SHIFTS) if genes == "steps" else ()
         spacings = [*self.spaced(calls), *(power_spaced(n, size, power, shift) for power, shift in powers)]
         dense = [self.nearest(self.of_dense(timesteps, self.solver)) for timesteps in spacings]
@@ -398,8 +409,9 @@ class PlanProblem(Problem):
 
     @classmethod
     def calls_of(cls, config: RunConfig) -> int:
-        calls = config.resolved().calls or 1.0
-        return config.probes * max(int(calls + 1e-9), 1) * ClassifierFreeGuidance(config.scale).branches
+        return (
+            config.probes * whole_calls(config.resolved().calls or 1.0) * ClassifierFreeGuidance(config.scale).branches
+        )
 
     def call_costs(self, progress: Progress) -> Table:
         return call_costs(self.bench, progress)

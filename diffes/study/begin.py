@@ -34,8 +34,8 @@ def with_threads(config: RunConfig, record: Path) -> RunConfig:
     try:
         text = record.read_text(encoding="utf-8")
         settings = json.loads(text.splitlines()[0] if record.suffix == ".jsonl" else text)["settings"]
-        return replace(config, threads=settings["threads"])
-    except (OSError, ValueError, LookupError, TypeError):  # none, a damaged one, or one of an older version
+        return replace(config, threads=settings.get("threads"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or a damaged one
         return replace(config, threads=choose_threads())
 
 

@@ -268,8 +268,7 @@ def _to_calibrate(cell: RunConfig) -> RunConfig:
 
 def _key_of_costs(cell: RunConfig) -> str:
     """Return the key of the costs of a cell: of its model, its currency, and what it times."""
-    kind = KINDS.get(cell.genes, cell.genes)
-    return key_of(cell.to_json() | _UNPRICED | {"genes": "levels" if kind == "levels" else "joint"})
+    return key_of(cell.to_json() | _UNPRICED | {"genes": "levels" if cell.kind == "levels" else "joint"})
 
 
 def _model_of(config: RunConfig) -> list[Any]:

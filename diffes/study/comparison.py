@@ -348,7 +348,12 @@ def _point(label: str, record: RunRecord, plan: Plan) -> dict[str, Any]:
 
 def _number(value: float | None) -> str:
     """Format a fitness; small ones, as of latent errors, have a digit more."""
-    return "failed" if value is None else f"{value:.{4 if abs(value) >= 0.1 else 5}f}"
+    return "failed" if value is None else f"{value:.{_digits(value)}f}"
+
+
+def _digits(fitness: float) -> int:
+    """Return the number of decimals that a fitness is shown with."""
+    return 4 if abs(fitness) >= 0.1 else 5
 
 
 def _macs(line: Mapping[str, Any]) -> str:
@@ -359,7 +364,7 @@ def _macs(line: Mapping[str, Any]) -> str:
 def _difference(line: Mapping[str, Any]) -> str:
     if line["difference"] is None:
         return "other cost" if line["same_cost"] is False else ""
-    digits = 4 if abs(line["heldout_mean"]) >= 0.1 else 5
+    digits = _digits(line["heldout_mean"])
     if line["difference_low"] is None:
         return f"{line['difference']:+.{digits}f}"
     low, high = (f"{line[name]:+.{digits}f}" for name in ("difference_low", "difference_high"))

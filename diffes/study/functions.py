@@ -127,7 +127,7 @@ def compare(
         DiffesError: a setting is unusable, or all cells failed.
     """
     config = settings_of(settings)
-    names = list(strategies) if strategies else COMPARED["levels" if config.genes == "levels" else "plans"]
+    names = list(strategies) if strategies else COMPARED[config.kind]
     return run_experiment(
         config, {"strategy": names}, seeds, Path(out), progress or RichProgress(), WorkerOptions(workers)
     )

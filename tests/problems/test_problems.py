@@ -49,7 +49,7 @@ def test_levels_and_plans_share_one_calibrated_model(planned: Workbench, bench: 
 
 
 def test_the_algorithms_of_deap_run_on_plans(planned: Workbench) -> None:
-    """As DEAP's documentation teaches, with individuals of `creator` and its own algorithm."""
+    """Individuals of `creator` and DEAP's own algorithm, as its documentation shows them."""
     toolbox: base.Toolbox = planned.toolbox(seed=3)
     creator.create("PlanFitness", base.Fitness, weights=(1.0,))
     creator.create("PlanIndividual", list, fitness=creator.PlanFitness)

@@ -78,7 +78,7 @@ def test_the_equal_allocation_is_the_papers(tiny: ModelAdapter, stages: Stages) 
 def test_sensitivity_is_measured_in_the_stage_and_decides(
     tiny: ModelAdapter, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where one set is told to be insensitive, it gives all it has before any other gives."""
+    """A set that is told to be insensitive gives all it has before any other set gives."""
     data = load_calibration(tiny, Path(tiny.pipe.config._name_or_path) / "calibration.npz", 8)
     asked = []
 

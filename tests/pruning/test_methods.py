@@ -158,7 +158,7 @@ def test_obs_in_blocks_is_greedy_elimination(
 def test_obs_drops_what_costs_least_over_all_consumers(
     groups: GroupSet, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the definition, with the losses of two consumers added up; each is compensated on its own."""
+    """The losses of two consumers are added up, by the definition; each consumer is compensated on its own."""
     monkeypatch.setattr(obs, "BLOCK", block)
     (first, one), (second, two) = example(groups, 0), example(groups, 1)
     weights = LayerWeights(first.producers, (*first.consumers, *second.consumers))
