@@ -33,13 +33,13 @@ import torch
 from diffes.adapters import shipped_models
 from diffes.config import RunConfig
 from diffes.figures import charts, plots
+from diffes.forms import PlanPoint, TimedOn
 from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.measure.quality import Quality, squared_errors
 from diffes.measure.reference import SOLVER
 from diffes.problems.plans import Plans
 from diffes.problems.workbench import Workbench, prepare
 from diffes.progress import RichProgress
-from diffes.results.artifact import plan_of
 from diffes.results.folder import config_record
 from diffes.spaces.schedule import Plan
 from diffes.study import front
@@ -82,7 +82,7 @@ def points(plans: Plans, quality: Quality, budget: float, kinds: Sequence[str], 
 
 
 def time_rows(bench: Workbench, rows: Sequence[dict[str, Any]], plans: Sequence[Plan], repeats: int) -> None:
-    """Milliseconds of the plans of a budget, all taking turns, written into their rows."""
+    """Milliseconds of plans, all taking turns, written into their rows."""
     for batch in BATCHES:
         for row, ms in zip(rows, bench.milliseconds(plans, batch, repeats), strict=True):
             row[f"ms_{batch}"] = round(ms, 2)
@@ -96,10 +96,10 @@ def as_good(mse: float, curve: Curve) -> str:
     costs, errors = (np.log(each) for each in zip(*sorted(curve), strict=True))
     best = np.minimum.accumulate(errors)
     if np.log(mse) < best[-1]:
-        return f"> {np.exp(costs[-1]):.3g}"
+        return f"> {np.exp(costs[-1]):.4g}"
     if np.log(mse) > best[0]:
-        return f"< {np.exp(costs[0]):.3g}"
-    return f"{np.exp(np.interp(-np.log(mse), -best, costs)):.3g}"
+        return f"< {np.exp(costs[0]):.4g}"
+    return f"{np.exp(np.interp(-np.log(mse), -best, costs)):.4g}"
 
 
 def times(cost: str, own: float) -> str:
@@ -111,7 +111,7 @@ def times(cost: str, own: float) -> str:
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown, two tables: latent MSE of every kind, and what fitted and joint plans gain over their rivals."""
     groups: dict[tuple[Any, ...], dict[float, dict[str, list[dict[str, Any]]]]] = {}
-    for each in rows:
+    for each in on_lines(rows):
         at = groups.setdefault(tuple(each[name] for name in SETTINGS), {}).setdefault(each["budget"], {})
         at.setdefault(each["kind"], []).append(each)
     head = [*SETTINGS, "budget", "seeds"]
@@ -135,6 +135,29 @@ def table_of(rows: Sequence[dict[str, Any]]) -> str:
             if {"dense", "dense-planned", "dense-fitted"} <= set(kinds):
                 gains += [_line([*start, *_gains(kinds, kind, curve)]) for kind in FOUND if kind in kinds]
     return "\n".join(lines) + "\n\n" + "\n".join(gains) + "\n"
+
+
+def on_lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with less noise in their milliseconds, which are those of seed 0.
+
+    A dense call takes the same time in every plan. So plans of dense calls get the milliseconds of the straight line
+    over the number of calls through all of them (least squares of relative errors), and pruned ones their own.
+    """
+    found = [dict(row) for row in rows]
+    for setting in {tuple(row[name] for name in SETTINGS) for row in rows}:
+        mine = [row for row in found if tuple(row[name] for name in SETTINGS) == setting]
+        dense = [row for row in mine if not any(row["levels"])]
+        for name in [f"ms_{batch}" for batch in BATCHES]:
+            timed = [(row["n_calls"], row[name]) for row in dense if row["seed"] == 0]
+            if len(timed) > 1:
+                n, ms = np.array(timed).T
+                fixed, each = np.linalg.lstsq(np.stack([1 / ms, n / ms], 1), np.ones(len(n)), rcond=None)[0]
+                for row in dense:
+                    row[name] = fixed + each * row["n_calls"]
+            for row in mine:
+                same = [other for other in mine if (other["kind"], other["budget"]) == (row["kind"], row["budget"])]
+                row[name] = next((other[name] for other in same if other["seed"] == 0), row[name])
+    return found
 
 
 def _gains(kinds: dict[str, list[dict[str, Any]]], kind: str, curve: Callable[[str, str], Curve]) -> list[str]:
@@ -222,19 +245,17 @@ def main() -> None:
 
 
 def time_again(bench: Workbench, rows: Sequence[dict[str, Any]]) -> None:
-    """New milliseconds for rows of one model and seed, budget by budget."""
+    """New milliseconds for rows of one model and seed, the plans of all budgets taking turns."""
     space = bench.levels
     facts = {"stages": space.stages.ranges, "max_level": space.max_level, "solver": SOLVER}
-    for budget in sorted({row["budget"] for row in rows}):
-        at = [row for row in rows if row["budget"] == budget]
-        time_rows(bench, at, [plan_of(facts, row) for row in at], REPEATS)
+    time_rows(bench, rows, [Plan.from_json(facts | row) for row in rows], REPEATS)
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """The front of seed 0 in multiply-accumulates, and its milliseconds at batch 16."""
-    shown = [row | {"ms": row["ms_16"]} for row in rows if row["seed"] == 0 and row["currency"] == "macs"]
+    shown = [PlanPoint(**row, ms=row["ms_16"]) for row in rows if row["seed"] == 0 and row["currency"] == "macs"]
     if shown:
-        timing = {"batch": 16, "device": "cpu", "threads": shown[0]["threads"]}
+        timing = TimedOn(batch=16, repeats=REPEATS, device="cpu", threads=rows[0]["threads"])
         plots.save(charts.error_over_cost(shown, "macs", timing), path)
 
 

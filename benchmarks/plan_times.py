@@ -19,7 +19,7 @@ import torch
 from published_models import adapter_of, dit
 
 from diffes.config import RunConfig
-from diffes.measure.currencies import macs_by_level, ms_by_level
+from diffes.measure.currencies import Calls, macs_by_level, ms_by_level
 from diffes.problems.plans import Plans
 from diffes.problems.workbench import prepare
 from diffes.progress import RichProgress
@@ -45,7 +45,7 @@ def times(repeats: int, batch: int, **changes: int) -> dict[str, list[float]]:
     macs = macs_by_level(router, stages, [0], top)[0]
     found = {"macs": [m / macs[0] for m in macs]}
     for name, changing in (("ms, one level", False), ("ms, changing", True)):
-        row = ms_by_level(router, stages, [0], top, probes, repeats, changing)[0]
+        row = ms_by_level(Calls(router, stages, [0], top, probes, changing), repeats)[0]
         found[name] = [ms / row[0] for ms in row]
         found[f"{name}, dense"] = [row[0]]
     return found

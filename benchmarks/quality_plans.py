@@ -30,9 +30,9 @@ from diffes.adapters import shipped_models
 from diffes.config import RunConfig
 from diffes.problems.workbench import Workbench, prepare
 from diffes.progress import RichProgress
-from diffes.results.artifact import plan_of
 from diffes.solvers.scheduler import PlanScheduler
 from diffes.spaces.plan import trailing
+from diffes.spaces.schedule import Plan
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("dense", "dense-planned", "dense-fitted", "joint")
@@ -84,7 +84,7 @@ def row_of(bench: Workbench, judge: Judge, point: dict[str, Any]) -> dict[str, A
     """What the judge says of the images of a plan."""
     pipe, space = bench.adapter.pipe, bench.levels
     facts = {"stages": space.stages.ranges, "max_level": space.max_level, "solver": "dpmsolver++"}
-    plan = plan_of(facts, point)
+    plan = Plan.from_json(facts | point)
     own, pipe.scheduler = pipe.scheduler, PlanScheduler.of(pipe.scheduler, plan.timesteps, plan.rows)
     try:
         with bench.router.routed(plan):

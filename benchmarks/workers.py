@@ -34,6 +34,7 @@ from diffes.config import ALONE, RunConfig, WorkerOptions
 from diffes.measure.evaluator import CACHE_BYTES
 from diffes.problems.workbench import Workbench, prepare, search_on
 from diffes.progress import RichProgress
+from diffes.results.report import read_report
 from diffes.spaces.strategy import Evaluation, Evaluator
 from diffes.study.grid import run_experiment
 from diffes.workers import Pool
@@ -137,11 +138,14 @@ def faults(evaluations: int, worker_kills: int, driver_kills: int, seed: int = 0
         if driver.wait() != 0:
             raise SystemExit("the search failed")
         subprocess.run([*command, "--out", str(outs[1])], check=True, stdout=subprocess.DEVNULL)
-        reports = [json.loads((out / "report.json").read_text()) for out in outs]
-        same = ("levels", "fitness", "evaluations", "denoiser_calls")
+        runs = [read_report(out).run for out in outs]
+        reports = [
+            {"levels": run.found.levels, "fitness": run.searched.heldout_mean, "evaluations": run.evaluations,
+             "denoiser_calls": run.denoiser_calls} for run in runs
+        ]  # fmt: skip
         return {
             "kills of workers": worker_kills, "kills of the driver": driver_kills,
-            "equal": {name: reports[0][name] == reports[1][name] for name in same},
+            "equal": {name: reports[0][name] == reports[1][name] for name in reports[0]},
             "evaluations": reports[0]["evaluations"], "stored": stored(), "workers that outlived a driver": sum(left),
         }  # fmt: skip
 

@@ -12,12 +12,26 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from diffes.config import ALONE, COMPARED, FRONT, Guidance, RunConfig, WorkerOptions
+from diffes.config import COMPARED, FRONT, Guidance, RunConfig, WorkerOptions
 from diffes.errors import DiffesError, PluginError
 from diffes.registry import GROUPS, check_names
 
 app = tyro.extras.SubcommandApp()
-_DEFAULT = RunConfig()
+
+
+class _Settings(RunConfig):
+    """Settings as typed, not checked yet: tyro would frame an error of its own around what a check says."""
+
+    def __post_init__(self) -> None: ...
+
+
+class _Workers(WorkerOptions):
+    """Worker settings as typed, not checked yet."""
+
+    def __post_init__(self) -> None: ...
+
+
+_DEFAULT, _FRONT, _ALONE = _Settings(), _Settings(**vars(FRONT)), _Workers()
 WRITE_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -32,8 +46,8 @@ WRITE_ERRORS = {
 
 @app.command
 def search(
-    config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _DEFAULT,
-    workers: Annotated[WorkerOptions, tyro.conf.OmitArgPrefixes] = ALONE,
+    config: Annotated[_Settings, tyro.conf.OmitArgPrefixes] = _DEFAULT,
+    workers: Annotated[_Workers, tyro.conf.OmitArgPrefixes] = _ALONE,
     out: Path | None = None,
     overwrite: bool = False,
     log_file: Path | None = None,
@@ -50,22 +64,22 @@ def search(
         overwrite: replace a run that is already there.
         log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
-    config = _checked(config)
-    if config.genes == "levels":
-        out = out or _named(f"{config.method}-{config.strategy}-{config.budget:g}", config)
+    settings, processes = _checked(RunConfig(**vars(config))), WorkerOptions(**vars(workers))
+    if settings.genes == "levels":
+        out = out or _named(f"{settings.method}-{settings.strategy}-{settings.budget:g}", settings)
         with _terminal(log_file) as terminal:
-            terminal.search(config, out, overwrite, workers)
+            terminal.search(settings, out, overwrite, processes)
         return
-    out = out or _named(f"{config.method}-{config.genes}-{config.calls:g}-{config.cost}", config)
+    out = out or _named(f"{settings.method}-{settings.genes}-{settings.calls:g}-{settings.cost}", settings)
     with _terminal(log_file) as terminal:
-        terminal.front(config, [config.calls], out, overwrite, workers=workers)
+        terminal.front(settings, [settings.calls], out, overwrite, workers=processes)
 
 
 @app.command
 def front(
     budgets: list[float] = [3, 4, 5, 6, 8, 10],  # noqa: B006
-    config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = FRONT,
-    workers: Annotated[WorkerOptions, tyro.conf.OmitArgPrefixes] = ALONE,
+    config: Annotated[_Settings, tyro.conf.OmitArgPrefixes] = _FRONT,
+    workers: Annotated[_Workers, tyro.conf.OmitArgPrefixes] = _ALONE,
     out: Path | None = None,
     overwrite: bool = False,
     log_file: Path | None = None,
@@ -86,14 +100,15 @@ def front(
         overwrite: replace a front that is already there.
         log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
-    if config.genes == "levels":
+    settings, processes = RunConfig(**vars(config)), WorkerOptions(**vars(workers))
+    if settings.genes == "levels":
         raise DiffesError("a front is of plans. With --genes levels, run diffes search --strategy nsga2 instead")
-    if config.calls is not None:
-        raise DiffesError(f"--calls {config.calls:g} is one budget. In a front, use --budgets instead")
-    config = _checked(config)
-    out = out or _named(f"{config.method}-front-{config.cost}", config)
+    if settings.calls is not None:
+        raise DiffesError(f"--calls {settings.calls:g} is one budget. In a front, use --budgets instead")
+    settings = _checked(settings)
+    out = out or _named(f"{settings.method}-front-{settings.cost}", settings)
     with _terminal(log_file) as terminal:
-        terminal.front(config, budgets, out, overwrite, workers=workers)
+        terminal.front(settings, budgets, out, overwrite, workers=processes)
 
 
 def _checked(config: RunConfig) -> RunConfig:
@@ -225,8 +240,8 @@ def export(
 def compare(
     strategies: list[str] | None = None,
     seeds: int = 5,
-    config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _DEFAULT,
-    workers: Annotated[WorkerOptions, tyro.conf.OmitArgPrefixes] = ALONE,
+    config: Annotated[_Settings, tyro.conf.OmitArgPrefixes] = _DEFAULT,
+    workers: Annotated[_Workers, tyro.conf.OmitArgPrefixes] = _ALONE,
     out: Path | None = None,
     log_file: Path | None = None,
 ) -> None:
@@ -245,15 +260,16 @@ def compare(
         out: folder of the results. Left out: runs/MODEL-METHOD-compare-BUDGET.
         log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
-    if config.strategy != "auto":
-        raise DiffesError(f"--strategy {config.strategy} is one strategy. In a comparison, use --strategies instead")
-    _checked(config)
-    names = COMPARED[config.kind] if strategies is None else strategies
+    settings, processes = RunConfig(**vars(config)), WorkerOptions(**vars(workers))
+    if settings.strategy != "auto":
+        raise DiffesError(f"--strategy {settings.strategy} is one strategy. In a comparison, use --strategies instead")
+    _checked(settings)
+    names = COMPARED[settings.kind] if strategies is None else strategies
     for name in names:
         check_names(strategy=name)
-    out = out or _named(f"{config.method}-compare-{_budget(config)}", config, seed=False)
+    out = out or _named(f"{settings.method}-compare-{_budget(settings)}", settings, seed=False)
     with _terminal(log_file) as terminal:
-        terminal.experiment(config, {"strategy": names}, seeds, out, workers)
+        terminal.experiment(settings, {"strategy": names}, seeds, out, processes)
 
 
 def _budget(config: RunConfig) -> str:
@@ -266,8 +282,8 @@ def _budget(config: RunConfig) -> str:
 def ablate(
     vary: tyro.conf.Positional[list[str]],
     seeds: int = 3,
-    config: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = _DEFAULT,
-    workers: Annotated[WorkerOptions, tyro.conf.OmitArgPrefixes] = ALONE,
+    config: Annotated[_Settings, tyro.conf.OmitArgPrefixes] = _DEFAULT,
+    workers: Annotated[_Workers, tyro.conf.OmitArgPrefixes] = _ALONE,
     out: Path | None = None,
     log_file: Path | None = None,
 ) -> None:
@@ -291,13 +307,14 @@ def ablate(
         out: folder of the results. Left out: runs/MODEL-ablate-OPTIONS.
         log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
-    if config.genes == "levels" and config.cost == "auto":  # levels cost something else with another method
-        config = replace(config, cost="macs", budget=0.7 if config.budget is None else config.budget)
-    _checked(config)
+    settings, processes = RunConfig(**vars(config)), WorkerOptions(**vars(workers))
+    if settings.genes == "levels" and settings.cost == "auto":  # levels cost something else with another method
+        settings = replace(settings, cost="macs", budget=0.7 if settings.budget is None else settings.budget)
+    _checked(settings)
     with _terminal(log_file) as terminal:
         varied = terminal.parse_variations(vary)
-        out = out or _named(f"ablate-{'-'.join(varied)}", config, seed=False)
-        terminal.experiment(config, varied, seeds, out, workers)
+        out = out or _named(f"ablate-{'-'.join(varied)}", settings, seed=False)
+        terminal.experiment(settings, varied, seeds, out, processes)
 
 
 def _terminal(log_file: Path | None = None) -> AbstractContextManager[Any]:

@@ -13,7 +13,7 @@ from pydantic_core import from_json
 from safetensors import SafetensorError
 
 from diffes.errors import DiffesError
-from diffes.forms import AGAIN, Form, checked
+from diffes.forms import AGAIN
 
 SHIPPED = Path(__file__).parent / "models"  # trained pipelines that come with the package
 CONFIG = "config.json"  # a folder that holds it is a run, and its missing files are still to be written
@@ -64,11 +64,11 @@ def parse_json(text: str | bytes) -> Any:
     return from_json(text, allow_inf_nan=False)
 
 
-def read_json(path: Path, form: type[Form] = Form) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a run folder.
 
     Raises:
-        DiffesError: the file is missing, truncated, not a JSON object, or not of the form.
+        DiffesError: the file is missing, truncated, or not a JSON object.
     """
     try:
         data = parse_json(path.read_bytes())
@@ -83,8 +83,7 @@ def read_json(path: Path, form: type[Form] = Form) -> dict[str, Any]:
         raise DiffesError(f"{path} is damaged ({error}); {AGAIN}") from error
     if not isinstance(data, dict):
         raise DiffesError(f"{path} does not hold a JSON object; {AGAIN}")
-    found: dict[str, Any] = checked(form, data, path)
-    return found
+    return data
 
 
 def write_sealed(path: Path, data: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, StringConstraints, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
@@ -44,9 +44,16 @@ class Form(BaseModel):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow", protected_namespaces=())
 
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values: all fields that were given, and no others."""
+        return self.model_dump(exclude_unset=True)
 
-def checked(form: type[BaseModel], data: Any, path: object, hint: str = AGAIN, wrong: str = "is damaged") -> Any:
-    """Check data against a form, and return them unchanged.
+
+F = TypeVar("F", bound=BaseModel)
+
+
+def checked(form: type[F], data: Any, path: object, hint: str = AGAIN, wrong: str = "is damaged") -> F:
+    """Return the form that data fill.
 
     Args:
         form: the expected form.
@@ -59,10 +66,9 @@ def checked(form: type[BaseModel], data: Any, path: object, hint: str = AGAIN, w
         DiffesError: the data do not match; the message names the first wrong place and what is expected there.
     """
     try:
-        form.model_validate(data)
+        return form.model_validate(data)
     except ValidationError as error:
         raise DiffesError(f"{path} {wrong} ({_said(error)}); {hint}") from None
-    return data
 
 
 def parsed(form: TypeAdapter[Any], data: Any, place: object, hint: str = AGAIN, wrong: str = "is damaged") -> Any:
@@ -116,7 +122,7 @@ class StageEntry(Form):
 
     stage: Count
     level: Number
-    sets: dict[Text, Annotated[list[Text | Count], Field(min_length=2, max_length=2)]]
+    sets: dict[Text, Annotated[tuple[Text, Count], Field(strict=False)]]  # JSON has lists
 
 
 class StageFile(Form):
@@ -131,18 +137,18 @@ class StageFile(Form):
 
 
 class Artifact(Pruned):
-    """Fields that `schedule.json` and `front.json` share."""
+    """Fields that `schedule.json` and `front.json` share. The last three are those of the file."""
 
-    format_version: Number
     guidance: Amount
     guidance_range: Annotated[list[Amount], Field(min_length=2, max_length=2)] | None = None
     dtype: Literal["float32", "float16", "bfloat16"]
-    bank_sha256: Digest
-    checksum: Digest
+    format_version: Number | None = None
+    bank_sha256: Digest | None = None
+    checksum: Digest | None = None
 
 
-class ScheduleFile(Artifact):
-    """`schedule.json`."""
+class ScheduleFacts(Artifact):
+    """Content of `schedule.json`."""
 
     levels: list[Count]
     steps: Number
@@ -158,8 +164,15 @@ class End(Form):
     latent_interval: Annotated[list[Amount], Field(min_length=2, max_length=2)] | None = None
 
 
-class FrontPoint(Form):
-    """Plan of a front."""
+class PlanPoint(Form):
+    """Plan of a front with its measurements, which are None where they failed.
+
+    For its calls, in the order of sampling, `timesteps` are training timesteps, `sigmas` noise over signal there, as
+    diffusers' schedulers count it, without the final 0. `levels` are 0 for dense calls, and `coefficients` are of the
+    latents, then of the clean predictions, newest first. `cost` and `budget` are in dense calls of the front's
+    currency, `ms` is the time of a run. `fit_mean` is the fitness on the probes of the final fit, by which plans are
+    ranked; all else is measured on held-out probes. `ends` holds the errors at both ends of a range of guidance.
+    """
 
     kind: Text
     budget: Positive
@@ -173,7 +186,7 @@ class FrontPoint(Form):
     levels: Annotated[list[Count], Field(min_length=1)]
     calls_spent: Count
     ms: Positive
-    solver: Text = "dpmsolver++"  # this and the following fields: since format 2
+    solver: Text | None = None  # this and the following fields: since format 2
     coefficients: Coefficients | None = None
     fit_mean: float | None = None
     latent_median: Amount | None = None
@@ -183,32 +196,55 @@ class FrontPoint(Form):
     ssim: float | None = None
     ssim_error: Amount | None = None
     variance: Amount | None = None
-    ends: list[End] | None = None
+    ends: list[End] = []
+
+    @property
+    def ranked(self) -> float | None:
+        """Value by which a plan of a front is chosen, higher is better: its fitness on the probes of the final fit.
+
+        Fronts of format 1 have none, so their plans are chosen by the held-out mean. None for a plan that failed.
+        """
+        if self.heldout_mean is None:
+            return None
+        return self.fit_mean if "fit_mean" in self.model_fields_set else self.heldout_mean
 
 
 class Reference(Form):
-    """Reference that plans are compared with."""
+    """Reference that plans are compared with. `alphas` are the signal at the first, middle and last timestep."""
 
     solver: Text
     steps: Number
     spacing: Text = "trailing"
     final_sigma: Amount = 0.0
+    alphas: list[Amount] = []
 
 
-class FrontFile(Artifact):
-    """`front.json`."""
+class TimedOn(Form):
+    """Conditions under which plans were timed."""
+
+    batch: Number
+    repeats: Number
+    device: Text
+    threads: Number
+
+
+class FrontRecord(Artifact):
+    """Content of `front.json`: facts about the calibration and the reference, and plans with their measurements."""
 
     reference: Reference
     solver: Text
     currency: Text
     metric: Text
     nodes: Number
-    prediction_type: Text = "epsilon"
-    search_probes: Number = 1
-    fit_probes: Number = 1
-    heldout: Number = 1
-    timing: dict[Text, Number | Text] = {}
-    points: Annotated[list[FrontPoint], Field(min_length=1)]
+    points: Annotated[list[PlanPoint], Field(min_length=1)]
+    prediction_type: Text | None = None  # this and the following fields: newer than the first fronts
+    genes: Text | None = None
+    search_probes: Number | None = None
+    fit_probes: Number | None = None
+    heldout: Number | None = None
+    timing: TimedOn | None = None
+    reference_calls: Count | None = None
+    calls_spent: Count | None = None
 
 
 class Fingerprint(Form):
@@ -229,78 +265,6 @@ class BankHeader(Form):
     split: LayerSplit | None = None
     same: dict[Text, Text] = {}
     fingerprint: Fingerprint | None = None
-
-
-class HeldOutScore(Form):
-    """Measurements of a candidate on held-out probes."""
-
-    heldout_mean: float | None
-    heldout_std: float | None = None
-
-
-class Scores(HeldOutScore):
-    search: float | None
-    n_heldout: Number
-
-
-class Uniform(HeldOutScore):
-    levels: list[Count]
-    search: float | None
-    nominal_sparsity: Fraction
-    macs_fraction: Amount
-
-
-class FewerSteps(HeldOutScore):
-    steps: Number
-    macs_fraction: Amount
-
-
-class Baselines(Form):
-    uniform: Uniform
-    fewer_steps: FewerSteps
-
-
-class Latency(Form):
-    routed_ms: Positive
-    uniform_ms: Positive
-    fewer_steps_ms: Positive
-    dense_ms: Positive
-    batch: Number
-    repeats: Number
-    device: Text
-    threads: Number
-
-
-class ReportPoint(Form):
-    steps: Number = 1
-    levels: list[Count] = []
-    heldout_mean: float | None
-    macs_fraction: Amount
-    search: float | None = None
-
-
-class ReportFile(Form):
-    """`report.json`."""
-
-    model: Text
-    method: Text
-    metric: Text
-    strategy: Text
-    seed: Count
-    levels: list[Count]
-    nominal_sparsity: Fraction
-    prunable_fraction: Fraction
-    macs_fraction: Amount
-    evaluations: Number
-    denoiser_calls: Count
-    paid_calls: Count | None = None
-    search_seconds: Amount
-    calibration_calls: Count = 0
-    fitness: Scores
-    baselines: Baselines
-    latency: Latency
-    front: dict[Text, list[ReportPoint]] = {}
-    bank_bytes: Count
 
 
 class CostsFile(Form):

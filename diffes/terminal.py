@@ -18,6 +18,7 @@ from rich.table import Table
 from diffes import files
 from diffes.config import RunConfig, WorkerOptions, in_words
 from diffes.errors import DiffesError, DiffesWarning
+from diffes.forms import PlanPoint
 from diffes.progress import RichProgress, console
 
 log = logging.getLogger(__name__)
@@ -108,14 +109,14 @@ def front(config: RunConfig, budgets: Sequence[float], out: Path, overwrite: boo
     from diffes.figures import tables
     from diffes.study import front as fronts
 
-    data = fronts.complete_front(config, budgets, out, RichProgress(), overwrite=overwrite, **options)
+    found = fronts.complete_front(config, budgets, out, RichProgress(), overwrite=overwrite, **options)
     _show_front(
-        data["points"],
+        found.points,
         f"{config.model}, {config.method}, guidance {in_words(config.guidance)}: {config.heldout} held-out probes, "
-        f"against {data['reference']['steps']} dense steps of {data['reference']['solver']}; cost by {config.cost}; "
-        f"torch threads: {data['timing']['threads']}",
+        f"against {found.reference.steps} dense steps of {found.reference.solver}; cost by {config.cost}"
+        + (f"; torch threads: {found.timing.threads}" if found.timing else ""),
     )
-    for line in tables.verdicts(data):
+    for line in tables.verdicts(found):
         console.print(line, highlight=False)
     _list(out, "*")
     console.print(f"next: diffes sample {out} --calls {max(budgets):g} --out grid.png", highlight=False)
@@ -131,14 +132,14 @@ def fit(run: Path, out: Path, **options: Any) -> None:
     console.print(f"next: diffes sample {out} --out grid.png", highlight=False)
 
 
-def _show_front(points: Sequence[Mapping[str, Any]], title: str) -> None:
+def _show_front(points: Sequence[PlanPoint], title: str) -> None:
     """Print the table of some plans, which fits 80 columns."""
     from diffes.figures import tables
 
     table = Table(title=title, box=SIMPLE_HEAD)
     for name in tables.COLUMNS:
         table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
-    for row in tables.rows_of({"points": points}):
+    for row in tables.rows_of(points):
         table.add_row(*row)
     console.print(table)
 

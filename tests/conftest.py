@@ -7,11 +7,15 @@ import json
 import os
 import shutil
 import string
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+if sys.dont_write_bytecode:  # the processes that tests start would each compile torch and diffusers anew: 20 seconds
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": sys.pycache_prefix}
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on tiny models, threads only wait for each other
 
 import numpy as np
@@ -42,10 +46,22 @@ from diffes.runtime.router import Router
 from diffes.spaces.schedule import Stages
 from diffes.study.run import complete_run
 
+LONG = ("workers", "study", "test_cli", "test_notebooks", "runtime", "measure", "solvers", "spaces")  # begun first
 N_STAGES = 4
 REFERENCE_STEPS = 60
 FIT_PROBES = 4
 WEIGHT = 16  # of the last layers of untrained blocks, relative to their initialisation
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Runs what takes long first, so that two workers end together."""
+    here = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(here).parts[0].removesuffix(".py")
+        return LONG.index(name) if name in LONG else len(LONG)
+
+    items.sort(key=place)
 
 
 def tiny_vae() -> AutoencoderKL:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -20,6 +21,8 @@ from PIL import Image
 from diffes import files
 from diffes.cli import main
 from diffes.results import artifact, folder
+from diffes.results.record import UNIFORM, Report, RunRecord
+from diffes.results.report import read_report
 
 SMALL = ["--stages", "4", "--steps", "8", "--max-evals", "8", "--probes", "4", "--heldout", "4"]
 SMALL += ["--metric", "latent_mse"]
@@ -45,18 +48,18 @@ def test_shipped_model_search_and_sample(tmp_path: Path, capsys: pytest.CaptureF
     search(run, "--metric", "ssim", "--max-evals", "20")
     assert "searched" in capsys.readouterr().out
     assert sorted(path.name for path in run.iterdir()) == sorted(folder.FILES)
-    report = json.loads((run / folder.REPORT).read_text())
+    report = read_report(run)
     schedule = json.loads((run / artifact.SCHEDULE).read_text())
     assert schedule["stages"] == [[0, 250], [250, 500], [500, 750], [750, 1000]]
     assert sum(schedule["levels"]) == 0.5 * 8 * 4 and schedule["max_level"] == 8
     assert (schedule["method"], schedule["kind"], schedule["model"]) == ("obs", "width", "fashion-dit")
-    assert report["levels"] == schedule["levels"] and report["nominal_sparsity"] == 0.5
-    assert 0.5 < report["macs_fraction"] == schedule["macs_fraction"] < 0.6
-    assert report["evaluations"] == 20 and 0 < report["denoiser_calls"] <= 20 * 8 * 4 * 2
-    assert report["fitness"]["search"] >= report["baselines"]["uniform"]["search"]
-    assert {"dense_ms", "routed_ms", "speedup"} <= report["latency"].keys()
-    assert report["bank_bytes"] == (run / artifact.BANK).stat().st_size
-    assert 0 < report["prunable_fraction"] < 1
+    found, rivals = report.run.searched, report.run.rivals
+    assert list(report.run.found.levels) == schedule["levels"] and found.nominal_sparsity == 0.5
+    assert 0.5 < found.macs_fraction == schedule["macs_fraction"] < 0.6
+    assert report.run.evaluations == 20 and 0 < report.run.denoiser_calls <= 20 * 8 * 4 * 2
+    assert (found.search or 0) >= (rivals[UNIFORM].search or 1) and report.timing.speedup(found) > 0
+    assert report.bank_bytes == (run / artifact.BANK).stat().st_size
+    assert 0 < report.prunable_fraction < 1
     for name in folder.FIGURES:
         with Image.open(run / name) as image:
             assert min(image.size) > 200 and len(set(image.convert("L").tobytes())) > 10
@@ -196,15 +199,14 @@ def test_evaluations_may_go_to_a_database(
 def test_same_seed_same_run_and_other_seed_other_run(tiny_folder: Path, tmp_path: Path) -> None:
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         search(tmp_path / name, "--model", str(tiny_folder), "--seed", seed)
-    a, b, c = (json.loads((tmp_path / name / folder.REPORT).read_text()) for name in "abc")
-    timed = ("latency", "search_seconds")
-    for report in (a, b, c):
-        for name in timed:
-            del report[name]
-        for baseline in report["baselines"].values():
-            del baseline["speedup"]
-    assert a == b
-    assert a["fitness"] != c["fitness"]
+    a, b, c = (read_report(tmp_path / name) for name in "abc")
+
+    def untimed(report: Report) -> RunRecord:
+        rivals = {name: replace(rival, ms=None) for name, rival in report.run.rivals.items()}
+        return replace(report.run, searched=replace(report.run.searched, ms=None), rivals=rivals, seconds=0.0)
+
+    assert untimed(a) == untimed(b) and a.front == b.front
+    assert a.run.searched != c.run.searched
     assert (tmp_path / "a" / artifact.SCHEDULE).read_bytes() == (tmp_path / "b" / artifact.SCHEDULE).read_bytes()
 
 

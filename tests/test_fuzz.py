@@ -338,10 +338,10 @@ def test_a_base_model_elsewhere_is_refused(tmp_path: Path, model: str) -> None:
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "link").symlink_to("/etc")
     with pytest.raises(DiffesError, match="was made for the model"):
-        base_model(tmp_path / "export", {"model": model})
+        base_model(tmp_path / "export", model)
 
 
 def test_a_base_model_of_its_own_a_shipped_and_a_hub_one_are_taken(tmp_path: Path) -> None:
     for model in ("fashion-dit", "owner/name", "a/b.c-d"):
-        assert base_model(tmp_path, {"model": model}) == model
-    assert base_model(tmp_path, {"model": "./base"}) == str(tmp_path / "base")
+        assert base_model(tmp_path, model) == model
+    assert base_model(tmp_path, "./base") == str(tmp_path / "base")

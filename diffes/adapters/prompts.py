@@ -53,8 +53,8 @@ def read_prompts(path: Path) -> dict[str, list[str]]:
         data = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DiffesError(f"{path} holds no prompts ({error}); {FORM}") from error
-    checked(Prompts, data, path, FORM, "holds no prompts")
-    prompts = {split: list(data.get(split, [])) for split in SPLITS}
+    found = checked(Prompts, data, path, FORM, "holds no prompts")
+    prompts = {"search": found.search, "heldout": found.heldout, "calibration": found.calibration}
     for a, b in itertools.combinations(SPLITS, 2):
         if shared := sorted(set(prompts[a]) & set(prompts[b])):
             raise DiffesError(

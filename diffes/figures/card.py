@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from diffes.figures import tables
 from diffes.figures.plain_loop import plain_loop, rows_of
+from diffes.forms import Artifact, FrontRecord, PlanPoint, ScheduleFacts
 from diffes.results import folder, report
 from diffes.results.artifact import BASE
 from diffes.results.record import Report
@@ -16,7 +17,7 @@ from diffes.spaces.schedule import Plan, Schedule
 CURRENCIES = {"macs": "MACs", "latency": "measured time"}
 
 
-def of_run(name: str, schedule: Schedule, facts: Mapping[str, Any], measured: Report) -> str:
+def of_run(name: str, schedule: Schedule, facts: ScheduleFacts, measured: Report) -> str:
     """Write the card of a run.
 
     Args:
@@ -38,7 +39,7 @@ pipe = diffes.load("{name}")  # this folder; a diffusers pipeline comes back
 
 ## Measured
 
-Metric `{settings["metric"]}` against the dense model at {facts["steps"]} steps and guidance {facts["guidance"]:g}, on
+Metric `{settings["metric"]}` against the dense model at {facts.steps} steps and guidance {facts.guidance:g}, on
 {settings["heldout"]} held-out probes; speed on {timing.device} ({timing.threads} threads), batch
 {timing.batch}, median of {timing.repeats}. MACs are of the whole denoiser. All figures: `{folder.REPORT}`.
 
@@ -52,37 +53,38 @@ Levels (0 is dense, {schedule.max_level} is everything prunable), cleanest stage
 """
 
 
-def of_plan(name: str, plan: Plan, facts: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]], pipeline: Any) -> str:
+def of_plan(name: str, plan: Plan, front: FrontRecord, rivals: Sequence[PlanPoint], pipeline: Any) -> str:
     """Write the card of a plan, with a loop of plain torch that runs it.
 
     Args:
         name: name of the exported folder.
         plan: the plan in the folder.
-        facts: content of its `front.json`, with the plan's point only.
+        front: its front, with the plan's point only.
         rivals: points of every kind that the front has at the plan's budget, the plan's own included.
         pipeline: class of the base model's pipeline.
     """
-    (point,), reference = facts["points"], facts["reference"]
+    (point,), reference = front.points, front.reference
     dense = not any(plan.levels)
-    pruned = "all of them dense" if dense else f"and how much of the network each computes: {_done(facts)}"
-    timed = " of {batch} images on {device} ({threads} threads)".format(**facts["timing"]) if "timing" in facts else ""
-    model = f"{name}/{BASE}" if _bundled(facts) else str(facts["model"])
+    pruned = "all of them dense" if dense else f"and how much of the network each computes: {_done(front)}"
+    on = front.timing
+    timed = f" of {on.batch} images on {on.device} ({on.threads} threads)" if on else ""
+    model = f"{name}/{BASE}" if _bundled(front) else front.model
     alone = "All calls are dense, so torch and diffusers alone give such images" if dense else "Written out, a run is"
-    calls = zip(plan.timesteps, point["sigmas"], plan.levels, rows_of(plan, point["sigmas"]), strict=True)
+    calls = zip(plan.timesteps, point.sigmas, plan.levels, rows_of(plan, point.sigmas), strict=True)
     lines = "\n".join(
         f"| {timestep} | {sigma:.6g} | {level} | {', '.join(f'{each:.6g}' for each in row)} |"
         for timestep, sigma, level, row in calls
     )
-    return f"""{_head(name, facts)}
-A plan for {_base(facts)}, found by [diffes](https://pypi.org/project/diffes/): which {len(plan.calls)} timesteps call
-the denoiser, {pruned}. It costs {point["cost"]:.2f} dense calls by {CURRENCIES[facts["currency"]]}.
+    return f"""{_head(name, front)}
+A plan for {_base(front)}, found by [diffes](https://pypi.org/project/diffes/): which {len(plan.calls)} timesteps call
+the denoiser, {pruned}. It costs {point.cost:.2f} dense calls by {CURRENCIES[front.currency]}.
 
 ```python
 import diffes
 import torch
 
 pipe = diffes.load("{name}")  # this folder; a diffusers pipeline comes back
-{_call(pipeline, facts)}
+{_call(pipeline, front)}
 ```
 
 The scheduler is the plan's, and makes its {len(plan.calls)} calls whatever `num_inference_steps` says.
@@ -92,16 +94,16 @@ The scheduler is the plan's, and makes its {len(plan.calls)} calls whatever `num
 {alone}:
 
 ```python
-{plain_loop(plan, facts, model, name, pipeline)}```
+{plain_loop(plan, front, model, name, pipeline)}```
 
 ## Measured
 
-On {facts.get("heldout", "the")} held-out probes, against the dense model at {reference["steps"]} steps of
-`{reference["solver"]}` (spacing `{reference.get("spacing", "trailing")}`, final sigma zero), {_guided(facts)}; ms is
+On {front.heldout or "the"} held-out probes, against the dense model at {reference.steps} steps of
+`{reference.solver}` (spacing `{reference.spacing}`, final sigma zero), {_guided(front)}; ms is
 the median time of a run{timed}.
-This folder holds the `{point["kind"]}` plan; beside it is what else the front has at the same budget.
+This folder holds the `{point.kind}` plan; beside it is what else the front has at the same budget.
 
-{_table(tables.COLUMNS, tables.rows_of({"points": rivals}))}
+{_table(tables.COLUMNS, tables.rows_of(rivals))}
 
 The calls in the order of sampling, by the solver `{plan.solver}`. Sigma is noise over signal; level 0 is dense and
 {plan.max_level} is everything prunable; coefficients are of the present latents, then of the clean predictions, newest
@@ -115,17 +117,17 @@ first.
 """
 
 
-def _call(pipeline: Any, facts: Mapping[str, Any]) -> str:
+def _call(pipeline: Any, front: FrontRecord) -> str:
     """Return Python code that makes images with a pipeline."""
     classes = "class_labels" in inspect.signature(pipeline.__call__).parameters
     conditions = "[0, 1]" if classes else '["a big fox on a purple background"]'
     return f"""images = pipe(
-    {conditions}, guidance_scale={facts["guidance"]!r}, generator=torch.Generator().manual_seed(0)
+    {conditions}, guidance_scale={front.guidance!r}, generator=torch.Generator().manual_seed(0)
 ).images"""
 
 
-def _head(name: str, facts: Mapping[str, Any]) -> str:
-    model = facts["model"]
+def _head(name: str, facts: Artifact) -> str:
+    model = facts.model
     base = f"base_model: {model}\n" if not _bundled(facts) and "/" in model else ""
     return f"""---
 library_name: diffusers
@@ -136,34 +138,34 @@ tags: [diffusion, pruning, diffes]
 """
 
 
-def _guided(facts: Mapping[str, Any]) -> str:
+def _guided(front: FrontRecord) -> str:
     """Return in words the guidance that a plan was measured at, with its errors at both ends of a range."""
-    if (both := facts.get("guidance_range")) is None:
-        return f"guidance {facts['guidance']:g}"
-    (point,) = facts["points"]
-    ends = [f"{end['latent_mse']:.5f} at {end['guidance']:g}" for end in point.get("ends") or () if end["latent_mse"]]
+    if (both := front.guidance_range) is None:
+        return f"guidance {front.guidance:g}"
+    (point,) = front.points
+    ends = [f"{end.latent_mse:.5f} at {end.guidance:g}" for end in point.ends if end.latent_mse]
     said = f"; this plan's latent MSE is {' and '.join(ends)}" if ends else ""
     return f"each probe at a guidance of its own from {both[0]:g} to {both[1]:g}{said}"
 
 
-def _bundled(facts: Mapping[str, Any]) -> bool:
+def _bundled(facts: Artifact) -> bool:
     """Check whether the base model lies in the folder."""
-    return str(facts["model"]).startswith("./")
+    return facts.model.startswith("./")
 
 
-def _base(facts: Mapping[str, Any]) -> str:
-    return f"the pipeline in `{BASE}/`" if _bundled(facts) else f"`{facts['model']}`"
+def _base(facts: Artifact) -> str:
+    return f"the pipeline in `{BASE}/`" if _bundled(facts) else f"`{facts.model}`"
 
 
-def _done(facts: Mapping[str, Any]) -> str:
+def _done(facts: Artifact) -> str:
     """Return in words what the levels do."""
     of_kind = {
         "width": "heads and channels are removed",
         "depth": "transformer blocks are removed",
         "reuse": "outputs of an earlier call are taken again",
     }
-    done = " or ".join(of_kind[kind] for kind in facts["kind"].split("+"))
-    return f"{done} (method `{facts['method']}`, allocation `{facts.get('allocation', 'equal')}`)"
+    done = " or ".join(of_kind[kind] for kind in facts.kind.split("+"))
+    return f"{done} (method `{facts.method}`, allocation `{facts.allocation}`)"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

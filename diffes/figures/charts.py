@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from diffes.figures.plots import STYLE, limits, looks, plain
+from diffes.forms import PlanPoint, TimedOn
 from diffes.results.artifact import best_within
 from diffes.spaces.ledger import SearchResult
 
@@ -189,35 +190,35 @@ KINDS = {
 }  # fmt: skip
 
 
-def error_over_cost(
-    points: Sequence[Mapping[str, Any]], currency: str, timing: Mapping[str, Any] | None = None
-) -> Figure:
+def error_over_cost(points: Sequence[PlanPoint], currency: str, timing: TimedOn | None = None) -> Figure:
     """Draw the error of the plans of a front against cost, and against measured time, by kind.
 
     Args:
-        points: plans, with `kind`, `budget` and `cost` in dense calls, `ms`, `latent_mse` and `heldout_mean`.
+        points: plans of a front.
         currency: name of the currency of the cost.
-        timing: conditions of the timing: `batch`, `device` and `threads`.
+        timing: conditions of the timing.
     """
-    known = [point for point in points if point["latent_mse"] is not None]
-    budgets = sorted({point["budget"] for point in points})
+    known = [point for point in points if point.latent_mse is not None]
+    budgets = sorted({point.budget for point in points})
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 4.2))
         left, right = figure.subplots(1, 2, sharey=True)
-        for kind, (colour, marker) in looks(point["kind"] for point in known).items():
+        for kind, (colour, marker) in looks(point.kind for point in known).items():
             for axes, name in ((left, "cost"), (right, "ms")):
-                mine = [(point[name], point["latent_mse"]) for point in known if point["kind"] == kind]
+                mine = [(getattr(point, name), point.latent_mse or 0.0) for point in known if point.kind == kind]
                 _undominated(axes, mine, KINDS.get(kind, kind), colour, marker, best=min)
         for i, budget in enumerate(budgets):
             left.axvline(budget, color="#888888", linestyle="--", linewidth=0.8, label=None if i else "budgets")
         chosen = [point for budget in budgets if (point := best_within(known, budget)) is not None]
-        over = [point for point in known if point["cost"] > point["budget"] * (1 + 1e-6)]
+        over = [point for point in known if point.cost > point.budget * (1 + 1e-6)]
         for axes, name in ((left, "cost"), (right, "ms")):
             for those, mark, label in ((chosen, CHOSEN, "taken within its budget"), (over, OVER, "over its budget")):
                 if those:
-                    axes.plot(*zip(*((p[name], p["latent_mse"]) for p in those), strict=True), **mark, label=label)
+                    axes.plot(
+                        *zip(*((getattr(p, name), p.latent_mse) for p in those), strict=True), **mark, label=label
+                    )
         left.set(xlabel=f"cost in dense calls, by {currency}", ylabel="held-out latent MSE", yscale="log")
-        timed = "" if timing is None else ", batch {batch}, {device}, threads: {threads}".format(**timing)
+        timed = "" if timing is None else f", batch {timing.batch}, {timing.device}, threads: {timing.threads}"
         right.set(xlabel=f"milliseconds a run{timed}")
         for axes in (left, right):
             axes.grid(alpha=0.3, which="both")

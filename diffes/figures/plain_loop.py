@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from diffes.adapters import ClassifierFreeGuidance
 from diffes.files import shipped_models
+from diffes.forms import FrontRecord
 from diffes.solvers import END, Noise, coefficients
 from diffes.spaces.schedule import Plan
 
@@ -23,17 +24,17 @@ def rows_of(plan: Plan, sigmas: Sequence[float]) -> Sequence[Sequence[float]]:
     return coefficients(plan.solver, [*noises, END])
 
 
-def plain_loop(plan: Plan, facts: Mapping[str, Any], model: str, name: str, pipeline: Any) -> str:
+def plain_loop(plan: Plan, front: FrontRecord, model: str, name: str, pipeline: Any) -> str:
     """Return a program of at most 25 lines that samples two images of a plan, with its own loop and arithmetic.
 
     Args:
         plan: the plan that the program runs.
-        facts: content of its `front.json`, with the plan's point only.
+        front: its front, with the plan's point only.
         model: name, path or hub id of the base model.
         name: name of the exported folder.
         pipeline: class of the base model's pipeline.
     """
-    (point,), guidance = facts["points"], facts["guidance"]
+    (point,), guidance = front.points, front.guidance
     branches = ClassifierFreeGuidance(guidance).branches
     guided = branches > 1
     if any(plan.levels):
@@ -58,8 +59,8 @@ def plain_loop(plan: Plan, facts: Mapping[str, Any], model: str, name: str, pipe
             conditions.append("text, pooled = torch.cat([none, text]), torch.cat([none_pooled, pooled])")
         conditions.append('added = {"text_embeds": pooled, "time_ids": sizes.expand(len(text), 6)}')
         call = "net(inputs, t, encoder_hidden_states=text, added_cond_kwargs=added).sample"
-    coefficients_of = [[float(f"{each:.9g}") for each in row] for row in rows_of(plan, point["sigmas"])]
-    sigmas = [float(f"{each:.9g}") for each in point["sigmas"]]
+    coefficients_of = [[float(f"{each:.9g}") for each in row] for row in rows_of(plan, point.sigmas)]
+    sigmas = [float(f"{each:.9g}") for each in point.sigmas]
     begins = "pipe.scheduler.set_timesteps(len(timesteps))\n" if any(plan.levels) else ""
     counts = "\n    pipe.scheduler.index += 1" if any(plan.levels) else ""
     lines = "\n".join(conditions)
@@ -77,7 +78,7 @@ torch.set_grad_enabled(False)
     a, s = (1 + sigma**2) ** -0.5, sigma / (1 + sigma**2) ** 0.5  # signal and noise
     inputs = {"torch.cat([x, x])" if guided else "x"}
     out = {call}{mixed}
-    kept = [{CLEAN[facts.get("prediction_type", "epsilon")]}, *kept]  # clean predictions, newest first
+    kept = [{CLEAN[front.prediction_type or "epsilon"]}, *kept]  # clean predictions, newest first
     x = row[0] * x + sum(weight * clean for weight, clean in zip(row[1:], kept)){counts}
 images = pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample
 """

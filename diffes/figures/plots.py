@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from diffes.adapters import AnySet
-from diffes.spaces.schedule import Schedule, Stages
+from diffes.spaces.schedule import Plan, Schedule, Stages
 
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 LINES = 3  # at most so many schedules are drawn as lines; more become rows of a heat map
@@ -228,28 +228,27 @@ def table(rows: Mapping[str, Sequence[float]], columns: Sequence[str]) -> Figure
         return figure
 
 
-def plans(points: Sequence[Mapping[str, Any]], max_level: int) -> Figure:
+def plans(rows: Mapping[str, Plan]) -> Figure:
     """Draw the timesteps that each plan calls, and the level of each call: a row for each plan, noise on the left.
 
     Args:
-        points: plans, with `kind`, `budget`, `timesteps` and `levels`.
-        max_level: H.
+        rows: plans by label.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7, 0.9 + 0.28 * len(points)))
+        figure = Figure(figsize=(7, 0.9 + 0.28 * len(rows)))
         axes: Axes = figure.subplots()
-        for row, point in enumerate(points):
-            sparsity = [level / max_level for level in point["levels"]]
+        for row, plan in enumerate(rows.values()):
+            sparsity = [level / plan.max_level for level in plan.levels]
             dots = axes.scatter(
-                point["timesteps"], [row] * len(sparsity), c=sparsity, cmap="magma_r", vmin=0, vmax=1, s=38,
+                plan.timesteps, [row] * len(sparsity), c=sparsity, cmap="magma_r", vmin=0, vmax=1, s=38,
                 edgecolors="#444444", linewidths=0.6,
             )  # fmt: skip
-        axes.set_yticks(range(len(points)), [f"{point['kind']}, {point['budget']:g}" for point in points])
+        axes.set_yticks(range(len(rows)), list(rows))
         axes.invert_yaxis()
         axes.invert_xaxis()
         axes.set(xlabel=LATER)
         axes.grid(axis="y", alpha=0.3)
-        if points:
+        if rows:
             figure.colorbar(dots, label="removed (0 is dense)")
         return figure
 

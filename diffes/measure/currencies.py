@@ -32,33 +32,44 @@ def _silent(note: str) -> None:
     """Ignore a note about progress."""
 
 
+@dataclass(frozen=True)
+class Calls:
+    """Denoiser calls that a currency is asked the cost of: in each visited stage at each level, `max_level` the last.
+
+    Args:
+        router: the model with its bank.
+        stages: their ranges of timesteps.
+        visited: numbers of the stages with at least one step; rows of others are not used.
+        max_level: H.
+        probes: the batch of an evaluation.
+        changing: whether the weights of a level are put in place for every call, as in plans, and paid for; else once a
+            stage.
+        advance: progress callback, called with a note after each stage.
+    """
+
+    router: Router
+    stages: Stages
+    visited: Sequence[int]
+    max_level: int
+    probes: Probes
+    changing: bool = False
+    advance: Advance = _silent
+
+
 class Currency(abc.ABC):
     """Currency of a budget; `--cost NAME` finds one by its entry point in `diffes.costs`.
 
     Attributes:
         counted: whether its table takes a while to make.
         timed: whether it depends on the number of probes, as time does.
-        changing: whether the weights of a level are put in place for every call, as in plans, and paid for; else once a
-            stage.
-        advance: progress callback, called after each stage.
     """
 
     counted: ClassVar[bool] = True
     timed: ClassVar[bool] = False
-    changing: bool = False
-    advance: Advance = staticmethod(_silent)
 
     @abc.abstractmethod
-    def table(self, router: Router, stages: Stages, visited: Sequence[int], max_level: int, probes: Probes) -> Table:
-        """Return the cost (S, H + 1) of one denoiser call in each stage at each level, in any unit.
-
-        Args:
-            router: the model with its bank.
-            stages: their ranges of timesteps.
-            visited: numbers of the stages with at least one step; rows of others are not used.
-            max_level: H.
-            probes: the batch of an evaluation.
-        """
+    def table(self, calls: Calls) -> Table:
+        """Return the cost (S, H + 1) of one denoiser call in each stage at each level, in any unit."""
 
     def space(self, stages: Stages, steps: Sequence[int], costs: Table, budget: float) -> SearchSpace:
         """Return the space of schedules that cost at most `budget` times the dense model, by costs (S, H + 1)."""
@@ -70,8 +81,8 @@ class Level(Currency):
 
     counted = False
 
-    def table(self, router: Router, stages: Stages, visited: Sequence[int], max_level: int, probes: Probes) -> Table:
-        return [[float(max_level - level) for level in range(max_level + 1)]] * len(stages)
+    def table(self, calls: Calls) -> Table:
+        return [[float(calls.max_level - level) for level in range(calls.max_level + 1)]] * len(calls.stages)
 
     def space(self, stages: Stages, steps: Sequence[int], costs: Table, budget: float) -> SearchSpace:
         return SearchSpace.mean_sparsity(stages, len(costs[0]) - 1, budget, steps)
@@ -80,8 +91,8 @@ class Level(Currency):
 class Macs(Currency):
     """Multiply-accumulates of the whole denoiser."""
 
-    def table(self, router: Router, stages: Stages, visited: Sequence[int], max_level: int, probes: Probes) -> Table:
-        return macs_by_level(router, stages, visited, max_level, self.advance)
+    def table(self, calls: Calls) -> Table:
+        return macs_by_level(calls.router, calls.stages, calls.visited, calls.max_level, calls.advance)
 
 
 class Latency(Currency):
@@ -89,8 +100,8 @@ class Latency(Currency):
 
     timed = True
 
-    def table(self, router: Router, stages: Stages, visited: Sequence[int], max_level: int, probes: Probes) -> Table:
-        return ms_by_level(router, stages, visited, max_level, probes, LATENCY_REPEATS, self.changing, self.advance)
+    def table(self, calls: Calls) -> Table:
+        return ms_by_level(calls, LATENCY_REPEATS)
 
 
 CURRENCIES: Registry[type[Currency]] = Registry("cost", "diffes.costs", Currency)
@@ -115,7 +126,6 @@ def costs_of(
         changing: whether the level's weights are put in place before every call.
     """
     currency: Currency = CURRENCIES.make(name)
-    currency.changing = changing
     total, told = len(space.visited), 0
     with (progress if currency.counted else Silent()).task(f"{name} by level", total) as advance:
 
@@ -124,8 +134,7 @@ def costs_of(
             told += 1
             advance(note)
 
-        currency.advance = tell
-        table = currency.table(router, space.stages, space.visited, space.max_level, probes)
+        table = currency.table(Calls(router, space.stages, space.visited, space.max_level, probes, changing, tell))
         advance("", total - told)
     return table
 
@@ -251,16 +260,7 @@ def clock_of(adapter: ModelAdapter, plan: Plan) -> PlanScheduler:
 
 
 @torch.no_grad()
-def ms_by_level(
-    router: Router,
-    stages: Stages,
-    visited: Sequence[int],
-    max_level: int,
-    probes: Probes,
-    repeats: int,
-    changing: bool = False,
-    advance: Advance = _silent,
-) -> Table:
+def ms_by_level(calls: Calls, repeats: int) -> Table:
     """Return the median milliseconds (S, H + 1) of one denoiser call on the probes' batch, levels taking turns.
 
     Each call is timed after a dense call, whose outputs a level may reuse. If each level leaves the same sizes in all
@@ -272,6 +272,7 @@ def ms_by_level(
     the stages in which a level happened to be timed short. With `changing`, putting the level's weights in place of the
     dense ones is part of a call.
     """
+    router, stages, visited, max_level = calls.router, calls.stages, calls.visited, calls.max_level
     adapter, bank = router.adapter, router.bank
     sets, levels = adapter.prunable(bank.kind), range(1, max_level + 1)
 
@@ -289,7 +290,7 @@ def ms_by_level(
 
     def measured(n_probes: int) -> Table:
         """Return the times (C, H + 1) of the stages that are counted, on the first `n_probes` probes."""
-        part = probes[:n_probes]
+        part = calls.probes[:n_probes]
         latents = part.noise.to(adapter.device, adapter.dtype)
 
         def call(clock: PlanScheduler, i: int) -> None:
@@ -308,17 +309,17 @@ def ms_by_level(
             clocks = [clock_of(adapter, plan) for plan in plans]
             timed = [functools.partial(call, clock, len(clock.plan) - 1) for clock in clocks]
             before = [
-                functools.partial(enter, plan, clock, len(plan.calls) - changing)
+                functools.partial(enter, plan, clock, len(plan.calls) - calls.changing)
                 for plan, clock in zip(plans, clocks, strict=True)
             ]
             try:
                 table.append(interleaved_ms(timed, rounds, adapter.device, before))
             finally:
                 router.remove()
-            advance(f"stage {stage}")
+            calls.advance(f"stage {stage}")
         return table
 
-    times = np.array(adapter.within_room(measured, len(probes)))
+    times = np.array(adapter.within_room(measured, len(calls.probes)))
     macs = np.ones((len(stages), max_level + 1))
     if not alike:
         macs = np.array(macs_by_level(router, stages, visited, max_level))

@@ -124,6 +124,25 @@ def latent_cosine(outputs: Tensor, references: Tensor) -> Tensor:
     return F.cosine_similarity(outputs.flatten(1), references.flatten(1))
 
 
+def check_metric(name: str) -> None:
+    """Check that a metric is registered, or one of pyiqa's.
+
+    Raises:
+        DiffesError: its name is unknown.
+    """
+    if name not in METRICS.names() and name not in (known := _pyiqa().list_models()):
+        raise unknown_name("metric", name, [*METRICS.names(), *known])
+
+
+def _pyiqa() -> Any:
+    """Import pyiqa, which takes seconds, so only where it is needed."""
+    try:
+        import pyiqa
+    except ImportError as error:
+        raise DiffesError(f"metrics other than {', '.join(METRICS.names())} need pyiqa: {error}") from error
+    return pyiqa
+
+
 def make_metric(name: str, device: torch.device) -> Metric:
     """Make a metric: a registered one, else any of pyiqa's by its name there. A registered function that `metric` does
     not decorate reads latents, and higher is better.
@@ -134,15 +153,9 @@ def make_metric(name: str, device: torch.device) -> Metric:
     if name in METRICS.names():
         found = METRICS.get(name)
         return replace(found, name=name) if isinstance(found, Metric) else Metric(name, "latent", True, found)
+    check_metric(name)
     try:
-        import pyiqa  # takes seconds to import, so only where it is needed
-    except ImportError as error:
-        raise DiffesError(f"metric {name!r} needs pyiqa, which does not import: {error}") from error
-    known = pyiqa.list_models()
-    if name not in known:
-        raise unknown_name("metric", name, [*METRICS.names(), *known])
-    try:
-        model = pyiqa.create_metric(name, device=device, as_loss=False)
+        model = _pyiqa().create_metric(name, device=device, as_loss=False)
     except Exception as error:  # each metric fails in its own way without its weights
         folder = Path(torch.hub.get_dir()) / "pyiqa"
         reason = " ".join(str(error).split())[:300]

@@ -13,10 +13,12 @@ from diffes.adapters import ModelAdapter, SamplingState
 from diffes.config import RunConfig
 from diffes.errors import DiffesError, PluginError
 from diffes.measure.currencies import CURRENCIES
-from diffes.measure.metrics import METRICS, Metric
+from diffes.measure.metrics import METRICS, Metric, check_metric
 from diffes.plugins import guarded, is_ours, unexpected
 from diffes.problems.base import PROBLEMS
+from diffes.pruning import METHODS, parts_of
 from diffes.registry import Registry
+from diffes.solvers import SOLVERS
 from diffes.spaces.genome import Genome
 from diffes.spaces.operators import CROSSOVERS, MUTATIONS, BoundOperator, OperatorRegistry
 from diffes.spaces.space import SearchSpace
@@ -27,19 +29,20 @@ EXAMPLES: dict[str, Any] = {"profile": StageProfile((1.0,) * 4, (0.0,) * 4)}  # 
 
 
 def check_settings(config: RunConfig, space: SearchSpace | None = None) -> None:
-    """Check the strategy, its operators and the cost of a search.
+    """Check the strategy, its operators, the metric and the cost of a search.
 
     Args:
         config: the settings.
         space: a small space of the kind that is searched; the example of its problem when left out.
 
     Raises:
-        DiffesError: there is no such strategy, operator or cost, it takes no such options, the strategy needs a fact
-            that no run provides, or the settings do not go together.
+        DiffesError: there is no such strategy, operator, metric or cost, it takes no such options, the strategy needs a
+            fact that no run provides, or the settings do not go together.
     """
     config = config.resolved()
     problem, _ = PROBLEMS.parse(config.genes)
     problem.check(config)
+    check_metric(config.metric)
     space = problem.example if space is None else space
     if CURRENCIES.get(config.cost).timed and config.study is not None:
         raise DiffesError(
@@ -66,13 +69,13 @@ def check_settings(config: RunConfig, space: SearchSpace | None = None) -> None:
 
 
 def are_known_elsewhere(config: RunConfig) -> bool:
-    """Check whether another process finds the same strategy, metric, cost and operators by their names."""
+    """Check whether another process finds all that the settings name, by their names."""
     options = STRATEGIES.parse(config.strategy)[1] | operators_of(config)
     named: list[tuple[Registry[Any], str]] = [
-        (STRATEGIES, config.strategy), (METRICS, config.metric), (CURRENCIES, config.cost),
+        (STRATEGIES, config.strategy), (METRICS, config.metric), (CURRENCIES, config.cost), (PROBLEMS, config.genes),
+        *((METHODS, part) for part in parts_of(config.method)), *([(SOLVERS, config.solver)] if config.solver else []),
         *((registry, str(options.get(name, ""))) for name, registry in OPERATORS.items()),
     ]  # fmt: skip
-    named.append((PROBLEMS, config.genes))
     return all(registry.is_known_elsewhere(spec) for registry, spec in named)
 
 

@@ -35,13 +35,14 @@ from diffes.problems.levels import heldout_of
 from diffes.problems.shared import Shared
 from diffes.problems.toolbox import measuring_toolbox
 from diffes.progress import Progress, RichProgress
-from diffes.pruning import make_method
+from diffes.pruning import METHODS, make_method, parts_of
 from diffes.pruning.allocation import allocation_of
 from diffes.pruning.bank import WeightBank
 from diffes.pruning.build import gathered
 from diffes.pruning.calibrate import Keep, bank_of, calibration_of, uses_data
 from diffes.runtime.apply import pick_device
 from diffes.runtime.router import Router
+from diffes.solvers import SOLVERS
 from diffes.solvers.scheduler import PlanScheduler
 from diffes.spaces.ledger import OnEvaluation, SearchResult
 from diffes.spaces.loop import run_search
@@ -320,6 +321,12 @@ def prepare(
     config = config.resolved()
     check_settings(config)
     kind, method = PROBLEMS.parse(config.genes)[0], make_method(config.method)
+    if pool is not None and config.solver is not None and not SOLVERS.is_known_elsewhere(config.solver):
+        raise DiffesError(
+            f"solver {config.solver!r} is registered in this process only, and workers step with it, too. Offer it by "
+            'an entry point in "diffes.solvers", or search with one worker'
+        )
+    elsewhere = pool if all(METHODS.is_known_elsewhere(part) for part in parts_of(config.method)) else None
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     pipe = load_pipeline(config.model, device=pick_device(config.device), dtype=getattr(torch, config.dtype))
@@ -343,11 +350,11 @@ def prepare(
     try_metric(metric, adapter)
     memory, looks = config.bank_bytes, uses_data(config)
     with progress.task(f"calibrating {config.method}", len(space.visited) * len(method.parts)) as advance:
-        if looks and (pool is not None or keep is not None):
+        if looks and (elsewhere is not None or keep is not None):
 
             def made(only: Sequence[int]) -> Iterator[WeightBank]:
-                if pool is not None:
-                    yield from pool.banks(stages, only)
+                if elsewhere is not None:
+                    yield from elsewhere.banks(stages, only)
                     return
                 data = calibration_of(config, adapter, keep)
                 for stage in only:

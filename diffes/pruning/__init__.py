@@ -11,10 +11,11 @@ from diffes.pruning.base import (
     Sum,
     WidthMethod,
     make_method,
+    parts_of,
     pruning_method,
 )
 
 __all__ = [
     "METHODS", "BlockChanges", "DepthMethod", "GroupWeights", "LayerWeights", "PruningMethod", "ReuseMethod", "Sum",
-    "WidthMethod", "make_method", "pruning_method",
+    "WidthMethod", "make_method", "parts_of", "pruning_method",
 ]  # fmt: skip

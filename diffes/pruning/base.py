@@ -203,13 +203,18 @@ class Sum:
         return total
 
 
+def parts_of(spec: str) -> list[str]:
+    """Return the methods of a sum, each with its options: their texts between "+"."""
+    return re.split(r"\+(?=[A-Za-z_])", spec)
+
+
 def make_method(spec: str) -> Sum:
     """Build a pruning method, or several joined by "+", each with options after a colon.
 
     Raises:
         DiffesError: a name or an option is unknown.
     """
-    return Sum(tuple(METHODS.make(part) for part in re.split(r"\+(?=[A-Za-z_])", spec)))
+    return Sum(tuple(METHODS.make(part) for part in parts_of(spec)))
 
 
 def check_weights(

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffes.adapters import GroupSet, ModelAdapter
 from diffes.errors import DiffesError
 from diffes.files import check_seal, file_sha256, read_json, write_safely, write_sealed
-from diffes.forms import AGAIN, StageFile
+from diffes.forms import AGAIN, StageFile, checked
 from diffes.pruning.bank import Key, StageWeights, WeightBank, consumer_name, fingerprint
 from diffes.pruning.base import GroupWeights, LayerWeights, check_weights
 from diffes.pruning.factors import Factor, FactoredWeights, Workshop, packed_size
@@ -63,27 +63,28 @@ def read_stage(path: Path, adapter: ModelAdapter) -> WeightBank:
     Raises:
         DiffesError: it is missing, damaged, or of another model.
     """
-    data, beside = read_json(path, StageFile), path.with_suffix(".safetensors")
+    data, beside = read_json(path), path.with_suffix(".safetensors")
+    stage = checked(StageFile, data, path)
     check_seal(path, data)
     try:
-        if file_sha256(beside) != data["sha256"] or fingerprint(adapter.denoiser) != data["fingerprint"]:
+        if file_sha256(beside) != stage.sha256 or fingerprint(adapter.denoiser) != data["fingerprint"]:
             raise ValueError("its tensors were changed, or are of another model")
         with safe_open(beside, framework="pt") as file:
-            return _bank(data, file, adapter)
+            return _bank(stage, file, adapter)
     except Exception as error:  # safetensors' own error class, and any error that data of another model cause
         raise DiffesError(f"{beside} is damaged ({error}): {AGAIN}") from error
 
 
-def _bank(data: dict[str, Any], file: Any, adapter: ModelAdapter) -> WeightBank:
-    sets = {prunable.name: prunable for prunable in adapter.prunable(data["kind"])}
+def _bank(stage: StageFile, file: Any, adapter: ModelAdapter) -> WeightBank:
+    sets = {prunable.name: prunable for prunable in adapter.prunable(stage.kind)}
     layers = {groups.name: groups for groups in adapter.group_sets()}
     names, workshop = set(file.keys()), Workshop()
     factors: dict[str, Factor] = {}
     known: dict[tuple[str, int], GroupWeights] = {}  # shared weights become one object again
     entries: dict[Key, StageWeights] = {}
-    for each in data["entries"]:
+    for each in stage.entries:
         entry: dict[str, GroupWeights] = {}
-        for name, (place, n_kept) in each["sets"].items():
+        for name, (place, n_kept) in each.sets.items():
             groups = sets[name]
             if (place, n_kept) not in known:
                 if f"{place}:order" in names:
@@ -97,8 +98,8 @@ def _bank(data: dict[str, Any], file: Any, adapter: ModelAdapter) -> WeightBank:
                     known[place, n_kept] = GroupWeights(file.get_tensor(f"{place}:kept"), tuple(consumers))
                     check_weights(groups, known[place, n_kept], n_kept)
             entry[name] = known[place, n_kept]
-        entries[each["stage"], each["level"]] = entry
-    return WeightBank(entries, data["kind"], calls=data["calls"], max_level=data["max_level"])
+        entries[each.stage, each.level] = entry
+    return WeightBank(entries, stage.kind, calls=stage.calls, max_level=stage.max_level)
 
 
 def _factor(groups: GroupSet, place: str, file: Any) -> Factor:

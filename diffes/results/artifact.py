@@ -6,18 +6,19 @@ import numbers
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from diffes.errors import DiffesError
 from diffes.files import CONFIG, check_seal, file_sha256, read_json, shipped_models, write_sealed
-from diffes.forms import AGAIN, Artifact, FrontFile, ScheduleFile, checked
+from diffes.forms import AGAIN, Artifact, FrontRecord, PlanPoint, ScheduleFacts, checked
 from diffes.spaces.schedule import Plan, Schedule
 
 SCHEDULE, FRONT, BANK = "schedule.json", "front.json", "bank.safetensors"
 SCHEDULE_VERSION, FRONT_VERSION = 1, 2
 VERSIONS = {SCHEDULE: SCHEDULE_VERSION, FRONT: FRONT_VERSION}
-POINT = ("timesteps", "levels", "solver", "coefficients")  # keys of a point that belong to its plan
+POINT = {"timesteps", "levels", "solver", "coefficients"}  # fields of a point that belong to its plan
 BASE = "base"  # an exported folder's copy of the base model
+A = TypeVar("A", bound=Artifact)
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
 
@@ -26,30 +27,30 @@ def write_schedule(folder: Path, schedule: Schedule, facts: Mapping[str, Any]) -
     _write(folder, SCHEDULE, {**schedule.to_json(), **facts})
 
 
-def read_schedule(folder: Path) -> tuple[Schedule, dict[str, Any]]:
-    """Return the schedule of a run and all data of `schedule.json`, checked against its digest and that of its bank.
+def read_schedule(folder: Path) -> tuple[Schedule, ScheduleFacts]:
+    """Return the schedule of a run and the content of `schedule.json`, checked against the digests of both files.
 
     Raises:
         DiffesError: there is none, or it or its bank was truncated or altered.
     """
-    data = _read(folder, SCHEDULE, ScheduleFile)
+    facts = _read(folder, SCHEDULE, ScheduleFacts)
     try:
-        return Schedule.from_json(data), data
+        return Schedule.from_json(facts.to_json()), facts
     except DiffesError as error:
         raise DiffesError(f"{folder / SCHEDULE} is damaged ({error}); {AGAIN}") from error
 
 
-def write_front(folder: Path, data: Mapping[str, Any]) -> None:
+def write_front(folder: Path, front: FrontRecord) -> None:
     """Write `front.json` after its bank, with digests of both."""
-    _write(folder, FRONT, data)
+    _write(folder, FRONT, front.to_json())
 
 
-def read_front(folder: Path) -> dict[str, Any]:
-    """Return all data of `front.json`, checked against its digest and that of its bank; errors as `read_schedule`."""
-    return _read(folder, FRONT, FrontFile)
+def read_front(folder: Path) -> FrontRecord:
+    """Return the content of `front.json`, checked against the digests of both files; errors as `read_schedule`."""
+    return _read(folder, FRONT, FrontRecord)
 
 
-def chosen(folder: Path, calls: float | None) -> tuple[Schedule | Plan, dict[str, Any]]:
+def chosen(folder: Path, calls: float | None) -> tuple[Schedule | Plan, ScheduleFacts | FrontRecord]:
     """Return the schedule or plan that a folder offers to run, and the facts of its JSON: its one schedule, or a plan
     of its front. For a plan, `points` holds only the point of this plan.
 
@@ -66,42 +67,37 @@ def chosen(folder: Path, calls: float | None) -> tuple[Schedule | Plan, dict[str
         if calls is not None:
             raise DiffesError(f"{folder} holds one schedule and no plans to choose from. Leave out calls={calls:g}.")
         return read_schedule(folder)
-    data = read_front(folder)
-    points = [point for point in data["points"] if point["heldout_mean"] is not None]
+    front = read_front(folder)
+    points = [point for point in front.points if point.heldout_mean is not None]
     if not points:
         raise DiffesError(f"{folder} has no plan to run, because all of them failed on held-out probes")
     best = best_within(points, calls)
     if best is None:
-        costs = [point["cost"] for point in points]
+        costs = [point.cost for point in points]
         raise DiffesError(
             f"no plan of {folder} costs {calls} dense calls or less. Set calls to {min(costs):.2f} or more; the most "
             f"expensive plan costs {max(costs):.2f}."
         )
     try:
-        plan = plan_of(data, best)
+        plan = plan_of(front, best)
     except DiffesError as error:
         raise DiffesError(f"{folder / FRONT} is damaged ({error}); {AGAIN}") from error
-    return plan, data | {"points": [best]}
+    return plan, front.model_copy(update={"points": [best]})
 
 
-def plan_of(data: Mapping[str, Any], point: Mapping[str, Any]) -> Plan:
+def plan_of(front: FrontRecord, point: PlanPoint) -> Plan:
     """Return the plan of a point of a front. In format 1 the solver is the front's and makes the coefficients."""
-    shared = {name: data[name] for name in ("stages", "max_level", "solver")}
-    return Plan.from_json({**shared, **{k: point[k] for k in POINT if k in point}})
+    shared = front.model_dump(include={"stages", "max_level", "solver"})
+    return Plan.from_json(shared | point.model_dump(include=POINT, exclude_none=True))
 
 
-def ranked(point: Mapping[str, Any]) -> float | None:
-    """Return the value by which a plan of a front is chosen, higher is better: its fitness on the probes of the final
-    fit. Fronts of format 1 have none, so their plans are chosen by the held-out mean. None for a plan that failed."""
-    found: float | None = point.get("fit_mean", point["heldout_mean"])
-    return None if point["heldout_mean"] is None else found
+def best_within(points: Sequence[PlanPoint], calls: float | None) -> PlanPoint | None:
+    """Return the best point of a front that costs at most `calls` dense calls (see `PlanPoint.ranked`).
 
-
-def best_within(points: Sequence[Mapping[str, Any]], calls: float | None) -> Mapping[str, Any] | None:
-    """Return the best point of a front that costs at most `calls` dense calls (see `ranked`), without failed ones. None
-    where there is none."""
-    known = [(rank, point) for point in points if (rank := ranked(point)) is not None]
-    within = [(rank, point) for rank, point in known if calls is None or point["cost"] <= calls * (1 + 1e-6)]
+    None if no point is as cheap, or all that are failed.
+    """
+    known = [(point.ranked, point) for point in points if point.ranked is not None]
+    within = [(rank, point) for rank, point in known if calls is None or point.cost <= calls * (1 + 1e-6)]
     return max(within, key=lambda pair: pair[0], default=(0.0, None))[1]
 
 
@@ -111,7 +107,7 @@ def _write(folder: Path, name: str, content: Mapping[str, Any]) -> None:
     write_sealed(folder / name, data)
 
 
-def _read(folder: Path, name: str, form: type[Artifact]) -> dict[str, Any]:
+def _read(folder: Path, name: str, form: type[A]) -> A:
     if not folder.is_dir():
         raise DiffesError(f"{folder} is not a folder. Pass the --out folder of a `diffes search`.")
     data = read_json(folder / name)
@@ -121,17 +117,17 @@ def _read(folder: Path, name: str, form: type[Artifact]) -> dict[str, Any]:
             f"{folder / name} has the format version {version}, and this diffes reads versions up to {VERSIONS[name]}. "
             "Install a newer diffes."
         )
-    checked(form, data, folder / name)
+    found = checked(form, data, folder / name)
     bank = folder / BANK
     if not bank.is_file():
         raise DiffesError(f"{bank} is missing; {AGAIN}")
-    if file_sha256(bank) != data["bank_sha256"]:
+    if file_sha256(bank) != found.bank_sha256:
         raise DiffesError(f"{bank} was truncated or changed since {name} was written; {AGAIN}")
-    return data
+    return found
 
 
-def base_model(folder: Path, facts: Mapping[str, Any]) -> str:
-    """Return the name, path or hub id of the model that a schedule was made for. Relative paths start at the folder.
+def base_model(folder: Path, named: str) -> str:
+    """Return the name, path or hub id of the model that a folder names. Relative paths start at the folder.
 
     A folder from somebody else decides what is loaded, so it may only name a model that it contains, that ships with
     diffes, or that is on a hub. A path to elsewhere is accepted only from a run on this machine, which has a
@@ -140,16 +136,15 @@ def base_model(folder: Path, facts: Mapping[str, Any]) -> str:
     Raises:
         DiffesError: it names something else.
     """
-    model = str(facts["model"])
-    if model.startswith("./"):
-        if (folder / model).resolve().is_relative_to(folder.resolve()):
-            return str(folder / model)
-    elif Path(model).is_absolute():
+    if named.startswith("./"):
+        if (folder / named).resolve().is_relative_to(folder.resolve()):
+            return str(folder / named)
+    elif Path(named).is_absolute():
         if (folder / CONFIG).is_file():
-            return model
-    elif model in shipped_models() or (re.fullmatch(HUB_ID, model) and not Path(model).exists()):
-        return model
+            return named
+    elif named in shipped_models() or (re.fullmatch(HUB_ID, named) and not Path(named).exists()):
+        return named
     raise DiffesError(
-        f"{folder} was made for the model {model!r}. It is not in the folder (./{BASE}), it does not ship with diffes, "
+        f"{folder} was made for the model {named!r}. It is not in the folder (./{BASE}), it does not ship with diffes, "
         "and it is not the id of a hub (OWNER/NAME). Load the pipeline yourself, then call diffes.apply(pipe, FOLDER)."
     )

@@ -39,6 +39,10 @@ _TYPES["guidance"] = (float | list[float] | None, None)
 Settings = create_model("Settings", __base__=Form, **_TYPES)  # settings in `config.json`; older files have fewer
 
 
+class Finished(DiffesError):
+    """Error: the folder holds a finished run of the same settings."""
+
+
 def config_record(config: RunConfig, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the settings, with those of a front (`extra`), and the versions of the libraries."""
     packages = ("diffes", "torch", "diffusers", "deap", "optuna", "pyiqa", "numpy", "safetensors")
@@ -68,8 +72,8 @@ def open_run(
         are raised.
 
     Raises:
-        DiffesError: the folder cannot be written to, or holds something else, a finished run, or an unfinished one of
-            other settings.
+        Finished: the folder holds a finished run of the same settings.
+        DiffesError: the folder cannot be written to, or holds something else, or a run of other settings.
     """
     try:
         if folder.exists() and not folder.is_dir():
@@ -110,16 +114,19 @@ def check_writable(folder: Path) -> None:
 def _is_run(folder: Path) -> bool:
     """Check whether `config.json` was written by diffes: models have files of that name too."""
     try:
-        record = read_json(folder / CONFIG, ConfigFile)
+        return "diffes" in _config_of(folder).versions
     except DiffesError:
         return False
-    return "diffes" in record["versions"]
+
+
+def _config_of(folder: Path) -> ConfigFile:
+    return checked(ConfigFile, read_json(folder / CONFIG), folder / CONFIG)
 
 
 def _check_same_run(folder: Path, now: Mapping[str, Any], finished: str) -> bool:
-    before = read_json(folder / CONFIG, ConfigFile)
-    checked(Settings, before["settings"], folder / CONFIG)
-    before["settings"] = _as_now(before["settings"])
+    config = _config_of(folder)
+    checked(Settings, config.settings, folder / CONFIG)
+    before = {"settings": _as_now(config.settings), "versions": config.versions}
     changes = {
         name: (before[part].get(name), value)
         for part in ("settings", "versions")
@@ -130,7 +137,7 @@ def _check_same_run(folder: Path, now: Mapping[str, Any], finished: str) -> bool
     changed = [f"{name} was {was!r} and is {now!r}" for name, (was, now) in changes.items() if name not in raised]
     if (folder / finished).exists() and (changed or not raised):
         why = f" ({'; '.join(changed)})" if changed else ""
-        raise DiffesError(
+        raise (DiffesError if changed else Finished)(
             f"--out {folder} holds a finished run{why}. Raise --max-evals to continue it, pass --overwrite to replace "
             "it, or name another folder."
         )
@@ -202,11 +209,11 @@ def known_costs(folder: Path) -> Table | None:
     """
     if not (folder / COSTS).exists():
         return None
-    data = read_json(folder / COSTS, CostsFile)
-    if "checksum" in data:
+    data = read_json(folder / COSTS)
+    found = checked(CostsFile, data, folder / COSTS)
+    if found.checksum is not None:
         check_seal(folder / COSTS, data)
-    costs: Table = data["costs"]
-    return costs
+    return found.costs
 
 
 def write_logbook(folder: Path, logbook: tools.Logbook) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
 
 from diffes.errors import DiffesError
-from diffes.forms import parsed
+from diffes.forms import AGAIN, Text, parsed
 from diffes.results.frames import dataframe
 from diffes.spaces.ledger import SearchResult
 from diffes.spaces.schedule import Plan, Schedule
 
+T = TypeVar("T")
 UNIFORM, FEWER_STEPS = "uniform", "dense, fewer steps"  # rivals of schedules
 
 
@@ -58,6 +59,13 @@ def _routed(data: Any) -> Any:
         raise ValueError(str(error)) from error
 
 
+def _plain(value: Any) -> Any:
+    """Return the value of a setting, whose text is safe to print."""
+    if isinstance(value, str) and not value.isprintable():
+        raise ValueError("a setting has no control characters")
+    return value
+
+
 Routed = Annotated[Schedule | Plan, BeforeValidator(_routed), PlainSerializer(lambda routed: routed.to_json())]
 
 
@@ -83,8 +91,8 @@ class RunRecord:
     """
 
     __pydantic_config__ = ConfigDict(allow_inf_nan=False)
-    settings: Mapping[str, Any]
-    versions: Mapping[str, str]
+    settings: Mapping[Text, Annotated[Any, AfterValidator(_plain)]]
+    versions: Mapping[Text, Text]
     found: Routed
     searched: Candidate
     rivals: Mapping[str, Candidate]
@@ -97,7 +105,7 @@ class RunRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return nested plain values: a line of `cells.jsonl`."""
-        found: dict[str, Any] = _records().dump_python(self, mode="json")
+        found: dict[str, Any] = _form_of(RunRecord).dump_python(self, mode="json")
         return found
 
     @classmethod
@@ -115,8 +123,12 @@ class RunRecord:
             row = row if "rivals" in row else _nested(row)
         except (KeyError, TypeError, AttributeError) as error:
             raise DiffesError(f"{place} is no record of a search ({type(error).__name__} {error})") from error
-        record: RunRecord = parsed(_records(), row, place)
+        record: RunRecord = parsed(_form_of(RunRecord), row, place)
         return record
+
+    def named(self, model: str) -> RunRecord:
+        """Return the same record of a model that has another name."""
+        return replace(self, settings={**self.settings, "model": model})
 
     def to_row(self) -> dict[str, Any]:
         """Return every setting and every measurement under a name of its own: a line of a table.
@@ -141,9 +153,9 @@ class RunRecord:
 
 
 @functools.cache
-def _records() -> TypeAdapter[RunRecord]:
+def _form_of(record: type[T]) -> TypeAdapter[T]:
     """Return the form of a record: pydantic reads it, writes it, and checks types and ranges."""
-    return TypeAdapter(RunRecord)
+    return TypeAdapter(record)
 
 
 def _nested(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,11 +205,12 @@ class Timing:
         threads: torch threads on the CPU.
     """
 
-    dense_ms: float
-    batch: int
-    repeats: int
-    device: str
-    threads: int
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
+    dense_ms: Annotated[float, Field(gt=0)]
+    batch: Annotated[int, Field(ge=1)]
+    repeats: Annotated[int, Field(ge=1)]
+    device: Text
+    threads: Annotated[int, Field(ge=1)]
 
     def speedup(self, candidate: Candidate) -> float:
         """Return the speed-up of a timed candidate over the dense model."""
@@ -218,6 +231,7 @@ class Report:
         paid_calls: denoiser calls of the search that workers really ran; None unless workers ran all evaluations.
     """
 
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
     run: RunRecord
     timing: Timing
     prunable_fraction: float
@@ -226,49 +240,28 @@ class Report:
     paid_calls: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return nested objects, one for each candidate."""
-        run, timing, settings = self.run, self.timing, self.run.settings
-        searched, uniform, fewer = run.searched, run.rivals[UNIFORM], run.rivals[FEWER_STEPS]
-        return {
-            **{name: settings[name] for name in ("model", "method", "metric", "strategy", "seed")},
-            "levels": list(run.found.levels),
-            "nominal_sparsity": searched.nominal_sparsity,
-            "prunable_fraction": self.prunable_fraction,
-            "macs_fraction": searched.macs_fraction,
-            "evaluations": run.evaluations,
-            "denoiser_calls": run.denoiser_calls,
-            "paid_calls": self.paid_calls,
-            "search_seconds": run.seconds,
-            "calibration_calls": run.calibration_calls,
-            "fitness": {"search": searched.search, **_heldout(searched), "n_heldout": settings["heldout"]},
-            "baselines": {
-                "uniform": {
-                    "levels": list(uniform.levels or ()),
-                    "search": uniform.search,
-                    **_heldout(uniform),
-                    "nominal_sparsity": uniform.nominal_sparsity,
-                    "macs_fraction": uniform.macs_fraction,
-                    "speedup": timing.speedup(uniform),
-                },
-                "fewer_steps": {
-                    "steps": fewer.steps,
-                    **_heldout(fewer),
-                    "macs_fraction": fewer.macs_fraction,
-                    "speedup": timing.speedup(fewer),
-                },
-            },
-            "latency": {
-                "routed_ms": searched.ms,
-                "uniform_ms": uniform.ms,
-                "fewer_steps_ms": fewer.ms,
-                "speedup": timing.speedup(searched),
-                **asdict(timing),
-            },
-            "front": {
-                label: [_point(candidate) for candidate in candidates] for label, candidates in self.front.items()
-            },
-            "bank_bytes": self.bank_bytes,
-        }
+        """Return nested plain values: the content of `report.json`."""
+        found: dict[str, Any] = _form_of(Report).dump_python(self, mode="json")
+        return found
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], facts: Mapping[str, Any], place: object = "the report") -> Report:
+        """Read the report that `to_json` wrote, or one of older versions, which named their candidates otherwise.
+
+        Args:
+            data: the report.
+            facts: content of the `schedule.json` beside it, which completes an old report.
+            place: name of its file, for messages.
+
+        Raises:
+            DiffesError: the data are not a report.
+        """
+        try:
+            data = data if "run" in data else _older_report(data, facts)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DiffesError(f"{place} is no report ({type(error).__name__} {error}); {AGAIN}") from error
+        report: Report = parsed(_form_of(Report), data, place)
+        return report
 
     def to_dataframe(self) -> Any:
         """Return a pandas DataFrame: a row for the schedule found, its rivals, and each point of the front.
@@ -280,67 +273,46 @@ class Report:
         named += [(f"front, {label}", each) for label, candidates in self.front.items() for each in candidates]
         return dataframe([{"name": name, **asdict(candidate)} for name, candidate in named])
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any], schedule: Schedule, facts: Mapping[str, Any]) -> Report:
-        """Build the report from the output of `to_json` and from the schedule and facts of `schedule.json`.
 
-        Its run has no curve.
+def _older_report(data: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a report of an older version in today's form. Its run has no curve.
 
-        Raises:
-            KeyError: the data are not a report.
-        """
-        steps, latency, searched = facts["steps"], data["latency"], data["fitness"]
-        settings = {name: data[name] for name in ("model", "method", "metric", "strategy", "seed")}
-        settings |= {name: facts[name] for name in ("steps", "guidance", "dtype")} | {"heldout": searched["n_heldout"]}
-        uniform, fewer = data["baselines"]["uniform"], data["baselines"]["fewer_steps"]
-        run = RunRecord(
-            settings=settings,
-            versions={},
-            found=schedule,
-            searched=Candidate(
-                steps, schedule.levels, searched["heldout_mean"], searched["heldout_std"], data["nominal_sparsity"],
-                data["macs_fraction"], searched["search"], latency["routed_ms"],
-            ),
-            rivals={
-                UNIFORM: Candidate(
-                    steps, tuple(uniform["levels"]), uniform["heldout_mean"], uniform["heldout_std"],
-                    uniform["nominal_sparsity"], uniform["macs_fraction"], uniform["search"], latency["uniform_ms"],
-                ),
-                FEWER_STEPS: Candidate(
-                    fewer["steps"], None, fewer["heldout_mean"], fewer["heldout_std"], 0.0, fewer["macs_fraction"],
-                    None, latency["fewer_steps_ms"],
-                ),
-            },
-            evaluations=data["evaluations"],
-            denoiser_calls=data["denoiser_calls"],
-            seconds=data["search_seconds"],
-            calibration_calls=data.get("calibration_calls", 0),
-        )  # fmt: skip
-        timing = Timing(*(latency[name] for name in ("dense_ms", "batch", "repeats", "device", "threads")))
-        front = {
-            label: [
-                Candidate(
-                    point.get("steps", steps), tuple(point["levels"]) if "levels" in point else None,
-                    point["heldout_mean"], None, 0.0, point["macs_fraction"], point.get("search"),
-                )
-                for point in points
-            ]
-            for label, points in data.get("front", {}).items()
-        }  # fmt: skip
-        return cls(run, timing, data["prunable_fraction"], data["bank_bytes"], front, data.get("paid_calls"))
+    Raises:
+        KeyError: the data are not a report.
+    """
+    steps, latency, fitness = facts["steps"], data["latency"], data["fitness"]
+    settings = {name: data[name] for name in ("model", "method", "metric", "strategy", "seed")}
+    settings |= {name: facts[name] for name in ("steps", "guidance", "dtype")} | {"heldout": fitness["n_heldout"]}
 
+    def candidate(row: Mapping[str, Any], ms: str = "", **more: Any) -> dict[str, Any]:
+        scores = {"heldout_mean": row["heldout_mean"], "heldout_std": row.get("heldout_std")}
+        known = {"steps": row.get("steps", steps), "levels": row.get("levels"), **scores, "search": row.get("search")}
+        measured = {name: row.get(name, 0.0) for name in ("nominal_sparsity", "macs_fraction")}
+        return {**known, **measured, "ms": latency[ms] if ms else None, **more}
 
-def _heldout(candidate: Candidate) -> dict[str, float | None]:
-    return {"heldout_mean": candidate.heldout_mean, "heldout_std": candidate.heldout_std}
-
-
-def _point(candidate: Candidate) -> dict[str, Any]:
-    """Return a point of a front as JSON: a schedule, or the dense model at a number of steps."""
-    if candidate.levels is None:
-        place: dict[str, Any] = {"steps": candidate.steps}
-    else:
-        place = {"levels": list(candidate.levels), "search": candidate.search}
-    return place | {"macs_fraction": candidate.macs_fraction, "heldout_mean": candidate.heldout_mean}
+    found = {name: data[name] for name in ("levels", "nominal_sparsity", "macs_fraction")}
+    baselines = data["baselines"]
+    run = {
+        "settings": settings,
+        "versions": {},
+        "found": {"stages": facts["stages"], "levels": data["levels"], "max_level": facts["max_level"]},
+        "searched": candidate({**fitness, **found}, "routed_ms"),
+        "rivals": {
+            UNIFORM: candidate(baselines["uniform"], "uniform_ms"),
+            FEWER_STEPS: candidate(baselines["fewer_steps"], "fewer_steps_ms"),
+        },
+        **{name: data[name] for name in ("evaluations", "denoiser_calls")},
+        "seconds": data["search_seconds"],
+        "calibration_calls": data.get("calibration_calls", 0),
+    }
+    return {
+        "run": run,
+        "timing": {name: latency[name] for name in ("dense_ms", "batch", "repeats", "device", "threads")},
+        "front": {label: [candidate(row) for row in rows] for label, rows in data.get("front", {}).items()},
+        "prunable_fraction": data["prunable_fraction"],
+        "bank_bytes": data["bank_bytes"],
+        "paid_calls": data.get("paid_calls"),
+    }
 
 
 def rises(result: SearchResult) -> tuple[tuple[int, float], ...]:

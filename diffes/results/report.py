@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffes.errors import DiffesError
-from diffes.files import read_json
-from diffes.forms import AGAIN, ReportFile
+from diffes.files import read_json, write_json
+from diffes.forms import AGAIN
 from diffes.results.artifact import SCHEDULE, read_schedule
 from diffes.results.folder import REPORT
 from diffes.results.record import FEWER_STEPS, UNIFORM, Candidate, Report
@@ -21,10 +21,15 @@ def read_report(run: Path) -> Report:
         DiffesError: the run is unfinished, or one of its files is damaged.
     """
     schedule, facts = read_schedule(run)
-    data = read_json(run / REPORT, ReportFile)
-    if tuple(data["levels"]) != schedule.levels:
+    found = Report.from_json(read_json(run / REPORT), facts.to_json(), run / REPORT)
+    if found.run.found != schedule:
         raise DiffesError(f"{run / REPORT} belongs to another schedule than {SCHEDULE}; {AGAIN}")
-    return Report.from_json(data, schedule, facts)
+    return found
+
+
+def write_report(run: Path, report: Report) -> None:
+    """Write `report.json`."""
+    write_json(run / REPORT, report.to_json())
 
 
 def rows(report: Report) -> list[tuple[str, ...]]:

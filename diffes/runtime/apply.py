@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from diffes.adapters import adapter_for, load_pipeline
 from diffes.errors import DiffesError, DiffesWarning
-from diffes.forms import AGAIN
+from diffes.forms import AGAIN, FrontRecord, ScheduleFacts
 from diffes.pruning.bank import WeightBank, check_bank, check_fingerprint
 from diffes.results.artifact import BANK, base_model, chosen
 from diffes.runtime.checks import check_cuttable, check_not_offloaded
@@ -67,7 +66,7 @@ def apply(pipe: P, run: str | Path | Plan, *, calls: float | None = None, reside
     check_not_offloaded(adapter.denoiser)
     check_cuttable(adapter)
     folder: Path | None = None
-    facts: dict[str, Any] = {}
+    facts: ScheduleFacts | FrontRecord | None = None
     header: dict[str, Any] = {}
     schedule: Schedule | Plan
     if isinstance(run, Plan):
@@ -77,7 +76,7 @@ def apply(pipe: P, run: str | Path | Plan, *, calls: float | None = None, reside
         folder = Path(run)
         schedule, facts = chosen(folder, calls)
         bank, header = WeightBank.open(folder / BANK, adapter.dtype)
-        if facts.get("split") != header.get("split"):
+        if facts.to_json().get("split") != header.get("split"):
             raise DiffesError(f"{folder} is damaged: its schedule and its bank divide levels differently; {AGAIN}")
     if isinstance(schedule, Schedule):
         adapter.check_sampler()
@@ -98,9 +97,10 @@ def apply(pipe: P, run: str | Path | Plan, *, calls: float | None = None, reside
             check_fingerprint(adapter.denoiser, header.get("fingerprint"), folder / BANK)
             check_bank(needed, header, adapter, folder / BANK)
         own = own_of(pipe.scheduler)
-        planned = planned_scheduler(own, schedule, facts) if isinstance(schedule, Plan) else None
-        if planned is not None and "guidance" in facts:
-            router.guidance = tuple(facts.get("guidance_range") or [facts["guidance"]] * 2)
+        front = facts if isinstance(facts, FrontRecord) else None
+        planned = planned_scheduler(own, schedule, front) if isinstance(schedule, Plan) else None
+        if front is not None:
+            router.guidance = tuple(front.guidance_range or [front.guidance] * 2)
         router.install(schedule)
         put_scheduler(pipe, own if planned is None else planned)
         setattr(adapter.denoiser, APPLIED, _Applied(router, planned))
@@ -170,14 +170,13 @@ def check_alone(plan: Plan, calls: float | None) -> None:
         raise DiffesError(f"calls={calls} chooses a plan in a folder, and here a plan is given. Leave calls out.")
 
 
-def planned_scheduler(own: Any, plan: Plan, facts: Mapping[str, Any]) -> PlanScheduler:
+def planned_scheduler(own: Any, plan: Plan, front: FrontRecord | None = None) -> PlanScheduler:
     """Return the scheduler of a plan, for a pipeline whose own scheduler it replaces.
 
     Args:
         own: of the pipeline.
         plan: with coefficients, or of a solver that makes them from the timesteps alone.
-        facts: of the plan's folder: the `prediction_type` that it was made for and, of its one point, `sigmas`, the
-            noise over the signal at each call.
+        front: the plan's front, with its point only, which says what model the plan was made for; if it has one.
 
     Raises:
         DiffesError: the plan has to be fitted first, or was fitted for another prediction type or noise process.
@@ -189,12 +188,12 @@ def planned_scheduler(own: Any, plan: Plan, facts: Mapping[str, Any]) -> PlanSch
         )
     made = PlanScheduler.of(own, plan.timesteps, plan.rows)
     predicts = made.config.prediction_type
-    if (wanted := facts.get("prediction_type", predicts)) != predicts:
+    if front is not None and front.prediction_type not in (None, predicts):
         raise DiffesError(
-            f"the plan was made for a model that predicts {wanted}, and this pipeline predicts {predicts}. Fit the "
-            "plan again for this model, with `diffes fit`."
+            f"the plan was made for a model that predicts {front.prediction_type}, and this pipeline predicts "
+            f"{predicts}. Fit the plan again for this model, with `diffes fit`."
         )
-    sigmas = facts["points"][0]["sigmas"] if facts else [noise.sigma / noise.alpha for noise in made.noises]
+    sigmas = front.points[0].sigmas if front else [noise.sigma / noise.alpha for noise in made.noises]
     for timestep, sigma, noise in zip(plan.timesteps, sigmas, made.noises, strict=True):
         found = noise.sigma / noise.alpha
         if not math.isclose(sigma, found, rel_tol=1e-3):
@@ -240,7 +239,7 @@ def load(
     folder = Path(run)
     _, facts = chosen(folder, calls)
     pipe = load_pipeline(
-        base_model(folder, facts), device=pick_device(device), dtype=dtype or getattr(torch, facts["dtype"])
+        base_model(folder, facts.model), device=pick_device(device), dtype=dtype or getattr(torch, facts.dtype)
     )
     return apply(pipe, folder, calls=calls, resident=resident)
 

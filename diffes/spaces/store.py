@@ -261,19 +261,9 @@ class EvaluationStore:
             raise DiffesError(
                 f"{place} is damaged ({type(error).__name__}: {error}). Restore the file, or choose another."
             ) from error
-        who = paid.get("worker")
-        measured = None if who is None else Measured(who, paid.get("waited", 0.0), paid.get("paid_calls", 0))
-        rows = paid.get("coefficients")
-        coefficients = None if rows is None else tuple(tuple(map(float, row)) for row in rows)
-        return Evaluation(
-            schedule,
-            fitness,
-            paid["denoiser_calls"],
-            paid["seconds"],
-            paid.get("fidelity", 1.0),
-            coefficients,
-            measured,
-        )
+        measured = None if paid.worker is None else Measured(paid.worker, paid.waited, paid.paid_calls)
+        coefficients = None if paid.coefficients is None else tuple(tuple(row) for row in paid.coefficients)
+        return Evaluation(schedule, fitness, paid.denoiser_calls, paid.seconds, paid.fidelity, coefficients, measured)
 
 
 def _open_journal(path: Path) -> JournalStorage:

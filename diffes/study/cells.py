@@ -86,8 +86,7 @@ def finished(
     done = {key_of(record.settings): record for record in _read(out / CELLS)}
     unlike = {key_of(cell.to_json()): cell for cell in cells}
     left = [cell for key, cell in unlike.items() if above or key not in done]
-    costs: dict[str, Any] = read_json(out / COSTS) if (out / COSTS).exists() else {}
-    checked(CellCosts, costs, out / COSTS)
+    costs = checked(CellCosts, read_json(out / COSTS) if (out / COSTS).exists() else {}, out / COSTS).root
     run = _Run(out, progress, seed, workers, equal_calls, above, done, costs)
     with progress.task(f"{len(cells)} cells" + " at the budget above" * above, len(cells)) as advance, run.pools:
         advance("", len(cells) - len(left))

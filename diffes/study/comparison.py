@@ -182,7 +182,7 @@ class Comparison:
             by_metric.setdefault(records[0].settings["metric"], {})[", ".join(map(str, label))] = records
         figures: dict[str, Figure] = {}
         schedules: dict[str, list[Schedule]] = {}
-        plans: list[dict[str, Any]] = []
+        plans: dict[str, Plan] = {}
         for metric, groups in by_metric.items():
             ending = f"-{metric}" if len(by_metric) > 1 else ""
             curves = {label: [record.curve for record in group] for label, group in groups.items()}
@@ -199,11 +199,11 @@ class Comparison:
                 at = [(record, record.found) for record in group]
                 if kept := [found for _, found in at if isinstance(found, Schedule)]:
                     schedules[name] = kept
-                plans += [_point(name, record, found) for record, found in at if isinstance(found, Plan)]
+                plans |= {_label(name, record): found for record, found in at if isinstance(found, Plan)}
         if schedules:
             figures["schedules"] = plots.schedules(schedules)
         if plans:
-            figures["plans"] = plots.plans(plans, plans[0]["max_level"])
+            figures["plans"] = plots.plans(plans)
         return figures
 
     def to_dataframe(self) -> Any:
@@ -340,10 +340,9 @@ def _rival(name: str, line: Mapping[str, Any]) -> str:
     return _number(rival["heldout_mean"]) + (f" ({rival['macs']:.1%})" if name == FEWER_STEPS else "")
 
 
-def _point(label: str, record: RunRecord, plan: Plan) -> dict[str, Any]:
-    """Return a plan as a row of the figure of plans."""
-    name = f"{label}, seed {record.settings['seed']}"
-    return {"kind": name, "budget": round(record.searched.cost or 0.0, 2), **plan.to_json()}
+def _label(group: str, record: RunRecord) -> str:
+    """Return the label of a plan in the figure of plans."""
+    return f"{group}, seed {record.settings['seed']}, {record.searched.cost or 0.0:.3g}"
 
 
 def _number(value: float | None) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from diffes import files
 from diffes.adapters import model_folder, pipeline_class, shipped_models
 from diffes.errors import DiffesError
 from diffes.figures import card
+from diffes.forms import FrontRecord, LayerSplit, ScheduleFacts
 from diffes.pruning.bank import WeightBank
 from diffes.results import artifact, folder, report
-from diffes.spaces.schedule import Plan
+from diffes.spaces.schedule import Schedule
 
 CARD = "README.md"
 FILES = {
@@ -45,15 +47,15 @@ def export(
         DiffesError: the run is damaged or unfinished, no plan is as cheap as `calls`, or `out` cannot be written.
     """
     found, facts = artifact.chosen(run, calls)
-    model = artifact.base_model(run, facts)
-    base = None if facts["model"] in shipped_models() else model_folder(model)
-    if isinstance(found, Plan):
-        points, figures = artifact.read_front(run)["points"], [folder.FRONT]
-        rivals = [point for point in points if point["budget"] == facts["points"][0]["budget"]]
+    model = artifact.base_model(run, facts.model)
+    base = None if facts.model in shipped_models() else model_folder(model)
+    if isinstance(facts, FrontRecord):
+        figures = [folder.FRONT]
+        rivals = [point for point in artifact.read_front(run).points if point.budget == facts.points[0].budget]
         pipeline = pipeline_class(model)
     else:
         measured, figures = report.read_report(run), list(folder.FIGURES)
-        if "split" not in facts:  # older runs had none
+        if facts.split is None:  # older runs had none
             figures.remove("split.png")
     for name in figures:
         if not (run / name).is_file():
@@ -61,32 +63,33 @@ def export(
     bank, header = WeightBank.open(run / artifact.BANK)
     bank = bank.for_schedule(found)
     _check_place(out, base, overwrite)
-    named = {"model": facts["model"] if base is None else f"./{artifact.BASE}"} | _split_of(facts, bank)
-    facts, header = facts | named, header | named
+    named: dict[str, Any] = {"model": facts.model if base is None else f"./{artifact.BASE}"}
+    if facts.split is not None:
+        named["split"] = _part_of(facts.split, bank).to_json()
     with _whole(out) as new:
         if base is not None:
             shutil.copytree(base, new / artifact.BASE, ignore=shutil.ignore_patterns("calibration.npz"))
         kept = getattr(torch, dtype) if dtype else None
-        files.write_safely(new / artifact.BANK, lambda partial: bank.save(partial, header, kept))
+        files.write_safely(new / artifact.BANK, lambda partial: bank.save(partial, header | named, kept))
         for name in figures:
             shutil.copy2(run / name, new / name)
-        if isinstance(found, Plan):
-            artifact.write_front(new, facts)
-            text = card.of_plan(out.name, found, facts, rivals, pipeline)
-        else:
-            artifact.write_schedule(new, found, facts)
-            files.write_json(new / folder.REPORT, files.read_json(run / folder.REPORT) | {"model": facts["model"]})
-            text = card.of_run(out.name, found, facts, measured)
+        if isinstance(facts, FrontRecord):
+            front = FrontRecord(**facts.to_json() | named)
+            artifact.write_front(new, front)
+            text = card.of_plan(out.name, artifact.plan_of(front, front.points[0]), front, rivals, pipeline)
+        elif isinstance(found, Schedule):
+            own = ScheduleFacts(**facts.to_json() | named)
+            artifact.write_schedule(new, found, own.to_json())
+            report.write_report(new, replace(measured, run=measured.run.named(own.model)))
+            text = card.of_run(out.name, found, own, measured)
         (new / CARD).write_text(text, encoding="utf-8")
 
 
-def _split_of(facts: Mapping[str, Any], bank: WeightBank) -> dict[str, Any]:
-    """Return the `split` of a JSON, if it has one, reduced to the stages and levels that the bank holds."""
-    if "split" not in facts:
-        return {}
+def _part_of(split: LayerSplit, bank: WeightBank) -> LayerSplit:
+    """Return the part of a split of levels over layers that is of the stages and levels that the bank holds."""
     places = {f"stage{stage}.level{level}" for stage, level in bank}
-    kept = {place: counts for place, counts in facts["split"]["kept"].items() if place in places}
-    return {"split": facts["split"] | {"kept": kept}}
+    kept = {place: counts for place, counts in split.kept.items() if place in places}
+    return split.model_copy(update={"kept": kept})
 
 
 def _check_place(out: Path, base: Path | None, overwrite: bool) -> None:

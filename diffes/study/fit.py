@@ -19,6 +19,7 @@ from diffes.config import Guidance, RunConfig, checked_guidance, in_words
 from diffes.errors import DiffesError, at_least
 from diffes.figures import charts, plots
 from diffes.files import SHIPPED
+from diffes.forms import FrontRecord, PlanPoint
 from diffes.measure.metrics import make_metric
 from diffes.measure.quality import Quality
 from diffes.problems.plans import Finalist, Plans
@@ -46,14 +47,14 @@ class Fit:
     Args:
         plan: the plan with its coefficients. `diffes.apply` takes it if all its calls are dense, else the folder that
             was written.
-        before: quality of the plan as it was given: `latent_mse`, `latent_interval`, `image_mse`, `ssim` and more (see
-            `diffes.measure.quality.Quality`). Timesteps without coefficients are sampled by DPM-Solver++ 2M.
-        after: quality of the fitted plan.
+        before: the plan as it was given, with its quality: `latent_mse`, `latent_interval`, `image_mse`, `ssim` and
+            more. Timesteps without coefficients are sampled by DPM-Solver++ 2M.
+        after: the fitted plan, likewise.
     """
 
     plan: Plan
-    before: dict[str, Any]
-    after: dict[str, Any]
+    before: PlanPoint
+    after: PlanPoint
 
 
 def fit(
@@ -99,7 +100,7 @@ def fit(
         >>> import diffes
         >>> pipe = diffes.load_pipeline("fashion-dit")
         >>> found = diffes.fit(pipe, [999, 600, 250], guidance=2.0, probes=4, heldout=4, reference_steps=20)
-        >>> found.after["latent_mse"] < found.before["latent_mse"]
+        >>> found.after.latent_mse < found.before.latent_mse
         True
         >>> _ = diffes.apply(pipe, found.plan)
     """
@@ -118,25 +119,11 @@ def fit(
         raise DiffesError("a run is applied to this pipeline, and a fit needs the dense one: diffes.remove(pipe) first")
     if prompts is not None:
         adapter.use_prompts(Path(prompts))
-    facts: dict[str, Any] = {}
     home = Path(plan) if isinstance(plan, str | Path) else None
-    if home is not None:
-        found, facts = chosen(home, calls)
-        if not isinstance(found, Plan):
-            raise DiffesError(
-                f"{home} holds a schedule of levels, which keeps the pipeline's own solver: it has no fit"
-            )
-        given, bank = found, _bank_of(home, facts, found, adapter)
-    else:
-        if calls is not None:
-            raise DiffesError(f"calls={calls} chooses a plan of a folder, and one plan is given: leave calls out")
-        given = plan if isinstance(plan, Plan) else _dense(adapter, plan)  # type: ignore[arg-type]
-        bank = WeightBank({}, "width", max_level=given.max_level)
-        if any(given.levels):
-            raise DiffesError("a plan with pruned calls needs its bank: give the folder that it is from, not the plan")
+    given, facts, bank = _given(plan, home, calls, adapter)
     if guidance is None:
-        guidance = checked_guidance(facts.get("guidance_range") or facts.get("guidance", 1.0))
-    model = adapter.pipe.config.get("_name_or_path") or (base_model(home, facts) if home else "")
+        guidance = checked_guidance((facts.guidance_range or facts.guidance) if facts else 1.0)
+    model = adapter.pipe.config.get("_name_or_path") or (base_model(home, facts.model) if home and facts else "")
     if out is not None and not model:
         raise DiffesError(
             "this pipeline was not loaded from a folder or a hub, so a folder cannot name its model: save and load it "
@@ -154,13 +141,14 @@ def fit(
         quality = Quality(adapter, plans.heldout.final_reference)
         advance(f"reference of {heldout} images", heldout)
         kind, budget, cost = _named(facts, given)
-        rows = [
-            row_of(plans, name, budget, each, quality, cost)[0] | {"calls_spent": plans.refitted.denoiser_calls}
-            for name, each in ((AS_GIVEN, as_given), (kind, fitted))
-        ]
+        spent = plans.refitted.denoiser_calls
+        both = [(AS_GIVEN, as_given), (kind, fitted)]
+        rows = [row_of(plans, name, budget, each, quality, cost)[0] for name, each in both]
+        times = bench.milliseconds([as_given.plan, fitted.plan], bench.config.probes)
+        points = [PlanPoint(**row, calls_spent=spent, ms=ms) for row, ms in zip(rows, times, strict=True)]
     if out is not None:
-        _write(Path(out), plans, rows, facts, bank, (as_given, fitted))
-    return Fit(fitted.plan, *rows)
+        _write(Path(out), plans, points, facts, bank)
+    return Fit(fitted.plan, points[0], points[1])
 
 
 def fit_run(run: Path, out: Path, *, model: str | None = None, device: str = "auto", **options: Any) -> Fit:
@@ -176,10 +164,29 @@ def fit_run(run: Path, out: Path, *, model: str | None = None, device: str = "au
     import torch
 
     _, facts = chosen(run, options.get("calls"))
-    name = base_model(run, facts) if model is None else model
-    pipe = load_pipeline(name, device=pick_device(device), dtype=getattr(torch, facts["dtype"]))
+    name = base_model(run, facts.model) if model is None else model
+    pipe = load_pipeline(name, device=pick_device(device), dtype=getattr(torch, facts.dtype))
     pipe.set_progress_bar_config(disable=True)
     return fit(pipe, run, out=out, **options)
+
+
+def _given(
+    plan: Plan | Sequence[int] | str | Path, home: Path | None, calls: float | None, adapter: ModelAdapter
+) -> tuple[Plan, FrontRecord | None, WeightBank]:
+    """Return the plan that was given, the front that it is from, if any, and the weights that its calls need."""
+    if home is not None:
+        found, about = chosen(home, calls)
+        if not (isinstance(about, FrontRecord) and isinstance(found, Plan)):
+            raise DiffesError(
+                f"{home} holds a schedule of levels, which keeps the pipeline's own solver: it has no fit"
+            )
+        return found, about, _bank_of(home, found, adapter)
+    if calls is not None:
+        raise DiffesError(f"calls={calls} chooses a plan of a folder, and one plan is given: leave calls out")
+    given = plan if isinstance(plan, Plan) else _dense(adapter, plan)
+    if any(given.levels):
+        raise DiffesError("a plan with pruned calls needs its bank: give the folder that it is from, not the plan")
+    return given, None, WeightBank({}, "width", max_level=given.max_level)
 
 
 def _dense(adapter: ModelAdapter, timesteps: Any) -> Plan:
@@ -192,7 +199,7 @@ def _dense(adapter: ModelAdapter, timesteps: Any) -> Plan:
     return Plan(Stages.equal(1, adapter.n_timesteps), calls, adapter.max_level("width"), "dpmsolver++")
 
 
-def _bank_of(home: Path, facts: dict[str, Any], plan: Plan, adapter: ModelAdapter) -> WeightBank:
+def _bank_of(home: Path, plan: Plan, adapter: ModelAdapter) -> WeightBank:
     """Read the weights that a plan needs. If it has levels other than dense, check that they are of this very model."""
     bank, header = WeightBank.open(home / BANK, adapter.dtype)
     needed = bank.for_schedule(plan)
@@ -220,33 +227,29 @@ def _bench(
     return Workbench(config, adapter, space, router, make_metric("latent_mse", adapter.device), costs)
 
 
-def _named(facts: dict[str, Any], plan: Plan) -> tuple[str, float, float]:
+def _named(facts: FrontRecord | None, plan: Plan) -> tuple[str, float, float]:
     """Return kind, budget and cost of a plan: those of its folder, or those of dense calls if it has none."""
-    if not facts:
+    if facts is None:
         return "dense-fitted", float(len(plan.calls)), float(len(plan.calls))
-    (point,) = facts["points"]
-    return point["kind"] if point["kind"] != AS_GIVEN else "fitted", point["budget"], point["cost"]
+    (point,) = facts.points
+    return point.kind if point.kind != AS_GIVEN else "fitted", point.budget, point.cost
 
 
-def _write(
-    out: Path,
-    plans: Plans,
-    rows: list[dict[str, Any]],
-    facts: dict[str, Any],
-    bank: WeightBank,
-    both: Sequence[Finalist],
-) -> None:
+def _write(out: Path, plans: Plans, points: list[PlanPoint], facts: FrontRecord | None, bank: WeightBank) -> None:
     """Write the folder of a front of two plans: the one that was given, and the fitted one."""
     bench = plans.bench
-    for row, ms in zip(rows, bench.milliseconds([each.plan for each in both], bench.config.probes), strict=True):
-        row["ms"] = ms
     out.mkdir(parents=True, exist_ok=True)
-    kept = {name: facts[name] for name in ("method", "allocation", "kind", "split", "currency") if name in facts}
-    data = facts_of(plans) | {"allocation": "equal", "nodes": len(both[0].plan.calls)} | kept
+    kept = (
+        {}
+        if facts is None
+        else facts.model_dump(include={"method", "allocation", "kind", "split", "currency"}, exclude_unset=True)
+    )
+    data = facts_of(plans) | {"allocation": "equal", "nodes": points[0].n_calls} | kept
     del data["search_probes"]  # there was no search
     header = {**data, "fingerprint": fingerprint(bench.adapter.denoiser)}
     files.write_safely(out / BANK, lambda partial: bank.save(partial, header))
-    figure = charts.error_over_cost(rows, data["currency"], data["timing"])
+    front = FrontRecord(**data, points=points)
+    figure = charts.error_over_cost(points, front.currency, front.timing)
     files.write_safely(out / folder.FRONT, functools.partial(plots.save, figure))
     files.write_json(out / files.CONFIG, folder.config_record(bench.config))  # as for any run, with the versions here
-    write_front(out, data | {"points": rows})
+    write_front(out, front)

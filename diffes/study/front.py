@@ -16,6 +16,7 @@ from diffes import files
 from diffes.config import ALONE, RunConfig, WorkerOptions
 from diffes.errors import DiffesError
 from diffes.figures import charts, plots
+from diffes.forms import FrontRecord, PlanPoint
 from diffes.measure.quality import Quality, finite, latent_quality
 from diffes.measure.reference import SOLVER, SPACING
 from diffes.problems.base import PROBLEMS
@@ -78,7 +79,7 @@ def complete_front(
     overwrite: bool = False,
     on_evaluation: OnEvaluation | None = None,
     workers: WorkerOptions = ALONE,
-) -> dict[str, Any]:
+) -> FrontRecord:
     """Calibrate, search every budget, fit the plans found once more, and write the folder.
 
     An unfinished front continues, and so does a finished one whose limits are raised.
@@ -94,12 +95,7 @@ def complete_front(
         workers: worker settings.
 
     Returns:
-        The content of `front.json`: facts about the calibration, the reference, and `points`, a row for each plan. For
-        its calls, in the order of sampling, a row has `timesteps` (training timesteps), `sigmas` (noise over signal
-        there, as diffusers' schedulers count it, without the final 0), `levels` (0 is dense) and `coefficients` (of the
-        latents, then of the clean predictions, newest first). `cost` and `budget` are in dense calls of the currency,
-        and `ms` is the time of a run. `fit_mean` is the fitness on the probes of the final fit, by which plans are
-        ranked; all else is measured on held-out probes.
+        The content of `front.json`: facts about the calibration and the reference, and plans as `points`.
 
     Raises:
         DiffesError: bad settings, or `out` cannot be used; its content is then untouched.
@@ -140,7 +136,7 @@ def _front_in(
     overwrite: bool,
     on_evaluation: OnEvaluation | None,
     workers: WorkerOptions,
-) -> dict[str, Any]:
+) -> FrontRecord:
     """Make the front in a folder that this process holds. `extra` are its settings beside those of every run."""
     genes: Genes = config.genes  # type: ignore[assignment]
     settings = replace(config, calls=max(extra["budgets"]))
@@ -156,17 +152,21 @@ def _front_in(
         split = _write_bank(plans, [point.plan for point in points], out)
         rows, pictures = _measured(plans, points)
         advance("measured")
-        spent = {"reference_calls": plans.reference_calls, "calls_spent": sum(point.calls_spent for point in points)}
-        data = facts_of(plans) | {"genes": genes, "split": split, **spent, "points": rows}
+        spent: dict[str, Any] = {
+            "reference_calls": plans.reference_calls,
+            "calls_spent": sum(point.calls_spent for point in points),
+        }
+        spent["split"] = split
+        front = FrontRecord(**facts_of(plans), **spent, genes=genes, points=rows)
         figures = {
-            folder.FRONT: charts.error_over_cost(rows, config.cost, data["timing"]),
-            "plans.png": plots.plans(rows, data["max_level"]),
+            folder.FRONT: charts.error_over_cost(rows, config.cost, front.timing),
+            "plans.png": plots.plans({f"{point.kind}, {point.budget:g}": point.plan for point in points}),
         }
         figures |= _shown(plans, points, pictures)
         for name, figure in figures.items():
             files.write_safely(out / name, functools.partial(plots.save, figure))
         advance("figures")
-        write_front(out, data)
+        write_front(out, front)
     folder.end_run(out)
     return read_front(out)
 
@@ -289,7 +289,7 @@ def _made_for(plans: Plans) -> dict[str, Any]:
 
 
 def facts_of(plans: Plans) -> dict[str, Any]:
-    """Return the content of `front.json` without its points: facts about the calibration, and the reference."""
+    """Return the fields of a `FrontRecord` but its points: facts about the calibration, and the reference."""
     config, process = plans.bench.config, plans.heldout.process
     return {
         **_made_for(plans),
@@ -315,7 +315,7 @@ def facts_of(plans: Plans) -> dict[str, Any]:
 def row_of(
     plans: Plans, kind: str, budget: float, final: Finalist, quality: Quality, cost: float | None = None
 ) -> tuple[dict[str, Any], Tensor]:
-    """Return a row of `front.json`, measured on held-out probes, without its time; and the final latents.
+    """Return the fields of a `PlanPoint`, measured on held-out probes, without its time; and the final latents.
 
     Args:
         plans: the workbench and its held-out probes.
@@ -348,8 +348,8 @@ def _at_ends(plans: Plans, plan: Plan) -> dict[str, Any]:
     return {"ends": ends} if ends else {}
 
 
-def _measured(plans: Plans, points: Sequence[Point]) -> tuple[list[dict[str, Any]], list[Tensor]]:
-    """Return the rows of `front.json` and the latents of the first probes of each plan.
+def _measured(plans: Plans, points: Sequence[Point]) -> tuple[list[PlanPoint], list[Tensor]]:
+    """Return the plans with their measurements, and the latents of the first probes of each.
 
     Every plan is measured on held-out probes and timed, all taking turns.
     """
@@ -361,9 +361,8 @@ def _measured(plans: Plans, points: Sequence[Point]) -> tuple[list[dict[str, Any
         pictures.append(latents[:IMAGES])
         rows.append(row | {"calls_spent": point.calls_spent})
     routed = [point.plan for point in points]
-    for row, ms in zip(rows, bench.milliseconds(routed, bench.config.probes), strict=True):
-        row["ms"] = ms
-    return rows, pictures
+    times = bench.milliseconds(routed, bench.config.probes)
+    return [PlanPoint(**row, ms=ms) for row, ms in zip(rows, times, strict=True)], pictures
 
 
 def _shown(plans: Plans, points: Sequence[Point], pictures: Sequence[Tensor]) -> dict[str, Figure]:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from diffes.config import COMPARED, FRONT, WorkerOptions, settings_of
+from diffes.config import COMPARED, FRONT, RunConfig, WorkerOptions, settings_of
 from diffes.figures import tables
+from diffes.forms import FrontRecord, PlanPoint
 from diffes.progress import Progress, RichProgress
+from diffes.results.artifact import plan_of, read_front
+from diffes.results.folder import Finished
 from diffes.results.frames import dataframe
 from diffes.results.record import Report
+from diffes.results.report import read_report
+from diffes.spaces.schedule import Plan
 from diffes.study.comparison import Comparison
 from diffes.study.front import complete_front
 from diffes.study.grid import run_experiment
 from diffes.study.run import complete_run
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,20 +33,24 @@ class Front:
 
     Args:
         out: its folder, for `diffes.apply`, `diffes sample` and `diffes export`.
-        data: content of its `front.json` (see `diffes.study.front.complete_front`).
+        record: content of its `front.json`.
     """
 
     out: Path
-    data: Mapping[str, Any]
+    record: FrontRecord
 
     @property
-    def points(self) -> list[dict[str, Any]]:
-        """Plans with their measurements, a dictionary each."""
-        return list(self.data["points"])
+    def points(self) -> list[PlanPoint]:
+        """Plans with their measurements."""
+        return self.record.points
+
+    def plans(self) -> dict[str, Plan]:
+        """Return the plans by kind and budget, as `diffes.apply` and `figures.plots.plans` take them."""
+        return {f"{point.kind}, {point.budget:g}": plan_of(self.record, point) for point in self.points}
 
     def verdicts(self) -> list[str]:
         """Return a sentence for each budget that compares its plans."""
-        return tables.verdicts(self.data)
+        return tables.verdicts(self.record)
 
     def to_dataframe(self) -> Any:
         """Return a pandas DataFrame with a row for each plan.
@@ -46,10 +58,10 @@ class Front:
         Raises:
             DiffesError: pandas is not installed.
         """
-        return dataframe(self.points)
+        return dataframe([point.model_dump() for point in self.points])
 
     def _repr_markdown_(self) -> str:
-        rows = [tables.COLUMNS, ["---"] * len(tables.COLUMNS), *tables.rows_of(self.data)]
+        rows = [tables.COLUMNS, ["---"] * len(tables.COLUMNS), *tables.rows_of(self.points)]
         return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), *(f"\n{line}" for line in self.verdicts())])
 
 
@@ -63,7 +75,7 @@ def search(
 ) -> Front | Report:
     """Search a plan, or a schedule (genes="levels"), and write a run folder, as `diffes search` does.
 
-    The same call on an unfinished folder goes on where it stopped.
+    The same call on an unfinished folder goes on where it stopped, and on a finished one returns what is there.
 
     Args:
         out: the folder.
@@ -81,9 +93,10 @@ def search(
     config = settings_of(settings).resolved()
     options: dict[str, Any] = {"overwrite": overwrite, "workers": WorkerOptions(workers)}
     if config.genes == "levels":
-        return complete_run(config, Path(out), progress or RichProgress(), **options)
+        make = partial(complete_run, config, Path(out), progress or RichProgress(), **options)
+        return _made(make, partial(read_report, Path(out)))
     assert config.calls is not None
-    return Front(Path(out), complete_front(config, [config.calls], Path(out), progress or RichProgress(), **options))
+    return _front_of(Path(out), config, [config.calls], progress, **options)
 
 
 def front(
@@ -97,10 +110,22 @@ def front(
 ) -> Front:
     """Search plans at several budgets in dense calls, and write a folder, as `diffes front` does; see `search`."""
     config = settings_of(dataclasses.asdict(FRONT) | settings)
-    data = complete_front(
-        config, budgets, Path(out), progress or RichProgress(), overwrite=overwrite, workers=WorkerOptions(workers)
-    )
-    return Front(Path(out), data)
+    return _front_of(Path(out), config, budgets, progress, overwrite=overwrite, workers=WorkerOptions(workers))
+
+
+def _front_of(
+    out: Path, config: RunConfig, budgets: Sequence[float], progress: Progress | None, **options: Any
+) -> Front:
+    make = partial(complete_front, config, budgets, out, progress or RichProgress(), **options)
+    return Front(out, _made(make, partial(read_front, out)))
+
+
+def _made(make: Callable[[], T], read: Callable[[], T]) -> T:
+    """Make a result, or read it if its folder holds it."""
+    try:
+        return make()
+    except Finished:
+        return read()
 
 
 def compare(

@@ -18,6 +18,7 @@ from diffes.adapters import Condition, adapter_for
 from diffes.config import ALONE, HELDOUT_SEED, RunConfig, WorkerOptions
 from diffes.errors import DiffesError
 from diffes.figures import charts, plots
+from diffes.forms import ScheduleFacts
 from diffes.measure.currencies import prunable_fraction
 from diffes.measure.quality import finite
 from diffes.problems.base import PROBLEMS
@@ -31,6 +32,7 @@ from diffes.results import folder
 from diffes.results.artifact import BANK, chosen, write_schedule
 from diffes.results.lock import held
 from diffes.results.record import FEWER_STEPS, UNIFORM, Candidate, Report, Timing
+from diffes.results.report import write_report
 from diffes.runtime.apply import load
 from diffes.spaces.database import ALIKE, check_owner
 from diffes.spaces.ledger import OnEvaluation, SearchResult
@@ -111,7 +113,7 @@ def _run_in(
         report = _reported(bench, result, out, advance)
         _draw(bench, result, report, out)
         advance("figures")
-    files.write_json(out / folder.REPORT, report.to_json())
+    write_report(out, report)
     folder.end_run(out)
     return report
 
@@ -281,7 +283,7 @@ def sample_images(
             model's or the plan's.
     """
     routed, facts = chosen(run, calls)
-    own_steps = len(routed.calls) if isinstance(routed, Plan) else facts["steps"]
+    own_steps = facts.steps if isinstance(facts, ScheduleFacts) else len(facts.points[0].timesteps)
     adapter = adapter_for(load(run, device=device, calls=calls, resident=resident))
     wanted = list(conditions) if conditions is not None else list(adapter.choices("heldout")[:8])
     n_steps = own_steps if steps is None else steps
@@ -293,7 +295,7 @@ def sample_images(
     images = adapter.generate(
         wanted,
         n_steps=n_steps,
-        guidance=facts["guidance"] if guidance is None else guidance,
+        guidance=facts.guidance if guidance is None else guidance,
         generator=torch.Generator(adapter.device).manual_seed(seed),
     )
     return images, [adapter.label(condition) for condition in wanted]

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffes.adapters import ModelAdapter
 from diffes.adapters.macs import macs_per_call
 from diffes.measure import currencies
-from diffes.measure.currencies import interleaved_ms, macs_fraction
+from diffes.measure.currencies import Calls, interleaved_ms, macs_fraction
 from diffes.pruning import METHODS
 from diffes.runtime.router import Router
 from diffes.spaces.schedule import Schedule, Stages
@@ -113,7 +113,7 @@ def test_neither_a_machine_that_slows_down_nor_one_slip_makes_a_stage_dearer(
     drifting = iter([[speed * ms for ms in row] for speed, row in zip([1.0, 3.0, 2.0], timed, strict=True)])
     monkeypatch.setattr(currencies, "interleaved_ms", lambda *_: next(drifting))
     probes = untrained.make_probes(1, 0)
-    table = currencies.ms_by_level(router, stages, visited, 2, probes, 1, advance=told.append)
+    table = currencies.ms_by_level(Calls(router, stages, visited, 2, probes, advance=told.append), 1)
     for stage in visited:
         assert table[stage] == pytest.approx([16, *(24 * macs[stage][level] / macs[stage][0] for level in (1, 2))])
     assert told == ["stage 0", "stage 1", "stage 3"]  # they leave different widths

@@ -19,6 +19,7 @@ from diffes.spaces.strategy import STRATEGIES, Evaluation, Proposal, Strategy
     ("settings", "message"),
     [
         ({"cost": "latencie"}, "unknown cost 'latencie'. Did you mean 'latency'.* Known: .*level.*macs"),
+        ({"metric": "latent_mes"}, "unknown metric 'latent_mes'. Did you mean 'latent_mse'"),
         ({"strategy": "evolve"}, "unknown strategy 'evolve'. Did you mean .*'evolution'"),
         ({"strategy": "evolution:moo=4"}, "moo"),
         ({"mutation": "swap_stage"}, "unknown mutation 'swap_stage'. Did you mean 'swap_stages'"),

@@ -9,14 +9,15 @@ import pytest
 import torch
 from conftest import Counting
 
-from diffes.adapters import Probes
 from diffes.config import RunConfig
 from diffes.errors import DiffesError
-from diffes.measure.currencies import CURRENCIES, Currency, macs_fraction
+from diffes.measure.currencies import CURRENCIES, Calls, Currency, macs_fraction
 from diffes.measure.evaluator import ScheduleEvaluator
+from diffes.problems.checks import are_known_elsewhere
 from diffes.problems.workbench import Workbench, prepare, vary, workbench
-from diffes.runtime.router import Router
-from diffes.spaces.schedule import Schedule, Stages
+from diffes.pruning import METHODS
+from diffes.solvers import SOLVERS
+from diffes.spaces.schedule import Schedule
 from diffes.spaces.strategy import Evaluation, Evaluator
 
 
@@ -79,11 +80,9 @@ def halves() -> Iterator[str]:
 
     @CURRENCIES.register("halves")
     class Halves(Currency):
-        def table(
-            self, router: Router, stages: Stages, visited: Sequence[int], max_level: int, probes: Probes
-        ) -> list[list[float]]:
-            assert len(probes) == 4
-            return [[(s + 1) * 0.5**level for level in range(max_level + 1)] for s in range(len(stages))]
+        def table(self, calls: Calls) -> list[list[float]]:
+            assert len(calls.probes) == 4
+            return [[(s + 1) * 0.5**level for level in range(calls.max_level + 1)] for s in range(len(calls.stages))]
 
     yield "halves"
     CURRENCIES.unregister("halves")
@@ -130,3 +129,30 @@ def test_a_bench_with_another_metric_measures_by_it(bench: Workbench) -> None:
     (found,) = other.search_evaluator()([bench.uniform()])
     assert -1 <= found.fitness < 1
     assert bench.metric.name == "latent_mse"
+
+
+class _Nobody:
+    """Workers that must not be asked for a bank."""
+
+    def banks(self, *_: object) -> Iterator[object]:
+        raise AssertionError("workers do not know this method")
+
+
+def test_workers_are_not_asked_for_what_only_this_process_knows(base: RunConfig) -> None:
+    config = replace(base, method="obs")
+    METHODS.register("mine")(type("Mine", (METHODS.get("obs"),), {}))
+    try:
+        assert not are_known_elsewhere(replace(config, method="mine+layer_drop"))
+        mine = prepare(replace(config, method="mine"), Counting(), pool=_Nobody())  # type: ignore[arg-type]
+        assert sorted(mine.router.bank) == sorted(prepare(config, Counting()).router.bank)
+    finally:
+        METHODS.unregister("mine")
+    assert are_known_elsewhere(replace(config, method="obs+layer_drop"))
+    SOLVERS.register("mine")(type("Mine", (SOLVERS.get("ddim"),), {}))
+    try:
+        planned = replace(config, genes="joint", cost="macs", budget=None, solver="mine")
+        assert not are_known_elsewhere(planned)
+        with pytest.raises(DiffesError, match="solver 'mine' is registered in this process only"):
+            prepare(planned, Counting(), pool=_Nobody())  # type: ignore[arg-type]
+    finally:
+        SOLVERS.unregister("mine")

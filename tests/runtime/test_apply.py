@@ -78,9 +78,9 @@ def check_routing(pipe: DiffusionPipeline, run: Path, steps: int, guidance: floa
     assert len(kept) == len(pipe.scheduler.timesteps) >= steps
     for timestep, blocks, width in kept:
         level = schedule.levels[schedule.stages.stage_of(timestep)]
-        if facts["kind"] == "depth":
+        if facts.kind == "depth":
             assert blocks == schedule.max_level - level
-        elif facts["kind"] == "width":
+        elif facts.kind == "width":
             assert width == groups.n_kept(level, schedule.max_level) * groups.size
     return pruned
 

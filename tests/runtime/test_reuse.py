@@ -20,7 +20,7 @@ from diffes.adapters import ModelAdapter, Probes, ReuseSet, load_pipeline, shipp
 from diffes.adapters.macs import macs_per_call
 from diffes.errors import DiffesError
 from diffes.figures.tables import verdicts
-from diffes.measure.currencies import clock_of, macs_by_level, ms_by_level
+from diffes.measure.currencies import Calls, clock_of, macs_by_level, ms_by_level
 from diffes.problems.workbench import prepare
 from diffes.pruning import make_method
 from diffes.pruning.bank import WeightBank
@@ -272,7 +272,7 @@ def test_latency_is_measured_after_a_call_to_reuse_of(untrained: ModelAdapter, s
     handle = layer.register_forward_hook(lambda *_: calls.append(1))
     for changing in (False, True):
         calls.clear()
-        table = ms_by_level(Router(untrained, bank), stages, [1], top, untrained.make_probes(1, 0), 1, changing)
+        table = ms_by_level(Calls(Router(untrained, bank), stages, [1], top, untrained.make_probes(1, 0), changing), 1)
         whole = sum(path_kept(bank, level) for level in range(top + 1))
         assert all(ms > 0 for ms in table[1]) and len(calls) < 2 * (3 * (top + 1))
         assert len(calls) >= 2 * (top + 1 + whole)
@@ -300,9 +300,9 @@ def test_plans_of_a_sum_are_found_applied_and_exported(tiny_sdxl_folder: Path, t
     model = str(tiny_sdxl_folder)
     config = plan_config(tiny_sdxl_folder, method="magnitude+block_reuse", nodes=6, probes=2, heldout=2, max_evals=8)
     data = complete_front(config, [3.0], tmp_path / "front", Counting())
-    assert data["kind"] == "width+reuse" and verdicts(data)
-    assert [p["kind"] for p in data["points"]][-1] == "joint"
-    assert all(point["cost"] <= 3 + 1e-6 for point in data["points"])
+    assert data.kind == "width+reuse" and verdicts(data)
+    assert [p.kind for p in data.points][-1] == "joint"
+    assert all(point.cost <= 3 + 1e-6 for point in data.points)
     pipe: Any = load_pipeline(model)
     dense = images(pipe, steps=3)
     diffes.apply(pipe, tmp_path / "front", calls=3)

@@ -44,9 +44,9 @@ def test_timesteps_typed_by_hand_are_fitted_and_run(tiny_folder: Path) -> None:
     pipe = open_pipe(tiny_folder)
     own, dense = pipe.scheduler, images(pipe, steps=3)
     found = diffes.fit(pipe, [999, 620, 180], guidance=2.0, **SMALL, progress=Counting())
-    assert found.after["latent_mse"] < found.before["latent_mse"]
+    assert (found.after.latent_mse or 1) < (found.before.latent_mse or 0)
     assert found.plan.timesteps == (999, 620, 180) and found.plan.coefficients is not None
-    assert found.after["coefficients"] == [list(row) for row in found.plan.coefficients]
+    assert found.after.coefficients == [list(row) for row in found.plan.coefficients]
     assert pipe.scheduler is own
     again = diffes.fit(pipe, [999, 620, 180], guidance=2.0, **SMALL, progress=Counting())
     assert again.plan == found.plan
@@ -65,9 +65,9 @@ def test_a_plan_of_a_front_is_fitted_for_another_guidance_and_prompts(
     out = tmp_path / "fitted"
     arguments = ["--guidance=5", f"--prompts={prompts}", "--probes=3", "--heldout=3"]
     main(["fit", str(front), str(out), *arguments])
-    before, after = read_front(out)["points"]
-    assert before["kind"] == "as given" and after["fit_mean"] >= before["fit_mean"]
-    assert read_front(out)["guidance"] == 5.0
+    before, after = read_front(out).points
+    assert before.kind == "as given" and (after.fit_mean or -1) >= (before.fit_mean or 0)
+    assert read_front(out).guidance == 5.0
     old, _ = chosen(front, None)
     new, _ = chosen(out, None)
     assert isinstance(old, Plan) and isinstance(new, Plan)
@@ -101,7 +101,7 @@ def test_another_model_is_fitted_to_where_all_calls_are_dense(tiny_folder: Path,
     with pytest.raises(DiffesError, match=r"made for another model.*diffes fit"):
         diffes.apply(second, tmp_path / "one")
     found = diffes.fit(second, tmp_path / "one", **SMALL, out=tmp_path / "two", progress=Counting())
-    assert found.after["fit_mean"] > found.before["fit_mean"]
+    assert (found.after.fit_mean or -1) > (found.before.fit_mean or 0)
     diffes.apply(second, tmp_path / "two")
     assert np.isfinite(images(second, steps=2)).all()
 
@@ -159,16 +159,16 @@ def test_a_range_of_guidance_is_fitted_over(tiny_sdxl_folder: Path, tmp_path: Pa
         tiny_sdxl_folder, genes="steps", nodes=6, fit_probes=3, probes=2, heldout=2, max_evals=3, guidance=(1.5, 6.0)
     )
     data = complete_front(config, [2.0], out, Counting())
-    assert data["guidance"] == 3.75 and data["guidance_range"] == [1.5, 6.0]
-    by_kind = {point["kind"]: point for point in data["points"]}
-    low, high = by_kind["dense-fitted"]["ends"]
-    assert (low["guidance"], high["guidance"]) == (1.5, 6.0) and low["latent_mse"] != high["latent_mse"]
+    assert data.guidance == 3.75 and data.guidance_range == [1.5, 6.0]
+    by_kind = {point.kind: point for point in data.points}
+    low, high = by_kind["dense-fitted"].ends
+    assert (low.guidance, high.guidance) == (1.5, 6.0) and low.latent_mse != high.latent_mse
     assert any("at guidance 6 dense-fitted has" in line for line in verdicts(data))
     export(out, tmp_path / "export")
     card = " ".join((tmp_path / "export" / "README.md").read_text().split())
     assert "each probe at a guidance of its own from 1.5 to 6; this plan's latent MSE is" in card
     again = diffes.fit(open_pipe(tiny_sdxl_folder), out, **SMALL, progress=Counting())
-    assert [end["guidance"] for end in again.after["ends"]] == [1.5, 6.0]
+    assert [end.guidance for end in again.after.ends] == [1.5, 6.0]
     pipe = diffes.load(out)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -232,7 +232,7 @@ def test_a_fit_names_the_model_that_it_was_made_on(front: Path, tiny_folder: Pat
     main(["export", str(tmp_path / "front"), str(tmp_path / "export")])
     main(["fit", str(tmp_path / "export"), str(tmp_path / "again"), *options])
     for made, base in (("fit", other), ("again", tmp_path / "export" / "base")):
-        assert Path(read_front(tmp_path / made)["model"]) == base.resolve()
+        assert Path(read_front(tmp_path / made).model) == base.resolve()
         loaded = diffes.load(tmp_path / made)
         assert images(loaded, steps=2).shape[0] == 2
         main(["export", str(tmp_path / made), str(tmp_path / f"export-{made}")])
@@ -260,14 +260,14 @@ def test_models_of_few_timesteps_offsets_and_zero_predictions(tiny_folder: Path)
     pipe = open_pipe(tiny_folder)
     pipe.scheduler = DDIMScheduler(num_train_timesteps=12, clip_sample=False)
     found = diffes.fit(pipe, [11, 5], probes=2, heldout=2, progress=Counting())
-    assert found.after["latent_mse"] is not None
+    assert found.after.latent_mse is not None
     assert spaced(DDIMScheduler(steps_offset=50), 30, "leading")[0] == 999
     with torch.no_grad():
         for parameter in (pipe.transformer.proj_out_2.weight, pipe.transformer.proj_out_2.bias):
             parameter.zero_()
     pipe.scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False)
     found = diffes.fit(pipe, [999, 500, 100], **SMALL, progress=Counting())
-    assert found.after["latent_mse"] == pytest.approx(0, abs=1e-6)
+    assert found.after.latent_mse == pytest.approx(0, abs=1e-6)
 
 
 def test_clipping_that_plans_do_not_do_is_said(tiny_folder: Path) -> None:
@@ -321,7 +321,7 @@ def test_solvers_of_wild_coefficients_end_without_a_crash(tiny_folder: Path) -> 
                     diffes.fit(open_pipe(tiny_folder), [999, 500], solver="odd", **SMALL, progress=Counting())
             else:
                 found = diffes.fit(open_pipe(tiny_folder), [999, 500], solver="odd", **SMALL, progress=Counting())
-                assert found.after["coefficients"][0] == [0.0, 0.0]
+                assert (found.after.coefficients or [])[0] == [0.0, 0.0]
         finally:
             SOLVERS.unregister("odd")
 

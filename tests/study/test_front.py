@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from diffes.adapters import load_pipeline
 from diffes.cli import main
 from diffes.errors import DiffesError
 from diffes.figures.tables import COLUMNS, rows_of, verdicts
+from diffes.forms import FrontRecord, PlanPoint
 from diffes.problems.plans import Plans
 from diffes.problems.workbench import prepare
 from diffes.pruning.bank import WeightBank
@@ -36,7 +38,7 @@ BUDGETS = [2.0, 3.0]
 FIT_PROBES = 3
 
 
-def make(model: Path, out: Path, budgets: list[float] = BUDGETS, **changes: Any) -> dict[str, Any]:
+def make(model: Path, out: Path, budgets: list[float] = BUDGETS, **changes: Any) -> FrontRecord:
     settings = {"method": "obs", "cost": "macs", "probes": 2, "heldout": 2, "max_evals": 12, **changes}
     return complete_front(plan_config(model, nodes=10, fit_probes=FIT_PROBES, **settings), budgets, out, Counting())
 
@@ -50,10 +52,8 @@ def front(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_front_holds_every_kind_at_every_budget(front: Path) -> None:
     data = read_front(front)
-    assert [(p["budget"], p["kind"]) for p in data["points"]] == [
-        (budget, kind) for budget in BUDGETS for kind in KINDS
-    ]
-    for point in data["points"]:
+    assert [(p.budget, p.kind) for p in data.points] == [(budget, kind) for budget in BUDGETS for kind in KINDS]
+    for point in map(PlanPoint.model_dump, data.points):
         assert 0 < point["cost"] <= point["budget"] + 1e-6
         assert point["n_calls"] == len(point["timesteps"]) == len(point["levels"]) == len(point["sigmas"])
         alphas = DDIMScheduler().alphas_cumprod[point["timesteps"]]
@@ -65,12 +65,12 @@ def test_a_front_holds_every_kind_at_every_budget(front: Path) -> None:
         assert len(point["coefficients"][0]) == 2 and len(point["coefficients"]) == point["n_calls"]
         assert point["kind"] in ("joint", "levels") or set(point["levels"]) == {0}
         assert point["solver"] == "fitted" or point["kind"] in ("dense", "off-the-shelf", "dense-planned", "levels")
-    assert data["currency"] == "macs" and data["solver"] == "fitted" and data["prediction_type"] == "epsilon"
-    reference = data["reference"]
-    assert (reference["solver"], reference["steps"]) == ("dpmsolver++", REFERENCE_STEPS)
-    assert (reference["spacing"], reference["final_sigma"]) == ("trailing", 0.0)
-    assert data["reference_calls"] == REFERENCE_STEPS * 2 * (2 + FIT_PROBES)
-    assert len(rows_of(data)) == 12 and all(len(row) == len(COLUMNS) for row in rows_of(data))
+    assert data.currency == "macs" and data.solver == "fitted" and data.prediction_type == "epsilon"
+    reference = data.reference
+    assert (reference.solver, reference.steps) == ("dpmsolver++", REFERENCE_STEPS)
+    assert (reference.spacing, reference.final_sigma) == ("trailing", 0.0)
+    assert data.reference_calls == REFERENCE_STEPS * 2 * (2 + FIT_PROBES)
+    assert len(rows_of(data.points)) == 12 and all(len(row) == len(COLUMNS) for row in rows_of(data.points))
     assert (front / folder.COSTS).stat().st_size > 0
     for name in (folder.FRONT, "plans.png", "images.png", "convergence.png"):
         with Image.open(front / name) as image:
@@ -117,12 +117,11 @@ def test_kinds_follow_what_is_searched_and_the_solver(tiny_folder: Path) -> None
 
 
 def test_verdicts_say_what_each_part_adds() -> None:
-    def point(kind: str, mse: float, levels: list[int], ms: float = 1.0, fit: float | None = None) -> dict[str, Any]:
+    def point(kind: str, mse: float, levels: list[int], ms: float = 1.0, fit: float | None = None) -> PlanPoint:
         fit_mean = -mse if fit is None else fit
-        return {
-            "kind": kind, "budget": 4.0, "latent_mse": mse, "heldout_mean": -mse, "fit_mean": fit_mean,
-            "levels": levels, "ms": ms,
-        }  # fmt: skip
+        return PlanPoint.model_construct(
+            kind=kind, budget=4.0, latent_mse=mse, heldout_mean=-mse, fit_mean=fit_mean, levels=levels, ms=ms
+        )
 
     dense = [point("dense", 0.4, [0, 0]), point("dense-planned", 0.2, [0, 0]), point("dense-fitted", 0.1, [0, 0])]
     for joint, said in (
@@ -133,27 +132,29 @@ def test_verdicts_say_what_each_part_adds() -> None:
         (point("joint", 0.2, [3, 0]), r"pruned calls add nothing on held-out probes \(2.00 times the error"),
         (point("joint", 0.1, [0, 0]), "pruned calls add nothing, the best plan found is dense"),
     ):
-        (line,) = verdicts({"kind": "width", "points": [*dense, joint]})
+        (line,) = verdicts(FrontRecord.model_construct(kind="width", points=[*dense, joint]))
         assert line.startswith("4 dense calls: fitted coefficients have 2.00 times less error than 2M at timesteps")
         assert re.search(said, line) and "4.00 times less than 2M at evenly" in line
-        (line,) = verdicts({"kind": "width+reuse", "points": [*dense, joint]})
+        (line,) = verdicts(FrontRecord.model_construct(kind="width+reuse", points=[*dense, joint]))
         assert re.search(said.replace("pruned calls", "pruned or reusing calls"), line)
-    assert "2.00 times less error than evenly spaced" in verdicts({"kind": "width", "points": dense[:2]})[0]
+    assert (
+        "2.00 times less error than evenly spaced"
+        in verdicts(FrontRecord.model_construct(kind="width", points=dense[:2]))[0]
+    )
 
 
 def test_a_verdict_names_the_fastest_plan_at_an_error_by_what_the_search_ranks() -> None:
-    def point(kind: str, budget: float, ms: float, fit: float, held: float) -> dict[str, Any]:
-        return {
-            "kind": kind, "budget": budget, "ms": ms, "fit_mean": -fit, "latent_mse": held, "heldout_mean": -held,
-            "levels": [0],
-        }  # fmt: skip
+    def point(kind: str, budget: float, ms: float, fit: float, held: float) -> PlanPoint:
+        return PlanPoint.model_construct(
+            kind=kind, budget=budget, ms=ms, fit_mean=-fit, latent_mse=held, heldout_mean=-held, levels=[0]
+        )
 
     points = [
         point("dense", 6, 6.0, 0.4, 0.4), point("dense-planned", 6, 6.0, 0.2, 0.2),
         point("dense-fitted", 4, 4.0, 0.1, 0.3), point("dense-fitted", 3, 3.0, 0.3, 0.1),
         point("dense-fitted", 6, 6.0, 0.05, 0.05),
     ]  # fmt: skip
-    (line,) = verdicts({"kind": "width", "points": points})
+    (line,) = verdicts(FrontRecord.model_construct(kind="width", points=points))
     assert "fastest at the error of dense-planned: dense-fitted of 4, 4 of 6 ms" in line
 
 
@@ -172,8 +173,8 @@ def test_a_killed_front_goes_on_and_ends_the_same(front: Path, tiny_folder: Path
     again = make(tiny_folder, out)
     whole = read_front(front)
     assert (out / folder.JOURNALS / "dense-fitted-3.journal").read_bytes().startswith(before)
-    for one, other in zip(again["points"], whole["points"], strict=True):
-        assert {k: v for k, v in one.items() if k != "ms"} == {k: v for k, v in other.items() if k != "ms"}
+    for one, other in zip(again.points, whole.points, strict=True):
+        assert one.model_copy(update={"ms": 1.0}) == other.model_copy(update={"ms": 1.0})
     with pytest.raises(DiffesError, match=r"finished run\. Raise --max-evals"):
         make(tiny_folder, out)
 
@@ -218,7 +219,7 @@ def test_apply_runs_the_best_plan_within_and_remove_restores(front: Path, tiny_f
 def test_the_plan_of_a_pipeline_is_the_librarys_own_run(front: Path, tiny_folder: Path) -> None:
     made, names = sample_images(front, [0, 3], seed=5, steps=None, guidance=None, device="cpu", calls=3)
     plan, facts = chosen(front, 3)
-    assert isinstance(plan, Plan) and len(names) == 2 and facts["guidance"] == 2.0
+    assert isinstance(plan, Plan) and len(names) == 2 and facts.guidance == 2.0
     pipe = diffes.apply(load_pipeline(str(tiny_folder)), front, calls=3)
     again = images(pipe, steps=len(plan.calls))
     assert np.allclose(made.permute(0, 2, 3, 1).numpy(), again)
@@ -226,10 +227,10 @@ def test_the_plan_of_a_pipeline_is_the_librarys_own_run(front: Path, tiny_folder
 
 
 def test_the_most_expensive_plan_is_the_best_where_nothing_is_said(front: Path) -> None:
-    points = read_front(front)["points"]
-    best = max(points, key=lambda point: point["fit_mean"])
+    points = read_front(front).points
+    best = max(points, key=lambda point: point.fit_mean or -math.inf)
     plan, _ = chosen(front, None)
-    assert isinstance(plan, Plan) and list(plan.timesteps) == best["timesteps"] and list(plan.levels) == best["levels"]
+    assert isinstance(plan, Plan) and list(plan.timesteps) == best.timesteps and list(plan.levels) == best.levels
 
 
 def test_bad_input_is_refused(front: Path, run: Path, tiny_folder: Path, tmp_path: Path) -> None:
@@ -269,8 +270,8 @@ def preferring(kind: str, front: Path, copy: Path) -> Path:
     """A copy of a front in which plans of one kind are the best, so that they are the ones that are taken."""
     shutil.copytree(front, copy)
     data = read_front(front)
-    better = [p | {"fit_mean": p["fit_mean"] + 1e6 * (p["kind"] == kind)} for p in data["points"]]
-    write_front(copy, data | {"points": better})
+    better = [p.model_copy(update={"fit_mean": (p.fit_mean or 0) + 1e6 * (p.kind == kind)}) for p in data.points]
+    write_front(copy, data.model_copy(update={"points": better}))
     return copy
 
 
@@ -287,12 +288,12 @@ def test_an_exported_plan_gives_the_bits_of_the_front(
     assert {path.name for path in out.iterdir()} == {FRONT, BANK, BASE, CARD, folder.FRONT} <= FILES
     assert chosen(out, None)[0] == chosen(out, 3)[0] == plan
     assert sorted(WeightBank.open(out / BANK)[0]) == plan.pruned()
-    (point,) = read_front(out)["points"]
-    (row, *_) = rows_of({"points": [point]})
+    (point,) = read_front(out).points
+    (row, *_) = rows_of([point])
     card = (out / CARD).read_text()
     assert (
         f"| {' | '.join(row)} |" in card
-        and card.count(f"\n| {point['budget']:g} |") == len(KINDS)
+        and card.count(f"\n| {point.budget:g} |") == len(KINDS)
         and f"makes its {n_steps} calls" in card
     )
     for path in (CARD, FRONT, BANK):
@@ -385,7 +386,7 @@ def test_the_plain_loop_of_a_text_to_image_plan(
 def test_a_front_of_format_1_still_runs(front: Path, tiny_folder: Path, tmp_path: Path) -> None:
     """Its plans name no solver and no coefficients, and are chosen by what they were reported with."""
     old = shutil.copytree(front, tmp_path / "old")
-    data = read_front(front)
+    data = json.loads((front / FRONT).read_text())
     newer = ("solver", "coefficients", "fit_mean", "latent_median", "latent_interval", "image_mse", "image_mse_error",
              "ssim", "ssim_error", "variance")  # fmt: skip
     points = [{k: v for k, v in p.items() if k not in newer} for p in data["points"] if p["kind"] == "dense-planned"]
@@ -397,7 +398,7 @@ def test_a_front_of_format_1_still_runs(front: Path, tiny_folder: Path, tmp_path
     assert isinstance(plan, Plan) and plan.solver == "dpmsolver++" and plan.coefficients is None
     pipe = diffes.apply(load_pipeline(str(tiny_folder)), old, calls=3)
     assert np.isfinite(images(pipe, steps=len(plan.calls))).all()
-    assert rows_of(read_front(old)) and verdicts(read_front(old)) == []
+    assert rows_of(read_front(old).points) and verdicts(read_front(old)) == []
     export(old, tmp_path / "out", calls=3)
     assert np.array_equal(images(diffes.load(tmp_path / "out"), steps=3), images(pipe, steps=3))
 

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -56,11 +55,11 @@ def test_the_logbook_has_a_line_a_generation_and_ends_as_the_report(run: Path) -
         lines = list(reader)
     assert tuple(reader.fieldnames or ()) == LOGGED
     assert LOGGED == ("generation", "evaluations", "denoiser_calls", "best", "mean", "spread", "diversity")
-    report: dict[str, Any] = json.loads((run / folder.REPORT).read_text())
+    report = read_report(run).run
     assert [int(line["generation"]) for line in lines] == list(range(len(lines)))
-    assert int(lines[-1]["evaluations"]) == report["evaluations"] == 6
-    assert int(lines[-1]["denoiser_calls"]) == report["denoiser_calls"]
-    assert float(lines[-1]["best"]) == pytest.approx(report["fitness"]["search"])
+    assert int(lines[-1]["evaluations"]) == report.evaluations == 6
+    assert int(lines[-1]["denoiser_calls"]) == report.denoiser_calls
+    assert float(lines[-1]["best"]) == pytest.approx(report.searched.search)
 
 
 def test_the_report_is_read_back_as_it_was_written(any_run: Path) -> None:

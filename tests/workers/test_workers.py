@@ -87,14 +87,10 @@ def test_an_asynchronous_search_measures_what_one_process_does(factored: Workben
         vary(bench, replace(bench.config, strategy="evopress"), Counting())
 
 
-@pytest.mark.parametrize("method", ["obs", "magnitude"])
-def test_workers_calibrate_what_one_process_does(factored: Workbench, method: str) -> None:
+def test_workers_calibrate_what_one_process_does(factored: Workbench, pool: Pool) -> None:
     """To the bit, and with as many denoiser calls; levels that are made when they are asked for included."""
-    config = replace(factored.config, method=method, seed=3)
-    alone = prepare(config, Counting())
-    with closing(Pool(config, WorkerOptions())) as made:  # one is enough: it has nothing else in common with this one
-        spread = prepare(config, Counting(), pool=made)
-        assert facts(search_on(spread, Counting())) == facts(search_on(alone, Counting()))
+    alone, spread = factored, prepare(factored.config, Counting(), pool=pool)
+    assert facts(search_on(spread, Counting())) == facts(search_on(alone, Counting()))
     ours, theirs = spread.router.bank, alone.router.bank
     assert sorted(ours) == sorted(theirs) and (ours.calls, ours.kind) == (theirs.calls, theirs.kind)
     for key, entry in theirs.items():
@@ -128,12 +124,12 @@ def test_a_worker_that_dies_is_replaced_and_its_evaluation_repeated(factored: Wo
     killed: list[int] = []
 
     def kill(_: Any) -> None:
-        if len(killed) < 2:
-            killed.append(len(killed) % 2)
-            ray.kill(pool._workers[killed[-1]])
+        if not killed:
+            killed.append(0)
+            ray.kill(pool._workers[0])
 
     assert facts(search(factored, pool, on_evaluation=kill)) == facts(search(factored))
-    assert len(killed) == 2
+    assert killed
 
 
 def test_what_an_evaluation_raises_is_raised_here(factored: Workbench, pool: Pool) -> None:
@@ -271,20 +267,6 @@ def test_options_and_a_missing_ray_are_refused_with_the_way_out(
         factored.search(SPEC, workers=2, progress=Counting())
 
 
-def test_ctrl_c_ends_all_workers(factored: Workbench) -> None:
-    def interrupt(_: Any) -> None:
-        raise KeyboardInterrupt
-
-    def running() -> list[psutil.Process]:
-        children = psutil.Process().children(recursive=True)
-        return [child for child in children if child.name().startswith("ray::Worker")]
-
-    before = running()  # of the pool of other tests
-    with pytest.raises(KeyboardInterrupt), closing(Pool(factored.config, WorkerOptions())) as made:
-        search(factored, made, on_evaluation=interrupt)
-    assert not psutil.wait_procs([each for each in running() if each not in before], timeout=60)[1]
-
-
 def test_an_evaluation_that_hangs_is_given_up_after_some_workers(
     factored: Workbench, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,3 +286,19 @@ def test_an_evaluation_that_hangs_is_given_up_after_some_workers(
             search(bench, pool)
     finally:
         METRICS.unregister("endless")
+
+
+def test_ctrl_c_ends_all_workers(factored: Workbench, pool: Pool) -> None:
+    """The last test of the file: the pool is closed then."""
+
+    def interrupt(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def running() -> list[psutil.Process]:
+        children = psutil.Process().children(recursive=True)
+        return [child for child in children if child.name().startswith("ray::Worker")]
+
+    assert running()
+    with pytest.raises(KeyboardInterrupt), closing(pool):
+        search(factored, pool, on_evaluation=interrupt)
+    assert not psutil.wait_procs(running(), timeout=60)[1]
