@@ -62,6 +62,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONG.index(name) if name in LONG else len(LONG)
 
     items.sort(key=place)
+    for item in items:
+        if {"pool", "one_pool"} & set(getattr(item, "fixturenames", ())):  # processes of Ray
+            item.add_marker(pytest.mark.slow)
 
 
 def tiny_vae() -> AutoencoderKL:
@@ -150,7 +153,9 @@ def open_adapter(model: str) -> ModelAdapter:
     return adapter_for(open_pipe(model))
 
 
-@pytest.fixture(params=["tiny-dit", "tiny-sdxl", *shipped_models()])
+@pytest.fixture(
+    params=["tiny-dit", "tiny-sdxl", *(pytest.param(name, marks=pytest.mark.slow) for name in shipped_models())]
+)
 def model(request: pytest.FixtureRequest) -> str:
     """A folder or name of each small pipeline: an untrained one of each family, and all that ship."""
     fixtures = {"tiny-dit": "tiny_folder", "tiny-sdxl": "tiny_sdxl_folder"}

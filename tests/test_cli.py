@@ -90,6 +90,7 @@ def test_sample_makes_pictures_and_refuses_what_it_cannot_make(
     assert not Path(new).exists()
 
 
+@pytest.mark.slow
 def test_a_text_to_image_model_takes_prompts(
     tiny_folder: Path, tiny_sdxl_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_text_to_image_model_takes_prompts(
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_ablate_varies_what_it_is_told_to(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +145,7 @@ def test_ablate_varies_what_it_is_told_to(
     assert "needs a profile" not in fails(capsys, "ablate", "strategy=mosaic,evolve", *small)
 
 
+@pytest.mark.slow
 def test_operators_and_strategies_take_options(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,14 +157,13 @@ def test_operators_and_strategies_take_options(
     }
     for i, (strategy, options) in enumerate(strategies.items()):
         search(tmp_path / str(i), *tiny, "--strategy", strategy, *options)
-        report = json.loads((tmp_path / str(i) / folder.REPORT).read_text())
-        assert report["strategy"] == strategy and report["nominal_sparsity"] >= 0.5
+        report = read_report(tmp_path / str(i))
+        assert report.run.settings["strategy"] == strategy and report.run.searched.nominal_sparsity >= 0.5
         if strategy.startswith("nsga2"):
-            fitness = [point["heldout_mean"] for point in report["front"]["searched"]]
-            assert len(fitness) > 1 and len(report["front"]["dense, fewer steps"]) > 1
+            assert len(report.front["searched"]) > 1 and len(report.front["dense, fewer steps"]) > 1
             assert (tmp_path / str(i) / "front.png").stat().st_size > 5000
         else:
-            assert report["front"] == {}
+            assert report.front == {}
     out = ["--out", str(tmp_path / "no"), *SMALL, *tiny]
     assert "takes no mutation" in fails(
         capsys, "search", "--genes", "levels", *out, "--strategy", "random", "--mutation", "swap_stages"
@@ -172,13 +174,14 @@ def test_operators_and_strategies_take_options(
     assert "Its options:" in fails(capsys, "search", "--genes", "levels", *out, "--strategy", "evolution:nu=4")
 
 
+@pytest.mark.slow
 def test_a_budget_in_macs_is_met_by_the_whole_denoiser(tiny_folder: Path, tmp_path: Path) -> None:
     search(tmp_path / "run", "--model", str(tiny_folder), "--cost", "macs", "--budget", "0.7", "--method", "layer_drop")
-    report = json.loads((tmp_path / "run" / folder.REPORT).read_text())
-    assert report["macs_fraction"] <= 0.7001
+    assert read_report(tmp_path / "run").run.searched.macs_fraction <= 0.7001
     assert json.loads((tmp_path / "run" / folder.COSTS).read_text())["cost"] == "macs"
 
 
+@pytest.mark.slow
 def test_evaluations_may_go_to_a_database(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,6 +199,7 @@ def test_evaluations_may_go_to_a_database(
     assert len(optuna.load_study(study_name="one", storage=url).trials) == 3
 
 
+@pytest.mark.slow
 def test_same_seed_same_run_and_other_seed_other_run(tiny_folder: Path, tmp_path: Path) -> None:
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         search(tmp_path / name, "--model", str(tiny_folder), "--seed", seed)
@@ -235,11 +239,12 @@ def test_a_killed_search_goes_on_and_ends_in_the_same_place(tiny_folder: Path, t
         process.send_signal(signal.SIGKILL)
     assert not (killed / folder.REPORT).exists()
     search(killed, *options)
-    whole, resumed = (json.loads((tmp_path / name / folder.REPORT).read_text()) for name in ("whole", "killed"))
-    assert whole["levels"] == resumed["levels"] and whole["fitness"] == resumed["fitness"]
-    assert whole["evaluations"] == resumed["evaluations"]
+    whole, resumed = (read_report(tmp_path / name).run for name in ("whole", "killed"))
+    assert whole.found == resumed.found and whole.searched.heldout_mean == resumed.searched.heldout_mean
+    assert whole.evaluations == resumed.evaluations
 
 
+@pytest.mark.slow
 def test_finished_and_foreign_folders_are_not_overwritten(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -347,19 +352,23 @@ def test_a_comparison_of_nothing_or_under_a_limit_in_time_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_more_evaluations_of_a_finished_run_end_where_one_search_ends(tiny_folder: Path, tmp_path: Path) -> None:
     model = ["--model", str(tiny_folder), "--method", "magnitude", "--allocation", "equal"]
     search(tmp_path / "whole", *model, "--max-evals", "30")
     for evals in ("13", "30"):
         search(tmp_path / "parts", *model, "--max-evals", evals)
-    whole, parts = (json.loads((tmp_path / name / folder.REPORT).read_text()) for name in ("whole", "parts"))
-    for name in ("levels", "fitness", "evaluations", "denoiser_calls"):
-        assert whole[name] == parts[name]
+    whole, parts = (read_report(tmp_path / name).run for name in ("whole", "parts"))
+    assert (whole.found, whole.evaluations, whole.denoiser_calls) == (
+        parts.found, parts.evaluations, parts.denoiser_calls,
+    )  # fmt: skip
+    assert whole.searched.heldout_mean == parts.searched.heldout_mean
     assert json.loads((tmp_path / "parts" / files.CONFIG).read_text())["settings"]["max_evals"] == 30
     storage = JournalStorage(JournalFileBackend(str(tmp_path / "parts" / folder.JOURNAL)))
     assert len(optuna.load_study(study_name="diffes", storage=storage).trials) == 30  # none was paid twice
 
 
+@pytest.mark.slow
 def test_a_log_file_has_a_line_for_each_evaluation(tiny_folder: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     model = ["--model", str(tiny_folder), "--method", "magnitude", "--allocation", "equal"]
@@ -367,19 +376,21 @@ def test_a_log_file_has_a_line_for_each_evaluation(tiny_folder: Path, tmp_path: 
     assert log.read_text().count("levels") == 8
 
 
+@pytest.mark.slow
 def test_operators_of_deap_are_named_like_any_other(tiny_folder: Path, tmp_path: Path) -> None:
     search(
         tmp_path / "run", "--model", str(tiny_folder), "--method", "magnitude", "--max-evals", "12",
         "--strategy", "evolution:initial=4,mu=3", "--mutation", "deap.mutShuffleIndexes:indpb=0.2",
         "--crossover", "deap.cxTwoPoint",
     )  # fmt: skip
-    report = json.loads((tmp_path / "run" / folder.REPORT).read_text())
-    assert report["evaluations"] == 12 and report["nominal_sparsity"] == 0.5
+    report = read_report(tmp_path / "run").run
+    assert report.evaluations == 12 and report.searched.nominal_sparsity == 0.5
     journal = (tmp_path / "run" / folder.JOURNAL).read_text()
     assert '"deap.mutShuffleIndexes:indpb=0.2"' in journal
     assert "deap.cxTwoPoint + deap.mutShuffleIndexes" in journal
 
 
+@pytest.mark.slow
 def test_front_then_sample_by_cost(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "front"
     options = ["--model", str(tiny_folder), *SMALL, "--max-evals", "6", "--nodes", "8", "--budgets", "2", "3"]

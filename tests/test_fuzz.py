@@ -145,6 +145,7 @@ def check_applied(tiny_folder: Path, run: Path) -> Check:
     return Check(open_pipe(tiny_folder), run)
 
 
+@pytest.mark.slow
 def test_schedules(run: Path, fuzzed: Path, check_applied: Check) -> None:
     data = files.read_json(run / SCHEDULE)
 

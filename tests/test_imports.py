@@ -101,6 +101,7 @@ def test_spaces_call_no_operator_by_name(path: Path) -> None:
     assert not names & set(texts)
 
 
+@pytest.mark.slow
 def test_strategies_are_imported_without_torch() -> None:
     modules = [f"{path.parent.name}.{path.stem}" for path in (ROOT / "search_strategies").glob("[a-z]*.py")]
     modules += ["diffes.spaces.loop", "diffes.spaces.store", "diffes.testing"]

@@ -27,6 +27,7 @@ with terminal.session():
 """
 
 
+@pytest.mark.slow
 def test_what_other_libraries_say_is_not_shown() -> None:
     done = subprocess.run([sys.executable, "-c", NOISY], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr == ""

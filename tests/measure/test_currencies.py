@@ -55,6 +55,7 @@ def by_hand(denoiser: nn.Module) -> Iterator[list[int]]:
         handle.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.names())
 def test_macs_agree_with_shapes_and_with_a_counter_over_the_whole_run(
     adapter: ModelAdapter, stages: Stages, method: str

@@ -39,6 +39,7 @@ def only(evaluator: ScheduleEvaluator, schedule: Schedule) -> Evaluation:
 SCHEDULES = [(0, 1, 2, 3), (3, 1, 2, 3), (1, 1, 2, 3), (2, 2, 2, 0), (0, 0, 3, 3), (3, 3, 0, 0), (0, 0, 2, 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler])
 def test_prefix_reuse_gives_the_same_bits_for_fewer_calls_with_all_samplers(
     untrained: ModelAdapter, stages: Stages, scheduler: Any
@@ -47,6 +48,7 @@ def test_prefix_reuse_gives_the_same_bits_for_fewer_calls_with_all_samplers(
     check_prefix_reuse(untrained, stages)
 
 
+@pytest.mark.slow
 def test_prefix_reuse_gives_the_same_bits_for_fewer_calls(stages: Stages) -> None:
     check_prefix_reuse(open_adapter("fashion-dit"), stages)
 
@@ -100,6 +102,7 @@ def test_an_image_metric_of_one_s_own_ranks_by_images_and_conditions(untrained: 
         assert found[schedule] == pytest.approx(-float(errors.mean()), rel=1e-4) and found[schedule] < 0
 
 
+@pytest.mark.slow
 def test_more_sparsity_is_worse_on_the_trained_model(stages: Stages) -> None:
     from diffes.adapters import adapter_for, load_pipeline
 
@@ -146,6 +149,7 @@ def some_schedules(stages: Stages, n: int) -> list[Schedule]:
     return [Schedule(stages, each, 4) for each in dict.fromkeys(levels)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
 @pytest.mark.parametrize("states", [1, 5, 1000])
 def test_what_an_earlier_process_measured_is_counted_as_if_it_had_gone_on(

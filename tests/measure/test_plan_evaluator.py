@@ -40,6 +40,7 @@ def test_trailing_timesteps_begin_at_the_noisiest() -> None:
     assert trailing(200, 1000)[0] == 999 and trailing(200, 1000)[-1] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_prefixes_of_plans_are_shared_and_change_no_bit(untrained: ModelAdapter, solver: str) -> None:
     """Random plans and their neighbours, one after the other with one cache, against each alone."""
@@ -91,6 +92,7 @@ def test_evaluators_of_one_model_go_on_where_there_is_no_more_room(
         torch.testing.assert_close(evaluator.latents(plans[1]), expected, rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["obs+block_reuse", "deep_reuse"])
 def test_prefixes_are_shared_with_what_later_calls_reuse(untrained: ModelAdapter, method: str) -> None:
     """Plans that agree up to a call, of which the one reuses there and the other one does not, and a small cache."""

@@ -69,6 +69,7 @@ def test_the_algorithms_of_deap_run_on_plans(planned: Workbench) -> None:
     assert planned.space.is_feasible(best)
 
 
+@pytest.mark.slow
 def test_strategies_are_compared_on_plans(tiny_folder: Path, tmp_path: Path) -> None:
     """At equal denoiser calls, with the rivals of plans, and never interpolated; finished cells are kept."""
     config = plan_config(tiny_folder, **SMALL | {"strategy": "auto"})
@@ -89,6 +90,7 @@ def test_strategies_are_compared_on_plans(tiny_folder: Path, tmp_path: Path) -> 
     assert not any("calibrating" in title for title in again.titles)
 
 
+@pytest.mark.slow
 def test_what_is_only_for_plans_can_be_ablated(tiny_folder: Path, tmp_path: Path) -> None:
     config = plan_config(tiny_folder, **SMALL)
     varied: dict[str, Sequence[Any]] = {"calls": [2.0, 3.0], "solver": ["fitted", "dpmsolver++"]}

@@ -27,6 +27,7 @@ def width_methods() -> list[str]:
     return [name for name in METHODS.names() if METHODS.make(name).kind == "width"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.names())
 def test_costs_of_levels_are_the_macs_that_are_counted(adapter: ModelAdapter, stages: Stages, method: str) -> None:
     """The table, which is arithmetic for width, against a counter on the routed model; equal splits cost no less."""

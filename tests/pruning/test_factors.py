@@ -108,6 +108,7 @@ def banks(adapter: ModelAdapter, stages: Stages, *limits: int) -> list[WeightBan
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_levels_do_not_depend_on_the_limit_nor_on_when_they_are_made(
     tiny_folder: Path, tiny_sdxl_folder: Path, stages: Stages
 ) -> None:

@@ -103,6 +103,7 @@ def test_a_damaged_stage_and_one_of_another_model_are_refused(bench: Workbench, 
     assert_same(bank, read_stage(path, bench.adapter))
 
 
+@pytest.mark.slow
 def test_a_killed_calibration_goes_on(base: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(base, method="obs", stages=4)
     whole = complete_run(config, tmp_path / "whole", Counting())
@@ -137,6 +138,7 @@ def test_a_search_that_goes_on_calibrates_nothing_again(
     assert not made
 
 
+@pytest.mark.slow
 def test_other_settings_use_nothing_of_what_was_kept(
     base: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +181,7 @@ def test_samples_of_the_model_are_kept(bench: Workbench, tmp_path: Path, monkeyp
     assert torch.equal(again.latents, whole.latents) and again.conditions == whole.conditions
 
 
+@pytest.mark.slow
 def test_a_killed_front_keeps_its_calibration(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ def a_little_smaller(adapter: ModelAdapter, groups: GroupSet, factor: float) -> 
     return [GroupWeights(everything), GroupWeights(everything, (weight * (1 - factor),))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_sensitivity_is_the_squared_change_of_the_guided_prediction(
     untrained: ModelAdapter, guidance: float, monkeypatch: pytest.MonkeyPatch

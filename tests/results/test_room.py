@@ -37,6 +37,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "changes"), [("obs", {"cost": "macs", "budget": 0.6}), ("layer_drop", {"strategy": "mosaic"})]
 )
@@ -58,6 +59,7 @@ def test_levels_are_timed_on_as_many_images_as_there_is_room_for(base: RunConfig
     assert max(calls) == 4 and bench.costs[0][0] > 0
 
 
+@pytest.mark.slow
 def test_a_front_in_smaller_calls_finds_the_same(
     base: RunConfig, tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

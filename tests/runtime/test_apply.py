@@ -39,6 +39,7 @@ TWO_CALLS = Plan(Stages.equal(1), ((999, 0), (500, 0)), 4, "dpmsolver++")
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 
+@pytest.mark.slow
 @pytest.mark.feature("`remove`", "equal")
 def test_apply_then_remove_restores_every_bit(any_run: Path, tiny_model: Path) -> None:
     pipe = DiffusionPipeline.from_pretrained(tiny_model)
@@ -85,6 +86,7 @@ def check_routing(pipe: DiffusionPipeline, run: Path, steps: int, guidance: floa
     return pruned
 
 
+@pytest.mark.slow
 @pytest.mark.feature("DDIM, DPM-Solver++, Euler, Heun, UniPC, with and without guidance", "equal")
 def test_one_schedule_serves_all_samplers_with_and_without_guidance(any_run: Path, tiny_model: Path) -> None:
     pipe = open_pipe(tiny_model)
@@ -95,12 +97,14 @@ def test_one_schedule_serves_all_samplers_with_and_without_guidance(any_run: Pat
         np.testing.assert_array_equal(images(pipe, 6, guidance), dense)
 
 
+@pytest.mark.slow
 def test_one_schedule_serves_all_numbers_of_steps(any_run: Path, tiny_model: Path) -> None:
     pipe = open_pipe(tiny_model)
     for steps in (5, 20, 25):
         check_routing(pipe, any_run, steps, 3.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(any_run: Path, tiny_model: Path, dtype: torch.dtype) -> None:
     pipe = DiffusionPipeline.from_pretrained(tiny_model, dtype=dtype)

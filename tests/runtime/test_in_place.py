@@ -180,6 +180,7 @@ def test_a_lora_moves_with_its_layers(untrained: ModelAdapter, stages: Stages) -
     assert_dense(untrained, before)
 
 
+@pytest.mark.slow
 def test_a_call_or_a_removal_may_be_interrupted_anywhere(untrained: ModelAdapter, stages: Stages) -> None:
     bank = small_bank(untrained, "magnitude", stages, [0, 1], "equal")
     before = state(untrained)

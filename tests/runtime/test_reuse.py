@@ -102,6 +102,7 @@ def sequences(bank: WeightBank) -> Iterator[tuple[int, ...]]:
         yield (thin[0], low, thin[-1], high, 0, high)
 
 
+@pytest.mark.slow
 def test_a_plan_that_reuses_is_the_hand_written_loop(adapter: ModelAdapter, bank: WeightBank) -> None:
     before, probes = state(adapter), adapter.make_probes(2, 0)
     dense = run(adapter, probes)
@@ -155,6 +156,7 @@ def test_blocks_that_change_least_are_reused_first(adapter: ModelAdapter, stages
     assert errors[0] < errors[1] or "tiny" in adapter.pipe.config._name_or_path  # untrained layers are all alike
 
 
+@pytest.mark.slow
 def test_costs_add_up_to_what_a_routed_run_counts(adapter: ModelAdapter, bank: WeightBank) -> None:
     stages, router = Stages.equal(N_STAGES), Router(adapter, bank)
     table = macs_by_level(router, stages, range(N_STAGES), bank.max_level)
@@ -212,6 +214,7 @@ def broken_off(adapter: ModelAdapter, probes: Probes, after: int) -> None:
     handle.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["block_reuse", "deep_reuse"])
 def test_no_run_takes_from_another(untrained: ModelAdapter, stages: Stages, method: str) -> None:
     """After runs that broke off, on other probes, of other batch sizes, and between two that take turns."""
@@ -295,6 +298,7 @@ def test_a_bank_of_a_sum_is_saved_and_opened(adapter: ModelAdapter, bank: Weight
             assert torch.equal(loaded[key][name].kept, weights.kept)
 
 
+@pytest.mark.slow
 def test_plans_of_a_sum_are_found_applied_and_exported(tiny_sdxl_folder: Path, tmp_path: Path) -> None:
     """From a front to pipelines: the applied plan equals the library's loop, an exported one equals the applied."""
     model = str(tiny_sdxl_folder)
@@ -320,6 +324,7 @@ def test_levels_that_reuse_need_a_cost(tiny_folder: Path) -> None:
         prepare(small_config(tiny_folder, method="block_reuse"), Counting())
 
 
+@pytest.mark.slow
 def test_a_search_of_levels_that_reuse_keeps_its_budget(tiny_sdxl_folder: Path) -> None:
     """The paper's search over a sum: MACs counted over the run of what it finds, the first call dense, are within."""
     config = small_config(tiny_sdxl_folder, method="magnitude+deep_reuse", cost="macs", budget=0.7, max_evals=8)

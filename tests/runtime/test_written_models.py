@@ -150,6 +150,7 @@ def consumer_path(adapter: ModelAdapter) -> str:
     return adapter.group_sets()[0].consumers[0]
 
 
+@pytest.mark.slow
 @feature("a deep copy of a routed model or pipeline", "equal")
 def test_a_deep_copy_of_an_applied_pipeline_is_one_of_its_own(any_run: Path, tiny_model: Path) -> None:
     pipe = open_pipe(tiny_model)

@@ -111,6 +111,7 @@ def suite_of(make: Callable[..., Strategy], **attributes: Any) -> StrategyConfor
     return suite
 
 
+@pytest.mark.slow
 def test_a_good_strategy_fails_nothing() -> None:
     assert failures(suite_of(Evolution)) == set()
     assert failures(suite_of(Exhaustive, random=False, plans=False)) == set()

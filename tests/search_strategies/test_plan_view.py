@@ -82,6 +82,7 @@ def damage(schedule: Schedule) -> float:
     )
 
 
+@pytest.mark.slow
 def test_it_needs_few_evaluations_on_plans_and_little_time() -> None:
     def evaluate(schedules: object, fidelity: float = 1.0) -> list[Evaluation]:
         return [Evaluation(s, -float(np.log(damage(s))), 6) for s in schedules]  # type: ignore[attr-defined]

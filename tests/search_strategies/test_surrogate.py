@@ -375,6 +375,7 @@ def test_proposals_of_the_model_say_where_a_climb_passed_them() -> None:
     assert all(proposal.origin is not None for proposal in batch)
 
 
+@pytest.mark.slow
 def test_it_needs_few_evaluations() -> None:
     """Of all that random search lacks to the optimum it lacks less than a tenth."""
     weights = np.linspace(10, 1, 10)  # those of the score

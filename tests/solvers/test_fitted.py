@@ -149,6 +149,7 @@ def row_by_row(adapter: ModelAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "denoise_once", each)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_fit_is_over_all_probes_whatever_the_batch_and_costs_no_further_calls(
     untrained: ModelAdapter, batch: int, monkeypatch: pytest.MonkeyPatch
@@ -163,12 +164,14 @@ def test_a_fit_is_over_all_probes_whatever_the_batch_and_costs_no_further_calls(
         assert evaluator.reference_calls == 15 * 4 * 2
 
 
+@pytest.mark.slow
 def test_a_fit_in_parts_leads_where_one_at_once_does(untrained: ModelAdapter) -> None:
     """With a denoiser that rounds otherwise in another batch."""
     whole, parts = (evaluator_of(untrained, batch=n).latents(plan_of(untrained)) for n in (32, 3))
     assert (parts - whole).norm() < 1e-4 * whole.norm()
 
 
+@pytest.mark.slow
 def test_fits_that_share_a_cache_are_those_of_each_plan_alone(untrained: ModelAdapter) -> None:
     """Plans that part at a level, at a timestep and at the end, in one cache with other solvers."""
     plans = [
@@ -214,6 +217,7 @@ def test_coefficients_that_a_plan_has_are_used_as_they_are(untrained: ModelAdapt
     assert torch.equal(evaluator.latents(plan_of(untrained, rows=ddim)), evaluator.latents(plan_of(untrained, "ddim")))
 
 
+@pytest.mark.slow
 def test_plans_with_coefficients_share_a_cache(untrained: ModelAdapter) -> None:
     """Two plans begin alike, and one reads older predictions later, or ends with another step."""
     shared = evaluator_of(untrained)

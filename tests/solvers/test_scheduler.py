@@ -61,6 +61,7 @@ def test_a_run_is_that_of_diffusers_up_to_rounding(model: str, solver: str, orde
     assert (ours - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["fashion-dit", "emoji-sdxl"])
 @pytest.mark.parametrize("spacing", ["trailing", "log-snr"])
 def test_a_run_by_unipc_is_near_that_of_many_steps(model: str, spacing: str) -> None:
@@ -261,6 +262,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_pipeline_with_a_plan_is_saved_with_its_own_scheduler(
     tiny_folder: Path, tiny_sdxl_folder: Path, tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ def test_what_is_no_lasting_database_is_refused(url: str) -> None:
         database.open_database(url)
 
 
+@pytest.mark.slow
 def test_one_database_may_be_made_by_many_at_once(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'new.db'}"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -98,6 +98,7 @@ def start(url: str, seed: int, evaluations: int = EVALUATIONS, strategy: str = "
     return process
 
 
+@pytest.mark.slow
 def test_processes_search_one_study_together_and_one_may_die(url: str) -> None:
     processes = [start(url, seed, strategy=("evolution", "surrogate")[seed == 2]) for seed in range(3)]
     for process in processes:

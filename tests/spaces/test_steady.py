@@ -70,6 +70,7 @@ def test_devices_are_kept_busy_and_each_schedule_is_measured_once(name: str, n: 
     assert [line["evaluations"] for line in found.logbook] == [*range(LINE, 60, LINE), 60]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ASYNCHRONOUS)
 def test_it_learns_as_a_search_in_generations_does(name: str) -> None:
     """From evaluations of a few, not by luck: far better than as many random ones."""
@@ -85,6 +86,7 @@ def test_it_learns_as_a_search_in_generations_does(name: str) -> None:
     assert steady > random + 0.5 * (whole - random)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ASYNCHRONOUS)
 def test_a_search_goes_on_over_its_store_and_pays_nothing_twice(name: str, tmp_path: Path) -> None:
     class Enough(Exception):

@@ -168,6 +168,7 @@ def test_the_same_schedule_at_two_fidelities(path: Path) -> None:
         assert opened.known([kept[2].schedule, kept[0].schedule], 0.25) == [kept[0], kept[2]]
 
 
+@pytest.mark.slow
 def test_a_database_holds_many_studies(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'studies.db'}"
     EvaluationStore(url, SPACE, "one").add(evaluation(1, 2, 3))

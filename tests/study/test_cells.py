@@ -82,6 +82,7 @@ def by_worker(out: Path, name: str = "*") -> int:
     return sum(path.read_text().count('"worker"') for path in (out / cells.JOURNALS).glob(name))
 
 
+@pytest.mark.slow
 def test_workers_run_whole_cells_as_one_process_does(
     model: RunConfig, one_pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +103,7 @@ def test_workers_run_whole_cells_as_one_process_does(
     assert again.titles == ["2 cells"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lives", [1, 3])
 def test_a_cell_goes_on_from_its_journal_where_a_worker_died(
     model: RunConfig, one_pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lives: int
@@ -151,6 +153,7 @@ def test_a_cell_that_fails_in_a_worker_is_noted_as_in_one_process(
     assert [facts(record) for record in found[0].records] == [facts(record) for record in found[1].records]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cause", [False, True])
 def test_a_full_disk_ends_the_command(model: RunConfig, one_pool: Pool, tmp_path: Path, cause: bool) -> None:
     """Also where it is only the cause of what was raised, which Ray does not hand on."""
@@ -165,6 +168,7 @@ def test_a_full_disk_ends_the_command(model: RunConfig, one_pool: Pool, tmp_path
     assert not (tmp_path / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_what_this_process_alone_knows_is_run_here(model: RunConfig, one_pool: Pool, tmp_path: Path) -> None:
     """A mutation of a notebook, which may keep what it likes in it; its evaluations are spread over the workers."""
     seen: list[int] = []

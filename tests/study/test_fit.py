@@ -57,6 +57,7 @@ def test_timesteps_typed_by_hand_are_fitted_and_run(tiny_folder: Path) -> None:
     assert np.array_equal(images(pipe, steps=3), dense)
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_front_is_fitted_for_another_guidance_and_prompts(
     front: Path, tiny_sdxl_folder: Path, tmp_path: Path
 ) -> None:
@@ -77,6 +78,7 @@ def test_a_plan_of_a_front_is_fitted_for_another_guidance_and_prompts(
     main(["export", str(out), str(tmp_path / "exported")])
 
 
+@pytest.mark.slow
 def test_guidance_far_from_what_a_plan_was_made_for_is_said_once(front: Path, tiny_sdxl_folder: Path) -> None:
     pipe = diffes.apply(load_pipeline(str(tiny_sdxl_folder)), front)  # made at 2
     n = len(pipe.scheduler.plan)
@@ -151,6 +153,7 @@ class Failing(Counting):
         raise AssertionError(f"{title} began")
 
 
+@pytest.mark.slow
 def test_a_range_of_guidance_is_fitted_over(tiny_sdxl_folder: Path, tmp_path: Path) -> None:
     """Each probe is sampled at a scale of its own, in the reference too; both ends are reported; the middle is the
     plan's own; within the range nothing is warned of."""
@@ -218,6 +221,7 @@ def test_schedules_of_levels_take_one_scale(tiny_folder: Path, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_fit_names_the_model_that_it_was_made_on(front: Path, tiny_folder: Path, tmp_path: Path) -> None:
     """Of another model, and of an export, whose own copy of the base model stays where it is."""
     config = plan_config(tiny_folder, genes="steps", nodes=6, fit_probes=2, probes=2, heldout=2, max_evals=3)
@@ -334,6 +338,7 @@ def test_a_pipeline_from_nowhere_is_fitted_into_no_folder(tiny_folder: Path, tmp
     assert diffes.fit(pipe, given, **SMALL, progress=Counting()).plan.timesteps == (999, 500)
 
 
+@pytest.mark.slow
 def test_the_command_prints_warnings_of_ours(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
     pipe = open_pipe(tiny_folder)
     pipe.scheduler = DDIMScheduler(clip_sample=False, thresholding=True)

@@ -50,6 +50,7 @@ def front(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_front_holds_every_kind_at_every_budget(front: Path) -> None:
     data = read_front(front)
     assert [(p.budget, p.kind) for p in data.points] == [(budget, kind) for budget in BUDGETS for kind in KINDS]
@@ -77,6 +78,7 @@ def test_a_front_holds_every_kind_at_every_budget(front: Path) -> None:
             assert min(image.size) > 150 and len(set(image.convert("L").tobytes())) > 10
 
 
+@pytest.mark.slow
 def test_no_kind_is_worse_on_the_probes_of_the_fit_than_what_it_could_do_without(tiny_folder: Path) -> None:
     config = plan_config(tiny_folder, method="obs", nodes=10, fit_probes=FIT_PROBES, probes=2, heldout=2, max_evals=8)
     plans = Plans(prepare(config, Counting()))
@@ -102,6 +104,7 @@ def test_no_kind_is_worse_on_the_probes_of_the_fit_than_what_it_could_do_without
     assert all(len(found) == 1 for found in by_stage.values())
 
 
+@pytest.mark.slow
 def test_kinds_follow_what_is_searched_and_the_solver(tiny_folder: Path) -> None:
     config = plan_config(tiny_folder, fit_probes=2, probes=2, heldout=2, max_evals=3)
     bench = prepare(config, Counting())
@@ -158,6 +161,7 @@ def test_a_verdict_names_the_fastest_plan_at_an_error_by_what_the_search_ranks()
     assert "fastest at the error of dense-planned: dense-fitted of 4, 4 of 6 ms" in line
 
 
+@pytest.mark.slow
 def test_a_killed_front_goes_on_and_ends_the_same(front: Path, tiny_folder: Path, tmp_path: Path) -> None:
     """Cut off in the middle of the second budget: what was measured is not paid for again."""
     out = tmp_path / "front"
@@ -192,6 +196,7 @@ class Killing(Counting):
         return super().task(title, total)
 
 
+@pytest.mark.slow
 def test_apply_runs_the_best_plan_within_and_remove_restores(front: Path, tiny_folder: Path) -> None:
     pipe = load_pipeline(str(tiny_folder))
     own, dense = pipe.scheduler, images(pipe, steps=4)

@@ -18,6 +18,7 @@ from diffes.study.functions import Front
 SMALL: dict[str, Any] = CHEAP | {"probes": 2, "heldout": 2, "max_evals": 3}
 
 
+@pytest.mark.slow
 def test_a_search_is_a_front_of_one_budget_or_a_report(tiny_folder: Path, tmp_path: Path) -> None:
     settings = SMALL | {"model": str(tiny_folder), "progress": Counting()}
     found = diffes.search(tmp_path / "plan", **settings, genes="steps", calls=2.0, nodes=6, fit_probes=2)
@@ -39,6 +40,7 @@ def test_a_search_is_a_front_of_one_budget_or_a_report(tiny_folder: Path, tmp_pa
         assert list(report.to_dataframe()["name"])[:3] == ["searched", "uniform", "dense, fewer steps"]
 
 
+@pytest.mark.slow
 def test_comparisons_and_fronts_take_settings_by_name(tiny_folder: Path, tmp_path: Path) -> None:
     plain = {name: value for name, value in SMALL.items() if name != "strategy"}
     settings = plain | {

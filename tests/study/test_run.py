@@ -25,6 +25,7 @@ from diffes.spaces.ledger import LOGGED
 from diffes.study import run as runs
 
 
+@pytest.mark.slow
 def test_the_pictures_and_the_report_are_of_heldout_prompts(
     prompted: Workbench, tiny_sdxl_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,6 +63,7 @@ def test_the_logbook_has_a_line_a_generation_and_ends_as_the_report(run: Path) -
     assert float(lines[-1]["best"]) == pytest.approx(report.searched.search)
 
 
+@pytest.mark.slow
 def test_the_report_is_read_back_as_it_was_written(any_run: Path) -> None:
     report = read_report(any_run)
     assert report.to_json() == json.loads((any_run / folder.REPORT).read_text())
@@ -79,6 +81,7 @@ def test_the_rivals_search_score_is_on_the_searchs_probes(bench: Workbench, tiny
     assert report.run.rivals[UNIFORM].search != report.run.rivals[UNIFORM].heldout_mean
 
 
+@pytest.mark.slow
 def test_folders_search_a_study_together(base: RunConfig, tmp_path: Path) -> None:
     together = replace(base, storage=f"sqlite:///{tmp_path / 'studies.db'}", study="all", asynchronous=True)
     first = runs.complete_run(together, tmp_path / "one", Counting())

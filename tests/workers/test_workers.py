@@ -57,6 +57,7 @@ def search(bench: Workbench, pool: Pool | None = None, **options: Any) -> Search
     return search_on(replace(bench, pool=pool), Counting(), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [SPEC, "evopress"])
 def test_workers_find_and_count_what_one_process_does(factored: Workbench, pool: Pool, strategy: str) -> None:
     bench = vary(factored, replace(factored.config, strategy=strategy), Counting())
@@ -87,6 +88,7 @@ def test_an_asynchronous_search_measures_what_one_process_does(factored: Workben
         vary(bench, replace(bench.config, strategy="evopress"), Counting())
 
 
+@pytest.mark.slow
 def test_workers_calibrate_what_one_process_does(factored: Workbench, pool: Pool) -> None:
     """To the bit, and with as many denoiser calls; levels that are made when they are asked for included."""
     alone, spread = factored, prepare(factored.config, Counting(), pool=pool)
@@ -120,6 +122,7 @@ def test_plans_are_searched_by_workers(factored: Workbench, pool: Pool, method: 
     assert all(joint) and not any(levels)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced_and_its_evaluation_repeated(factored: Workbench, pool: Pool) -> None:
     killed: list[int] = []
 
@@ -222,6 +225,7 @@ def test_a_device_that_is_full_gets_fewer_probes_at_a_time(
         worker.measure(factored.space.any_schedule([2, 1, 1, 1]), 1.0)
 
 
+@pytest.mark.slow
 def test_a_search_whose_driver_is_killed_goes_on_and_no_worker_stays(tiny_folder: Path, tmp_path: Path) -> None:
     config = small_config(tiny_folder, max_evals=24, strategy=SPEC, threads=1)
     out = tmp_path / "spread"
@@ -267,6 +271,7 @@ def test_options_and_a_missing_ray_are_refused_with_the_way_out(
         factored.search(SPEC, workers=2, progress=Counting())
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_hangs_is_given_up_after_some_workers(
     factored: Workbench, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,6 +293,7 @@ def test_an_evaluation_that_hangs_is_given_up_after_some_workers(
         METRICS.unregister("endless")
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_workers(factored: Workbench, pool: Pool) -> None:
     """The last test of the file: the pool is closed then."""
 
