@@ -26,3 +26,11 @@ def test_public_names_are_there_and_others_are_not() -> None:
     assert all(hasattr(diffes, name) for name in diffes.__all__)
     assert not hasattr(diffes, "no_such_name")
     assert diffes.__version__
+
+
+def test_a_folder_of_the_same_name_beside_a_script_does_not_hide_the_package(tmp_path: Path) -> None:
+    """For instance a clone: the script's folder comes first on the path, and a folder without `__init__.py` counts."""
+    (tmp_path / "diffes").mkdir()
+    (tmp_path / "script.py").write_text("import diffes; print(diffes.RunConfig().genes)")
+    done = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "joint\n", done.stderr
