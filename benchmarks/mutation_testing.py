@@ -52,12 +52,26 @@ MODULES = ("diffes/spaces", "diffes/pruning", "diffes/runtime", "diffes/measure"
 WRONG_COPY = 97  # exit status of RUNNER
 STOP = threading.Event()  # set when all that runs must end
 
-# Runs pytest where it stands, and looks where the code came from.
+# Runs pytest where it stands, and looks where the code came from. Slow tests run for the first N tests, its first
+# argument.
 RUNNER = f"""
 import pathlib, sys
 import pytest
 
-code = pytest.main(sys.argv[1:])
+
+class Chosen:
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config, items):
+        whole = [pathlib.Path(test.split("::")[0]).resolve() for test in sys.argv[2:][:int(sys.argv[1])]]
+
+        def wanted(item):
+            return any(item.path.is_relative_to(path) for path in whole) or not item.get_closest_marker("slow")
+
+        config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+        items[:] = [item for item in items if wanted(item)]
+
+
+code = pytest.main(sys.argv[2:], plugins=[Chosen()])
 packages = ("diffes", "search_strategies")
 files = [m.__file__ for n, m in list(sys.modules.items()) if n.split(".")[0] in packages and m.__file__]
 here = pathlib.Path.cwd().resolve()
@@ -98,7 +112,7 @@ def tests_of(tree: Path, module: str) -> tuple[str, ...]:
     package, *folders, name = Path(module).parts
     strategies = package == "search_strategies"
     folder = "/".join(("tests", *((package,) if strategies else ()), *folders))
-    users = ["tests/search/test_*.py"] if strategies else ["tests/test_cli.py", "tests/study/test_*.py"]
+    users = ["tests/spaces/test_*.py"] if strategies else ["tests/test_cli.py", "tests/study/test_*.py"]
     patterns = [f"{folder}/test_{name}", f"{folder}/test_*.py", *users]
     files = [path for pattern in patterns for path in sorted(tree.glob(pattern))]
     return tuple(dict.fromkeys(path.relative_to(tree).as_posix() for path in files))
@@ -169,19 +183,26 @@ def snapshot(target: Path) -> None:
 
 
 def run_tests(
-    tree: Path, tests: Sequence[str], options: Sequence[str], timeout: float, file: str = "", source: str = ""
-) -> tuple[int, str]:
-    """Exit status of pytest and what it printed, in a copy of the tree where `file` reads `source`."""
+    tree: Path, tests: Sequence[str], options: Sequence[str], timeout: float, file: str = "", source: str = "",
+    whole: bool = False,
+) -> tuple[int, str]:  # fmt: skip
+    """Exit status of pytest and what it printed, in a copy of the tree where `file` reads `source`.
+
+    Slow tests run where they are the module's own: those of the first file, or of all files that a table names.
+    """
     with tempfile.TemporaryDirectory(prefix="mutant-", ignore_cleanup_errors=True) as folder:
         copy, log = Path(folder) / "tree", Path(folder) / "log"
         shutil.copytree(tree, copy)
         if file:
             (copy / file).write_text(source)
-        pytest = [*tests, "-m", "not slow", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/pytest", *options]
-        env = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        pytest = [*tests, "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/pytest", *options]
+        env = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+        # a copy has a path of its own, so only the bytecode of other packages is shared
+        env |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tree.parent / "bytecode")}
         with log.open("w") as output:
             pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-            command = [sys.executable, "-c", RUNNER, *pytest]
+            own = len(tests) if whole else 1
+            command = [sys.executable, "-c", RUNNER, str(own), *pytest]
             child = subprocess.Popen(command, cwd=copy, env=env, start_new_session=True, **pipes)
         end = time.monotonic() + timeout
         while child.poll() is None and time.monotonic() < end and not STOP.is_set():
@@ -197,7 +218,9 @@ def run_tests(
 def result(tree: Path, mutant: Mutant, timeout: float) -> dict[str, Any]:
     """A line of the results file."""
     start = time.perf_counter()
-    status, text = run_tests(tree, mutant.tests, ["-x"], timeout, mutant.file, mutant.source)
+    status, text = run_tests(
+        tree, mutant.tests, ["-x"], timeout, mutant.file, mutant.source, whole=mutant.operator == "aimed"
+    )
     seconds = time.perf_counter() - start
     found = outcome(status, text, seconds > timeout)
     if found == "error":
@@ -300,7 +323,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background job would ignore it
         signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
-        tree = Path(folder)
+        tree = Path(folder) / "tree"
         snapshot(tree)
         drawn, population = sample(tree, chosen_files(tree, args.modules or MODULES), args.n, args.seed)
         mutants = aimed(tree, chosen_files(tree, args.modules) if args.modules else None) + drawn

@@ -184,7 +184,9 @@ def experiment(
     found = grid.run_experiment(config, varied, seeds, out, RichProgress(), workers)
     head, body = found.table(brief=True)
     names = found.varied
-    table = Table(title=f"held-out {config.metric}" if "metric" not in names else "held-out fitness")
+    named = f"held-out {config.metric}" if "metric" not in names else "held-out fitness"
+    same = "".join(f"; {name}: {value}" for name, value in found.same_rivals().items())
+    table = Table(title=named + same, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for title in head:
         table.add_column(title, justify="left" if title in names else "right", no_wrap=title in names)
     for line in body:

@@ -16,9 +16,12 @@ SHORT = """
 SETTINGS |= dict(method="magnitude", stages=2, steps=4, probes=2, heldout=2, calibration_samples=8, max_evals=3)
 EVALUATIONS, SEEDS = 3, 1
 """
-ALSO = {"01": 'STRATEGIES = ["evolution", "uniform"]', "03": "STAGES = [1, 2]; SETTINGS['budget'] = 0.8",
-        "04": 'METRICS = ["ssim", "latent_mse"]', "06": "GENERATIONS = 2",
-        "07": "BUDGETS = [2]; SETTINGS |= dict(nodes=8, fit_probes=2)"}  # fmt: skip
+PLANS = "SETTINGS |= dict(nodes=8, fit_probes=2)\n"
+ALSO = {
+    "00": PLANS, "01": PLANS + 'STRATEGIES = ["evopress", "random"]', "02": PLANS,
+    "03": "STAGES = [1, 2]; SETTINGS['budget'] = 0.8", "04": 'METRICS = ["ssim", "latent_mse"]', "05": PLANS,
+    "06": PLANS + "GENERATIONS = 2", "07": PLANS + "BUDGETS = [2]",
+}  # fmt: skip
 
 
 def test_all_eight_are_there() -> None:
@@ -35,7 +38,7 @@ def test_is_short_small_and_was_executed(path: Path) -> None:
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
     functions = [line for cell in code for line in cell.source.splitlines() if line.startswith("def ")]
-    assert functions == (["def blur(genome, *, space, rng):"] if path.stem.startswith("02") else [])
+    assert functions == (["def slide(genome, *, space, rng):"] if path.stem.startswith("02") else [])
 
 
 @pytest.fixture(scope="module")

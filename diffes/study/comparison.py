@@ -6,6 +6,7 @@ import csv
 import functools
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -106,9 +107,11 @@ class Comparison:
         return lines
 
     def table(self, *, brief: bool = False) -> tuple[list[str], list[list[str]]]:
-        """Return head and body of the table. A brief one fits a terminal."""
+        """Return head and body of the table. A brief one fits a terminal: its numbers have no leading 0, and rivals
+        that are the same in all lines are left out (see `same_rivals`)."""
         lines = self.summary()
         rivals = dict.fromkeys(name for record in self.records for name in record.rivals)
+        rivals = {name: None for name in rivals if not (brief and name in self.same_rivals())}
         columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
             "held-out": lambda line: f"{_number(line['heldout_mean'])} ± {_number(line['heldout_std'])}",
             **{name: functools.partial(_rival, name) for name in rivals},
@@ -129,7 +132,16 @@ class Comparison:
         for label in dict.fromkeys(self._label(each.settings) for each in self.failed):
             if label not in found:
                 body.append([*map(str, label), "failed", *[""] * (len(columns) - 1)])
+        if brief:
+            body = [[re.sub(r"(?<![\d.])0\.(?=\d)", ".", cell) for cell in line] for line in body]
         return [*self.varied, *columns], body
+
+    def same_rivals(self) -> dict[str, str]:
+        """Return the rivals that have the same value in all lines of the table, with that value."""
+        lines = self.summary()
+        names = dict.fromkeys(name for record in self.records for name in record.rivals)
+        cells = {name: {_rival(name, line) for line in lines} for name in names}
+        return {name: next(iter(found)) for name, found in cells.items() if len(found) == 1 and len(lines) > 1}
 
     def _cost_columns(self) -> dict[str, Callable[[Mapping[str, Any]], str]]:
         """Return the columns that say what the results cost: MACs of schedules, dense calls of plans."""
