@@ -62,6 +62,20 @@ def test_only_what_was_measured_alike_is_compared_and_failures_are_left_out() ->
     assert "failed" in Comparison(("strategy",), (row("evolution", 0, None),)).markdown()
 
 
+def test_a_table_for_the_terminal_has_short_numbers_and_says_once_what_is_the_same_for_all() -> None:
+    rows = [row("evolution", seed, 0.5 + 0.01 * seed) for seed in range(3)] + [
+        row("tpe", seed, 0.6) for seed in range(3)
+    ]
+    comparison = Comparison(("strategy",), tuple(rows))
+    assert comparison.same_rivals() == {UNIFORM: "1.0000", FEWER_STEPS: "1.0000 (50.0%)"}
+    head, body = comparison.table(brief=True)
+    assert not {UNIFORM, FEWER_STEPS} & set(head) and body[0][:2] == ["evolution", ".5100 ± .0100"]
+    whole, _ = comparison.table()
+    assert {UNIFORM, FEWER_STEPS} <= set(whole)
+    rows[3] = replace(rows[3], rivals={UNIFORM: replace(rows[3].searched, heldout_mean=4.0)})
+    assert UNIFORM not in Comparison(("strategy",), tuple(rows)).same_rivals()
+
+
 def test_rounding_is_no_lead_and_pairs_are_counted() -> None:
     rows = [row("evolution", seed, 0.99) for seed in range(4)]
     rows += [row("tpe", seed, 0.99 * (1 + 1e-9)) for seed in range(3)] + [row("tpe", 3, None)]
