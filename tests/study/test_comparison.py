@@ -69,7 +69,7 @@ def test_a_table_for_the_terminal_has_short_numbers_and_says_once_what_is_the_sa
     comparison = Comparison(("strategy",), tuple(rows))
     assert comparison.same_rivals() == {UNIFORM: "1.0000", FEWER_STEPS: "1.0000 (50.0%)"}
     head, body = comparison.table(brief=True)
-    assert not {UNIFORM, FEWER_STEPS} & set(head) and body[0][:2] == ["evolution", ".5100 ± .0100"]
+    assert not {UNIFORM, FEWER_STEPS} & set(head) and body[0][:2] == ["evolution", ".5100 ± .01000"]
     whole, _ = comparison.table()
     assert {UNIFORM, FEWER_STEPS} <= set(whole)
     rows[3] = replace(rows[3], rivals={UNIFORM: replace(rows[3].searched, heldout_mean=4.0)})
