@@ -91,6 +91,6 @@ class Levels(Problem):
 def heldout_of(bench: Workbench) -> HeldOut:
     """Return the evaluator of schedules on held-out probes, shared by all workbenches of a calibrated model."""
     config = bench.config
-    key = ("heldout", bench.metric.name, config.heldout, config.guidance, config.steps)
-    found: HeldOut = bench.shared.get(key, lambda: HeldOut(bench))
+    key = (bench.metric.name, config.heldout, config.guidance, config.steps)
+    found: HeldOut = bench.shared.get("heldout", key, lambda: HeldOut(bench))
     return found

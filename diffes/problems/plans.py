@@ -187,8 +187,8 @@ class Plans:
             )  # fmt: skip
 
         scale = config.guidance if guidance is None else guidance
-        key = ("plans", n_probes, seed, split, fits, scale, bench.metric.name, self.reference_steps)
-        made: PlanEvaluator = bench.shared.get(key, make)
+        key = (n_probes, seed, split, fits, scale, bench.metric.name, self.reference_steps)
+        made: PlanEvaluator = bench.shared.get("plans", key, make)
         return made.detached().attached(bench.router, bench.metric).by(self.solver)  # type: ignore[attr-defined,no-any-return]
 
     @cached_property
@@ -458,7 +458,7 @@ class PlanProblem(Problem):
             return self.measure(final.plan, final.fitness)
 
         return {
-            name: self.bench.shared.get(("evenly spaced", name, config.metric, *depends), partial(best, names))
+            name: self.bench.shared.get("evenly spaced", (name, config.metric, *depends), partial(best, names))
             for name, names in zip(self.rivals, solvers, strict=True)
         }
 

@@ -1,4 +1,4 @@
-"""Cache of expensive objects of one calibrated model: evaluators with their references."""
+"""Cache of expensive objects of one calibrated model: evaluators with their references, rivals that were measured."""
 
 from __future__ import annotations
 
@@ -6,27 +6,30 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
-KEPT = 8  # evaluators; a comparison of plans needs those of a search, of a final fit and of held-out probes at a time
+KEPT = 8  # of a kind; a comparison of plans needs the evaluators of a search, of a final fit and of held-out probes
 
 
 class Shared:
-    """Cache of the last few objects, by key.
+    """Cache of the last few objects of each kind.
 
     Example:
         >>> cache = Shared(kept=1)
-        >>> cache.get("a", lambda: 1), cache.get("a", lambda: 2), cache.get("b", lambda: 3), cache.get("a", lambda: 4)
-        (1, 1, 3, 4)
+        >>> cache.get("a", 1, lambda: "x"), cache.get("a", 1, lambda: "y"), cache.get("a", 2, lambda: "z")
+        ('x', 'x', 'z')
+        >>> cache.get("b", 1, lambda: "u"), cache.get("a", 1, lambda: "v")
+        ('u', 'v')
     """
 
     def __init__(self, kept: int = KEPT) -> None:
         self._kept = kept
-        self._made: OrderedDict[Hashable, Any] = OrderedDict()
+        self._made: dict[str, OrderedDict[Hashable, Any]] = {}
 
-    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Return the object of a key; make it if it is not kept."""
-        if key not in self._made:
-            self._made[key] = make()
-        self._made.move_to_end(key)
-        while len(self._made) > self._kept:
-            self._made.popitem(last=False)
-        return self._made[key]
+    def get(self, kind: str, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return the object of a kind and key; make it if it is not kept."""
+        made = self._made.setdefault(kind, OrderedDict())
+        if key not in made:
+            made[key] = make()
+        made.move_to_end(key)
+        while len(made) > self._kept:
+            made.popitem(last=False)
+        return made[key]

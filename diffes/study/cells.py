@@ -91,7 +91,7 @@ def finished(
     with progress.task(f"{len(cells)} cells" + " at the budget above" * above, len(cells)) as advance, run.pools:
         advance("", len(cells) - len(left))
         for _, of_one_model in itertools.groupby(left, _model_of):
-            group = list(of_one_model)
+            group = sorted(of_one_model, key=lambda cell: cell.seed)  # cells of a seed share probes and references
             whole = whole_in_workers(group, workers)
             run.side_by_side(whole, advance)
             for cell in group:

@@ -16,6 +16,7 @@ from deap import algorithms, base, creator, tools
 
 from diffes.config import DEFAULTS, RunConfig, changed
 from diffes.errors import DiffesError
+from diffes.measure.plan_evaluator import PlanEvaluator
 from diffes.problems.base import PROBLEMS
 from diffes.problems.plans import Steps
 from diffes.problems.workbench import Workbench, prepare, vary
@@ -88,6 +89,25 @@ def test_strategies_are_compared_on_plans(tiny_folder: Path, tmp_path: Path) -> 
     again = Counting()
     assert run_experiment(config, {"strategy": ["evopress", "random"]}, 2, tmp_path, again).records == found.records
     assert not any("calibrating" in title for title in again.titles)
+
+
+@pytest.mark.slow
+def test_cells_of_a_seed_share_their_references(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five seeds, each has a reference for its search and one for its final fit; held-out probes are the same."""
+    made: list[int] = []
+    build = PlanEvaluator.__init__
+
+    def counted(self: PlanEvaluator, *args: Any, **options: Any) -> None:
+        made.append(1)
+        build(self, *args, **options)
+
+    monkeypatch.setattr(PlanEvaluator, "__init__", counted)
+    config = plan_config(tiny_folder, nodes=6, probes=2, heldout=2, max_evals=2, calls=2.0)
+    found = run_experiment(config, {"strategy": ["random", "evopress"]}, 5, tmp_path, Counting())
+    assert len(made) == 5 * 2 + 1
+    assert [record.settings["seed"] for record in found.records] == [*range(5)] * 2
 
 
 @pytest.mark.slow
