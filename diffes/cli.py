@@ -311,6 +311,10 @@ def ablate(
     if settings.genes == "levels" and settings.cost == "auto":  # levels cost something else with another method
         settings = replace(settings, cost="macs", budget=0.7 if settings.budget is None else settings.budget)
     _checked(settings)
+    for text in vary:  # unknown names, before torch is imported
+        name, _, values = text.removeprefix("--").partition("=")
+        for value in values.split(",") if name in GROUPS and ":" not in values else ():
+            check_names(**{name: value})
     with _terminal(log_file) as terminal:
         varied = terminal.parse_variations(vary)
         out = out or _named(f"ablate-{'-'.join(varied)}", settings, seed=False)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from diffes.errors import DiffesError, at_least, unknown_name
 
 LARGEST = 10**9
+MOST_CALLS = 1000
 HELDOUT_SEED = 1_000_000_007  # of the held-out probes: the same for every run, so that runs can be compared
 Allocation = Literal["sensitivity", "equal", "damage"]  # how a level is shared out; "damage" is its older name
 Guidance = float | tuple[float, float]  # one scale, or the two ends of a range
@@ -128,6 +130,11 @@ class ProblemSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not (value is None or isinstance(value, int | float)):
                 raise DiffesError(f"{name} must be a number, got {value!r}")
+        if self.calls is not None and not 1 <= self.calls <= MOST_CALLS:
+            raise DiffesError(
+                f"calls must be at least 1, which is what a dense call costs, and at most {MOST_CALLS}, got "
+                f"{self.calls:g}"
+            )
         kind = KINDS.get(self.genes)
         for name, of in OF_PROBLEMS.items() if kind else ():
             if getattr(self, name) is not None and of != kind:
@@ -233,6 +240,8 @@ class RunConfig(ResourceSettings, SearchSettings, ProblemSettings, CalibrationSe
     """
 
     def __post_init__(self) -> None:
+        for name, hint in _hints().items():
+            _check_type(name, getattr(self, name), hint)
         for part in PARTS:
             part.__post_init__(self)
         if self.study is not None and (not self.study or self.storage is None or not self.asynchronous):
@@ -264,6 +273,21 @@ class RunConfig(ResourceSettings, SearchSettings, ProblemSettings, CalibrationSe
         return plain | {"guidance": list(self.guidance)} if isinstance(self.guidance, tuple) else plain
 
 
+@functools.cache
+def _hints() -> dict[str, Any]:
+    """Return the types of all settings, by name."""
+    return get_type_hints(RunConfig)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """Check a setting that is a text, or one of a few; numbers are checked by their part."""
+    if get_origin(hint) is Literal:
+        if not isinstance(value, str) or value not in get_args(hint):
+            raise DiffesError(f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}")
+    elif hint in (str, str | None) and not isinstance(value, str) and not (value is None and hint == str | None):
+        raise DiffesError(f"{name} must be a text, got {value!r}")
+
+
 def settings_of(settings: Mapping[str, Any]) -> RunConfig:
     """Return the configuration of some settings by name.
 
@@ -283,13 +307,18 @@ def settings_of(settings: Mapping[str, Any]) -> RunConfig:
 def changed(config: RunConfig, **changes: Any) -> RunConfig:
     """Return settings with other values. If another kind of thing is searched then, its own settings are left out.
 
+    Resolved settings do not tell which of cost, metric and strategy were given, so these follow the kind. Of others,
+    those that were given stay.
+
     Example:
         >>> changed(RunConfig(genes="levels", budget=0.3).resolved(), genes="steps").budget is None
         True
     """
     genes = changes.get("genes", config.genes)
     if KINDS.get(genes, "plans") != config.kind:
-        unset: dict[str, Any] = dict.fromkeys(OF_PROBLEMS) | dict.fromkeys(AUTO["plans"], "auto")
+        unset: dict[str, Any] = dict.fromkeys(OF_PROBLEMS)
+        if config == config.resolved():
+            unset |= dict.fromkeys(AUTO["plans"], "auto")
         changes = unset | changes
     return dataclasses.replace(config, **changes)
 

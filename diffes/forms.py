@@ -15,7 +15,7 @@ from pydantic_core import PydanticSerializationError, to_json
 
 from diffes.errors import DiffesError
 
-AGAIN = "restore it or run `diffes search` again"
+AGAIN = "restore it or run `diffes search` again with --overwrite"
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Number = Annotated[int, Field(ge=1, le=2**53)]

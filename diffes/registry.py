@@ -164,7 +164,8 @@ def _offered(group: str, _path: tuple[str, ...]) -> dict[str, EntryPoint]:
 GROUPS = {  # entry-point groups of what settings name, and what these are called in messages
     "genes": ("genes", "diffes.problems"), "strategy": ("strategy", "diffes.strategies"),
     "method": ("pruning method", "diffes.pruning_methods"), "solver": ("solver of plans", "diffes.solvers"),
-    "cost": ("cost", "diffes.costs"),
+    "cost": ("cost", "diffes.costs"), "mutation": ("mutation", "diffes.mutations"),
+    "crossover": ("crossover", "diffes.crossovers"),
 }  # fmt: skip
 
 
@@ -185,5 +186,5 @@ def check_names(**specs: str | None) -> None:
         known = _offered(group, tuple(sys.path))
         for spec in (given or "auto").split("+") if setting == "method" else [given or "auto"]:
             name = spec.partition(":")[0]
-            if name != "auto" and name not in known:
+            if name != "auto" and not name.startswith("deap.") and name not in known:
                 raise unknown_name(kind, name, sorted(known))

@@ -17,6 +17,7 @@ import torch
 
 from diffes.adapters import ModelAdapter, Probes
 from diffes.adapters.macs import call_once, macs_by_module, macs_per_call, macs_per_group
+from diffes.plugins import guarded, unexpected
 from diffes.progress import Progress, Silent
 from diffes.registry import Registry
 from diffes.runtime.router import Router
@@ -134,9 +135,23 @@ def costs_of(
             told += 1
             advance(note)
 
-        table = currency.table(Calls(router, space.stages, space.visited, space.max_level, probes, changing, tell))
+        calls = Calls(router, space.stages, space.visited, space.max_level, probes, changing, tell)
+        what = f"cost {name!r}"
+        wanted = f"return {len(space.stages)} rows of {space.max_level + 1} finite costs above 0 from table"
+        with guarded(currency, what, wanted):
+            found = currency.table(calls)
+            try:
+                table = np.asarray(found, dtype=np.float64)
+            except (TypeError, ValueError) as error:
+                raise unexpected(what, wanted, found) from error
+        if table.shape != (len(space.stages), space.max_level + 1):
+            raise unexpected(what, wanted, found)
+        rows = table[list(space.visited)]
+        if not np.isfinite(rows).all() or not (rows[:, 0] > 0).all() or (rows < 0).any():
+            raise unexpected(what, wanted, found)
         advance("", total - told)
-    return table
+    costs: Table = table.tolist()
+    return costs
 
 
 def macs_fraction(router: Router, routed: Schedule | Plan, steps: Sequence[int]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ class Measure:
     def batch(self, genomes: Iterable[Sequence[int]]) -> list[tuple[float]]:
         """Measure many genomes together and return their fitness. Equal starts of trajectories share denoiser calls."""
         space = self._ledger.space
-        asked = [Proposal(space.schedule(list(g)), origin=getattr(g, "origin", None)) for g in genomes]
+        asked = [Proposal(space.schedule(_whole(g)), origin=getattr(g, "origin", None)) for g in genomes]
         new = list({p.schedule: p for p in asked if p not in self._ledger}.values())
         for _ in self._ledger.measure(new):
             pass
@@ -60,6 +61,18 @@ class Measure:
     def map(self, function: Callable[..., Any], *many: Iterable[Any]) -> list[Any]:
         """Apply a function as Python's `map` does. If it is `evaluate`, measure the whole generation as one batch."""
         return self.batch(*many) if getattr(function, "func", None) is self else list(map(function, *many))
+
+
+def _whole(genome: Sequence[Any]) -> list[int]:
+    """Return a genome as whole numbers.
+
+    Raises:
+        DiffesError: it has something else.
+    """
+    try:
+        return [operator.index(gene) for gene in genome]
+    except TypeError:
+        raise DiffesError(f"a genome is a sequence of whole numbers, got {list(genome)!r}") from None
 
 
 def measuring_toolbox(

@@ -20,7 +20,7 @@ from diffes.files import CONFIG, check_seal, read_json, write_json, write_safely
 from diffes.forms import ConfigFile, CostsFile, Form, checked
 from diffes.results.artifact import BANK, SCHEDULE
 from diffes.results.artifact import FRONT as PLANS
-from diffes.results.lock import clear_leftovers, is_unused
+from diffes.results.lock import clear_leftovers, is_unused, missing, remove_empty
 from diffes.spaces.ledger import LOGGED
 from diffes.spaces.space import Table
 
@@ -99,14 +99,13 @@ def check_writable(folder: Path) -> None:
     Raises:
         DiffesError: they cannot.
     """
-    existed = folder.is_dir()
+    made = missing(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test", suffix="-" * LONGEST) as test:
             test.write(b"\0" * 4096)
             test.flush()
-        if not existed:
-            folder.rmdir()  # bad settings should leave nothing behind
+        remove_empty(made)  # bad settings should leave nothing behind
     except OSError as error:
         raise DiffesError(f"cannot write to --out {folder} ({error}). Name another folder.") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,12 +27,12 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         DiffesError: the folder is in use (the message says by whom), is a file, or cannot be written to.
     """
-    path, made = folder / LOCK, False
+    path, made = folder / LOCK, list[Path]()
     lock = FileLock(path, timeout=0)
     try:
         if folder.exists() and not folder.is_dir():
             raise DiffesError(f"--out {folder} is a file. Name a folder.")
-        made = not folder.exists()
+        made = missing(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
@@ -49,9 +49,19 @@ def held(folder: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # while the lock is held: a waiting process notices and tries again
         lock.release()
-        if made:
-            with suppress(OSError):  # the folder is not empty
-                folder.rmdir()
+        remove_empty(made)
+
+
+def missing(folder: Path) -> list[Path]:
+    """Return the folders that have to be made for a folder, itself first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders that are empty, up to the first one that is not."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _holder(path: Path) -> str:

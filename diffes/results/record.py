@@ -88,6 +88,8 @@ class RunRecord:
         curve: (denoiser calls, best fitness) wherever the best so far rose, and at the end.
         calibration_calls: denoiser calls of the calibration, in rows; 0 if they were not recorded.
         above: the same search at a higher budget, if this one found a schedule cheaper than its own.
+        calibration_seed: seed of the calibration, which cells of one command share; None in a run of its own, and if it
+            was not recorded.
     """
 
     __pydantic_config__ = ConfigDict(allow_inf_nan=False)
@@ -102,6 +104,7 @@ class RunRecord:
     curve: tuple[tuple[int, float], ...] = ()
     calibration_calls: int = 0
     above: RunRecord | None = None
+    calibration_seed: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return nested plain values: a line of `cells.jsonl`."""

@@ -74,8 +74,9 @@ def finished(
     """
     for cell in cells:
         check_settings(cell)
-        if cell.study is not None:
-            raise DiffesError(f"each search here has a journal of its own: leave --study {cell.study} out")
+        for name in ("study", "storage"):
+            if (given := getattr(cell, name)) is not None:
+                raise DiffesError(f"each search here has a journal of its own: leave --{name} {given} out")
         check_asynchronous(cell, workers)
         if equal_calls and cell.time_limit is not None:
             raise DiffesError(
@@ -84,6 +85,11 @@ def finished(
             )
     _open(out)
     done = {key_of(record.settings): record for record in _read(out / CELLS)}
+    if others := {record.calibration_seed for record in done.values()} - {None, seed}:
+        raise DiffesError(
+            f"the cells in --out {out} were calibrated with seed {others.pop()}, which is the --seed of their command, "
+            f"and here --seed is {seed}. Keep --seed and raise --seeds, or name another folder."
+        )
     unlike = {key_of(cell.to_json()): cell for cell in cells}
     left = [cell for key, cell in unlike.items() if above or key not in done]
     costs = checked(CellCosts, read_json(out / COSTS) if (out / COSTS).exists() else {}, out / COSTS).root
@@ -217,6 +223,7 @@ class _Run:
     def _keep(self, cell: RunConfig, record: RunRecord) -> None:
         """Add the record of a cell to the folder."""
         key = key_of(cell.to_json())
+        record = replace(record, calibration_seed=self.seed)
         record = replace(self.done[key], above=record) if self.above else record
         with (self.out / CELLS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record.to_json()) + "\n")

@@ -24,6 +24,7 @@ from diffes.spaces.schedule import Plan, Schedule
 from diffes.study.equal_cost import at_budget, calls_of, config_of, cost_of, is_off, same
 
 MEASURE = ("model", "metric", "steps", "guidance", "heldout", "dtype")  # settings that held-out fitness depends on
+EFFORT = ("max_evals", "max_calls", "probes", "fit_probes", "time_limit")  # settings that say what a search may spend
 ALIKE = (*MEASURE, "cost", "budget", "calls")  # settings that compared records share
 TIE = 1e-6  # relative: held-out values that differ by less are tied
 TABLE, CSV, JSON = "table.md", "results.csv", "results.json"
@@ -52,13 +53,13 @@ class Comparison:
     failed: tuple[Failure, ...] = ()
 
     def _label(self, settings: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(settings[name] for name in self.varied)
+        return tuple(_hashable(settings.get(name)) for name in self.varied)
 
     def _alike(self) -> list[dict[tuple[Any, ...], list[RunRecord]]]:
         """Return groups of records that can be compared, each by combination."""
         found: dict[tuple[Any, ...], dict[tuple[Any, ...], list[RunRecord]]] = {}
         for record in self.records:
-            alike = found.setdefault(tuple(record.settings.get(name) for name in ALIKE), {})
+            alike = found.setdefault(tuple(_hashable(record.settings.get(name)) for name in ALIKE), {})
             alike.setdefault(self._label(record.settings), []).append(record)
         return list(found.values())
 
@@ -94,7 +95,7 @@ class Comparison:
         families: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         lines = []
         for label, records in self.measured().items():
-            alike = tuple(records[0].settings.get(name) for name in ALIKE)
+            alike = tuple(_hashable(records[0].settings.get(name)) for name in ALIKE)
             line = dict(zip(self.varied, label, strict=True)) | _line(records, references.setdefault(alike, records))
             own = [record for record in self.records if self._label(record.settings) == label]
             line["between"] = _between([r for r, shown in zip(own, records, strict=True) if shown is not r])
@@ -167,6 +168,8 @@ class Comparison:
                 "Difference: mean over seeds of held-out fitness less that of the first one, with its 95 % t interval; "
                 "p: Wilcoxon's signed-rank test, corrected by Holm for the number of comparisons; both paired by seed."
             )
+        if effort := [name for name in EFFORT if name in self.varied]:
+            notes.append(f"Rows that differ in {' and '.join(effort)} were searched with unequal effort.")
         if any(line["exhausted"] for line in lines):
             notes.append("*: the strategy had nothing left to ask before its denoiser calls were spent.")
         for each in self.failed:
@@ -294,7 +297,7 @@ def _line(records: Sequence[RunRecord], reference: Sequence[RunRecord]) -> dict[
         "same_cost": same_cost,
         "denoiser_calls": _mean([record.denoiser_calls for record in records]),
         "evaluations": _mean([record.evaluations for record in records]),
-        "exhausted": all(record.denoiser_calls < calls_of(config_of(record.settings)) for record in records),
+        "exhausted": all(_searched(record) < calls_of(config_of(record.settings)) for record in records),
     } | _compared(records, reference if same_cost else None)
 
 
@@ -355,6 +358,16 @@ def _rival(name: str, line: Mapping[str, Any]) -> str:
 def _label(group: str, record: RunRecord) -> str:
     """Return the label of a plan in the figure of plans."""
     return f"{group}, seed {record.settings['seed']}, {record.searched.cost or 0.0:.3g}"
+
+
+def _searched(record: RunRecord) -> int:
+    """Return the denoiser calls of a search without its final fit."""
+    return record.curve[-1][0] if record.curve else record.denoiser_calls
+
+
+def _hashable(value: Any) -> Any:
+    """Return a setting as a key; a range of guidance is a list."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _number(value: float | None) -> str:

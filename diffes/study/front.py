@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from diffes import files
-from diffes.config import ALONE, RunConfig, WorkerOptions
+from diffes.config import ALONE, MOST_CALLS, RunConfig, WorkerOptions
 from diffes.errors import DiffesError
 from diffes.figures import charts, plots
 from diffes.forms import FrontRecord, PlanPoint
@@ -110,11 +110,7 @@ def complete_front(
             f"solver {solver!r} has no coefficients to fit, and --genes steps searches timesteps for fitted ones and "
             f"for {SOLVER}: leave --solver out, or search --genes joint"
         )
-    if not budgets or not all(1 <= budget < math.inf for budget in budgets):
-        raise DiffesError(
-            f"budgets are numbers of dense calls, at least one budget and none below 1, which a dense call costs, got "
-            f"{list(budgets)}"
-        )
+    budgets = _checked(budgets)
     if len({f"{budget:g}" for budget in budgets}) < len(budgets):
         raise DiffesError(f"budgets must differ, in six digits, got {list(budgets)}")
     if config.storage is not None:
@@ -126,6 +122,22 @@ def complete_front(
     config = with_threads(config, out / files.CONFIG)
     with held(out):
         return _front_in(config, out, progress, extra, overwrite, on_evaluation, workers)
+
+
+def _checked(budgets: Any) -> list[float]:
+    """Return budgets as a list of numbers.
+
+    Raises:
+        DiffesError: they are no such list, or one is below 1 or too large.
+    """
+    given = np.ravel(budgets).tolist() if isinstance(budgets, np.ndarray) else budgets
+    numbers = isinstance(given, Sequence) and all(type(budget) in (int, float) for budget in given)
+    if not numbers or not given or not all(1 <= budget <= MOST_CALLS for budget in given):
+        raise DiffesError(
+            f"budgets are numbers of dense calls, at least one budget, none below 1, which a dense call costs, and "
+            f"none above {MOST_CALLS}, got {budgets!r}"
+        )
+    return list(given)
 
 
 def _front_in(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffes.config import COMPARED, FRONT, RunConfig, WorkerOptions, settings_of
+from diffes.errors import DiffesError
 from diffes.figures import tables
 from diffes.forms import FrontRecord, PlanPoint
 from diffes.progress import Progress, RichProgress
@@ -109,6 +110,8 @@ def front(
     **settings: Any,
 ) -> Front:
     """Search plans at several budgets in dense calls, and write a folder, as `diffes front` does; see `search`."""
+    if settings.get("calls") is not None:
+        raise DiffesError(f"calls={settings['calls']} is one budget. In a front, use budgets instead")
     config = settings_of(dataclasses.asdict(FRONT) | settings)
     return _front_of(Path(out), config, budgets, progress, overwrite=overwrite, workers=WorkerOptions(workers))
 
@@ -152,6 +155,10 @@ def compare(
         DiffesError: a setting is unusable, or all cells failed.
     """
     config = settings_of(settings)
+    if config.strategy != "auto":
+        raise DiffesError(f"strategy={config.strategy!r} is one strategy. In a comparison, use strategies instead")
+    if isinstance(strategies, str):
+        raise DiffesError(f"strategies are a list of names, got the text {strategies!r}")
     names = list(strategies) if strategies else COMPARED[config.kind]
     return run_experiment(
         config, {"strategy": names}, seeds, Path(out), progress or RichProgress(), WorkerOptions(workers)
@@ -178,4 +185,6 @@ def ablate(
         settings: fields of `diffes.RunConfig`.
     """
     config = settings_of(settings)
+    if not isinstance(varied, Mapping):
+        raise DiffesError(f"varied holds values by the name of a setting, like {{'calls': [4, 6]}}, got {varied!r}")
     return run_experiment(config, varied, seeds, Path(out), progress or RichProgress(), WorkerOptions(workers))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 from diffes.config import ALONE, ResourceSettings, RunConfig, WorkerOptions, changed, names_of
-from diffes.errors import DiffesError, unknown_name
+from diffes.errors import DiffesError, at_least, unknown_name
 from diffes.progress import Progress
 from diffes.results.lock import held
 from diffes.results.record import RunRecord
@@ -80,16 +81,21 @@ def grid(base: RunConfig, varied: Mapping[str, Sequence[Any]], seeds: int) -> li
     Raises:
         DiffesError: a value is out of its range, or there are no seeds or values.
     """
-    if seeds < 1:
-        raise DiffesError(f"seeds must be at least 1, got {seeds}")
+    at_least("seeds", seeds, 1)
+    known = {field.name for field in dataclasses.fields(RunConfig)} - {"seed"}
+    if unknown := sorted(set(varied) - known):
+        raise unknown_name("option to vary", unknown[0], known)
+    if not varied:
+        raise DiffesError("there is nothing to vary: name a setting and its values")
     if empty := [name for name, values in varied.items() if not values]:
         raise DiffesError(f"there is nothing to run: {empty[0]} has no values; give at least one")
     if CALLS_OF & set(varied) and "max_evals" not in varied and "max_calls" not in varied:
         base = replace(base, max_calls=calls_of(base.resolved()))
-    combinations = [
-        changed(base, **dict(zip(varied, values, strict=True))) for values in itertools.product(*varied.values())
-    ]
-    combinations.sort(key=lambda config: [varied[name].index(getattr(config, name)) for name in _outer(varied)])
+    outer = _outer(varied)
+    places = itertools.product(*(range(len(values)) for values in varied.values()))
+    chosen = [dict(zip(varied, each, strict=True)) for each in places]  # place of the value of each setting
+    chosen.sort(key=lambda place: [place[name] for name in outer])
+    combinations = [changed(base, **{name: varied[name][i] for name, i in place.items()}) for place in chosen]
     return [replace(config.resolved(), seed=base.seed + i) for config in combinations for i in range(seeds)]
 
 
@@ -143,7 +149,14 @@ def _comparison(
     records = [done[key] for key in keys if key in done]
     settings = [*(record.settings for record in records), *(each.settings for each in failed)]
     others = [field.name for field in dataclasses.fields(RunConfig) if field.name not in {*varied, *UNSEEN}]
-    names = [*varied, *(name for name in others if len({each[name] for each in settings}) > 1)]
+
+    def differing(candidates: Iterable[str]) -> list[str]:
+        return [name for name in candidates if len({repr(each.get(name)) for each in settings}) > 1]
+
+    names = [*varied, *differing(others)]
+    alike = Counter(repr([r.settings.get(name) for name in (*names, "seed")]) for r in records)
+    if max(alike.values(), default=0) > 1:  # a seed was searched again with other resources, which then get a column
+        names += differing(sorted(UNSEEN - {"seed"}))
     return Comparison(tuple(names), tuple(records), tuple(failed))
 
 

@@ -1,21 +1,24 @@
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import peft
 import pytest
 import torch
-from conftest import skip_twice, small_bank
+from conftest import Counting, skip_twice, small_bank
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffes.adapters import ModelAdapter
 from diffes.adapters.macs import macs_per_call
+from diffes.errors import DiffesError, PluginError
 from diffes.measure import currencies
-from diffes.measure.currencies import Calls, interleaved_ms, macs_fraction
+from diffes.measure.currencies import CURRENCIES, Calls, Currency, costs_of, interleaved_ms, macs_fraction
+from diffes.problems.workbench import Workbench
 from diffes.pruning import METHODS
 from diffes.runtime.router import Router
 from diffes.spaces.schedule import Schedule, Stages
@@ -118,3 +121,27 @@ def test_neither_a_machine_that_slows_down_nor_one_slip_makes_a_stage_dearer(
     for stage in visited:
         assert table[stage] == pytest.approx([16, *(24 * macs[stage][level] / macs[stage][0] for level in (1, 2))])
     assert told == ["stage 0", "stage 1", "stage 3"]  # they leave different widths
+
+
+@pytest.mark.parametrize("found", [[[1.0]], "text", None, [[0.0] * 5] * 4, [[float("nan")] * 5] * 4, [[1.0] * 6] * 4])
+def test_a_cost_that_returns_something_else_is_named(bench: Workbench, found: object) -> None:
+    with pytest.raises(DiffesError, match=r"cost 'odd' must return 4 rows of 5 finite costs above 0 from table, got"):
+        _cost_of(bench, lambda calls: found)
+
+
+def test_a_cost_that_fails_is_named_and_arrays_are_taken(bench: Workbench) -> None:
+    with pytest.raises(PluginError, match=r"cost 'odd' failed \(ZeroDivisionError"):
+        _cost_of(bench, lambda calls: 1 / 0)
+    with pytest.raises(PluginError, match=r"cost 'odd' failed \(SystemExit: 3"):
+        _cost_of(bench, lambda calls: sys.exit(3))
+    assert _cost_of(bench, lambda calls: torch.ones(4, 5)) == [[1.0] * 5] * 4
+
+
+def _cost_of(bench: Workbench, table: Callable[[Calls], object]) -> object:
+    odd = type("Odd", (Currency,), {"table": lambda self, calls: table(calls), "__module__": "theirs"})
+    CURRENCIES.register("odd")(odd)
+    try:
+        probes = bench.adapter.make_probes(1, 0)
+        return costs_of("odd", bench.router, bench.levels, probes, Counting(), changing=False)
+    finally:
+        CURRENCIES.unregister("odd")

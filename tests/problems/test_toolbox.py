@@ -206,3 +206,9 @@ def test_the_seed_decides_what_operators_draw(recorded: Workbench) -> None:
         return [list(toolbox.individual()) for _ in range(8)]
 
     assert drawn() == drawn(seed=recorded.config.seed) != drawn(seed=1)
+
+
+@pytest.mark.parametrize("genome", [[1.5, 0, 0, 0], ["1", "0", "0", "0"]])
+def test_a_genome_of_something_else_than_whole_numbers_is_refused(recorded: Workbench, genome: list[Any]) -> None:
+    with pytest.raises(DiffesError, match="a genome is a sequence of whole numbers, got"):
+        recorded.toolbox(seed=0).evaluate(genome)

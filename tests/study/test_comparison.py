@@ -11,6 +11,7 @@ from diffes.config import RunConfig
 from diffes.results.record import FEWER_STEPS, UNIFORM, Candidate, RunRecord
 from diffes.spaces.schedule import Schedule, Stages
 from diffes.study.comparison import Comparison, holm
+from diffes.study.equal_cost import calls_of, config_of
 
 
 def row(strategy: str, seed: int, heldout: float | None, **settings: Any) -> RunRecord:
@@ -147,3 +148,19 @@ def test_searches_that_had_nothing_left_to_ask_are_marked() -> None:
         ("strategy",), (short, replace(short, settings=row("tpe", 0, 0.9, max_calls=1).settings))
     ).markdown()
     assert "| 1* |" in text and "| 1 |" in text and "nothing left to ask" in text
+
+
+def test_unequal_effort_is_said_and_a_range_of_guidance_is_a_value_like_others() -> None:
+    rows = [row("random", 0, 0.5), row("random", 0, 0.6, max_evals=9)]
+    text = Comparison(("strategy", "max_evals"), tuple(rows)).markdown()
+    assert "Rows that differ in max_evals were searched with unequal effort." in text
+    ranged = replace(rows[0], settings={**rows[0].settings, "guidance": [1.5, 4.0]})
+    assert len(Comparison(("guidance",), (rows[0], ranged)).summary()) == 2
+
+
+def test_the_final_fit_is_no_part_of_what_a_search_spends() -> None:
+    done = row("random", 0, 0.5)
+    allowed = calls_of(config_of(done.settings))
+    for spent, exhausted in ((allowed - 1, True), (allowed, False)):
+        record = replace(done, denoiser_calls=10 * allowed, curve=((spent, 0.5),))
+        assert [line["exhausted"] for line in Comparison(("strategy",), (record,)).summary()] == [exhausted]

@@ -217,3 +217,47 @@ def test_the_calls_of_a_profile_are_counted(base: RunConfig, tmp_path: Path) -> 
     profile = 4 * 24  # each stage on all calibration images
     assert record.denoiser_calls == profile + 4 * 4 * 2
     assert record.curve[0][0] == record.denoiser_calls
+
+
+def test_a_seed_counts_once_and_other_resources_get_a_column(base: RunConfig, tmp_path: Path) -> None:
+    varied = {"strategy": ["random"]}
+    grid.run_experiment(replace(base, threads=1), varied, 2, tmp_path, Counting())
+    again = grid.run_experiment(replace(base, threads=1, bank_memory=3.0), varied, 2, tmp_path, Counting())
+    assert again.varied == ("strategy", "bank_memory")
+    assert [(line["bank_memory"], line["seeds"]) for line in again.summary()] == [(3.0, 2), (4.0, 2)]
+
+
+def test_cells_of_another_calibration_are_refused(base: RunConfig, tmp_path: Path) -> None:
+    """Cells of one command share the calibration of its first seed."""
+    found = grid.run_experiment(base, {"strategy": ["random"]}, 1, tmp_path, Counting())
+    assert found.records[0].calibration_seed == base.seed == 0
+    with pytest.raises(DiffesError, match=r"calibrated with seed 0, .* and here --seed is 1. Keep --seed and raise"):
+        grid.run_experiment(replace(base, seed=1), {"strategy": ["random"]}, 1, tmp_path, Counting())
+
+
+def test_settings_that_were_given_stay_where_what_is_searched_varies() -> None:
+    given = RunConfig(metric="latent_cosine", strategy="random", calls=2.0)
+    levels, steps = grid.grid(given, {"genes": ["levels", "steps"]}, 1)
+    assert (levels.metric, levels.strategy, levels.calls) == ("latent_cosine", "random", None)
+    assert (steps.metric, steps.strategy, steps.calls) == ("latent_cosine", "random", 2.0)
+    assert [config.cost for config in (levels, steps)] == ["level", "macs"]
+
+
+def test_a_range_of_guidance_and_old_names_of_values_may_vary() -> None:
+    cells = grid.grid(RunConfig(), {"guidance": [2.0, (1.5, 4.0)], "allocation": ["damage", "equal"]}, 1)
+    assert [(cell.guidance, cell.allocation) for cell in cells] == [
+        (2.0, "sensitivity"), (2.0, "equal"), ((1.5, 4.0), "sensitivity"), ((1.5, 4.0), "equal"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("varied", "seeds", "message"),
+    [
+        ({}, 1, "nothing to vary"), ({"seed": [1, 2]}, 1, "unknown option to vary 'seed'"),
+        ({"foo": [1]}, 1, "unknown option to vary 'foo'"), ({"calls": [2, 0.5]}, 1, "calls must be at least 1"),
+        ({"calls": [2]}, 1.5, "seeds must be a whole number"), ({"dtype": ["float64"]}, 1, "dtype must be one of"),
+    ],
+)  # fmt: skip
+def test_bad_grids_are_refused(varied: dict[str, list[Any]], seeds: Any, message: str) -> None:
+    with pytest.raises(DiffesError, match=message):
+        grid.grid(RunConfig(), varied, seeds)
