@@ -312,8 +312,8 @@ def test_bad_options_are_named(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--calls", "0.5"], "none below 1, which a dense call costs, got [0.5]"),
-        (["--calls", "nan"], "none below 1"),
+        (["--calls", "0.5"], "calls must be at least 1, which is what a dense call costs, and at most 1000, got 0.5"),
+        (["--calls", "nan"], "calls must be at least 1"),
         (["--budget", "0.3"], "--budget 0.3 sets the budget of schedules"),
         (["--solver", "heun"], "'heun'"),
         (["--nodes", "1"], "nodes must be at least 2"),

@@ -23,7 +23,7 @@ from diffes.config import (
     names_of,
 )
 from diffes.errors import DiffesError
-from diffes.files import checksum, parse_json, read_json, write_json
+from diffes.files import CONFIG, checksum, parse_json, read_json, write_json
 from diffes.forms import CellCosts, checked
 from diffes.problems.checks import are_known_elsewhere, check_settings
 from diffes.problems.workbench import Workbench, prepare, vary
@@ -283,7 +283,8 @@ def _model_of(config: RunConfig) -> list[Any]:
 
 
 def _open(out: Path) -> None:
-    if not is_unused(out) and not (out / CELLS).exists() and not (out / JOURNALS).exists():
+    ours = (out / CELLS).exists() or ((out / JOURNALS).exists() and not (out / CONFIG).exists())
+    if not is_unused(out) and not ours:
         raise DiffesError(f"--out {out} is not empty and holds no comparison of diffes; name another folder")
     clear_leftovers(out)
     (out / JOURNALS).mkdir(parents=True, exist_ok=True)
@@ -293,13 +294,14 @@ def _read(path: Path) -> list[RunRecord]:
     """Read the records of finished cells. Drop a line that a kill cut off, so that its cell runs again."""
     if not path.exists():
         return []
-    content = path.read_text(encoding="utf-8")
-    whole = content[: content.rfind("\n") + 1]
-    if whole != content:
-        path.write_text(whole, encoding="utf-8")
     try:
+        content = path.read_text(encoding="utf-8")
+        whole = content[: content.rfind("\n") + 1]
+        if whole != content:
+            path.write_text(whole, encoding="utf-8")
         rows = [parse_json(line) for line in whole.splitlines()]
         records = [RunRecord.from_json(row, f"line {i}") for i, row in enumerate(rows, 1)]
         return [replace(record, settings=config_of(record.settings).to_json()) for record in records]
     except (KeyError, TypeError, ValueError) as error:
-        raise DiffesError(f"{path} is damaged ({error}); restore it, or move it away to run its cells again") from error
+        said = str(error).partition("; restore")[0]
+        raise DiffesError(f"{path} is damaged ({said}); restore it, or move it away to run its cells again") from error

@@ -126,6 +126,21 @@ def test_a_folder_of_something_else_is_refused(base: RunConfig, tmp_path: Path) 
         grid.run_cells([base], tmp_path, Counting())
     with pytest.raises(DiffesError, match="is a file"):
         grid.run_cells([base], tmp_path / "thesis.txt", Counting())
+    front = tmp_path / "front"  # it has journals, too
+    (front / "journals").mkdir(parents=True)
+    (front / "config.json").write_text("{}")
+    with pytest.raises(DiffesError, match="holds no comparison"):
+        grid.run_cells([base], front, Counting())
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"\xff\n", "codec can't decode"), (b'{"a": 1}\n', "line 1 is no record")]
+)
+def test_damaged_cells_are_named_once(base: RunConfig, tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / CELLS).write_bytes(content)
+    with pytest.raises(DiffesError, match=f"cells.jsonl is damaged .*{said}") as raised:
+        grid.run_cells([base], tmp_path, Counting())
+    assert str(raised.value).count("restore it") == 1
 
 
 def test_all_cells_are_checked_before_the_first_one_runs(base: RunConfig, tmp_path: Path) -> None:
