@@ -182,8 +182,8 @@ AIMED = (
     # the toolbox takes schedules of any cost
     Aimed(
         "diffes/problems/toolbox.py",
-        "Proposal(space.schedule(list(g)),",
-        "Proposal(space.any_schedule(list(g)),",
+        "Proposal(space.schedule(_whole(g)),",
+        "Proposal(space.any_schedule(_whole(g)),",
         ("tests/problems/test_toolbox.py",),
     ),
     # a parent is crossed with itself
