@@ -134,7 +134,8 @@ def _check_same_run(folder: Path, now: Mapping[str, Any], finished: str) -> bool
     }
     raised = [name for name, (was, is_now) in changes.items() if name in LIMITS and _above(is_now, was)]
     changed = [f"{name} was {was!r} and is {now!r}" for name, (was, now) in changes.items() if name not in raised]
-    if (folder / finished).exists() and (changed or not raised):
+    over = {finished, REPORT, PLANS}  # files of finished runs, of whatever was searched
+    if any((folder / name).exists() for name in over) and (changed or not raised):
         why = f" ({'; '.join(changed)})" if changed else ""
         raise (DiffesError if changed else Finished)(
             f"--out {folder} holds a finished run{why}. Raise --max-evals to continue it, pass --overwrite to replace "

@@ -30,6 +30,8 @@ def test_a_search_is_a_front_of_one_budget_or_a_report(tiny_folder: Path, tmp_pa
     assert isinstance(again, Front) and again == found and list(found.plans())[-1] == "dense-fitted, 2"
     read = diffes.search(tmp_path / "levels", **settings, genes="levels")
     assert isinstance(read, Report) and read == report
+    with pytest.raises(DiffesError, match=r"holds a finished run .*genes was 'steps' and is 'levels'"):
+        diffes.search(tmp_path / "plan", **settings, genes="levels")
     with pytest.raises(DiffesError, match="seed was 0 and is 1"):
         diffes.search(tmp_path / "levels", **settings, genes="levels", seed=1)
     assert (tmp_path / "plan" / "front.json").exists() and (tmp_path / "levels" / "report.json").exists()
