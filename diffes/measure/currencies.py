@@ -150,7 +150,7 @@ def costs_of(
         if not np.isfinite(rows).all() or not (rows[:, 0] > 0).all() or (rows < 0).any():
             raise unexpected(what, wanted, found)
         advance("", total - told)
-    costs: Table = table.tolist()
+    costs: Table = np.nan_to_num(table, posinf=0.0, neginf=0.0).tolist()  # of stages without steps, which are not used
     return costs
 
 
