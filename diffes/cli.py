@@ -64,7 +64,8 @@ def search(
         overwrite: replace a run that is already there.
         log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
-    settings, processes = _checked(RunConfig(**vars(config))), WorkerOptions(**vars(workers))
+    settings, processes = _made(config, workers)
+    settings = _checked(settings)
     if settings.genes == "levels":
         out = out or _named(f"{settings.method}-{settings.strategy}-{settings.budget:g}", settings)
         with _terminal(log_file) as terminal:
@@ -100,7 +101,7 @@ def front(
         overwrite: replace a front that is already there.
         log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
-    settings, processes = RunConfig(**vars(config)), WorkerOptions(**vars(workers))
+    settings, processes = _made(config, workers)
     if settings.genes == "levels":
         raise DiffesError("a front is of plans. With --genes levels, run diffes search --strategy nsga2 instead")
     if settings.calls is not None:
@@ -109,6 +110,11 @@ def front(
     out = out or _named(f"{settings.method}-front-{settings.cost}", settings)
     with _terminal(log_file) as terminal:
         terminal.front(settings, budgets, out, overwrite, workers=processes)
+
+
+def _made(config: _Settings, workers: _Workers) -> tuple[RunConfig, WorkerOptions]:
+    """Return the settings that were typed, each part checked by itself."""
+    return RunConfig(**vars(config)), WorkerOptions(**vars(workers))
 
 
 def _checked(config: RunConfig) -> RunConfig:
@@ -260,7 +266,7 @@ def compare(
         out: folder of the results. Left out: runs/MODEL-METHOD-compare-BUDGET.
         log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
-    settings, processes = RunConfig(**vars(config)), WorkerOptions(**vars(workers))
+    settings, processes = _made(config, workers)
     if settings.strategy != "auto":
         raise DiffesError(f"--strategy {settings.strategy} is one strategy. In a comparison, use --strategies instead")
     _checked(settings)
@@ -307,7 +313,7 @@ def ablate(
         out: folder of the results. Left out: runs/MODEL-ablate-OPTIONS.
         log_file: a text file that takes a line for each evaluation and part, and warnings; it is added to.
     """
-    settings, processes = RunConfig(**vars(config)), WorkerOptions(**vars(workers))
+    settings, processes = _made(config, workers)
     if settings.genes == "levels" and settings.cost == "auto":  # levels cost something else with another method
         settings = replace(settings, cost="macs", budget=0.7 if settings.budget is None else settings.budget)
     _checked(settings)

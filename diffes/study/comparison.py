@@ -53,13 +53,13 @@ class Comparison:
     failed: tuple[Failure, ...] = ()
 
     def _label(self, settings: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(_hashable(settings.get(name)) for name in self.varied)
+        return tuple(hashable(settings.get(name)) for name in self.varied)
 
     def _alike(self) -> list[dict[tuple[Any, ...], list[RunRecord]]]:
         """Return groups of records that can be compared, each by combination."""
         found: dict[tuple[Any, ...], dict[tuple[Any, ...], list[RunRecord]]] = {}
         for record in self.records:
-            alike = found.setdefault(tuple(_hashable(record.settings.get(name)) for name in ALIKE), {})
+            alike = found.setdefault(tuple(hashable(record.settings.get(name)) for name in ALIKE), {})
             alike.setdefault(self._label(record.settings), []).append(record)
         return list(found.values())
 
@@ -95,7 +95,7 @@ class Comparison:
         families: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         lines = []
         for label, records in self.measured().items():
-            alike = tuple(_hashable(records[0].settings.get(name)) for name in ALIKE)
+            alike = tuple(hashable(records[0].settings.get(name)) for name in ALIKE)
             line = dict(zip(self.varied, label, strict=True)) | _line(records, references.setdefault(alike, records))
             own = [record for record in self.records if self._label(record.settings) == label]
             line["between"] = _between([r for r, shown in zip(own, records, strict=True) if shown is not r])
@@ -365,7 +365,7 @@ def _searched(record: RunRecord) -> int:
     return record.curve[-1][0] if record.curve else record.denoiser_calls
 
 
-def _hashable(value: Any) -> Any:
+def hashable(value: Any) -> Any:
     """Return a setting as a key; a range of guidance is a list."""
     return tuple(value) if isinstance(value, list) else value
 

@@ -20,7 +20,7 @@ from diffes.figures import card
 from diffes.forms import FrontRecord, LayerSplit, ScheduleFacts
 from diffes.pruning.bank import WeightBank
 from diffes.results import artifact, folder, report
-from diffes.spaces.schedule import Schedule
+from diffes.spaces.schedule import Plan, Schedule
 
 CARD = "README.md"
 FILES = {
@@ -73,10 +73,10 @@ def export(
         files.write_safely(new / artifact.BANK, lambda partial: bank.save(partial, header | named, kept))
         for name in figures:
             shutil.copy2(run / name, new / name)
-        if isinstance(facts, FrontRecord):
+        if isinstance(facts, FrontRecord) and isinstance(found, Plan):
             front = FrontRecord(**facts.to_json() | named)
             artifact.write_front(new, front)
-            text = card.of_plan(out.name, artifact.plan_of(front, front.points[0]), front, rivals, pipeline)
+            text = card.of_plan(out.name, found, front, rivals, pipeline)
         elif isinstance(found, Schedule):
             own = ScheduleFacts(**facts.to_json() | named)
             artifact.write_schedule(new, found, own.to_json())

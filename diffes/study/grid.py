@@ -18,7 +18,7 @@ from diffes.results.lock import held
 from diffes.results.record import RunRecord
 from diffes.study.begin import with_threads
 from diffes.study.cells import CELLS, SHARED, finished, key_of
-from diffes.study.comparison import Comparison, Failure
+from diffes.study.comparison import Comparison, Failure, hashable
 from diffes.study.equal_cost import calls_of, config_of
 
 CALLS_OF = {"probes", "steps", "guidance", "genes", "calls"}  # settings on which the calls of an evaluation depend
@@ -151,10 +151,10 @@ def _comparison(
     others = [field.name for field in dataclasses.fields(RunConfig) if field.name not in {*varied, *UNSEEN}]
 
     def differing(candidates: Iterable[str]) -> list[str]:
-        return [name for name in candidates if len({repr(each.get(name)) for each in settings}) > 1]
+        return [name for name in candidates if len({hashable(each.get(name)) for each in settings}) > 1]
 
     names = [*varied, *differing(others)]
-    alike = Counter(repr([r.settings.get(name) for name in (*names, "seed")]) for r in records)
+    alike = Counter(tuple(hashable(r.settings.get(name)) for name in (*names, "seed")) for r in records)
     if max(alike.values(), default=0) > 1:  # a seed was searched again with other resources, which then get a column
         names += differing(sorted(UNSEEN - {"seed"}))
     return Comparison(tuple(names), tuple(records), tuple(failed))

@@ -95,7 +95,7 @@ def test_strategies_are_compared_on_plans(tiny_folder: Path, tmp_path: Path) -> 
 def test_cells_of_a_seed_share_their_references(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of five seeds, each has a reference for its search and one for its final fit; held-out probes are the same."""
+    """Each of five seeds needs two references, for its search and for its final fit; all share the held-out one."""
     made: list[int] = []
     build = PlanEvaluator.__init__
 
