@@ -164,13 +164,13 @@ class End(Form):
     latent_interval: Annotated[list[Amount], Field(min_length=2, max_length=2)] | None = None
 
 
-class PlanPoint(Form):
-    """Plan of a front with its measurements, which are None where they failed.
+class MeasuredPlan(Form):
+    """Plan with its measurements, which are None where they failed.
 
     For its calls, in the order of sampling, `timesteps` are training timesteps, `sigmas` noise over signal there, as
     diffusers' schedulers count it, without the final 0. `levels` are 0 for dense calls, and `coefficients` are of the
     latents, then of the clean predictions, newest first. `cost` and `budget` are in dense calls of the front's
-    currency, `ms` is the time of a run. `fit_mean` is the fitness on the probes of the final fit, by which plans are
+    currency. `fit_mean` is the fitness on the probes of the final fit, by which plans are
     ranked; all else is measured on held-out probes. `ends` holds the errors at both ends of a range of guidance.
     """
 
@@ -185,7 +185,6 @@ class PlanPoint(Form):
     sigmas: list[Amount]
     levels: Annotated[list[Count], Field(min_length=1)]
     calls_spent: Count
-    ms: Positive
     solver: Text | None = None  # this and the following fields: since format 2
     coefficients: Coefficients | None = None
     fit_mean: float | None = None
@@ -207,6 +206,12 @@ class PlanPoint(Form):
         if self.heldout_mean is None:
             return None
         return self.fit_mean if "fit_mean" in self.model_fields_set else self.heldout_mean
+
+
+class PlanPoint(MeasuredPlan):
+    """Plan of a front: a measured plan with the milliseconds of a run."""
+
+    ms: Positive
 
 
 class Reference(Form):

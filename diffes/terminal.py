@@ -124,10 +124,12 @@ def front(config: RunConfig, budgets: Sequence[float], out: Path, overwrite: boo
 
 def fit(run: Path, out: Path, **options: Any) -> None:
     """Fit a plan again, and show what that changed."""
+    from diffes.results.artifact import read_front
     from diffes.study.fit import fit_run
 
     found = fit_run(run, out, progress=RichProgress(), **options)
-    _show_front([found.before, found.after], f"{len(found.plan.calls)} calls, {options['heldout']} held-out probes")
+    points = read_front(out).points  # with their milliseconds
+    _show_front(points, f"{len(found.plan.calls)} calls, {options['heldout']} held-out probes")
     _list(out, "*")
     console.print(f"next: diffes sample {out} --out grid.png", highlight=False)
 

@@ -19,7 +19,7 @@ from diffes.config import Guidance, RunConfig, checked_guidance, in_words
 from diffes.errors import DiffesError, at_least
 from diffes.figures import charts, plots
 from diffes.files import SHIPPED
-from diffes.forms import FrontRecord, PlanPoint
+from diffes.forms import FrontRecord, MeasuredPlan, PlanPoint
 from diffes.measure.metrics import make_metric
 from diffes.measure.quality import Quality
 from diffes.problems.plans import Finalist, Plans
@@ -53,8 +53,8 @@ class Fit:
     """
 
     plan: Plan
-    before: PlanPoint
-    after: PlanPoint
+    before: MeasuredPlan
+    after: MeasuredPlan
 
 
 def fit(
@@ -144,11 +144,12 @@ def fit(
         spent = plans.refitted.denoiser_calls
         both = [(AS_GIVEN, as_given), (kind, fitted)]
         rows = [row_of(plans, name, budget, each, quality, cost)[0] for name, each in both]
-        times = bench.milliseconds([as_given.plan, fitted.plan], bench.config.probes)
-        points = [PlanPoint(**row, calls_spent=spent, ms=ms) for row, ms in zip(rows, times, strict=True)]
+        before, after = (MeasuredPlan(**row, calls_spent=spent) for row in rows)
     if out is not None:
+        times = bench.milliseconds([as_given.plan, fitted.plan], bench.config.probes)
+        points = [PlanPoint(**each.to_json(), ms=ms) for each, ms in zip((before, after), times, strict=True)]
         _write(Path(out), plans, points, facts, bank)
-    return Fit(fitted.plan, points[0], points[1])
+    return Fit(fitted.plan, before, after)
 
 
 def fit_run(run: Path, out: Path, *, model: str | None = None, device: str = "auto", **options: Any) -> Fit:
