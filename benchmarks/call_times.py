@@ -75,7 +75,7 @@ class Calls:
         self.router = Router(adapter, bank, resident="all")
         self.batch = batch
         self.probes = adapter.make_probes(batch, 0)
-        self.latents = self.probes.noise.to(adapter.device, adapter.dtype)
+        self.latents = adapter.noise(self.probes)
         self.clock = clock_of(adapter, plan_of(0))
 
     def call(self, timestep: int = SECOND) -> Tensor:

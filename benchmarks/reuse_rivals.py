@@ -145,7 +145,7 @@ class Rivals:
                 state = self.adapter.start(probes, scheduler, self.guidance)
                 for _ in candidate.timesteps:
                     (state,) = evaluator.stepped((state,), [part])
-                finals.append(self.adapter.finish(state, self.guidance))
+                finals.append(self.adapter.finish(state))
             fitted = tuple(state.scheduler.coefficients)
             rows += evaluator.rows(probes)
             if counter is not None:

@@ -65,7 +65,7 @@ def measure(adapter: ModelAdapter, batch: int, repeats: int) -> dict[str, Any]:
     ready = Resident(None)
     parts = [WidthPart(adapter, groups, ready) for groups in adapter.group_sets()]
     probes = adapter.make_probes(batch, 0)
-    latents = probes.noise.to(adapter.device, adapter.dtype)
+    latents = adapter.noise(probes)
 
     def call(timestep: int) -> torch.Tensor:
         return adapter.denoise_once(latents, torch.full((batch,), timestep), probes.conditions)

@@ -1,4 +1,4 @@
-"""Time of denoiser calls and of calibration by torch threads: one against all cores, on a free and on a busy machine.
+"""Time of denoiser calls by torch threads: one against all cores, on a free and on a busy machine.
 
 python benchmarks/threads.py            # ten minutes or more
 python benchmarks/threads.py --smoke    # one call of each small model
@@ -25,14 +25,13 @@ from diffes.adapters.base import ModelAdapter
 from diffes.adapters.loading import adapter_for, load_pipeline
 from diffes.adapters.macs import macs_per_call
 from diffes.config import RunConfig
-from diffes.problems.workbench import prepare
 from diffes.results.folder import config_record
 from diffes.runtime.threads import usable_cores
 
 RESULTS = Path(__file__).parent / "results"
 SHIPPED = ("fashion-dit", "emoji-sdxl")
 LARGER = {"num_attention_heads": 6, "attention_head_dim": 64, "num_layers": 6}  # half of DiT-S/2, random weights
-CALIBRATION = {"method": "obs", "stages": 2, "levels": 4, "calibration_samples": 32, "probes": 2, "heldout": 2}
+CALLS = 5  # of a block
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    pass"  # ends with its parent
 
 
@@ -54,8 +53,7 @@ def in_turns(run: Callable[[], object], threads: list[int], repeats: int, calls:
     for _ in range(repeats):
         for number, taken in zip(threads, found, strict=True):
             torch.set_num_threads(number)
-            if calls > 1:
-                run()
+            run()
             start = time.perf_counter()
             for _ in range(calls):
                 run()
@@ -66,20 +64,16 @@ def in_turns(run: Callable[[], object], threads: list[int], repeats: int, calls:
 def call_of(adapter: ModelAdapter, batch: int) -> Callable[[], object]:
     """A denoiser call on a batch."""
     probes = adapter.make_probes(batch, 0)
-    latents = probes.noise.to(adapter.device, adapter.dtype)
-    return partial(adapter.denoise_once, latents, torch.full((batch,), 500), probes.conditions)
+    return partial(adapter.denoise_once, adapter.noise(probes), torch.full((batch,), 500), probes.conditions)
 
 
-def jobs(smoke: bool) -> Iterator[tuple[str, float, Callable[[], object], int]]:
-    """Yield each timed function: its name, millions of multiply-accumulates a call, the function, calls in a block."""
+def jobs(smoke: bool) -> Iterator[tuple[str, float, Callable[[], object]]]:
+    """Yield each timed call: its name, its millions of multiply-accumulates, and a function that makes it."""
     for model in SHIPPED if smoke else (*SHIPPED, "half of DiT-S/2"):
         adapter = adapter_for(load_pipeline(model)) if model in SHIPPED else adapter_of(dit(**LARGER))
         macs = macs_per_call(adapter) / 1e6
         for batch in (1, 16):
-            yield f"{model}, {batch} rows a call", macs * batch, call_of(adapter, batch), 1 if smoke else 5
-    for model in () if smoke else SHIPPED:
-        config = RunConfig(model=model, **CALIBRATION)  # type: ignore[arg-type]
-        yield f"{model}, calibration with OBS", 0, partial(prepare, config), 1
+            yield f"{model}, {batch} rows a call", macs * batch, call_of(adapter, batch)
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:
@@ -93,8 +87,7 @@ def table_of(rows: list[dict[str, Any]]) -> str:
         one, many = row["ms"]
         ratios = f"{min(one) / min(many):.2f}, {statistics.median(one) / statistics.median(many):.2f}"
         cells = [f"{min(each):.4g}, {statistics.median(each):.4g}" for each in (one, many)]
-        macs = f"{row['macs']:,.0f}" if row["macs"] else ""
-        lines.append(f"| {row['what']} | {macs} | {row['others']} | {cells[0]} | {cells[1]} | {ratios} |")
+        lines.append(f"| {row['what']} | {row['macs']:,.0f} | {row['others']} | {cells[0]} | {cells[1]} | {ratios} |")
     return "\n".join(lines) + "\n"
 
 
@@ -110,11 +103,10 @@ def main() -> None:
     cores, rows = usable_cores(), list[dict[str, Any]]()
     facts = {"cores": cores, "versions": config_record(RunConfig())["versions"]}
     with torch.no_grad():
-        for what, macs, run, calls in jobs(args.smoke):
+        for what, macs, run in jobs(args.smoke):
             for others in (0, cores):
                 with other_work(others):
-                    repeats = min(args.repeats, 3) if calls == 1 else args.repeats
-                    found = in_turns(run, [1, max(cores, 2)], repeats, calls)
+                    found = in_turns(run, [1, max(cores, 2)], args.repeats, 1 if args.smoke else CALLS)
                 rows.append({"what": what, "macs": macs, "others": others, "ms": found})
                 (args.out / "threads.json").write_text(json.dumps(facts | {"rows": rows}) + "\n")
                 (args.out / "threads.md").write_text(table_of(rows))

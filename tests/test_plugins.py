@@ -351,24 +351,14 @@ def test_reuse_methods_that_fail(tiny: ModelAdapter, made: Callable[..., Any]) -
         ("blocks", returns(None), "must return paths of modules from blocks, got None"),
         ("blocks", returns(["nowhere"]), "must return paths of modules from blocks"),
         ("choices", returns([]), "must return conditions from choices"), ("label", returns(1), "a text from label"),
-        ("start", returns(None), "must return a SamplingState from start, got None"),
-        ("predict", returns(None), "return prediction and latents, two tensors, from predict, got None"),
-        ("predict", returns([torch.zeros(1)] * 2), "return prediction and latents, two tensors"),
-        ("predict", returns((torch.zeros(1), torch.zeros(1))), "must return predictions (2, 4, 4, 4) from predict"),
-        ("predict", raises, "failed (ZeroDivisionError: of theirs)"),
-        ("finish", returns(None), "must return latents (2, 4, 4, 4) from finish"),
-        ("finish", returns(torch.zeros(2, 4, 4, 4) / 0), "must return finite latents from finish"),
+        ("call_of", raises, "failed (ZeroDivisionError: of theirs)"),
+        ("denoise_once", raises, "failed (ZeroDivisionError: of theirs)"),
         ("denoise_once", returns(None), "from denoise_once, got None"),
     ],
 )  # fmt: skip
 def test_adapters_that_fail(tiny_folder: Path, method: str, made: Callable[..., Any], words: str) -> None:
     pipe = open_adapter(str(tiny_folder)).pipe
-    if method == "denoise_once":  # which predict calls as well
-        bad = type("Bad", (DiTAdapter,), {"__module__": __name__, "predict": DiTAdapter.predict})(pipe)
-        calls = iter([bad.denoise_once])
-        bad.denoise_once = lambda *args: next(calls, made)(*args)
-    else:
-        bad = type("Bad", (DiTAdapter,), {"__module__": __name__, method: made})(pipe)
+    bad = type("Bad", (DiTAdapter,), {"__module__": __name__, method: made})(pipe)
     refused(lambda: try_adapter(bad, 4, 1.0), "adapter Bad", words)
 
 

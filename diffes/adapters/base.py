@@ -1,21 +1,25 @@
-"""Base class of model adapters: where a model family has prunable groups, and how its pipeline calls the network."""
+"""Base class of model adapters: how a pipeline is sampled by its own call, and where a family has prunable groups."""
 
 from __future__ import annotations
 
-import abc
 import copy
 import inspect
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
+import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from diffes.adapters.drive import Answers, Drive, FirstCall, Texts, unwrapped
 from diffes.adapters.groups import (
     PLAIN_PROCESSORS,
     AnySet,
@@ -27,43 +31,58 @@ from diffes.adapters.groups import (
     hand_on,
     sets_of_block,
 )
-from diffes.adapters.guidance import ClassifierFreeGuidance
+from diffes.adapters.guidance import ClassifierFreeGuidance, Scales
 from diffes.errors import DiffesError
-from diffes.plugins import guarded, unexpected
-from diffes.solvers import own_of
+from diffes.solvers import NoiseProcess, own_of
+from diffes.solvers.scheduler import PlanScheduler
 
 T = TypeVar("T")
 GOLDEN = (5**0.5 - 1) / 2
 Split = Literal["search", "heldout", "calibration"]  # disjoint sets of prompts
+DENOISERS = ("transformer", "unet", "prior", "denoiser", "dit")  # names of what pipelines call in every step
+CONDITIONS = ("prompt", "class_labels")  # arguments that hold a condition of each image
+CACHED_CALLS = 16  # denoiser calls whose arguments are kept
+SET_HERE = {  # arguments that a user's call must leave out
+    "generator": "every probe has a seed of its own",
+    "num_inference_steps": "a plan says how many calls are made",
+    "num_images_per_prompt": "a probe is one image",
+    "num_videos_per_prompt": "a probe is one video",
+    "timesteps": "the timesteps are what is searched",
+    "sigmas": "the timesteps are what is searched",
+    "latents": "every probe has noise of its own",
+    "output_type": "latents are compared, and images where a metric asks for them",
+    "return_dict": "the result is read here",
+}
 Condition = int | str | None  # a class id, a prompt, or the null condition of classifier-free guidance
 
 
 @dataclass(frozen=True)
 class Probes:
-    """Inputs that images are sampled from: noise, conditions and guidance scales. They stay the same when the model
-    changes, so that its images can be compared.
+    """Images that are sampled again and again: seeds of their noise, conditions, and guidance scales. They stay the
+    same when the model changes, so that its images can be compared.
 
     Args:
-        noise: (n, C, h, w) unit normal noise in fp32 on the CPU; the scheduler scales it.
+        seeds: n seeds; each image has a generator of its own, from which the pipeline draws its noise.
         conditions: n class ids or prompts.
         guidance: n guidance scales, each above 1; None where every probe uses the scale of the call.
 
     Example:
-        >>> import torch
-        >>> probes = Probes(torch.zeros(4, 1, 2, 2), (0, 1, 2, 3)).over(2.0, 4.0)
+        >>> probes = Probes((5, 6, 7, 8), (0, 1, 2, 3)).over(2.0, 4.0)
         >>> probes.guidance
         (3.236, 2.472, 3.708, 2.944)
+        >>> probes[:2].seeds
+        (5, 6)
     """
 
-    noise: Tensor
+    seeds: tuple[int, ...]
     conditions: tuple[Condition, ...]
     guidance: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
-        return len(self.noise)
+        return len(self.seeds)
 
     def __getitem__(self, part: slice) -> Probes:
-        return Probes(self.noise[part], self.conditions[part], self.guidance and self.guidance[part])
+        return Probes(self.seeds[part], self.conditions[part], self.guidance and self.guidance[part])
 
     def over(self, low: float, high: float) -> Probes:
         """Return the same probes with a guidance scale each. The scales of any first few probes are spread evenly over
@@ -77,66 +96,118 @@ class SamplingState:
     """State of a trajectory between two steps: everything that the remaining steps depend on.
 
     Args:
-        latents: input of the next step.
+        latents: input of the next step, as the pipeline holds it (`DiTPipeline` with guidance: each image twice); None
+            before the first step, for which the pipeline draws noise.
         scheduler: the sampler with its memory of earlier steps (multi-step solvers have one).
         index: number of steps done.
+        images: n, the number of images.
         memory: outputs of earlier calls that the denoiser may reuse (see `diffes.runtime.memory`); None where nothing
             is reused.
+        drive: the pipeline's call that waits at this state; None where a new call has to begin here.
     """
 
-    latents: Tensor
+    latents: Tensor | None
     scheduler: Any
     index: int
+    images: int
     memory: Any = None
+    drive: Drive | None = None
 
 
-class ModelAdapter(abc.ABC):
-    """Interface to one pipeline, including its noise process. It holds all that differs between model families.
+@dataclass(frozen=True)
+class Call:
+    """Denoiser call of a run: what the pipeline gives its scheduler.
 
-    An adapter is found by the name of its pipeline's class, or of that class's nearest base, in the entry points
-    `diffes.adapters`.
+    Args:
+        output: prediction, guidance included.
+        latents: the latents that belong to it, of the same shape.
+        drive: the pipeline's call, which waits for the next latents.
+    """
+
+    output: Tensor
+    latents: Tensor
+    drive: Drive
+
+
+class ModelAdapter:
+    """Interface to one pipeline, which is sampled by its own call. Subclasses know where families have prunable groups.
+
+    This class itself serves pipelines of every family: plans of dense calls need nothing else than the pipeline's call
+    and its scheduler. An adapter of a family is found by the name of its pipeline's class, or of that class's nearest
+    base, in the entry points `diffes.adapters`.
 
     Args:
         pipe: a loaded diffusers pipeline; put in eval mode.
 
     Attributes:
-        denoiser: the network that is called once per step.
+        argument: name of the argument of the pipeline's call that holds the conditions, one an image; None where images
+            have none.
+        batched: whether a call makes several images, from lists of conditions and generators. Else a call makes one.
+        null_first: whether the rows with the null condition come first in the pipeline's guided calls.
+        time_scale: the timestep in a denoiser call over that of the scheduler; None where diffes does not know it.
+        call: further arguments of every call of the pipeline.
         room: largest number of images at a time that the device was found to have room for, by use: "calls" or
             "gradients".
-        null_first: whether the rows with the null condition come first in the pipeline's guided calls.
     """
 
+    argument: str | None = None
+    batched: ClassVar[bool] = False
     null_first: ClassVar[bool] = False
+    time_scale: ClassVar[float | None] = None
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.pipe = pipe
         self.room: dict[str, int] = {}
+        self.call: dict[str, Any] = {}
         self._checked_sampler: Any = None
         self._clock: Any = None
+        self._process: tuple[Any, NoiseProcess] | None = None
+        self._answers, self._texts = Answers(), Texts()
+        self._replayed: OrderedDict[tuple[Condition, ...], FirstCall] = OrderedDict()
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
                 component.eval()
 
-    @property
-    @abc.abstractmethod
-    def denoiser(self) -> Any:
-        """The network, an `nn.Module`; typed loosely because diffusers' attributes are."""
+    @cached_property
+    def denoisers(self) -> list[str]:
+        """Names of the pipeline's components that are called in every step.
 
-    @abc.abstractmethod
+        Raises:
+            DiffesError: none is found.
+        """
+        parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
+        found = [name for name in parts if name.rstrip("_0123456789") in DENOISERS]
+        if not found:
+            raise DiffesError(
+                f"no denoiser is found among the components of {type(self.pipe).__name__} ({', '.join(parts)}): it is "
+                f"called {' or '.join(DENOISERS)} in the pipelines that diffes knows"
+            )
+        return found
+
+    @property
+    def denoiser(self) -> Any:
+        """The network that is called in every step, an `nn.Module`; typed loosely because diffusers' attributes are."""
+        return unwrapped(getattr(self.pipe, self.denoisers[0]))
+
     def blocks(self) -> list[str]:
-        """Return the module paths of all transformer blocks (diffusers' `BasicTransformerBlock`), in the order of the
-        forward pass."""
+        """Return the module paths of all transformer blocks, in the order of the forward pass; none where diffes does
+        not know the family."""
+        return []
 
     def timestep(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
         """Return the training timestep of a denoiser call, from its arguments: the second one, or the one of that name.
+        NaN where diffes does not know what the denoiser is told.
 
         Raises:
             DiffesError: the rows are at different timesteps, or the timestep is below 0.
         """
+        if self.time_scale is None:
+            return math.nan
+        first = self.process.told_at(0)
         given = kwargs["timestep"] if "timestep" in kwargs else args[1]
         timesteps = given.flatten().tolist() if isinstance(given, Tensor) else [given]
-        timestep = float(timesteps[0])
-        if any(other != timestep for other in timesteps):
+        timestep = float(timesteps[0]) / self.time_scale - first
+        if any(other != timesteps[0] for other in timesteps):
             raise DiffesError(
                 f"the rows of a denoiser call have timesteps from {min(timesteps):g} to {max(timesteps):g}, but pruned "
                 "layers belong to one stage: call it with one timestep for all rows, or call diffes.remove(pipe) first"
@@ -154,13 +225,27 @@ class ModelAdapter(abc.ABC):
         """
         return ClassifierFreeGuidance(guidance, None if probes is None else probes.guidance, self.null_first)
 
-    @abc.abstractmethod
+    def rows_per_image(self, guidance: float) -> int:
+        """Return the denoiser calls of a step, in rows, for each image."""
+        return self.guided(guidance).branches
+
+    @cached_property
+    def conditions(self) -> dict[Split, list[Condition]]:
+        """Conditions by split: those of the call that the adapter was given, of which every second one is held out.
+        Where there is one condition only, or none, all splits have it."""
+        given = self.call.get(self.argument) if self.argument else None
+        known: list[Condition] = list(given) if isinstance(given, list | tuple) else [given]
+        if len(known) == 1:
+            return {"search": known, "heldout": known, "calibration": known}
+        return {"search": known[::2], "heldout": known[1::2], "calibration": known[::2]}
+
     def choices(self, split: Split) -> Sequence[Condition]:
         """Return the conditions that probes of a split are drawn from."""
+        return self.conditions[split]
 
-    @abc.abstractmethod
     def label(self, condition: Condition) -> str:
         """Return the caption for an image of a condition."""
+        return "" if condition is None else str(condition)
 
     def use_prompts(self, path: Path) -> None:
         """Draw probes from the prompts of a file (see `diffes.adapters.prompts.read_prompts`).
@@ -170,28 +255,97 @@ class ModelAdapter(abc.ABC):
         """
         raise DiffesError(f"{type(self.pipe).__name__} takes class ids, not prompts: leave --prompts {path} out")
 
-    @abc.abstractmethod
+    def use_call(self, call: Mapping[str, Any]) -> None:
+        """Make every call of the pipeline with these arguments. Conditions among them, a list or a single one, are
+        those that probes are drawn from (see `conditions`).
+
+        Raises:
+            DiffesError: the pipeline takes no such argument, or diffes sets it itself.
+        """
+        known = inspect.signature(type(self.pipe).__call__).parameters
+        for name in call:
+            if name in SET_HERE:
+                raise DiffesError(f"leave {name} out of the call: {SET_HERE[name]}")
+            if name not in known:
+                raise DiffesError(
+                    f"{type(self.pipe).__name__} takes no argument {name!r}; it takes {', '.join(list(known)[1:])}"
+                )
+        if self.argument is None:
+            self.argument = next((name for name in CONDITIONS if call.get(name) is not None), None)
+        self.call = dict(call)
+        self.__dict__.pop("conditions", None)
+        self._replayed.clear()
+
+    @property
+    def takes(self) -> set[str]:
+        """Names of the arguments of the pipeline's call."""
+        return set(inspect.signature(type(self.pipe).__call__).parameters)
+
+    def call_of(self, probes: Probes, guidance: float) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call that makes these images, without its scheduler's steps."""
+        generators = [torch.Generator().manual_seed(seed) for seed in probes.seeds]
+        made = dict(self.call)
+        if self.argument is not None:
+            conditions = list(probes.conditions)
+            made[self.argument] = conditions if self.batched else conditions[0]
+        if "guidance_scale" in self.takes:
+            made["guidance_scale"] = guidance if probes.guidance is None else Scales(guidance, probes.guidance)
+        return made | {"generator": generators if self.batched else generators[0]}
+
     def start(self, probes: Probes, steps: int | Any, guidance: float) -> SamplingState:
         """Return the state before the first step of a run of `steps` steps, or of a scheduler with timesteps set."""
+        if not self.batched and len(probes) > 1:
+            raise DiffesError(f"a call of {type(self.pipe).__name__} makes one image here, got {len(probes)} probes")
+        return SamplingState(None, self.ready(steps), 0, len(probes))
 
-    @abc.abstractmethod
-    def predict(self, state: SamplingState, probes: Probes, guidance: float) -> tuple[Tensor, Tensor]:
-        """Return the guided prediction of the next denoiser call, computed exactly as the family's pipeline does, and
-        the latents to give its scheduler with it. Both have the shape of the state's latents."""
+    def called(self, state: SamplingState, probes: Probes, guidance: float) -> Call:
+        """Make the next denoiser call of a run, exactly as the pipeline does. The state's scheduler counts the call."""
+        drive = state.drive
+        if drive is None or drive.index != state.index:
+            drive = self._drive(probes, guidance, state.scheduler, state.index)
+        with self.counted_by(state.scheduler):
+            output, latents = drive.next(state.latents)
+        return Call(output, latents, drive)
+
+    def _drive(
+        self,
+        probes: Probes,
+        guidance: float,
+        scheduler: Any,
+        index: int = 0,
+        n_steps: int | None = None,
+        **options: Any,
+    ) -> Drive:
+        """Begin a call of the pipeline. With `n_steps` the pipeline sets the scheduler's timesteps."""
+        call, n = self.call_of(probes, guidance) | options, len(scheduler.timesteps) if n_steps is None else n_steps
+        if "num_inference_steps" in self.takes:
+            call["num_inference_steps"] = n
+        return Drive(
+            self.pipe, self.denoisers, call, scheduler, index=index, answers=self._answers, texts=self._texts,
+            prepared=n_steps is None,
+        )  # fmt: skip
+
+    def advance(self, state: SamplingState, call: Call) -> SamplingState:
+        """Make the scheduler's step. Samplers that add noise draw the same noise for every schedule, so that schedules
+        can be compared."""
+        scheduler = state.scheduler
+        draws = "generator" in inspect.signature(scheduler.step).parameters
+        options = {"generator": torch.Generator().manual_seed(state.index)} if draws else {}
+        timestep = scheduler.timesteps[state.index]
+        after = scheduler.step(call.output, timestep, call.latents, **options).prev_sample
+        ended = state.index + 1 == len(scheduler.timesteps)
+        if ended:
+            call.drive.close()
+        return SamplingState(after, scheduler, state.index + 1, state.images, drive=None if ended else call.drive)
 
     def step(self, state: SamplingState, probes: Probes, guidance: float) -> SamplingState:
-        """Make one denoiser call and one scheduler step, exactly as the family's pipeline does."""
-        prediction, latents = self.predicted(state, probes, guidance)
-        return self.advance(state, prediction, state.scheduler.timesteps[state.index], latents)
+        """Make one denoiser call and one scheduler step, exactly as the pipeline does."""
+        return self.advance(state, self.called(state, probes, guidance))
 
-    def predicted(self, state: SamplingState, probes: Probes, guidance: float) -> tuple[Tensor, Tensor]:
-        """Return the result of `predict`, checked. The state's scheduler counts the call."""
-        what, wanted = f"adapter {type(self).__qualname__}", "return prediction and latents, two tensors, from predict"
-        with guarded(self, what, wanted), self.counted_by(state.scheduler):
-            found = self.predict(state, probes, guidance)
-        if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(each, Tensor) for each in found):
-            raise unexpected(what, wanted, found)
-        return found
+    def finish(self, state: SamplingState) -> Tensor:
+        """Return the final latents (n, ...) of a finished trajectory."""
+        assert state.latents is not None
+        return state.latents[: state.images]
 
     @property
     def own_scheduler(self) -> Any:
@@ -212,19 +366,98 @@ class ModelAdapter(abc.ABC):
         finally:
             self._clock = before
 
-    @abc.abstractmethod
-    def finish(self, state: SamplingState, guidance: float) -> Tensor:
-        """Return the final latents (n, C, h, w) of a finished trajectory."""
+    @property
+    def process(self) -> NoiseProcess:
+        """Noise process of the pipeline's own scheduler.
 
-    @abc.abstractmethod
+        Raises:
+            DiffesError: diffes does not know it.
+        """
+        if self._process is None or self._process[0] is not self.own_scheduler:
+            self._process = self.own_scheduler, NoiseProcess.of(self.own_scheduler)
+        return self._process[1]
+
+    def _first_call(self, conditions: Sequence[Condition], seeds: Sequence[int], guidance: float) -> FirstCall:
+        """Return the arguments of the first denoiser call on images, under a scheduler that does not scale latents."""
+        scheduler = PlanScheduler.of(self.own_scheduler, [self.n_timesteps - 1], "ddim", self.device)
+        probes = Probes(tuple(seeds), tuple(conditions))
+        with torch.no_grad():
+            return self._drive(probes, guidance, scheduler).first_call()
+
+    def noise(self, probes: Probes) -> Tensor:
+        """Return the noise (n, ...) that the pipeline begins with."""
+        parts = [probes] if self.batched else [probes[i : i + 1] for i in range(len(probes))]
+        calls = [self._first_call(part.conditions, part.seeds, 1.0) for part in parts]
+        return torch.cat([_latents_of(*call)[1] for call in calls])
+
     def denoise_once(self, latents: Tensor, timesteps: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        """Make a bare denoiser call: return predictions (n, C, h, w) for latents (n, C, h, w) at timesteps (n,)."""
+        """Make a bare denoiser call: return predictions (n, ...) for latents (n, ...) at timesteps (n,).
 
-    @abc.abstractmethod
+        The arguments are those of a call of the pipeline on these conditions, with other latents and timesteps. None
+        among the conditions is the null condition.
+        """
+        given, named = self._arguments(tuple(conditions))
+        args, kwargs = list(given), dict(named)
+        place, _ = _latents_of(args, kwargs)
+        (kwargs if isinstance(place, str) else args)[place] = latents  # type: ignore[index]
+        if self.time_scale is not None:
+            told = self.process.told(timesteps.to(self.device))
+            told = told if self.time_scale == 1 else told * self.time_scale
+            at: Any = "timestep" if "timestep" in kwargs else 1
+            before = (kwargs if at == "timestep" else args)[at]
+            float_told = isinstance(before, Tensor) and before.is_floating_point()
+            (kwargs if at == "timestep" else args)[at] = told.to(before.dtype) if float_told else told
+        found: Tensor = self.denoiser(*args, **kwargs)[0]
+        return found
+
+    def _arguments(self, conditions: tuple[Condition, ...]) -> FirstCall:
+        """Return the arguments of a denoiser call with a row for each condition."""
+        if conditions in self._replayed:
+            self._replayed.move_to_end(conditions)
+            return self._replayed[conditions]
+        nulls = [i for i, condition in enumerate(conditions) if condition is None]
+        guided = bool(nulls) and self.argument is not None
+        stand_in = next((c for c in conditions if c is not None), self.choices("search")[0])
+        known = [stand_in if condition is None else condition for condition in conditions]
+        found = self._first_call(known, [0] * len(known), 2.0 if guided else 1.0)
+        n = len(conditions)
+        if guided and len(_latents_of(*found)[1]) == 2 * n:
+            first, second = (n, 0) if self.null_first else (0, n)  # where rows with and without condition begin
+            rows = torch.tensor([(second if i in nulls else first) + i for i in range(n)], device=self.device)
+            found = tree_map_only(Tensor, lambda x: x[rows.to(x.device)] if x.dim() and len(x) == 2 * n else x, found)
+        self._replayed[conditions] = found
+        while len(self._replayed) > CACHED_CALLS:
+            self._replayed.popitem(last=False)
+        return found
+
+    @torch.no_grad()
     def generate(
         self, conditions: Sequence[Condition], *, n_steps: int, guidance: float, generator: torch.Generator
     ) -> Tensor:
-        """Return images (n, channels, height, width) in [0, 1] from the family's own pipeline call."""
+        """Return images (n, channels, height, width) in [0, 1] from the pipeline's own call.
+
+        Args:
+            conditions: n conditions.
+            n_steps: sampling steps.
+            guidance: classifier-free guidance scale.
+            generator: noise of all images.
+        """
+        self.check_conditions(conditions)
+        parts = [conditions] if self.batched else [[condition] for condition in conditions]
+        found = []
+        for part in parts:
+            call = self.call_of(Probes((0,) * len(part), tuple(part)), guidance)
+            options = {"num_inference_steps": n_steps, "output_type": "np"}
+            call |= {name: value for name, value in options.items() if name in self.takes} | {"generator": generator}
+            found.append(_pixels(self.pipe(**call)))
+        return torch.cat(found)
+
+    def check_conditions(self, conditions: Sequence[Condition]) -> None:
+        """Check conditions that a user asks for.
+
+        Raises:
+            DiffesError: the pipeline does not know one.
+        """
 
     def max_level(self, kind: str) -> int:
         """Return H. Under the equal allocation, level `k` removes `k / H` of every group set.
@@ -273,61 +506,41 @@ class ModelAdapter(abc.ABC):
     def make_probes(self, n: int, seed: int, split: Split = "search") -> Probes:
         """Draw `n` probes with balanced conditions. Probe i depends on `seed`, i and, for its condition, `split`."""
         choices = self.choices(split)
-        config = self.denoiser.config
-        shape = (config.in_channels, config.sample_size, config.sample_size)
-        noise = torch.stack(
-            [torch.randn(shape, generator=torch.Generator().manual_seed(seed * 100_003 + i)) for i in range(n)]
-        )
         turns = [
             torch.randperm(len(choices), generator=torch.Generator().manual_seed(seed * 100_003 + turn))
             for turn in range(n // len(choices) + 1)
         ]
-        return Probes(noise, tuple(choices[i] for i in torch.cat(turns)[:n].tolist()))
+        seeds = tuple((seed * 100_003 + i) % (1 << 63) for i in range(n))
+        return Probes(seeds, tuple(choices[i] for i in torch.cat(turns)[:n].tolist()))
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the denoiser's input at training timesteps (n,): `sqrt(a) x + sqrt(1 - a) e` (n, C, h, w).
+        """Return the denoiser's input at training timesteps (n,): `alpha x + sigma e` (n, ...).
 
         This is the forward process of the scheduler's noise schedule. Samplers that count in sigmas (Euler, Heun) add
         noise only at the timesteps of a run and scale it afterwards, with the same result.
         """
-        process = DDPMScheduler.from_config(self.own_scheduler.config)
         # in fp32: bf16 has no number between 0.996 and 1, so the cleanest timesteps would get no noise at all
-        noisy = process.add_noise(latents.float(), noise.to(latents.device).float(), timesteps.to(latents.device))
-        return noisy.to(latents.dtype)
+        alphas, sigmas = (each.to(latents.device) for each in self._scales(timesteps, latents.dim()))
+        return (alphas * latents.float() + sigmas * noise.to(latents.device).float()).to(latents.dtype)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the training target of the denoiser (n, C, h, w) for clean latents noised to timesteps (n,).
+        """Return the training target of the denoiser (n, ...) for clean latents noised to timesteps (n,)."""
+        kind = self.process.prediction
+        if kind == "v_prediction":
+            alphas, sigmas = self._scales(timesteps, latents.dim())
+            return alphas * noise - sigmas * latents
+        return {"epsilon": noise, "sample": latents, "flow_prediction": noise - latents}[kind]
 
-        Raises:
-            DiffesError: the scheduler's prediction type is none of epsilon, v_prediction and sample.
-        """
-        kind = self.own_scheduler.config.prediction_type
-        if kind == "epsilon":
-            return noise
-        if kind == "sample":
-            return latents
-        if kind != "v_prediction":
-            raise DiffesError(f"prediction_type must be epsilon, v_prediction or sample, got {kind!r}")
-        signal = self._signal(timesteps).view(-1, 1, 1, 1)
-        return signal.sqrt() * noise - (1 - signal).sqrt() * latents
+    def _scales(self, timesteps: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """Return alpha and sigma at timesteps (n,), in fp32, with `dim` dimensions."""
+        shape = (-1, *[1] * (dim - 1))
+        chosen = timesteps.cpu().numpy()
+        alphas, sigmas = (torch.from_numpy(each[chosen]) for each in (self.process.alphas, self.process.sigmas))
+        return alphas.float().view(shape), sigmas.float().view(shape)
 
     def log_snr(self, timestep: int) -> float:
         """Return the natural logarithm of the signal-to-noise ratio, in variances, at a training timestep."""
-        signal = float(self._signal(torch.tensor([timestep])))
-        return math.log(signal / (1 - signal))
-
-    def _signal(self, timesteps: Tensor) -> Tensor:
-        """Return the variance of the remaining image (n,) at timesteps (n,): alpha-bar."""
-        return self.own_scheduler.alphas_cumprod.float().cpu()[timesteps]
-
-    def advance(self, state: SamplingState, prediction: Tensor, timestep: Tensor, latents: Tensor) -> SamplingState:
-        """Make the scheduler's step. Samplers that add noise draw the same noise for every schedule, so that schedules
-        can be compared."""
-        scheduler = state.scheduler
-        draws = "generator" in inspect.signature(scheduler.step).parameters
-        options = {"generator": torch.Generator().manual_seed(state.index)} if draws else {}
-        after = scheduler.step(prediction, timestep, latents, **options).prev_sample
-        return SamplingState(after, scheduler, state.index + 1)
+        return 2 * self.process.at(timestep).log_snr
 
     @property
     def device(self) -> torch.device:
@@ -345,8 +558,9 @@ class ModelAdapter(abc.ABC):
         return int(self.own_scheduler.config.num_train_timesteps)
 
     def timesteps(self, n_steps: int) -> list[float]:
-        """Return the timesteps of a sampling run, one per denoiser call (Heun makes two a step), noisiest first."""
-        return [float(t) for t in self.fresh_scheduler(n_steps).timesteps]
+        """Return the training timesteps of a sampling run, one per denoiser call (Heun makes two a step), noisiest
+        first."""
+        return [float(t) - self.process.told_at(0) for t in self.fresh_scheduler(n_steps).timesteps]
 
     def check_sampler(self) -> None:
         """Check that the scheduler counts in training timesteps, because stages are ranges of these.
@@ -363,22 +577,6 @@ class ModelAdapter(abc.ABC):
             )
         self._checked_sampler = self.own_scheduler
 
-    def unusual(self) -> list[str]:
-        """Return the pipeline's features that diffusers can sample with, but `start`, `step` and `finish` cannot."""
-        return []
-
-    def check_sampled(self) -> None:
-        """Check that the pipeline has no unusual features.
-
-        Raises:
-            DiffesError: it has some.
-        """
-        if found := self.unusual():
-            raise DiffesError(
-                f"this {type(self.pipe).__name__} has {' and '.join(found)}. diffes cannot sample with that, so it "
-                "cannot search on this pipeline: search on one without it, and apply the run to this one"
-            )
-
     def fresh_scheduler(self, n_steps: int) -> Any:
         """Return a scheduler of the pipeline's kind, ready for `n_steps`. The pipeline's own is left alone.
 
@@ -388,10 +586,14 @@ class ModelAdapter(abc.ABC):
         """
         if not 1 <= n_steps <= self.n_timesteps:
             raise DiffesError(f"steps must be in [1, {self.n_timesteps}], got {n_steps}")
-        if not hasattr(self.own_scheduler, "alphas_cumprod"):
-            raise _no_training_timestep(type(self.own_scheduler).__name__)
+        _ = self.process  # refuses schedulers that do not count in training timesteps
         scheduler = copy.deepcopy(self.own_scheduler)
-        scheduler.set_timesteps(n_steps, device=self.device)
+        if "mu" in inspect.signature(scheduler.set_timesteps).parameters:  # the pipeline knows what sigmas it wants
+            probes = self.make_probes(1, 0)
+            with torch.no_grad():
+                self._drive(probes, 1.0, scheduler, n_steps=n_steps).first_call()
+        else:
+            scheduler.set_timesteps(n_steps, device=self.device)
         return scheduler
 
     def ready(self, steps: int | Any) -> Any:
@@ -400,7 +602,7 @@ class ModelAdapter(abc.ABC):
 
     @torch.no_grad()
     def sample(self, probes: Probes, steps: int | Any, guidance: float) -> Tensor:
-        """Sample a whole run with the denoiser as it is, and return its final latents (n, C, h, w).
+        """Sample a whole run with the denoiser as it is, and return its final latents (n, ...).
 
         Args:
             probes: noise and conditions of the images.
@@ -412,12 +614,12 @@ class ModelAdapter(abc.ABC):
             state = self.start(part, steps, guidance)
             for _ in range(len(state.scheduler.timesteps)):
                 state = self.step(state, part, guidance)
-            return self.finish(state, guidance)
+            return self.finish(state)
 
         def run(n: int) -> Tensor:
             return torch.cat([sampled(probes[i : i + n]) for i in range(0, len(probes), n)])
 
-        return self.within_room(run, len(probes))
+        return self.within_room(run, len(probes) if self.batched else 1)
 
     def within_room(
         self,
@@ -460,28 +662,62 @@ class ModelAdapter(abc.ABC):
                 self.room[what] = n // 2
             halves = True
 
-    def unscale(self, latents: Tensor) -> Tensor:
-        """Return latents as the autoencoder reads them, bit-identical to the arithmetic of the family's pipeline."""
-        return latents / self.pipe.vae.config.scaling_factor
-
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return images (n, channels, height, width) in [0, 1] of latents (n, C, h, w)."""
-        vae = self.pipe.vae
-        with _in_float32(vae):
-            scaled = self.unscale(latents.to(vae.dtype))
-            side = scaled.shape[-1] * 2 ** (len(vae.config.block_out_channels) - 1)
-            samples = torch.cat([vae.decode(part).sample for part in scaled.split(_images_at_once(side))])
-        return (samples / 2 + 0.5).clamp(0, 1)
+        """Return images (n, channels, height, width) in [0, 1] of final latents (n, ...), as the pipeline makes them.
+
+        Raises:
+            DiffesError: the pipeline makes no images.
+        """
+        side = latents.shape[-1] * 8
+        parts = latents.to(self.device, self.dtype).split(_images_at_once(side) if self.batched else 1)
+        return torch.cat([self._decoded(part) for part in parts]).to(self.device)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Return what the pipeline makes of final latents: a run whose calls are all made."""
+        scheduler = PlanScheduler.of(self.own_scheduler, [self.n_timesteps - 1], "ddim", self.device)
+        probes = Probes((0,) * len(latents), (self.choices("search")[0],) * len(latents))
+        options: dict[str, Any] = {"output_type": "np"} if "output_type" in self.takes else {}
+        return _pixels(self._drive(probes, 1.0, scheduler, 1, **options).output(latents))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Return latents (n, C, h, w), scaled for the denoiser, of images (n, channels, height, width) in [0, 1]."""
-        vae = self.pipe.vae
+        vae: Any = getattr(self.pipe, "vae", None)
+        if vae is None:
+            raise DiffesError(f"{type(self.pipe).__name__} has no autoencoder, so images cannot calibrate it")
         with _in_float32(vae):
             parts = (images.to(vae.device, vae.dtype) * 2 - 1).split(_images_at_once(images.shape[-1]))
-            encoded = torch.cat([vae.encode(part).latent_dist.mean for part in parts])
-        return (encoded * vae.config.scaling_factor).to(self.dtype)
+            encoded = torch.cat([_mean_of(vae.encode(part)) for part in parts])
+        scale, shift = getattr(vae.config, "scaling_factor", 1.0), getattr(vae.config, "shift_factor", None)
+        return ((encoded - (shift or 0.0)) * scale).to(self.dtype)
+
+
+def _mean_of(encoded: Any) -> Tensor:
+    """Return the latents of an autoencoder's result: the mean of a distribution, or the latents themselves."""
+    found: Tensor = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
+    return found
+
+
+def _pixels(output: Any) -> Tensor:
+    """Return the images (n, channels, height, width) of a pipeline's output.
+
+    Raises:
+        DiffesError: it holds something else.
+    """
+    found = output[0]
+    pixels = torch.from_numpy(found) if isinstance(found, np.ndarray) else found
+    if not isinstance(pixels, Tensor) or pixels.dim() != 4:
+        shape = tuple(getattr(pixels, "shape", ())) or type(found).__name__
+        raise DiffesError(f"the pipeline makes no images that metrics can compare, got {shape}: take a latent metric")
+    return pixels.permute(0, 3, 1, 2) if isinstance(found, np.ndarray) else pixels
+
+
+def _latents_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int | str, Tensor]:
+    """Return the place of the latents in the arguments of a denoiser call, and the latents."""
+    names = [name for name in ("hidden_states", "sample", "x") if isinstance(kwargs.get(name), Tensor)]
+    place: int | str = 0 if args and isinstance(args[0], Tensor) else names[0]
+    return place, (kwargs if isinstance(place, str) else args)[place]  # type: ignore[index]
 
 
 def _no_training_timestep(scheduler: str, reason: str = "it has no noise schedule of variances") -> DiffesError:
@@ -503,11 +739,6 @@ def check_finite(tensor: Tensor, what: str) -> None:
             f"the {what} are NaN or infinite. Half precision overflows, for instance in SDXL's autoencoder in float16: "
             "choose dtype bfloat16 or float32, or a pipeline whose autoencoder is made for float16"
         )
-
-
-def unwrapped(module: Any) -> Any:
-    """Return the module itself, without the wrapper of `torch.compile`."""
-    return getattr(module, "_orig_mod", module)
 
 
 def _images_at_once(side: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -67,3 +67,34 @@ class ClassifierFreeGuidance:
         if self.scales is not None:
             scale = torch.tensor(self.scales, dtype=rows.dtype, device=rows.device).view(-1, *[1] * (rows.dim() - 1))
         return null + scale * (conditional - null)
+
+
+class Scales(float):
+    """Guidance scales of n images in one call of a pipeline: a number to compare with, n numbers to multiply with.
+
+    Pipelines switch guidance on where their `guidance_scale` is above 1, and multiply it with a difference (n, ...) of
+    predictions. A plain number serves all images; this one has a factor for each.
+
+    Args:
+        scale: number that it compares as.
+        scales: n factors.
+
+    Example:
+        >>> import torch
+        >>> scale = Scales(3.0, (2.0, 4.0))
+        >>> scale > 1, (scale * torch.ones(2, 2)).tolist()
+        (True, [[2.0, 2.0], [4.0, 4.0]])
+    """
+
+    scales: tuple[float, ...]
+
+    def __new__(cls, scale: float, scales: Sequence[float]) -> Scales:
+        made = super().__new__(cls, scale)
+        made.scales = tuple(scales)
+        return made
+
+    def __mul__(self, other: Any) -> Any:
+        if not isinstance(other, Tensor):
+            return super().__mul__(other)
+        factors = torch.tensor(self.scales, dtype=other.dtype, device=other.device)
+        return factors.view(-1, *[1] * (other.dim() - 1)) * other

@@ -95,15 +95,12 @@ def _quiet(log: Any) -> Iterator[None]:
 
 
 def adapter_for(pipe: DiffusionPipeline) -> ModelAdapter:
-    """Return the adapter of a pipeline's family: that of its class, or of the nearest base class that has one.
-
-    Raises:
-        DiffesError: no adapter knows the pipeline class.
-    """
+    """Return the adapter of a pipeline's family: that of its class, or of the nearest base class that has one. Other
+    pipelines get `ModelAdapter`, which is enough for plans of dense calls."""
     known = ADAPTERS.names()
     for cls in type(pipe).__mro__:
         if cls.__name__ in known:
             found = ADAPTERS.get(cls.__name__)
             with guarded(found, f"adapter {found.__qualname__}", "take a pipeline"):
                 return found(pipe)
-    raise unknown_name("pipeline class", type(pipe).__name__, known)
+    return ModelAdapter(pipe)

@@ -23,7 +23,7 @@ ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 
 def call_once(adapter: ModelAdapter, timestep: int) -> None:
     """Make one denoiser call on a batch of one."""
     probe = adapter.make_probes(1, 0)
-    latents = probe.noise.to(adapter.device, adapter.dtype)
+    latents = adapter.noise(probe)
     adapter.denoise_once(latents, torch.tensor([timestep]), probe.conditions)
 
 

@@ -306,7 +306,7 @@ def ms_by_level(calls: Calls, repeats: int) -> Table:
     def measured(n_probes: int) -> Table:
         """Return the times (C, H + 1) of the stages that are counted, on the first `n_probes` probes."""
         part = calls.probes[:n_probes]
-        latents = part.noise.to(adapter.device, adapter.dtype)
+        latents = adapter.noise(part)
 
         def call(clock: PlanScheduler, i: int) -> None:
             clock.index = i

@@ -69,13 +69,12 @@ class RoutedEvaluator(abc.ABC):
         self.metric = metric
         self.guidance = guidance
         self.probes = probes
-        self.batch = batch
+        self.batch = batch if router.adapter.batched else 1
         self._cache_bytes = max(cache_bytes, REUSE_CACHE_BYTES) if router.bank.reusing else cache_bytes
         self._cache, self._alone = (_StateCache(self._cache_bytes) for _ in range(2))
         self._due: dict[tuple[Candidate, float], int] = {}  # counted, not measured yet
         self.denoiser_calls = self.paid_calls = 0
         self._fixed_bytes, self._row_bytes = 0, 0.0
-        self.adapter.check_sampled()
         self.final_reference = self._measured_reference()
         self.reference = self._in_metric_space(self.final_reference)
         check_finite(self.final_reference, "latents of the dense model")
@@ -201,7 +200,7 @@ class RoutedEvaluator(abc.ABC):
         def run(n: int) -> tuple[Tensor, Rows | None]:
             with self.router.routed(self._routed(schedule), keep=True):
                 states = self._run(self.parts(fidelity, n), schedule)
-                finals = [self.adapter.finish(state, self.guidance) for state in states]
+                finals = [self.adapter.finish(state) for state in states]
                 return torch.cat(finals), self._coefficients(states)
 
         return self.within_room(run)
@@ -242,27 +241,29 @@ class RoutedEvaluator(abc.ABC):
             self._fixed_bytes = max(self._fixed_bytes, size_of(state.scheduler))
             with self.router.routed(dense, keep=True):
                 for timestep in state.scheduler.timesteps.tolist():
-                    self._pass_reference(state, rows)
-                    (state,) = self.stepped((state,), [rows])
+                    self.router.memory = state.memory
+                    call = self.adapter.called(state, part, self.guidance)
+                    self._pass_reference(call.latents[: len(part)], rows)
                     self._check_timestep(timestep)
+                    state = replace(self.adapter.advance(state, call), memory=self.router.memory)
                     if rows.start == 0:  # other parts are like the first one
-                        per_row = (size_of(state) - self._fixed_bytes) / len(part)
+                        per_row = (size_of(replace(state, drive=None)) - self._fixed_bytes) / len(part)
                         self._row_bytes = max(self._row_bytes, per_row)
-            self._pass_reference(state, rows)
-            finals.append(self.adapter.finish(state, self.guidance))
+            finals.append(self.adapter.finish(state))
+            self._pass_reference(finals[-1], rows)
         return torch.cat(finals)
 
-    def _pass_reference(self, state: SamplingState, rows: slice) -> None:
-        """Receive each state of the reference, before every step and at the end. Nothing is done with it here."""
+    def _pass_reference(self, latents: Tensor, rows: slice) -> None:
+        """Receive the latents of the reference, before every step and at the end. Nothing is done with them here."""
         return
 
     def _check_timestep(self, timestep: float) -> None:
         """Check that the adapter translates what its denoiser is called with to a training timestep."""
-        found = self.router.timestep
-        if self.stages.stage_of(found) != self.stages.stage_of(timestep):
+        found, expected = self.router.timestep, timestep - self.adapter.process.told_at(0)
+        if not math.isnan(found) and self.stages.stage_of(found) != self.stages.stage_of(expected):
             raise DiffesError(
                 f"{type(self.adapter).__name__}.timestep said {found:g} for a denoiser call at training timestep "
-                f"{timestep:g}: it has to give training timesteps, whatever its denoiser takes"
+                f"{expected:g}: it has to give training timesteps, whatever its denoiser takes"
             )
 
     def parts(self, fidelity: float = 1.0, n: int | None = None) -> list[slice]:
@@ -275,7 +276,7 @@ class RoutedEvaluator(abc.ABC):
 
     def rows(self, probes: Probes) -> int:
         """Return the number of rows that one denoiser call on these probes counts."""
-        return len(probes) * self.adapter.guided(self.guidance).branches
+        return len(probes) * self.adapter.rows_per_image(self.guidance)
 
     def _prefixes(self, n_probes: int, schedule: Candidate) -> list[Prefix]:
         """Return what decides the states after each part of the trajectory: number of probes, and all parts so far."""
@@ -450,7 +451,7 @@ def _copied(states: States | None) -> States | None:
     """
     if states is None:
         return None
-    return tuple(replace(state, scheduler=_copied_scheduler(state.scheduler)) for state in states)
+    return tuple(replace(state, scheduler=_copied_scheduler(state.scheduler), drive=None) for state in states)
 
 
 def _copied_scheduler(scheduler: Any) -> Any:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffes.adapters import Probes, SamplingState
+from diffes.adapters import Call, Probes
 from diffes.errors import DiffesError
 from diffes.measure.evaluator import BATCH, CACHE_BYTES, Candidate, Prefix, RoutedEvaluator, States
 from diffes.measure.metrics import Metric
 from diffes.measure.reference import SOLVER, Reference, inner_products
 from diffes.runtime.router import Router
-from diffes.solvers import NoiseProcess, Solver, coefficients, fit_of
+from diffes.solvers import NoiseProcess, Row, Solver, coefficients, fit_of
 from diffes.solvers.scheduler import PlanScheduler
 from diffes.spaces.plan import calls_of, trailing
 from diffes.spaces.schedule import Plan, Stages
@@ -75,7 +75,7 @@ class PlanEvaluator(RoutedEvaluator):
         self.recorded: Reference | None = None
         self._passed: dict[int, list[Tensor]] | None = {} if fits else None
         super().__init__(router, probes, guidance=guidance, metric=metric, batch=batch, cache_bytes=cache_bytes)
-        self._row_bytes += OLD_PREDICTIONS * 4 * probes.noise[0].numel() * self.rows(probes) / len(probes)
+        self._row_bytes += OLD_PREDICTIONS * 4 * self.final_reference[0].numel() * self.rows(probes) / len(probes)
 
     def plan(self, genome: Candidate) -> Plan:
         """Return the plan that a genome runs; a plan is returned as it is."""
@@ -124,10 +124,9 @@ class PlanEvaluator(RoutedEvaluator):
         self.reference_calls = self.reference_steps * self.rows(self.probes)
         return finals
 
-    def _pass_reference(self, state: SamplingState, rows: slice) -> None:
+    def _pass_reference(self, latents: Tensor, rows: slice) -> None:
         if self._passed is not None:
-            latents = self.adapter.finish(state, self.guidance).float().cpu()
-            self._passed.setdefault(rows.start, []).append(latents)
+            self._passed.setdefault(rows.start, []).append(latents.float().cpu())
 
     def _routed(self, schedule: Candidate) -> Plan:
         return self.plan(schedule)
@@ -159,21 +158,19 @@ class PlanEvaluator(RoutedEvaluator):
         solver = states[0].scheduler.fits
         if solver is None:
             return super().stepped(states, parts)
-        found = []
+        calls, memories = list[Call](), list[Any]()
         for state, rows in zip(states, parts, strict=True):
             self.router.memory = state.memory
-            prediction, latents = self.adapter.predicted(state, self.probes[rows], self.guidance)
-            found.append((prediction, latents, self.router.memory))
-        row = self._fit(solver, states, parts, found)
+            calls.append(self.adapter.called(state, self.probes[rows], self.guidance))
+            memories.append(self.router.memory)
+        row = self._fit(solver, states, parts, calls)
         after = []
-        for state, (prediction, latents, memory) in zip(states, found, strict=True):
-            scheduler = state.scheduler
-            scheduler.coefficients[scheduler.index] = row
-            moved = self.adapter.advance(state, prediction, scheduler.timesteps[scheduler.index], latents)
-            after.append(replace(moved, memory=memory))
+        for state, call, memory in zip(states, calls, memories, strict=True):
+            state.scheduler.coefficients[state.index] = row
+            after.append(replace(self.adapter.advance(state, call), memory=memory))
         return tuple(after)
 
-    def _fit(self, solver: Solver, states: States, parts: Sequence[slice], found: Sequence[tuple[Any, ...]]) -> Any:
+    def _fit(self, solver: Solver, states: States, parts: Sequence[slice], calls: Sequence[Call]) -> Row:
         """Fit the coefficients of the present call, by least squares over all parts."""
         if self.recorded is None:
             raise DiffesError("this evaluator has not recorded its reference, so no solver can be fitted to it")
@@ -182,8 +179,7 @@ class PlanEvaluator(RoutedEvaluator):
         after = scheduler.plan[i + 1] if i + 1 < len(scheduler.plan) else None
         target = self.recorded.at(after, self.process.along(scheduler.plan)[i + 1])
         products = torch.zeros(len(prior) + 1, len(prior) + 1, dtype=torch.float64)
-        for state, rows, (prediction, latents, _) in zip(states, parts, found, strict=True):
-            n = rows.stop - rows.start  # with guidance some pipelines hold each latent twice
-            terms = [term[:n] for term in state.scheduler.terms(prediction, latents, len(prior))]
+        for state, rows, call in zip(states, parts, calls, strict=True):
+            terms = [t[: state.images] for t in state.scheduler.terms(call.output, call.latents, len(prior))]
             products += inner_products(terms, target[rows])
         return fit_of(solver, prior, products.numpy())

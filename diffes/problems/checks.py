@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffes.adapters import ModelAdapter, SamplingState
+from diffes.adapters import ModelAdapter
 from diffes.config import RunConfig
 from diffes.errors import DiffesError, PluginError
 from diffes.measure.currencies import CURRENCIES
@@ -134,15 +134,9 @@ def try_adapter(adapter: ModelAdapter, n_steps: int, guidance: float) -> None:
         label = adapter.label(choices[0])
         expect(isinstance(label, str), "return a text from label", label)
         probes = adapter.make_probes(2, 0)
-        state = adapter.start(probes, n_steps, guidance)
-        expect(isinstance(state, SamplingState), "return a SamplingState from start", state)
-        after = adapter.step(state, probes, guidance)
-        same = after.latents.shape == state.latents.shape
-        expect(same, f"return predictions {tuple(state.latents.shape)} from predict", tuple(after.latents.shape))
-        final = adapter.finish(after, guidance)
-        shape = tuple(probes.noise.shape)
-        expect(isinstance(final, Tensor) and final.shape == shape, f"return latents {shape} from finish", final)
-        expect(bool(final.isfinite().all()), "return finite latents from finish", "NaN or inf")
+        after = adapter.step(adapter.start(probes, n_steps, guidance), probes, guidance)
+        final = adapter.finish(after)
+        expect(bool(final.isfinite().all()), "sample finite latents", "NaN or inf")
         bare = adapter.denoise_once(final, torch.full((2,), 1), probes.conditions)
         expect(isinstance(bare, Tensor) and len(bare) == 2, "return predictions (n, C, h, w) from denoise_once", bare)
 
@@ -154,7 +148,7 @@ def try_metric(metric: Metric, adapter: ModelAdapter) -> None:
         DiffesError: the metric does not score single images of this size.
     """
     probes = adapter.make_probes(2, 0)
-    latents = probes.noise.to(adapter.device, adapter.dtype)
+    latents = adapter.noise(probes)
     images = latents if metric.space == "latent" else adapter.decode(latents)
     try:
         metric(images, images, probes.conditions)

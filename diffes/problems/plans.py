@@ -25,7 +25,7 @@ from diffes.problems.workbench import Workbench, run_strategy
 from diffes.progress import Progress, RichProgress
 from diffes.results.record import Candidate
 from diffes.solvers import SOLVERS, NoiseProcess, own_of
-from diffes.solvers.offtheshelf import SPACINGS, spaced
+from diffes.solvers.offtheshelf import spaced, spacings_of
 from diffes.spaces.ledger import OnEvaluation, SearchResult
 from diffes.spaces.plan import PlanSpace, power_spaced, trailing
 from diffes.spaces.schedule import Plan, Stages
@@ -224,9 +224,9 @@ class Plans:
         return self.searched.denoiser_calls + self.refitted.denoiser_calls
 
     def spaced(self, calls: float) -> list[list[int]]:
-        """Return the timesteps of as many dense calls as a budget pays for, in each of diffusers' even spacings."""
-        n = whole_calls(calls)
-        return [spaced(self.bench.adapter.pipe.scheduler, n, name) for name in SPACINGS]
+        """Return the timesteps of as many dense calls as a budget pays for, in each even spacing."""
+        n, scheduler = whole_calls(calls), self.bench.adapter.pipe.scheduler
+        return [spaced(scheduler, n, name) for name in spacings_of(scheduler)]
 
     def of_dense(self, timesteps: Sequence[int], solver: str) -> Plan:
         """Return the plan of dense calls at some timesteps, the noisiest first."""

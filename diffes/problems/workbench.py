@@ -337,7 +337,6 @@ def prepare(
     kind.check(config, adapter)
     try_adapter(adapter, config.steps, config.scale)
     adapter.check_sampler()
-    adapter.check_sampled()
     stages = Stages.equal(config.stages, adapter.n_timesteps)
     steps = stages.count_steps(adapter.timesteps(config.steps))
     top = method.max_level(adapter)

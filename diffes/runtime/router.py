@@ -211,7 +211,7 @@ class Router:
         """
         clock = self.adapter.clock
         counts = isinstance(clock, PlanScheduler) and clock.plan == plan.timesteps and clock.index < len(plan.calls)
-        if counts and abs(clock.plan[clock.index] - timestep) < HALF_PRECISION:
+        if counts and not abs(clock.plan[clock.index] - timestep) >= HALF_PRECISION:  # NaN: not known
             return int(clock.index)
         raise DiffesError(
             f"the denoiser was called at timestep {timestep:g}, which is not the next call of the plan that is applied "

@@ -10,7 +10,7 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from diffes.errors import DiffesError
 from diffes.solvers.base import Row, Solver
-from diffes.solvers.process import Noise, own_of
+from diffes.solvers.process import Noise, NoiseProcess, own_of
 
 ENDS = {"final_sigmas_type": "zero"}
 SPACINGS: dict[str, dict[str, Any]] = {
@@ -18,6 +18,8 @@ SPACINGS: dict[str, dict[str, Any]] = {
     "log-snr": {"use_lu_lambdas": True},
 }
 """Settings with which diffusers spaces timesteps evenly: three in time, one in the log of the signal-to-noise ratio."""
+SHIFTS = {"trailing": 1.0, "shift 2": 2.0, "shift 3": 3.0, "shift 6": 6.0}
+"""Shifts of evenly spaced sigmas of flow matching; Stable Diffusion 3 has 3."""
 
 
 class OffTheShelf(Solver):
@@ -104,24 +106,42 @@ class DPMSolver3M(OffTheShelf):
         super().__init__(order)
 
 
+def spacings_of(scheduler: Any) -> list[str]:
+    """Return the names of the ways in which timesteps of a pipeline's noise process are spaced evenly."""
+    return [*(SHIFTS if NoiseProcess.of(scheduler).flows else SPACINGS)]
+
+
 def spaced(scheduler: Any, n: int, spacing: str) -> list[int]:
-    """Return at most `n` timesteps of a pipeline's noise schedule, falling, as diffusers spaces them.
+    """Return at most `n` timesteps of a pipeline's noise process, falling, evenly spaced.
+
+    With `alphas_cumprod`, they are those of diffusers. Of flow matching, sigmas are evenly spaced down from 1 and then
+    shifted: `s sigma / (1 + (s - 1) sigma)`.
 
     Args:
         scheduler: the pipeline's scheduler.
         n: at least 1; there are fewer where two round to the same timestep.
-        spacing: a name of `SPACINGS`.
+        spacing: a name of `spacings_of`.
+
+    Source: Esser et al., arXiv 2403.03206, equation 23, for the shift.
 
     Example:
-        >>> from diffusers import DDIMScheduler
+        >>> from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
         >>> spaced(DDIMScheduler(), 4, "trailing")
         [999, 749, 499, 249]
+        >>> spaced(FlowMatchEulerDiscreteScheduler(), 4, "shift 3")
+        [999, 899, 749, 499]
     """
+    process = NoiseProcess.of(scheduler)
+    last = len(process.alphas) - 1
+    if process.flows:
+        shift = SHIFTS[spacing]
+        sigmas = [1 - i / n for i in range(n)]
+        found = [shift * sigma / (1 + (shift - 1) * sigma) * (last + 1) - 1 for sigma in sigmas]
+        return sorted({max(round(t), 0) for t in found}, reverse=True)
     plain = dict.fromkeys(
         ("thresholding", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"), False
     )
     settings = {"algorithm_type": "dpmsolver++", **plain, **ENDS, **SPACINGS[spacing]}
     made = DPMSolverMultistepScheduler.from_config(own_of(scheduler).config, **settings)
     made.set_timesteps(n)
-    last = len(made.alphas_cumprod) - 1  # an offset of the steps may lead beyond it
-    return sorted({min(int(t), last) for t in made.timesteps}, reverse=True)
+    return sorted({min(int(t), last) for t in made.timesteps}, reverse=True)  # an offset may lead beyond the last

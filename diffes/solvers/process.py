@@ -72,11 +72,18 @@ class NoiseProcess:
         prediction: "epsilon" (the noise), "v_prediction", "sample" (the clean latents) or "flow_prediction" (noise
             minus clean latents).
 
+    Flow matching has `alpha = 1 - sigma`, and timestep `t` stands for `sigma = (t + 1) / T`. A network of that kind is
+    told `T sigma = t + 1`. Shifts of sigmas, by resolution or by `mu`, only choose timesteps, so they belong to a
+    schedule of steps and not to the process.
+
     Example:
-        >>> from diffusers import DDIMScheduler
+        >>> from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
         >>> process = NoiseProcess.of(DDIMScheduler())
-        >>> process.prediction, len(process.alphas), round(process.at(999).sigma, 4)
-        ('epsilon', 1000, 1.0)
+        >>> process.prediction, len(process.alphas), round(process.at(999).sigma, 4), process.told_at(999)
+        ('epsilon', 1000, 1.0, 999)
+        >>> flow = NoiseProcess.of(FlowMatchEulerDiscreteScheduler(shift=3.0))
+        >>> flow.prediction, flow.at(499), flow.told_at(499)
+        ('flow_prediction', Noise(alpha=0.5, sigma=0.5), 500)
     """
 
     alphas: Floats
@@ -88,31 +95,38 @@ class NoiseProcess:
         """Read the process of a scheduler from its own tables.
 
         Args:
-            scheduler: a scheduler of diffusers with `alphas_cumprod`, or one of ours in the place of such.
+            scheduler: a scheduler of diffusers with `alphas_cumprod`, one of flow matching, or one of ours in the place
+                of such.
 
         Raises:
-            DiffesError: the scheduler has no such table, samples by flow matching, or predicts something unknown.
+            DiffesError: the scheduler has another process, or predicts something unknown.
         """
         scheduler = own_of(scheduler)
         config, name = scheduler.config, type(scheduler).__name__
-        if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        prediction = config.get("prediction_type", "epsilon")
+        flows = bool(config.get("use_flow_sigmas")) or prediction == "flow_prediction"
+        if flows or (name.startswith("FlowMatch") and not hasattr(scheduler, "alphas_cumprod")):
+            if config.get("invert_sigmas"):
+                raise DiffesError(f"{name} counts its sigmas from the clean end (invert_sigmas), which plans do not")
+            n = int(config.num_train_timesteps)
+            sigmas = np.arange(1, n + 1) / n
+            return cls(np.maximum(1 - sigmas, LEAST_SIGNAL), sigmas, "flow_prediction")
+        if not hasattr(scheduler, "alphas_cumprod"):
             raise DiffesError(
-                f"{name} samples by flow matching, which plans do not support. Search levels (--genes levels), or use "
-                "a pipeline that predicts noise, velocity or clean latents."
+                f"{name} does not count in training timesteps, of which stages and plans are made: it has no table of "
+                "signal and noise. Give the pipeline another scheduler, for instance with "
+                "EulerDiscreteScheduler.from_config."
             )
-        if hasattr(scheduler, "alphas_cumprod"):
-            signal = scheduler.alphas_cumprod.double().cpu().numpy()
-            signal = np.where(signal > 0, signal, LEAST_SIGNAL**2)  # zero terminal SNR, with diffusers' bound
-            alphas, sigmas = np.sqrt(signal), np.sqrt(1 - signal)
-            prediction = config.get("prediction_type", "epsilon")
-        else:
-            raise DiffesError(
-                f"plans are made of training timesteps, and {name} has none. Give the pipeline another scheduler, for "
-                "instance with EulerDiscreteScheduler.from_config."
-            )
+        signal = scheduler.alphas_cumprod.double().cpu().numpy()
+        signal = np.where(signal > 0, signal, LEAST_SIGNAL**2)  # zero terminal SNR, with diffusers' bound
         if prediction not in get_args(Prediction):
             raise DiffesError(f"prediction_type must be one of {', '.join(get_args(Prediction))}, got {prediction!r}")
-        return cls(alphas, sigmas, prediction)
+        return cls(np.sqrt(signal), np.sqrt(1 - signal), prediction)
+
+    @property
+    def flows(self) -> bool:
+        """True where the process is that of flow matching."""
+        return self.prediction == "flow_prediction"
 
     def at(self, timestep: int) -> Noise:
         """Return signal and noise at a training timestep in [0, T)."""
@@ -121,3 +135,11 @@ class NoiseProcess:
     def along(self, timesteps: list[int] | tuple[int, ...]) -> list[Noise]:
         """Return signal and noise (n + 1,) at each of n timesteps and at the end of sampling."""
         return [*map(self.at, timesteps), END]
+
+    def told(self, timesteps: Tensor) -> Tensor:
+        """Return what the network is told at training timesteps (n,)."""
+        return timesteps + 1.0 if self.flows else timesteps
+
+    def told_at(self, timestep: int) -> int:
+        """Return what the network is told at a training timestep."""
+        return timestep + self.flows

@@ -94,7 +94,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.keeps = max(map(len, self.coefficients)) - 2
         self.fits: Solver | None = None
         self.replaces: Any = None
-        self.timesteps = torch.tensor(self.plan)
+        self.timesteps = self._told(None)
         self.num_inference_steps = len(self.plan)
         self.index = 0
         self._clean: tuple[Tensor, ...] = ()  # predictions of the last calls, newest first
@@ -143,16 +143,24 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         """Begin a run at the plan's timesteps. Another number of steps is replaced, with a warning.
 
+        Sigmas count by their number only in flow matching, where pipelines make some for every call; `mu` is not read.
+
         Raises:
-            DiffesError: other timesteps are given, or sigmas.
+            DiffesError: other timesteps are given, or sigmas where pipelines make none.
         """
         given = None if timesteps is None else [int(t) for t in timesteps]
-        if (given is not None and given != list(self.plan)) or sigmas is not None:
-            found = f"timesteps {given}" if given is not None else "sigmas of your own"
+        if given is not None and given != [int(t) for t in self._told(None)]:
             raise DiffesError(
-                f"the applied plan visits the timesteps {list(self.plan)}, got {found}. Leave out the timesteps, or "
+                f"the applied plan visits the timesteps {list(self.plan)}, got timesteps {given}. Leave out the "
+                "timesteps, or call diffes.remove(pipe) first."
+            )
+        if sigmas is not None and self.config.prediction_type != "flow_prediction":
+            raise DiffesError(
+                f"the applied plan visits the timesteps {list(self.plan)}, got sigmas of your own. Leave them out, or "
                 "call diffes.remove(pipe) first."
             )
+        if sigmas is not None and num_inference_steps is None:  # pipelines of flow matching make their own
+            num_inference_steps = len(sigmas)
         if given is None and num_inference_steps is not None and num_inference_steps != len(self.plan):
             warnings.warn(
                 f"the applied plan makes {len(self.plan)} denoiser calls, so num_inference_steps={num_inference_steps} "
@@ -160,8 +168,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 DiffesWarning,
                 stacklevel=2,
             )
-        self.timesteps = torch.tensor(self.plan, device=device)
+        self.timesteps = self._told(device)
         self.index, self._clean = 0, ()
+
+    def _told(self, device: Any) -> Tensor:
+        """Return what the network is told in each call (n,): of flow matching `t + 1`, see `NoiseProcess`."""
+        made = torch.tensor(self.plan, device=device)
+        return made + 1.0 if self.config.prediction_type == "flow_prediction" else made
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin at a later call of the plan; its steps are of first order as long as predictions are missing."""
@@ -177,7 +190,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **_unused: Any
-    ) -> SchedulerOutput | tuple[Tensor]:
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         """Return the latents of the next call, or the final ones.
 
         Args:
@@ -203,7 +216,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._clean = (clean[0], *self._clean)[: self.keeps]
         self.index += 1
         after = after.to(sample.dtype)
-        return SchedulerOutput(prev_sample=after) if return_dict else (after,)
+        # PixArt reads a second value in runs of one step
+        return SchedulerOutput(prev_sample=after) if return_dict else (after, after)
 
     def terms(self, model_output: Tensor, sample: Tensor, n: int) -> list[Tensor]:
         """Return the `n` terms of the next step in fp32: the latents, then the clean predictions of the last calls."""
@@ -226,15 +240,19 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             DiffesError: a timestep is none of the plan's.
         """
-        known = dict(zip(self.plan, self.noises, strict=True))
+        known = {int(told): noise for told, noise in zip(self._told(None), self.noises, strict=True)}
         if missing := [int(t) for t in timesteps.flatten() if int(t) not in known]:
-            raise DiffesError(f"the applied plan visits the timesteps {list(self.plan)}, not {missing[0]}")
+            raise DiffesError(f"the applied plan visits the timesteps {sorted(known, reverse=True)}, not {missing[0]}")
         shape = (-1, *[1] * (original_samples.dim() - 1))
         alphas, sigmas = (
             torch.tensor([getattr(known[int(t)], name) for t in timesteps.flatten()]).view(shape).to(original_samples)
             for name in ("alpha", "sigma")
         )
         return alphas * original_samples + sigmas * noise
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """Return the result of `add_noise`, as pipelines of flow matching ask for it."""
+        return self.add_noise(sample, noise, timestep)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write the configuration that `from_pretrained` reads; in a pipeline, that of the pipeline's own scheduler."""

@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DiTPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -41,12 +42,15 @@ def test_own_sampling_loop_equals_the_pipeline(adapter: ModelAdapter, guidance: 
 
 
 def check_sampling_loop(adapter: ModelAdapter, guidance: float) -> None:
-    config = adapter.denoiser.config
-    shape = (3, config.in_channels, config.sample_size, config.sample_size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(7))
-    conditions = tuple(adapter.choices("heldout")[:3])
-    ours = adapter.decode(adapter.sample(Probes(noise, conditions), 6, guidance))
-    theirs = adapter.generate(conditions, n_steps=6, guidance=guidance, generator=torch.Generator().manual_seed(7))
+    probes = Probes((7, 8, 9), tuple(adapter.choices("heldout")[:3]))
+    ours = adapter.decode(adapter.sample(probes, 6, guidance))
+    pipe: Any = adapter.pipe
+    own = "class_labels" if isinstance(pipe, DiTPipeline) else "prompt"
+    made = pipe(
+        **{own: list(probes.conditions)}, guidance_scale=guidance, num_inference_steps=6, output_type="np",
+        generator=[torch.Generator().manual_seed(seed) for seed in probes.seeds],
+    ).images  # fmt: skip
+    theirs = torch.from_numpy(made).permute(0, 3, 1, 2)
     assert torch.equal(ours, theirs)
 
 
@@ -70,14 +74,15 @@ def test_blocks_are_in_the_order_of_the_forward_pass(adapter: ModelAdapter) -> N
         adapter.denoiser.get_submodule(path).register_forward_hook(lambda *_, path=path: seen.append(path))
     probes = adapter.make_probes(1, 0)
     with torch.no_grad():
-        adapter.denoise_once(probes.noise, torch.tensor([500]), probes.conditions)
+        adapter.denoise_once(adapter.noise(probes), torch.tensor([500]), probes.conditions)
     assert seen == adapter.blocks()
 
 
 def test_probe_i_depends_on_seed_and_i_alone(adapter: ModelAdapter) -> None:
     few, many, other = adapter.make_probes(5, 1), adapter.make_probes(12, 1), adapter.make_probes(5, 2)
-    assert torch.equal(few.noise, many.noise[:5]) and few.conditions == many.conditions[:5]
-    assert not torch.equal(few.noise, other.noise)
+    assert few.seeds == many.seeds[:5] and few.conditions == many.conditions[:5]
+    assert not set(few.seeds) & set(other.seeds)
+    assert torch.equal(adapter.noise(few), adapter.noise(many)[:5])
     assert set(many.conditions) <= set(adapter.choices("search"))
 
 
@@ -126,9 +131,9 @@ def test_the_target_is_what_the_scheduler_says(untrained: ModelAdapter, kind: st
 
 def test_other_targets_are_refused(untrained: ModelAdapter) -> None:
     of_kind(untrained, "epsilon")
-    untrained.pipe.scheduler.register_to_config(prediction_type="flow_prediction")
+    untrained.pipe.scheduler.register_to_config(prediction_type="x")
     latents = torch.zeros(1, 4, 4, 4)
-    with pytest.raises(DiffesError, match="must be epsilon, v_prediction or sample, got 'flow_prediction'"):
+    with pytest.raises(DiffesError, match="must be one of epsilon, v_prediction, sample, flow_prediction, got 'x'"):
         untrained.target(latents, latents, torch.tensor([5]))
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -162,7 +164,7 @@ def test_a_plan_refuses_other_timesteps(tiny: ModelAdapter) -> None:
 
     def call(timestep: int) -> None:
         with torch.no_grad():
-            tiny.denoise_once(probes.noise, torch.tensor([timestep]), probes.conditions)
+            tiny.denoise_once(tiny.noise(probes), torch.tensor([timestep]), probes.conditions)
 
     with router.routed(plan):
         with pytest.raises(DiffesError, match=r"at timestep 999, which is not the next call of the plan"):
@@ -206,15 +208,14 @@ def test_own_loop_of_a_plan_equals_the_pipeline_bit_for_bit(
     plan = Plan(Stages.equal(N_STAGES), ((999, 1), (600, 2), (240, 0)), untrained.max_level("width"), solver)
     router = Router(untrained, small_bank(untrained, "obs", Stages.equal(N_STAGES)))
     planned = PlanScheduler.of(untrained.pipe.scheduler, plan.timesteps, solver)
-    config = untrained.denoiser.config
-    shape = (3, config.in_channels, config.sample_size, config.sample_size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(7))
-    conditions = tuple(untrained.choices("heldout")[:3])
+    probes = Probes((7, 8, 9), tuple(untrained.choices("heldout")[:3]))
     with router.routed(plan):
-        ours = untrained.decode(untrained.sample(Probes(noise, conditions), planned, guidance))
+        sampled = untrained.sample(probes, planned, guidance)
+    ours = untrained.decode(sampled)
+    with router.routed(plan):
         untrained.pipe.scheduler = planned
-        generator = torch.Generator().manual_seed(7)
-        theirs = untrained.generate(conditions, n_steps=3, guidance=guidance, generator=generator)
+        generators: Any = [torch.Generator().manual_seed(seed) for seed in probes.seeds]
+        theirs = untrained.generate(probes.conditions, n_steps=3, guidance=guidance, generator=generators)
     assert torch.equal(ours, theirs)
 
 

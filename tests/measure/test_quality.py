@@ -9,14 +9,14 @@ from diffes.measure.quality import Quality, interval, standard_error
 
 
 def test_the_reference_itself_has_no_error(tiny: ModelAdapter) -> None:
-    latents = tiny.make_probes(4, 0).noise
+    latents = tiny.noise(tiny.make_probes(4, 0))
     found = Quality(tiny, latents).of(latents.clone())
     assert found["latent_mse"] == found["latent_median"] == found["image_mse"] == found["image_mse_error"] == 0
     assert found["latent_interval"] == [0, 0] and found["ssim"] == pytest.approx(1) and found["variance"] == 1
 
 
 def test_errors_are_those_of_the_metrics_and_their_spread(tiny: ModelAdapter) -> None:
-    one, other = tiny.make_probes(6, 0).noise, tiny.make_probes(6, 1).noise
+    one, other = (tiny.noise(tiny.make_probes(6, seed)) for seed in (0, 1))
     found = Quality(tiny, one).of(other)
     errors = -latent_mse(other, one)
     assert found["latent_mse"] == pytest.approx(float(errors.mean()))
@@ -34,7 +34,7 @@ def test_errors_are_those_of_the_metrics_and_their_spread(tiny: ModelAdapter) ->
 
 
 def test_what_is_no_number_is_none(tiny: ModelAdapter) -> None:
-    latents = tiny.make_probes(3, 0).noise
+    latents = tiny.noise(tiny.make_probes(3, 0))
     broken = latents.clone()
     broken[1] = float("nan")
     found = Quality(tiny, latents).of(broken)

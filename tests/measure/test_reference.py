@@ -75,13 +75,14 @@ def test_an_evaluator_records_every_step_of_its_reference(untrained: ModelAdapte
     whole, parts = recorded
     assert whole.timesteps == tuple(trailing(6, 1000)) and len(whole.states) == len(whole.noises) == 7
     assert (whole.states - parts.states).norm() < 1e-5 * whole.states.norm()
-    assert torch.equal(whole.states[0], evaluator.probes.noise)
+    assert torch.equal(whole.states[0], untrained.noise(evaluator.probes))
     scheduler = PlanScheduler.of(untrained.pipe.scheduler, whole.timesteps, "dpmsolver++")
     state = untrained.start(evaluator.probes, scheduler, 2.0)
     with torch.no_grad():
         for i in range(3):
-            assert torch.equal(untrained.finish(state, 2.0), whole.states[i])
-            state = untrained.step(state, evaluator.probes, 2.0)
+            call = untrained.called(state, evaluator.probes, 2.0)
+            assert torch.equal(call.latents[:4], whole.states[i])
+            state = untrained.advance(state, call)
 
 
 def test_inner_products_are_summed_in_fp64() -> None:

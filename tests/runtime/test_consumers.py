@@ -73,10 +73,10 @@ def test_all_consumers_of_a_set_lose_the_same_groups(
     timesteps = torch.tensor([300, 300])
     for level in range(1, bank.max_level + 1):
         with torch.no_grad(), router.routed(Schedule(stages, (0, level, 0, 0), bank.max_level)):
-            sliced = split.denoise_once(probes.noise, timesteps, probes.conditions)
+            sliced = split.denoise_once(split.noise(probes), timesteps, probes.conditions)
         with torch.no_grad(), ExitStack() as stack:
             masked(split, bank, level, stack)
-            expected = split.denoise_once(probes.noise, timesteps, probes.conditions)
+            expected = split.denoise_once(split.noise(probes), timesteps, probes.conditions)
         torch.testing.assert_close(sliced, expected, rtol=1e-4, atol=1e-4)
     assert_dense(split, before)
 

@@ -43,7 +43,7 @@ def test_what_stays_ready_is_not_made_again(untrained: ModelAdapter, stages: Sta
     seen = []
     with router.routed(Schedule(stages, (0, 2, 1, 0), bank.max_level)):
         for timestep in (300, 600, 300):
-            untrained.denoise_once(probes.noise, torch.tensor([timestep]), probes.conditions)
+            untrained.denoise_once(untrained.noise(probes), torch.tensor([timestep]), probes.conditions)
             seen.append(pointers(untrained))
     assert seen[0] == seen[2] != seen[1]
 

@@ -76,7 +76,7 @@ def by_hand(adapter: ModelAdapter, bank: WeightBank, called: Plan, probes: Probe
                 only = plan(bank, *levels, timesteps=called.timesteps)
                 stack.enter_context(router.routed(only))
             state = adapter.step(state, probes, GUIDANCE)
-    return adapter.finish(state, GUIDANCE)
+    return adapter.finish(state)
 
 
 def replacing(kept: dict[str, Any], path: str, recalled: bool) -> Callable[..., Any]:
@@ -190,7 +190,7 @@ def test_no_more_is_kept_than_is_reused(tiny_sdxl: ModelAdapter, stages: Stages)
     for keep, expected in ((False, {sources[2]}), (True, set(sources[1:]))):
         clock = clock_of(tiny_sdxl, called)
         with torch.no_grad(), router.routed(called, keep=keep), tiny_sdxl.counted_by(clock):
-            tiny_sdxl.denoise_once(probes.noise, torch.tensor([TIMESTEPS[0]]), probes.conditions)
+            tiny_sdxl.denoise_once(tiny_sdxl.noise(probes), torch.tensor([TIMESTEPS[0]]), probes.conditions)
             assert router.memory is not None and set(router.memory.outputs) == expected
 
 
@@ -237,7 +237,7 @@ def test_no_run_takes_from_another(untrained: ModelAdapter, stages: Stages, meth
         with torch.no_grad():
             for _ in TIMESTEPS:
                 turns = [untrained.step(s, p, GUIDANCE) for s, p in zip(turns, (one, other), strict=True)]
-    both = [untrained.finish(each, GUIDANCE) for each in turns]
+    both = [untrained.finish(each) for each in turns]
     dense = [run(untrained, probes) for probes in (one, other)]
     assert all(torch.equal(a, b) for a, b in zip(both, dense, strict=True)), "runs that take turns compute everything"
 

@@ -48,7 +48,7 @@ def test_sliced_equals_masked(adapter: ModelAdapter, stages: Stages, method: str
     bank = small_bank(adapter, method, stages, STAGES)
     router = Router(adapter, bank)
     probes = adapter.make_probes(2, 0)
-    latents, timesteps = probes.noise, torch.tensor([300, 300])
+    latents, timesteps = adapter.noise(probes), torch.tensor([300, 300])
     max_level = bank.max_level
     before = state(adapter)
     for level in range(1, max_level + 1):
@@ -134,7 +134,7 @@ def test_weights_change_exactly_at_stage_borders(tiny: ModelAdapter, stages: Sta
     schedule = Schedule(stages, (0, 1, 2, 4), 4)
     with torch.no_grad(), router.routed(schedule):
         for timestep, width in [(999, 0), (750, 0), (749, 2), (500, 2), (499, 3), (250, 3), (249, 4), (0, 4), (999, 0)]:
-            tiny.denoise_once(probes.noise, torch.tensor([timestep]), probes.conditions)
+            tiny.denoise_once(tiny.noise(probes), torch.tensor([timestep]), probes.conditions)
             assert tiny.denoiser.transformer_blocks[0].attn1.to_q.weight.shape[0] == width * 8
             assert tiny.denoiser.transformer_blocks[1].ff.net[2].weight.shape[1] == width * 32
 
@@ -164,7 +164,7 @@ def test_moving_the_model_while_routed_is_refused(tiny: ModelAdapter, stages: St
     router.install(everywhere(stages, 1, 4))
     tiny.pipe.to(torch.float16)
     with pytest.raises(DiffesError, match="moved or cast"), torch.no_grad():
-        tiny.denoise_once(probes.noise.half(), torch.tensor([10]), probes.conditions)
+        tiny.denoise_once(tiny.noise(probes).half(), torch.tensor([10]), probes.conditions)
 
 
 def test_an_adapter_says_what_stands_in_for_a_skipped_block(tiny: ModelAdapter, stages: Stages) -> None:
@@ -183,7 +183,7 @@ def test_an_adapter_says_what_stands_in_for_a_skipped_block(tiny: ModelAdapter, 
     outputs = []
     for adapter in (tiny, own):
         with torch.no_grad(), Router(adapter, bank).routed(everywhere(stages, 2, 2)):
-            outputs.append(adapter.denoise_once(probes.noise, torch.tensor([300]), probes.conditions))
+            outputs.append(adapter.denoise_once(adapter.noise(probes), torch.tensor([300]), probes.conditions))
     assert seen == [tiny.denoiser.get_submodule(path) for path in tiny.blocks()]
     assert not torch.equal(*outputs)
 
@@ -205,7 +205,7 @@ def test_an_adapter_says_what_attention_without_heads_does(tiny: ModelAdapter, s
     before, outputs = state(tiny), []
     for adapter in (tiny, own):
         with torch.no_grad(), Router(adapter, bank).routed(everywhere(stages, 4, 4)):
-            outputs.append(adapter.denoise_once(probes.noise, torch.tensor([300]), probes.conditions))
+            outputs.append(adapter.denoise_once(adapter.noise(probes), torch.tensor([300]), probes.conditions))
     assert seen == [tiny.denoiser.get_submodule(f"{path}.attn1") for path in tiny.blocks()]
     assert not torch.equal(*outputs)
     assert_dense(tiny, before)

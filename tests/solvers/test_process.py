@@ -7,7 +7,12 @@ import math
 import pytest
 import torch
 from conftest import open_adapter
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from diffes.errors import DiffesError
 from diffes.solvers import END, Noise, NoiseProcess
@@ -60,7 +65,10 @@ def test_a_process_that_ends_in_pure_noise_keeps_a_little_signal() -> None:
 
 
 def test_other_schedulers_and_predictions_are_refused() -> None:
-    with pytest.raises(DiffesError, match="training timesteps, and FlowMatchEulerDiscreteScheduler has none"):
-        NoiseProcess.of(FlowMatchEulerDiscreteScheduler())
+    for scheduler in (EDMEulerScheduler(), EDMDPMSolverMultistepScheduler()):
+        with pytest.raises(DiffesError, match=f"{type(scheduler).__name__} does not count in training timesteps"):
+            NoiseProcess.of(scheduler)
+    with pytest.raises(DiffesError, match="invert_sigmas"):
+        NoiseProcess.of(FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
     with pytest.raises(DiffesError, match=r"prediction_type must be one of epsilon, .*, got 'velocity'"):
         NoiseProcess.of(DDIMScheduler(prediction_type="velocity"))

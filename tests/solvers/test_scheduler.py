@@ -169,7 +169,8 @@ def test_a_run_that_broke_off_leaves_nothing_for_the_next() -> None:
 
 def test_a_step_returns_a_tuple_where_it_is_asked_to() -> None:
     scheduler, (start, output) = PlanScheduler.of(OWN, [700], "ddim"), outputs(1)
-    (found,) = scheduler.step(output, 700, start, return_dict=False)
+    found, again = scheduler.step(output, 700, start, return_dict=False)
+    assert again is found
     assert torch.equal(found, scheduler.noises[0].clean(start, output, "epsilon"))
 
 

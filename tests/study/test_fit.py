@@ -251,11 +251,12 @@ def test_a_pipeline_with_a_run_applied_is_not_fitted(front: Path, tiny_sdxl_fold
 
 
 @pytest.mark.parametrize("settings", [{"use_flow_sigmas": True}, {"prediction_type": "flow_prediction"}])
-def test_flow_matching_is_refused(settings: dict[str, Any], tiny_folder: Path) -> None:
+def test_processes_of_flow_matching_are_fitted_like_others(settings: dict[str, Any], tiny_folder: Path) -> None:
     pipe = open_pipe(tiny_folder)
     pipe.scheduler = UniPCMultistepScheduler(**settings)
-    with pytest.raises(DiffesError, match="samples by flow matching"):
-        diffes.fit(pipe, [999, 500], **SMALL)
+    found = diffes.fit(pipe, [999, 500], **SMALL)
+    assert found.after.latent_mse is not None and found.before.latent_mse is not None
+    assert found.after.latent_mse < found.before.latent_mse and found.after.sigmas[1] == pytest.approx(0.501 / 0.499)
 
 
 def test_models_of_few_timesteps_offsets_and_zero_predictions(tiny_folder: Path) -> None:

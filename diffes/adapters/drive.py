@@ -1,0 +1,322 @@
+"""Sampling runs by a pipeline's own call, which stops at every step of its scheduler and is driven from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+import functools
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from greenlet import error as GreenletError
+from greenlet import greenlet
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from diffes.errors import DiffesError
+from diffes.solvers import own_of
+
+CACHED_TEXTS = 16  # calls of `encode_prompt` whose embeddings are kept
+QUIET = {"disable": True}
+
+FirstCall = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a denoiser call: positional ones, and those by name."""
+
+
+class Answers:
+    """Shapes of what denoisers return, so that a call whose result nobody reads is answered at once.
+
+    A pipeline that continues a run in the middle has to go through the loop once before it takes the latents of that
+    run. The call that it makes there is answered with zeros of the shape that calls on such latents had before, in a
+    batch of any size.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, torch.Size, torch.dtype], tuple[int, Any]] = {}
+
+    def learn(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Remember the shape of an output."""
+        key = _key(name, args, kwargs)
+        if key not in self._known:
+            shapes = tree_map_only(Tensor, lambda each: torch.empty_like(each, device="meta"), output)
+            self._known[key] = len(_first(args, kwargs)), shapes
+
+    def of(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any | None:
+        """Return zeros for a call; None where the shape of its result is not known."""
+        known, latents = self._known.get(_key(name, args, kwargs)), _first(args, kwargs)
+        if known is None:
+            return None
+        rows, shapes = known
+
+        def zeros(like: Tensor) -> Tensor:
+            shape = (len(like) * len(latents) // rows, *like.shape[1:])
+            return torch.zeros(shape, dtype=like.dtype, device=latents.device)
+
+        return tree_map_only(Tensor, zeros, shapes)
+
+
+class Texts:
+    """Cache of the last results of a pipeline's `encode_prompt`: every evaluation asks for the same prompts."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, Any] = OrderedDict()
+
+    def remembering(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `encode` with this cache. Calls that are given tensors or other objects are not kept."""
+
+        @functools.wraps(encode)
+        def remembered(*args: Any, **kwargs: Any) -> Any:
+            plain = all(
+                each is None or isinstance(each, str | int | float | torch.device | torch.dtype)
+                for each in tree_leaves([args, kwargs])
+            )
+            if not plain:
+                return encode(*args, **kwargs)
+            key = repr((args, sorted(kwargs.items())))
+            if key not in self._known:
+                with torch.no_grad():
+                    self._known[key] = encode(*args, **kwargs)
+            self._known.move_to_end(key)
+            while len(self._known) > CACHED_TEXTS:
+                self._known.popitem(last=False)
+            return self._known[key]
+
+        return remembered
+
+
+class Drive:
+    """A call of a pipeline that waits at every step of its scheduler for the next latents.
+
+    The pipeline runs in a coroutine (greenlet). While it waits, it has the scheduler and the attributes that it had
+    before the call, so that several runs can take turns.
+
+    Args:
+        pipe: the pipeline.
+        denoisers: names of its components that are called in every step.
+        call: arguments of the call.
+        scheduler: the scheduler of the run, ready: it scales the inputs and says the timesteps; its `step` is not
+            called.
+        index: number of calls that are done; above 0 the pipeline begins with the latents that `latents` is given.
+        answers: shapes of the denoisers' results.
+        texts: cache of encoded prompts.
+        prepared: False where the pipeline is to set the scheduler's timesteps, and `first_call` leaves it after that.
+
+    Example:
+        >>> from diffes.adapters import adapter_for, load_pipeline
+        >>> adapter = adapter_for(load_pipeline("fashion-dit"))
+        >>> call = adapter.call_of(adapter.make_probes(1, 0), 1.0)
+        >>> drive = Drive(adapter.pipe, ["transformer"], call, adapter.fresh_scheduler(4))
+        >>> output, latents = drive.next()
+        >>> output.shape == latents.shape
+        True
+        >>> drive.close()
+    """
+
+    __slots__ = (
+        "__weakref__", "_answering", "_answers", "_call", "_coroutine", "_denoisers", "_first", "_grad", "_latents",
+        "_own", "_pipe", "_stand_in", "_texts", "index",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        pipe: Any,
+        denoisers: Sequence[str],
+        call: Mapping[str, Any],
+        scheduler: Any,
+        *,
+        index: int = 0,
+        answers: Answers | None = None,
+        texts: Texts | None = None,
+        prepared: bool = True,
+    ) -> None:
+        self.index = index
+        self._pipe, self._denoisers, self._call = pipe, tuple(denoisers), dict(call)
+        self._answers, self._texts = answers or Answers(), texts or Texts()
+        self._answering, self._first = index > 0, False
+        self._latents: Tensor | None = None
+        self._stand_in = self._standing_in(scheduler) if prepared else scheduler
+        self._own: dict[str, Any] = {"_progress_bar_config": QUIET}  # private attributes, as the call has set them
+        self._grad = torch.is_grad_enabled()
+        self._coroutine = greenlet(self._run)
+        self._coroutine.gr_context = contextvars.copy_context()
+
+    def next(self, latents: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Let the pipeline go on with these latents, to its next step.
+
+        Args:
+            latents: result of the step at which it waits; of a run that begins with noise of the pipeline's own, None.
+
+        Returns:
+            The output of the denoiser, guidance included, and the latents that belong to it: what `scheduler.step` is
+            called with.
+
+        Raises:
+            DiffesError: the pipeline returned without making a step.
+        """
+        found = self._resumed(latents)
+        if self._coroutine.dead:
+            raise DiffesError(
+                f"{type(self._pipe).__name__} returned before step {self.index + 1} of its scheduler: it does not make "
+                "the calls that its scheduler asks for, so diffes cannot sample with it"
+            )
+        self.index += 1
+        return found  # type: ignore[no-any-return]
+
+    def first_call(self) -> FirstCall:
+        """Return the arguments of the first denoiser call, and leave the pipeline there."""
+        self._first = True
+        found: FirstCall = self._resumed(None)
+        self.close()
+        return found
+
+    def output(self, latents: Tensor) -> Any:
+        """Let a run whose calls are all made return what the pipeline returns for these final latents."""
+        found = self._resumed(latents)
+        if not self._coroutine.dead:
+            self.close()
+            raise DiffesError(f"{type(self._pipe).__name__} makes more steps than its scheduler has timesteps")
+        return found
+
+    def close(self) -> None:
+        """Leave the pipeline where it is."""
+        if self._coroutine and not self._coroutine.dead:
+            with self._inside():
+                self._coroutine.throw()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, GreenletError):  # it was never begun, or in another thread
+            self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Return None: a copy of a run begins another call."""
+
+    def _run(self, latents: Tensor | None) -> Any:
+        self._latents = latents
+        pipe = self._pipe
+        call = type(pipe).__call__
+        if torch.is_grad_enabled():  # diffusers' calls are decorated with `torch.no_grad`
+            call = inspect.unwrap(call)
+        return call(pipe, **self._call)
+
+    def _resumed(self, latents: Tensor | None) -> Any:
+        self._coroutine.parent = greenlet.getcurrent()
+        with self._inside():
+            return self._coroutine.switch(latents)
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """Give the pipeline the state of this call inside the context, and its own one afterwards."""
+        attributes, grad = self._pipe.__dict__, torch.is_grad_enabled()
+        before = {name: value for name, value in attributes.items() if _is_private(name)}
+        parts = {name: attributes[name] for name in (*self._denoisers, "scheduler")}
+        hooks: list[Any] = []
+        attributes |= self._own | {"scheduler": self._stand_in}
+        if hasattr(self._pipe, "encode_prompt"):
+            attributes["encode_prompt"] = self._texts.remembering(self._pipe.encode_prompt)
+        for name in self._denoisers:
+            if self._answering or self._first:
+                attributes[name] = _StandIn(parts[name], functools.partial(self._called, name, parts[name]))
+            elif self._coroutine.gr_frame is None and not self._coroutine.dead:  # the first call of the run
+                hooks.append(parts[name].register_forward_hook(functools.partial(self._learn, name), with_kwargs=True))
+        torch.set_grad_enabled(self._grad)
+        try:
+            yield
+        finally:
+            self._grad = torch.is_grad_enabled()
+            torch.set_grad_enabled(grad)
+            self._own |= {name: value for name, value in attributes.items() if _is_private(name)}
+            for name in [name for name in attributes if _is_private(name) and name not in before]:
+                del attributes[name]
+            attributes |= before | parts
+            attributes.pop("encode_prompt", None)
+            for hook in hooks:
+                hook.remove()
+
+    def _learn(self, name: str, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._answers.learn(name, args, kwargs, output)
+
+    def _called(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for a denoiser: leave the pipeline with the arguments, or answer at once."""
+        if self._first:
+            _wait((args, kwargs))
+        found = self._answers.of(name, args, kwargs) if self._answering else None
+        if found is None:
+            found = unwrapped(module).forward(*args, **kwargs)  # without hooks: only the shape of the result is wanted
+            self._answers.learn(name, args, kwargs, found)
+        return found
+
+    def _standing_in(self, scheduler: Any) -> Any:
+        """Return a scheduler like the given one, which has the timesteps that are left and stops at every step."""
+        made = copy.copy(scheduler)
+        made.timesteps = scheduler.timesteps[max(self.index - 1, 0) :]
+
+        @functools.wraps(scheduler.set_timesteps)
+        def set_timesteps(*_args: Any, **_kwargs: Any) -> None: ...
+
+        @functools.wraps(scheduler.step)
+        def step(model_output: Tensor, timestep: Any, sample: Tensor, *_args: Any, **kwargs: Any) -> Any:
+            if self._answering:
+                self._answering, after = False, self._latents
+                for name in self._denoisers:  # the pipeline goes on with the denoiser itself
+                    self._pipe.__dict__[name] = self._pipe.__dict__[name]._module
+            else:
+                after = _wait((model_output, sample))
+            if not kwargs.get("return_dict", True):
+                return after, after
+            return DDIMSchedulerOutput(prev_sample=after, pred_original_sample=after)
+
+        made.set_timesteps, made.step = set_timesteps, step
+        made.replaces = own_of(self._pipe.scheduler)
+        made.set_begin_index = lambda *_args, **_kwargs: None
+        if hasattr(scheduler, "scale_model_input"):  # schedulers of flow matching have none
+            made.scale_model_input = scheduler.scale_model_input
+        return made
+
+
+class _StandIn:
+    """Object in the place of a module: it has the module's attributes and class, but another call."""
+
+    def __init__(self, module: Any, call: Callable[..., Any]) -> None:
+        self.__dict__ |= {"_module": module, "_call": call}
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        return type(self._module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_call"](*args, **kwargs)
+
+
+def unwrapped(module: Any) -> Any:
+    """Return the module itself, without the wrapper of `torch.compile`."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _wait(found: Any) -> Any:
+    """Leave the present coroutine with a value, and return what it is resumed with."""
+    driver = greenlet.getcurrent().parent
+    assert driver is not None
+    return driver.switch(found)
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and name != "_internal_dict"
+
+
+def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the first tensor of a denoiser call: the latents."""
+    return next(each for each in tree_leaves([args, kwargs]) if isinstance(each, Tensor))
+
+
+def _key(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, torch.Size, torch.dtype]:
+    first = _first(args, kwargs)
+    return name, first.shape[1:], first.dtype
