@@ -20,11 +20,15 @@ Guidance = float | tuple[float, float]  # one scale, or the two ends of a range
 # settings that older versions did not have, with the values that they used
 LATER: dict[str, Any] = {
     "time_limit": None, "threads": None, "asynchronous": False, "study": None,
-    "genes": "levels", "calls": None, "solver": None, "nodes": None, "fit_probes": None,
+    "genes": "levels", "calls": None, "solver": None, "nodes": None, "fit_probes": None, "reference_steps": None,
+    "call": None,
 }  # fmt: skip
 KINDS = {"levels": "levels", "steps": "plans", "joint": "plans"}  # kinds of what is searched
 OF_PROBLEMS = {"budget": "levels", "calls": "plans", "solver": "plans", "nodes": "plans", "fit_probes": "plans"}
+OF_PROBLEMS["reference_steps"] = "plans"
 DEFAULTS: dict[str, Any] = {"budget": 0.5, "calls": 6.0, "solver": "fitted", "nodes": 64, "fit_probes": 48}
+LARGE = 300_000_000  # parameters of a denoiser from which on a pipeline object gets the settings below
+OF_LARGE = {"probes": 8, "fit_probes": 16, "heldout": 16, "reference_steps": 50, "max_evals": 60}
 AUTO = {  # what "auto" stands for
     "levels": {"cost": "level", "metric": "ssim", "strategy": "evolution"},
     "plans": {"cost": "macs", "metric": "latent_mse", "strategy": "evopress"},
@@ -40,6 +44,9 @@ class ModelSettings:
     prompts: str | None = None
     """JSON file of a text-to-image model with lists of prompts `search`, `heldout` and `calibration`, none in two of
     them. Left out: prompts.json in the model's folder if it has one, else 64 of each that come with diffes."""
+    call: str | None = None
+    """JSON file with further arguments of the pipeline's call, for instance {"height": 512, "prompt": ["a fox", "a
+    hen"]}. Every second prompt is held out. Left out: call.json in the model's folder if it has one."""
     guidance: float | tuple[float, float] = 2.0
     """Classifier-free guidance scale; 1 and less switch it off. Plans also take two, the ends of a range: --guidance
     1.5 4 gives each probe a scale of its own, calibrates and samples at the middle, and reports both ends."""
@@ -121,9 +128,11 @@ class ProblemSettings:
     """Images on which the best few plans of a search are fitted and compared again, unseen by it. Left out: 48."""
     heldout: int = 64
     """Images of the final comparison, from noise that no search sees."""
+    reference_steps: int | None = None
+    """Steps of the dense model that plans are compared with and fitted to, by DPM-Solver++ 2M. Left out: 200."""
 
     def __post_init__(self) -> None:
-        for name, smallest in {"probes": 1, "heldout": 2, "nodes": 2, "fit_probes": 1}.items():
+        for name, smallest in {"probes": 1, "heldout": 2, "nodes": 2, "fit_probes": 1, "reference_steps": 1}.items():
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), smallest, LARGEST)
         for name in ("budget", "calls"):

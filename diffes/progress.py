@@ -22,9 +22,14 @@ class Progress(Protocol):
     def task(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
         """Start a bar, and give a function `advance(note, amount=1)` that advances it and shows a note."""
 
+    def say(self, text: str) -> None:
+        """Show a line."""
+
 
 class Silent:
     """Progress display that shows nothing, for a process that works for another."""
+
+    def say(self, text: str) -> None: ...
 
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[Callable[..., None]]:
@@ -40,6 +45,9 @@ class RichProgress:
 
     def __init__(self) -> None:
         self._bars: Bars | None = None
+
+    def say(self, text: str) -> None:
+        console.print(text, highlight=False, markup=False)
 
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[Callable[..., None]]:

@@ -249,6 +249,9 @@ class Counting:
     def __init__(self) -> None:
         self.titles: list[str] = []
 
+    def say(self, text: str) -> None:
+        self.titles.append(text)
+
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[Callable[..., None]]:
         self.titles.append(title)

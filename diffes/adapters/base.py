@@ -33,6 +33,7 @@ from diffes.adapters.groups import (
 )
 from diffes.adapters.guidance import ClassifierFreeGuidance, Scales
 from diffes.errors import DiffesError
+from diffes.files import parse_json
 from diffes.solvers import NoiseProcess, own_of
 from diffes.solvers.scheduler import PlanScheduler
 
@@ -41,9 +42,11 @@ GOLDEN = (5**0.5 - 1) / 2
 Split = Literal["search", "heldout", "calibration"]  # disjoint sets of prompts
 DENOISERS = ("transformer", "unet", "prior", "denoiser", "dit")  # names of what pipelines call in every step
 CONDITIONS = ("prompt", "class_labels")  # arguments that hold a condition of each image
+CALL = "call.json"  # arguments of every call of a pipeline, in its folder
 CACHED_CALLS = 16  # denoiser calls whose arguments are kept
 SET_HERE = {  # arguments that a user's call must leave out
     "generator": "every probe has a seed of its own",
+    "guidance_scale": "it is the setting guidance",
     "num_inference_steps": "a plan says how many calls are made",
     "num_images_per_prompt": "a probe is one image",
     "num_videos_per_prompt": "a probe is one video",
@@ -164,6 +167,9 @@ class ModelAdapter:
         self._process: tuple[Any, NoiseProcess] | None = None
         self._answers, self._texts = Answers(), Texts()
         self._replayed: OrderedDict[tuple[Condition, ...], FirstCall] = OrderedDict()
+        own = Path(pipe.config.get("_name_or_path") or "") / CALL  # no path where it was built from parts in Python
+        if own.is_file():
+            self.use_call(read_call(own))
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
                 component.eval()
@@ -276,10 +282,27 @@ class ModelAdapter:
         self.__dict__.pop("conditions", None)
         self._replayed.clear()
 
+    def configure(self, prompts: str | None, call: str | None) -> None:
+        """Draw probes from the prompts of a file, and make calls with the arguments in another, where they are named.
+
+        Raises:
+            DiffesError: the model takes no prompts or no such arguments, or a file is not of its form.
+        """
+        if prompts is not None:
+            self.use_prompts(Path(prompts))
+        if call is not None:
+            self.use_call(read_call(Path(call)))
+
     @property
     def takes(self) -> set[str]:
         """Names of the arguments of the pipeline's call."""
         return set(inspect.signature(type(self.pipe).__call__).parameters)
+
+    @property
+    def default_guidance(self) -> float:
+        """Guidance scale of a call of the pipeline that names none; 1 where the pipeline takes none."""
+        known = inspect.signature(type(self.pipe).__call__).parameters.get("guidance_scale")
+        return float(known.default) if known is not None and isinstance(known.default, int | float) else 1.0
 
     def call_of(self, probes: Probes, guidance: float) -> dict[str, Any]:
         """Return the arguments of the pipeline's call that makes these images, without its scheduler's steps."""
@@ -466,8 +489,8 @@ class ModelAdapter:
         whole heads. Depth: the number of blocks. Reuse of attentions and FFNs: as many levels as width.
         """
         if kind == "depth":
-            return len(self.blocks())
-        return max(groups.n_groups for groups in self.group_sets() if groups.attention is not None)
+            return max(len(self.blocks()), 1)
+        return max((groups.n_groups for groups in self.group_sets() if groups.attention is not None), default=1)
 
     def prunable(self, kind: str) -> Sequence[AnySet]:
         """Return the sets that methods of a kind remove or reuse. Kinds of several methods are joined by "+"."""
@@ -662,6 +685,15 @@ class ModelAdapter:
                 self.room[what] = n // 2
             halves = True
 
+    @cached_property
+    def makes_images(self) -> bool:
+        """True where the pipeline makes images (n, channels, height, width) of latents, and not video or sound."""
+        try:
+            self.decode(self.noise(self.make_probes(1, 0)))
+        except DiffesError:
+            return False
+        return True
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return images (n, channels, height, width) in [0, 1] of final latents (n, ...), as the pipeline makes them.
@@ -669,16 +701,21 @@ class ModelAdapter:
         Raises:
             DiffesError: the pipeline makes no images.
         """
+        return torch.cat([_pixels(output) for output in self.render(latents)]).to(self.device)
+
+    @torch.no_grad()
+    def render(self, latents: Tensor) -> list[Any]:
+        """Return the outputs of the pipeline's calls that end with these latents (n, ...)."""
         side = latents.shape[-1] * 8
         parts = latents.to(self.device, self.dtype).split(_images_at_once(side) if self.batched else 1)
-        return torch.cat([self._decoded(part) for part in parts]).to(self.device)
+        return [self._rendered(part) for part in parts]
 
-    def _decoded(self, latents: Tensor) -> Tensor:
+    def _rendered(self, latents: Tensor) -> Any:
         """Return what the pipeline makes of final latents: a run whose calls are all made."""
         scheduler = PlanScheduler.of(self.own_scheduler, [self.n_timesteps - 1], "ddim", self.device)
         probes = Probes((0,) * len(latents), (self.choices("search")[0],) * len(latents))
         options: dict[str, Any] = {"output_type": "np"} if "output_type" in self.takes else {}
-        return _pixels(self._drive(probes, 1.0, scheduler, 1, **options).output(latents))
+        return self._drive(probes, 1.0, scheduler, 1, **options).output(latents)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -691,6 +728,21 @@ class ModelAdapter:
             encoded = torch.cat([_mean_of(vae.encode(part)) for part in parts])
         scale, shift = getattr(vae.config, "scaling_factor", 1.0), getattr(vae.config, "shift_factor", None)
         return ((encoded - (shift or 0.0)) * scale).to(self.dtype)
+
+
+def read_call(path: Path) -> dict[str, Any]:
+    """Read arguments of a pipeline's call by name from a JSON file.
+
+    Raises:
+        DiffesError: there is none, or it holds something else.
+    """
+    try:
+        found = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DiffesError(f"{path} holds no arguments of a call ({error}): expected a JSON object") from error
+    if not isinstance(found, dict):
+        raise DiffesError(f"{path} holds no arguments of a call: expected a JSON object, got {type(found).__name__}")
+    return found
 
 
 def _mean_of(encoded: Any) -> Tensor:

@@ -16,6 +16,7 @@ from diffes.measure.metrics import Metric, make_metric
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+WINDOW = 11  # side of SSIM's window, in pixels
 
 
 class Quality:
@@ -57,19 +58,28 @@ class Quality:
         - `variance`: that of the latents over that of the reference's, which a least-squares fit lowers where it cannot
           predict.
 
-        None stands for a number that is not finite, or for SSIM without pyiqa.
+        None stands for a number that is not finite, for SSIM without pyiqa or of smaller images, and for images of a pipeline that makes
+        something else.
         """
         found = latents.float()
-        images = self._decoded(found)
-        differences = squared_errors(images, self._images)
-        ssim = None if self._ssim is None else self._ssim(images, self._images)
         return {
             **latent_quality(found, self._reference),
+            **self._of_images(found),
+            "variance": finite(_variance(found) / _variance(self._reference)),
+        }
+
+    def _of_images(self, latents: Tensor) -> dict[str, float | None]:
+        if not self._adapter.makes_images:
+            return dict.fromkeys(("image_mse", "image_mse_error", "ssim", "ssim_error"))
+        images = self._decoded(latents)
+        differences = squared_errors(images, self._images)
+        small = min(images.shape[-2:]) < WINDOW
+        ssim = None if self._ssim is None or small else self._ssim(images, self._images)
+        return {
             "image_mse": finite(differences.mean()),
             "image_mse_error": finite(standard_error(differences)),
             "ssim": None if ssim is None else finite(ssim.mean()),
             "ssim_error": None if ssim is None else finite(standard_error(ssim)),
-            "variance": finite(_variance(found) / _variance(self._reference)),
         }
 
     def _decoded(self, latents: Tensor) -> Tensor:

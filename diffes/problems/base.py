@@ -51,11 +51,13 @@ class Problem(abc.ABC):
         example: a small space of the kind that is searched, on which strategies and operators are tried early.
         fills_budget: whether a result that costs less than the budget falls short of what was asked; results are then
             compared at the budget itself, by interpolation.
+        prunes: whether genomes have pruned or reusing calls. Else nothing is calibrated.
         rivals: names of what stands beside a result, in the order of tables.
     """
 
     example: ClassVar[SearchSpace]
     fills_budget: ClassVar[bool] = False
+    prunes: ClassVar[bool] = True
     rivals: ClassVar[tuple[str, ...]]
 
     def __init__(self, bench: Workbench) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
@@ -100,7 +100,7 @@ class Plans:
     bench: Workbench
     solver: str = ""
     nodes: int = 0
-    reference_steps: int = field(default_factory=lambda: REFERENCE_STEPS)
+    reference_steps: int = 0
     timed_at: int | None = None
     fit_probes: int = 0
 
@@ -109,6 +109,8 @@ class Plans:
         for name in ("solver", "nodes", "fit_probes"):
             given = getattr(self, name) or getattr(settings, name)
             object.__setattr__(self, name, DEFAULTS[name] if given is None else given)
+        if not self.reference_steps:
+            object.__setattr__(self, "reference_steps", settings.reference_steps or REFERENCE_STEPS)
         at_least("nodes", self.nodes, 2)
         at_least("fit_probes", self.fit_probes, 1)
         at_least("reference_steps", self.reference_steps, 1)
@@ -470,6 +472,10 @@ class Joint(PlanProblem):
 
 
 class Steps(PlanProblem):
-    """Problem of plans in which every call is dense: only the timesteps are searched."""
+    """Problem of plans in which every call is dense: only the timesteps are searched. It suits every pipeline."""
 
     genes = "steps"
+    prunes = False
+
+    def call_costs(self, progress: Progress) -> Table:
+        return [[1.0] * (self.bench.levels.max_level + 1)] * len(self.bench.levels.stages)

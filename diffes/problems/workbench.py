@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from deap import base
 
-from diffes.adapters import ModelAdapter, Split, adapter_for, load_pipeline, model_folder, shipped_models
+from diffes.adapters import ModelAdapter, Split, adapter_for, load_pipeline, shipped_models
 from diffes.config import HELDOUT_SEED, RunConfig, WorkerOptions, changed, settings_of
 from diffes.errors import DiffesError
 from diffes.measure.currencies import (
@@ -234,12 +234,13 @@ class Workbench:
 
     def made_for(self) -> dict[str, Any]:
         """Return the facts about a bank of this workbench, for the JSON beside it: its method and its model."""
-        home, kind = model_folder(self.config.model), self.router.bank.kind
+        home, shipped = Path(self.config.model), self.config.model in shipped_models()
+        kind = self.router.bank.kind
         return {
             "method": self.config.method,
             "allocation": allocation_of(kind, self.config.allocation),
             "kind": kind,
-            "model": str(home.resolve()) if home and self.config.model not in shipped_models() else self.config.model,
+            "model": str(home.resolve()) if home.is_dir() and not shipped else self.config.model,
         }
 
     def timed_on(self) -> dict[str, Any]:
@@ -265,10 +266,10 @@ class Workbench:
         """
         probes = self.adapter.make_probes(batch, HELDOUT_SEED, "heldout")
 
-        def images(steps: int | Any) -> torch.Tensor:
-            return self.adapter.decode(self.adapter.sample(probes, steps, self.config.scale))
+        def images(steps: int | Any) -> object:
+            return self.adapter.render(self.adapter.sample(probes, steps, self.config.scale))
 
-        def run(candidate: Schedule | Plan | int) -> torch.Tensor:
+        def run(candidate: Schedule | Plan | int) -> object:
             if isinstance(candidate, int):
                 return images(candidate)
             steps: int | Any = self.config.steps
@@ -305,6 +306,7 @@ def prepare(
     costs: Table | None = None,
     pool: Pool | None = None,
     keep: Keep | None = None,
+    adapter: ModelAdapter | None = None,
 ) -> Workbench:
     """Load the model, check every setting, then calibrate and prune. The long part comes last.
 
@@ -314,6 +316,7 @@ def prepare(
         costs: costs of an earlier workbench of the same settings; measured when left out.
         pool: workers that calibrate, and measure later.
         keep: stores every stage as soon as it is calibrated.
+        adapter: adapter of a pipeline that is loaded already; by the settings when left out.
 
     Raises:
         DiffesError: a name is unknown, the budget infeasible, the model or its calibration data unusable.
@@ -329,17 +332,17 @@ def prepare(
     elsewhere = pool if all(METHODS.is_known_elsewhere(part) for part in parts_of(config.method)) else None
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    pipe = load_pipeline(config.model, device=pick_device(config.device), dtype=getattr(torch, config.dtype))
-    pipe.set_progress_bar_config(disable=True)
-    adapter = adapter_for(pipe)
-    if config.prompts is not None:
-        adapter.use_prompts(Path(config.prompts))
+    if adapter is None:
+        pipe = load_pipeline(config.model, device=pick_device(config.device), dtype=getattr(torch, config.dtype))
+        pipe.set_progress_bar_config(disable=True)
+        adapter = adapter_for(pipe)
+    adapter.configure(config.prompts, config.call)
     kind.check(config, adapter)
     try_adapter(adapter, config.steps, config.scale)
     adapter.check_sampler()
     stages = Stages.equal(config.stages, adapter.n_timesteps)
     steps = stages.count_steps(adapter.timesteps(config.steps))
-    top = method.max_level(adapter)
+    top = method.max_level(adapter) if kind.prunes else 1
     space = SearchSpace(stages, top, steps, (tuple(range(top, -1, -1)),) * len(stages), None)
     if config.cost == "level" and config.budget is not None:
         space = SearchSpace.mean_sparsity(stages, top, config.budget, steps)
@@ -347,6 +350,9 @@ def prepare(
             check_settings(config, space)  # it may be too large for the strategy; other costs are not known yet
     metric = make_metric(config.metric, adapter.device)
     try_metric(metric, adapter)
+    if not kind.prunes:
+        router = Router(adapter, WeightBank({}, "width", max_level=top))
+        return _priced(Workbench(config, adapter, space, router, metric, costs or [], pool=pool), progress)
     memory, looks = config.bank_bytes, uses_data(config)
     with progress.task(f"calibrating {config.method}", len(space.visited) * len(method.parts)) as advance:
         if looks and (elsewhere is not None or keep is not None):
@@ -388,6 +394,11 @@ def vary(bench: Workbench, config: RunConfig, progress: Progress, costs: Table |
     config = config.resolved()
     check_settings(config)
     PROBLEMS.parse(config.genes)[0].check(config, bench.adapter)
+    if PROBLEMS.parse(config.genes)[0].prunes and not len(bench.router.bank):
+        raise DiffesError(
+            f"this workbench was made for --genes {bench.config.genes}, which prunes nothing, so it has no pruned "
+            f"weights for {config.genes}: make one for that"
+        )
     metric = bench.metric
     if config.metric != bench.config.metric:
         metric = make_metric(config.metric, bench.adapter.device)

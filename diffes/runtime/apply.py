@@ -6,7 +6,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -34,7 +34,15 @@ class _Applied:
     scheduler: PlanScheduler | None = None
 
 
-def apply(pipe: P, run: str | Path | Plan, *, calls: float | None = None, resident: str = "auto") -> P:
+class Result(Protocol):
+    """Result of a search with a folder of its own, such as a front."""
+
+    @property
+    def out(self) -> Path:
+        """The folder."""
+
+
+def apply(pipe: P, run: str | Path | Plan | Result, *, calls: float | None = None, resident: str = "auto") -> P:
     """Make a pipeline run the schedule of a run, or a plan. From then on only diffusers' own calls are needed.
 
     A schedule works with any number of steps, guidance and scheduler that counts in training timesteps, because routing
@@ -47,8 +55,8 @@ def apply(pipe: P, run: str | Path | Plan, *, calls: float | None = None, reside
 
     Args:
         pipe: the pipeline that the run was made for.
-        run: the folder of a run or of a front, or one that `diffes export` or `diffes fit` wrote; or a plan whose calls
-            are all dense.
+        run: the folder of a run or of a front, or one that `diffes export` or `diffes fit` wrote; what `diffes.search`
+            or `diffes.front` returned; or a plan whose calls are all dense.
         calls: highest cost of a front's plan, in dense denoiser calls; the best plan within is taken, and the best of
             all where it is left out.
         resident: which pruned layers stay ready on the device: "all" of this schedule, so that a change of stage or
@@ -63,8 +71,6 @@ def apply(pipe: P, run: str | Path | Plan, *, calls: float | None = None, reside
             offloaded, or no plan is as cheap as `calls`; the pipeline is then as it was.
     """
     adapter = adapter_for(pipe)
-    check_not_offloaded(adapter.denoiser)
-    check_cuttable(adapter)
     folder: Path | None = None
     facts: ScheduleFacts | FrontRecord | None = None
     header: dict[str, Any] = {}
@@ -73,13 +79,16 @@ def apply(pipe: P, run: str | Path | Plan, *, calls: float | None = None, reside
         check_alone(run, calls)
         schedule, bank = run, WeightBank({}, "width", max_level=run.max_level)
     else:
-        folder = Path(run)
+        folder = Path(run) if isinstance(run, str | Path) else run.out
         schedule, facts = chosen(folder, calls)
         bank, header = WeightBank.open(folder / BANK, adapter.dtype)
         if facts.to_json().get("split") != header.get("split"):
             raise DiffesError(f"{folder} is damaged: its schedule and its bank divide levels differently; {AGAIN}")
     if isinstance(schedule, Schedule):
         adapter.check_sampler()
+    if any(schedule.levels):  # calls that are all dense change no weights
+        check_not_offloaded(adapter.denoiser)
+        check_cuttable(adapter)
     if (last := schedule.stages.ranges[-1][1]) != adapter.n_timesteps:
         raise DiffesError(
             f"{folder or 'this plan'} was made for a pipeline with {last} training timesteps, and this one has "

@@ -76,8 +76,9 @@ class Router:
         self.timestep = math.nan
         self.guidance: tuple[float, ...] | None = None
         self.max_level = bank.max_level or adapter.max_level(bank.kind)
-        check_not_offloaded(adapter.denoiser)
-        check_cuttable(adapter)
+        if len(bank):
+            check_not_offloaded(adapter.denoiser)
+            check_cuttable(adapter)
         device = next(adapter.denoiser.parameters()).device
         self.resident = Resident(resident if isinstance(resident, int) else limit_of(resident, device))
         alone = unshared(adapter.denoiser) if self.resident.limit == 0 else frozenset()
@@ -178,7 +179,8 @@ class Router:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_call(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self.schedule is not None
-        check_not_offloaded(self.adapter.denoiser)
+        if len(self.bank):
+            check_not_offloaded(self.adapter.denoiser)
         if not all(children.get(name) is module for children, name, module in self._tree):
             raise replaced()
         for part in self._parts.values():

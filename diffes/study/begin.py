@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffes.adapters import ModelAdapter
 from diffes.config import RunConfig, WorkerOptions
 from diffes.problems.workbench import Workbench, prepare
 from diffes.progress import Progress
@@ -55,6 +56,7 @@ def begun(
     searched: RunConfig | None = None,
     check: Callable[[bool], None] = _nothing,
     on_begin: Callable[[bool], None] = _nothing,
+    adapter: ModelAdapter | None = None,
 ) -> Iterator[Workbench]:
     """Open a run folder that this process holds, calibrate, and yield the workbench with its workers.
 
@@ -71,6 +73,7 @@ def begun(
         finished: the file that only a finished run has.
         searched: settings of the workbench, where they differ from those of the run.
         check: called before the model is loaded, with whether a run continues.
+        adapter: adapter of a pipeline that is loaded already; by the settings when left out.
         on_begin: called before the first file is written, with whether a run continues.
 
     Raises:
@@ -87,7 +90,7 @@ def begun(
         return folder.begin_run(out, config, resumes=resumes, extra=extra, finished=finished)
 
     with pool_of(settings, workers) as pool:
-        bench = prepare(settings, progress, known, pool=pool, keep=Keep(begin, resumes))
+        bench = prepare(settings, progress, known, pool=pool, keep=Keep(begin, resumes), adapter=adapter)
         begin()
         folder.write_costs(out, config.cost, bench.costs)
         yield bench

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from diffes import files
+from diffes.adapters import ModelAdapter
 from diffes.config import ALONE, MOST_CALLS, RunConfig, WorkerOptions
 from diffes.errors import DiffesError
 from diffes.figures import charts, plots
@@ -21,14 +24,16 @@ from diffes.measure.quality import Quality, finite, latent_quality
 from diffes.measure.reference import SOLVER, SPACING
 from diffes.problems.base import PROBLEMS
 from diffes.problems.checks import check_settings
-from diffes.problems.plans import OFF_THE_SHELF, Finalist, Genes, PlanProblem, Plans
+from diffes.problems.plans import OFF_THE_SHELF, Finalist, Genes, PlanProblem, Plans, whole_calls
 from diffes.progress import Progress
 from diffes.pruning.bank import fingerprint, split_of
 from diffes.results import folder
 from diffes.results.artifact import BANK, FRONT, read_front, write_front
 from diffes.results.lock import held
 from diffes.solvers import SOLVERS
+from diffes.solvers.scheduler import PlanScheduler
 from diffes.spaces.ledger import OnEvaluation, SearchResult
+from diffes.spaces.plan import trailing
 from diffes.spaces.schedule import Plan
 from diffes.spaces.space import SearchSpace
 from diffes.spaces.store import EvaluationStore
@@ -79,6 +84,7 @@ def complete_front(
     overwrite: bool = False,
     on_evaluation: OnEvaluation | None = None,
     workers: WorkerOptions = ALONE,
+    adapter: ModelAdapter | None = None,
 ) -> FrontRecord:
     """Calibrate, search every budget, fit the plans found once more, and write the folder.
 
@@ -93,6 +99,7 @@ def complete_front(
         overwrite: replace what is there.
         on_evaluation: called with each evaluation of each search, those of earlier commands included.
         workers: worker settings.
+        adapter: adapter of a pipeline that is loaded already; by the settings when left out.
 
     Returns:
         The content of `front.json`: facts about the calibration and the reference, and plans as `points`.
@@ -118,10 +125,12 @@ def complete_front(
             f"plans keep their evaluations in journals in the run folder, and --storage {config.storage} is for "
             "--genes levels: leave it out"
         )
-    extra = {"budgets": sorted(budgets)}
+    extra: dict[str, Any] = {"budgets": sorted(budgets)}
+    if adapter is not None:
+        extra["call"] = said(adapter.call)
     config = with_threads(config, out / files.CONFIG)
     with held(out):
-        return _front_in(config, out, progress, extra, overwrite, on_evaluation, workers)
+        return _front_in(config, out, progress, extra, overwrite, on_evaluation, workers, adapter)
 
 
 def _checked(budgets: Any) -> list[float]:
@@ -148,14 +157,24 @@ def _front_in(
     overwrite: bool,
     on_evaluation: OnEvaluation | None,
     workers: WorkerOptions,
+    adapter: ModelAdapter | None,
 ) -> FrontRecord:
     """Make the front in a folder that this process holds. `extra` are its settings beside those of every run."""
     genes: Genes = config.genes  # type: ignore[assignment]
     settings = replace(config, calls=max(extra["budgets"]))
     with begun(
-        out, config, progress, overwrite=overwrite, workers=workers, extra=extra, finished=FRONT, searched=settings
+        out,
+        config,
+        progress,
+        overwrite=overwrite,
+        workers=workers,
+        extra=extra,
+        finished=FRONT,
+        searched=settings,
+        adapter=adapter,
     ) as bench:
         plans = Plans(bench)
+        progress.say(estimate(plans, extra["budgets"], genes))
         make_references(plans, progress)
         points: list[Point] = []
         for budget in extra["budgets"]:
@@ -181,6 +200,44 @@ def _front_in(
         write_front(out, front)
     folder.end_run(out)
     return read_front(out)
+
+
+def said(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call for a record: texts and numbers as they are, the class of anything else."""
+    plain = str | int | float | None
+
+    def one(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [one(each) for each in value]
+        return value if isinstance(value, plain) else type(value).__name__
+
+    return {name: one(value) for name, value in call.items()}
+
+
+def estimate(plans: Plans, budgets: Sequence[float], genes: Genes) -> str:
+    """Return in words how many denoiser calls a front makes at most, and how long they take, from two timed ones."""
+    bench, config = plans.bench, plans.bench.config
+    searches = sum(kind not in ("dense", "off-the-shelf") for kind in KINDS) - (2 if genes == "steps" else 0)
+    images = config.probes + plans.fit_probes + config.heldout
+    calls = images * plans.reference_steps + searches * config.max_evals * config.probes * sum(
+        map(whole_calls, budgets)
+    )
+    seconds = _seconds_of_an_image(bench.adapter, config.probes, config.scale) * calls
+    long = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(seconds / 60, 0.1):.1f} minutes"
+    return f"about {calls:,} denoiser calls on one image each, {long} on this machine"
+
+
+@torch.no_grad()
+def _seconds_of_an_image(adapter: ModelAdapter, n: int, guidance: float) -> float:
+    """Return the seconds that a denoiser call takes for each image, where `n` of them are sampled together."""
+    probes = adapter.make_probes(n if adapter.batched else 1, 0)
+    scheduler = PlanScheduler.of(adapter.own_scheduler, trailing(3, adapter.n_timesteps), SOLVER, adapter.device)
+    state = adapter.step(adapter.start(probes, scheduler, guidance), probes, guidance)  # warms up
+    begins = time.perf_counter()
+    state = adapter.step(state, probes, guidance)
+    if adapter.device.type == "cuda":
+        torch.cuda.synchronize(adapter.device)
+    return (time.perf_counter() - begins) / len(probes)
 
 
 def make_references(plans: Plans, progress: Progress) -> None:
@@ -387,11 +444,11 @@ def _shown(plans: Plans, points: Sequence[Point], pictures: Sequence[Tensor]) ->
     rows |= {f"{point.kind},\n{_priced(plans, point)}": latents for point, latents in at}
     captions = [adapter.label(condition) for condition in heldout.probes.conditions[:IMAGES]]
     searches = {point.kind: point.found for point, _ in at if point.found}
-    images = {name: adapter.decode(latents) for name, latents in rows.items()}
-    return {
-        "images.png": plots.image_grid(images, captions, differences=True),
-        "convergence.png": charts.convergence(searches, plans.bench.config.metric),
-    }
+    figures = {"convergence.png": charts.convergence(searches, plans.bench.config.metric)}
+    if adapter.makes_images:
+        images = {name: adapter.decode(latents) for name, latents in rows.items()}
+        figures["images.png"] = plots.image_grid(images, captions, differences=True)
+    return figures
 
 
 def _priced(plans: Plans, point: Point) -> str:

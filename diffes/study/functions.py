@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffes.config import COMPARED, FRONT, RunConfig, WorkerOptions, settings_of
+from diffusers import DiffusionPipeline
+
+from diffes.adapters import ModelAdapter, adapter_for
+from diffes.adapters.base import read_call
+from diffes.config import COMPARED, FRONT, LARGE, OF_LARGE, RunConfig, WorkerOptions, settings_of
 from diffes.errors import DiffesError
 from diffes.figures import tables
 from diffes.forms import FrontRecord, PlanPoint
@@ -26,6 +33,7 @@ from diffes.study.grid import run_experiment
 from diffes.study.run import complete_run
 
 T = TypeVar("T")
+IN_MEMORY = "diffes-result-"  # begins the name of a folder that is gone with its result
 
 
 @dataclass(frozen=True)
@@ -67,8 +75,10 @@ class Front:
 
 
 def search(
-    out: str | Path,
+    out: str | Path | DiffusionPipeline | None = None,
     *,
+    model: str | DiffusionPipeline = RunConfig.model,
+    call: Mapping[str, Any] | str | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
     workers: int = 1,
@@ -78,8 +88,17 @@ def search(
 
     The same call on an unfinished folder goes on where it stopped, and on a finished one returns what is there.
 
+    A pipeline object takes the place of a folder (`search(pipe, calls=8)`), or of the model's name
+    (`search("runs/x", model=pipe)`). Of a pipeline of any class, plans of dense calls are searched (genes="steps",
+    which is the default there if diffes does not know the class). Guidance is that of the call or, where the call has
+    none, the default of the pipeline. Denoisers of more than 300 million parameters get fewer and smaller probes unless
+    settings say otherwise (`diffes.config.OF_LARGE`).
+
     Args:
-        out: the folder.
+        out: the folder; a pipeline object, or None, keeps the result as long as it is used, and cannot go on later.
+        model: a name, folder or hub id, or a pipeline object.
+        call: arguments of the pipeline's call, of any kind with a pipeline object: prompt, height, image and so on.
+            Of a list of prompts every second one is held out. With a name: a JSON file of them.
         progress: progress display; bars when left out.
         overwrite: replace what is there.
         workers: number of processes that measure.
@@ -91,13 +110,63 @@ def search(
     Raises:
         DiffesError: a setting is unusable, or the folder holds something else.
     """
-    config = settings_of(settings).resolved()
+    out, adapter, config = _of_pipeline(out, model, call, workers, settings)
+    config = config.resolved()
     options: dict[str, Any] = {"overwrite": overwrite, "workers": WorkerOptions(workers)}
+    if adapter is not None:
+        options["adapter"] = adapter
     if config.genes == "levels":
+        if adapter is not None:
+            raise DiffesError("schedules of levels are searched for a model by name: give model=FOLDER")
         make = partial(complete_run, config, Path(out), progress or RichProgress(), **options)
         return _made(make, partial(read_report, Path(out)))
     assert config.calls is not None
-    return _front_of(Path(out), config, [config.calls], progress, **options)
+    made = _front_of(out, config, [config.calls], progress, **options)
+    if adapter is not None and out.name.startswith(IN_MEMORY):
+        weakref.finalize(made, shutil.rmtree, out, ignore_errors=True)
+    return made
+
+
+def _of_pipeline(
+    out: str | Path | DiffusionPipeline | None,
+    model: str | DiffusionPipeline,
+    call: Mapping[str, Any] | str | None,
+    workers: int,
+    settings: Mapping[str, Any],
+) -> tuple[Path, ModelAdapter | None, RunConfig]:
+    """Return the folder, the adapter of a pipeline object if there is one, and the settings."""
+    pipe = next((each for each in (out, model) if isinstance(each, DiffusionPipeline)), None)
+    folder = out if isinstance(out, str | Path) else None
+    if pipe is None:
+        if folder is None:
+            raise DiffesError("give out, the folder of the run, or a pipeline object to keep the result in memory")
+        if isinstance(call, Mapping):
+            raise DiffesError("with the name of a model, call is a JSON file; with a pipeline object, the arguments")
+        return Path(folder), None, settings_of({**settings, "model": model, "call": call})
+    if workers > 1:
+        raise DiffesError(
+            f"workers={workers} load the model by its name, and a pipeline object was given: save it "
+            "(pipe.save_pretrained), and give the folder as model, or leave workers out"
+        )
+    if isinstance(out, DiffusionPipeline) and not (model == RunConfig.model or model is out):
+        raise DiffesError(f"a pipeline object was given, and model={model!r} beside it: leave one out")
+    adapter, given = adapter_for(pipe), dict(settings)
+    arguments = read_call(Path(call)) if isinstance(call, str) else dict(call or {})
+    scale = arguments.pop("guidance_scale", None)
+    if scale is not None and "guidance" in given:
+        raise DiffesError(f"guidance={given['guidance']} and guidance_scale={scale} of the call: leave one out")
+    if "guidance" not in given:
+        given["guidance"] = adapter.default_guidance if scale is None else scale
+    adapter.use_call(arguments)
+    if not adapter.blocks():
+        given.setdefault("genes", "steps")
+    if sum(parameter.numel() for parameter in adapter.denoiser.parameters()) > LARGE:
+        given = {**OF_LARGE, **given}
+    dtype = str(adapter.dtype).removeprefix("torch.")
+    known = dtype if dtype in ("float32", "float16", "bfloat16") else "bfloat16"
+    name = pipe.config.get("_name_or_path") or type(pipe).__name__
+    config = settings_of({**given, "model": name, "device": str(adapter.device), "dtype": known})
+    return Path(tempfile.mkdtemp(prefix=IN_MEMORY)) if folder is None else Path(folder), adapter, config
 
 
 def front(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from diffes.spaces.strategy import Rows
 from diffes.workers.cluster import the_ray
 from diffes.workers.packing import unpacked
 
-NAMED = ("model", "prompts", "calibration_data")  # settings that may be paths
+NAMED = ("model", "prompts", "call", "calibration_data")  # settings that may be paths
 
 
 class Worker:
@@ -42,8 +41,7 @@ class Worker:
         pipe = load_pipeline(config.model, device=device, dtype=getattr(torch, config.dtype))
         pipe.set_progress_bar_config(disable=True)
         self._adapter = adapter_for(pipe)
-        if config.prompts is not None:
-            self._adapter.use_prompts(Path(config.prompts))
+        self._adapter.configure(config.prompts, config.call)
         self._config = config
         self._data: CalibrationSet | None = None
         self._bank = ""  # Ray's id of the bank of the router
