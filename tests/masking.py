@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 
@@ -50,4 +51,11 @@ def masked(adapter: ModelAdapter, bank: WeightBank, level: int, stack: ExitStack
             for i, path in enumerate(prunable.blocks):
                 if i not in thin.kept:
                     block = adapter.denoiser.get_submodule(path)
-                    stack.callback(block.register_forward_hook(lambda _m, args, _o: args[0]).remove)
+                    stack.callback(block.register_forward_hook(handed_on, with_kwargs=True).remove)
+
+
+def handed_on(_block: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """What goes into a block, in the form of what comes out: joint blocks return the states of the text first."""
+    if isinstance(output, tuple):
+        return kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+    return args[0]

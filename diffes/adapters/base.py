@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from diffes.adapters.blocks import form_of
 from diffes.adapters.drive import Answers, Drive, FirstCall, Texts, unwrapped
 from diffes.adapters.groups import (
     PLAIN_PROCESSORS,
@@ -28,8 +29,6 @@ from diffes.adapters.groups import (
     GroupSet,
     NoHeads,
     UpLayerSet,
-    hand_on,
-    sets_of_block,
 )
 from diffes.adapters.guidance import ClassifierFreeGuidance, Scales
 from diffes.errors import DiffesError
@@ -515,11 +514,11 @@ class ModelAdapter:
     def group_sets(self) -> list[GroupSet]:
         """Return the heads and FFN channels of every block, in the order of the forward pass."""
         submodule = self.denoiser.get_submodule
-        return [groups for path in self.blocks() for groups in sets_of_block(path, submodule(path))]
+        return [groups for path in self.blocks() for groups in form_of(submodule(path)).sets(path, submodule(path))]
 
     def skipped(self, block: nn.Module) -> Callable[..., Any]:
         """Return the forward that a block gets when it is skipped. The block itself stays in the model."""
-        return hand_on
+        return form_of(block).skipped
 
     def without_heads(self, attention: nn.Module) -> Any:
         """Return the forward of an attention layer that has lost all its heads: it is called with the layer, then the

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from diffusers import DiTPipeline
 
 from diffes.adapters.base import Condition, ModelAdapter, Split
+from diffes.adapters.blocks import known_blocks
 from diffes.errors import DiffesError
 
 NULL_CLASS = 1000  # class id that DiTPipeline passes for the unconditional branch of every model
@@ -21,7 +22,7 @@ class DiTAdapter(ModelAdapter):
     time_scale = 1.0
 
     def blocks(self) -> list[str]:
-        return [f"transformer_blocks.{i}" for i in range(len(self.denoiser.transformer_blocks))]
+        return known_blocks(self.denoiser)
 
     def choices(self, split: Split) -> list[int]:
         """Return the ids of the pipeline's labels, or 0 to 999 where the pipeline has no labels."""

@@ -210,29 +210,27 @@ class UpLayerSet(ReuseSet):
         return [path for path in (*inside, *self.middle) if path != self.sources[first]]
 
 
+PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")  # of heads, where a layer has them
 AnySet = GroupSet | BlockSet | ReuseSet
 REUSE_SETS = frozenset({BranchSet.name, UpLayerSet.name})
 
 
 def heads_of(path: str, attention: Any) -> GroupSet:
-    """Return the heads of one of diffusers' attention layers at a module path."""
+    """Return the heads of one of diffusers' attention layers at a module path. Joint attention also has projections of
+    the text, and an output projection for it."""
     heads = attention.heads
     size = attention.to_out[0].weight.shape[1] // heads
-    producers = tuple(f"{path}.{part}" for part in ("to_q", "to_k", "to_v"))
-    return GroupSet(path, heads, size, producers, (f"{path}.to_out.0",), attention=path)
+    producers = [part for part in PROJECTIONS if getattr(attention, part, None) is not None]
+    consumers = ["to_out.0", *(["to_add_out"] if getattr(attention, "to_add_out", None) is not None else [])]
+    return GroupSet(
+        path, heads, size, tuple(f"{path}.{part}" for part in producers), tuple(f"{path}.{part}" for part in consumers),
+        attention=path,
+    )  # fmt: skip
 
 
 def channels_of(path: str, ffn: Any) -> GroupSet:
     """Return the channels of one of diffusers' FFNs (`FeedForward`) at a module path."""
     return GroupSet(path, ffn.net[2].weight.shape[1], 1, (f"{path}.net.0.proj",), (f"{path}.net.2",))
-
-
-def sets_of_block(path: str, block: Any) -> list[GroupSet]:
-    """Return the heads and FFN channels of a `BasicTransformerBlock` at a module path, in the order of the forward
-    pass."""
-    attentions = [(name, getattr(block, name, None)) for name in ("attn1", "attn2")]
-    heads = [heads_of(f"{path}.{name}", attention) for name, attention in attentions if attention is not None]
-    return [*heads, channels_of(f"{path}.ff", block.ff)]
 
 
 def is_fused(attention: Any) -> bool:
@@ -261,8 +259,3 @@ class NoHeads:
     def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out = torch.zeros_like(hidden_states)
         return out if attn.to_out[0].bias is None else out + attn.to_out[0].bias
-
-
-def hand_on(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-    """Return the input: the forward of a skipped block that takes and returns one tensor."""
-    return hidden_states

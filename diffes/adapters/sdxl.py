@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from diffusers.models.attention import BasicTransformerBlock
-
+from diffes.adapters.blocks import known_blocks
 from diffes.adapters.groups import UpLayerSet
 from diffes.adapters.text_to_image import TextToImageAdapter
 from diffes.adapters.unet import unet_layers
@@ -24,8 +23,7 @@ class UNetAdapter(TextToImageAdapter):
 
     def blocks(self) -> list[str]:
         order = ("down_blocks", "mid_block", "up_blocks")  # of the forward pass; modules are registered in another
-        found = [path for path, module in self.denoiser.named_modules() if isinstance(module, BasicTransformerBlock)]
-        return sorted(found, key=lambda path: order.index(path.split(".")[0]))
+        return sorted(known_blocks(self.denoiser), key=lambda path: order.index(path.split(".")[0]))
 
     def up_layers(self) -> UpLayerSet:
         return unet_layers(self.denoiser)

@@ -1,4 +1,4 @@
-"""Base of text-to-image adapters: prompts by split."""
+"""Text-to-image pipelines: prompts by split. Serves Stable Diffusion 3, PixArt, Sana and Flux as it is."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from functools import cached_property
 from pathlib import Path
 
 from diffes.adapters.base import Condition, ModelAdapter, Split
+from diffes.adapters.blocks import known_blocks
 from diffes.adapters.prompts import PROMPTS, default_prompts, read_prompts
 from diffes.errors import DiffesError
 
 
 class TextToImageAdapter(ModelAdapter):
-    """Base of adapters whose conditions are prompts.
+    """Adapter for pipelines whose conditions are prompts.
+
 
     Prompts come from the call that the adapter was given, from `prompts.json` in the pipeline's folder, or else, for
     models from a hub, from those that ship with diffes. Searches, calibration and reports draw from disjoint prompts.
-    A subclass names the blocks.
+    Blocks are those of a known class, and the order is that of the network.
     """
 
     argument = "prompt"
     batched = True
     time_scale = 1.0
     null_first = True
+
+    def blocks(self) -> list[str]:
+        return known_blocks(self.denoiser)
 
     @cached_property
     def prompts(self) -> dict[str, list[str]]:
@@ -42,3 +47,12 @@ class TextToImageAdapter(ModelAdapter):
         for prompt in conditions:
             if not isinstance(prompt, str) or not prompt:
                 raise DiffesError(f"{type(self.pipe).__name__} takes prompts, and none may be empty, got {prompt!r}")
+
+
+class FluxAdapter(TextToImageAdapter):
+    """Adapter for `FluxPipeline`, whose denoiser is told a thousandth of the timestep and reads the guidance itself."""
+
+    time_scale = 1e-3
+
+    def rows_per_image(self, guidance: float) -> int:
+        return 1

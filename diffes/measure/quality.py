@@ -58,8 +58,8 @@ class Quality:
         - `variance`: that of the latents over that of the reference's, which a least-squares fit lowers where it cannot
           predict.
 
-        None stands for a number that is not finite, for SSIM without pyiqa or of smaller images, and for images of a pipeline that makes
-        something else.
+        None stands for a number that is not finite, for SSIM without pyiqa or of smaller images, and for images of a
+        pipeline that makes something else.
         """
         found = latents.float()
         return {

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffes.adapters import BlockSet, Condition, GroupSet, ModelAdapter, check_finite
+from diffes.adapters.blocks import form_of
 from diffes.errors import DiffesError
 from diffes.plugins import guarded, unexpected
 from diffes.pruning.base import BlockChanges
@@ -222,9 +223,8 @@ def _block_changes(run: StagePass, blocks: BlockSet) -> BlockChanges:
     weights = torch.empty(0)
 
     def observe(i: int) -> Callable[..., None]:
-        def hook(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any], after: Tensor) -> None:
-            before = (args[0] if args else kwargs["hidden_states"]).float()
-            after = after.float()
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            before, after = (states.float() for states in form_of(module).change(args, kwargs, output))
             share = weights[:, None] / before.shape[1]
             cosine[i] += float((share * (1 - F.cosine_similarity(before, after, dim=-1))).sum())
             squared[i] += float((share * (before - after).square().mean(-1)).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -101,7 +102,7 @@ class StageSensitivity:
         earlier call, at a timestep noisier by the length of the stage: for n modules, (n,).
 
         Args:
-            paths: of modules that return one tensor, with a row for each latent.
+            paths: of modules that return tensors, one or several, with a row for each latent.
 
         Raises:
             DiffesError: the gradients overflowed.
@@ -116,9 +117,11 @@ class StageSensitivity:
                     earlier, _ = self._observed(paths, replace(drawn, timesteps=noisier))
                 seen, gradients = self._observed(paths, drawn, backward=True)
                 for i, path in enumerate(paths):
-                    change = (earlier[path][1] - seen[path][1]).detach().float().flatten(1)
+                    pairs = zip(_tensors(earlier[path][-1]), _tensors(seen[path][-1]), strict=True)
+                    changes = [(before - now).detach().float().flatten(1) for before, now in pairs]
                     for direction in gradients:
-                        along = (direction[i].float().flatten(1) * change).sum(1)
+                        together = zip(direction[i], changes, strict=True)
+                        along = torch.stack([(g.float().flatten(1) * change).sum(1) for g, change in together]).sum(0)
                         total[i] += along.unflatten(0, (self._branches, -1)).sum(0).double().square().sum().cpu()
             return total
 
@@ -156,9 +159,10 @@ class StageSensitivity:
 
     def _observed(
         self, paths: Sequence[str], drawn: _Drawn, *, backward: bool = False
-    ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[tuple[Tensor, ...]]]:
-        """Return the first input and the output of modules in one guided prediction and, where `backward` is set, for
-        each direction v the gradients of `v^T f` with respect to these outputs.
+    ) -> tuple[dict[str, tuple[Any, ...]], list[list[list[Tensor]]]]:
+        """Return the first input, if it is given by place, and the output of modules in one guided prediction and,
+        where `backward` is set, for each direction v and module the gradients of `v^T f` with respect to the tensors of
+        the output.
 
         Where the device has no room for the activations that backward passes need, these are recomputed in each pass,
         for this model from then on. The gradients are the same.
@@ -178,20 +182,20 @@ class StageSensitivity:
 
     def _observe(
         self, paths: Sequence[str], drawn: _Drawn, backward: bool
-    ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[tuple[Tensor, ...]]]:
+    ) -> tuple[dict[str, tuple[Any, ...]], list[list[list[Tensor]]]]:
         adapter, denoiser, guided = self.adapter, self.adapter.denoiser, self._guided
         clean = self.data.latents[drawn.chosen].to(adapter.device, adapter.dtype)
         noisy = guided.rows(adapter.add_noise(clean, drawn.noise, drawn.timesteps))
         timesteps = guided.rows(drawn.timesteps)
         conditions = guided.conditions([self.data.conditions[i] for i in drawn.chosen.tolist()])
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        seen: dict[str, tuple[Any, ...]] = {}
         handles = [
             denoiser.get_submodule(path).register_forward_hook(
-                lambda _module, inputs, output, path=path: seen.update({path: (inputs[0].detach(), output)})
+                lambda _module, inputs, output, path=path: seen.update({path: (*inputs[:1], output)})
             )
             for path in paths
         ]
-        by_direction: list[tuple[Tensor, ...]] = []
+        by_direction: list[list[list[Tensor]]] = []
         try:
             with torch.set_grad_enabled(backward):
                 predicted = adapter.denoise_once(noisy.requires_grad_(backward), timesteps, conditions)
@@ -200,10 +204,14 @@ class StageSensitivity:
                     conditional, null = guided.split(predicted)
                     predicted = guided.scale * conditional + (1 - guided.scale) * null
                 found = dict(seen)  # a copy: gradient checkpointing may call the same modules again
-                outputs = [found[path][1] for path in paths]
+                outputs = [_tensors(found[path][-1]) for path in paths]
+                flat = list(itertools.chain(*outputs))
                 for v in drawn.signs if backward else ():
                     along = (predicted * v.to(predicted.device)).sum()
-                    by_direction.append(torch.autograd.grad(along, outputs, retain_graph=True))
+                    gradients = iter(  # the last block of a joint transformer leaves states of the text unused
+                        torch.autograd.grad(along, flat, retain_graph=True, allow_unused=True, materialize_grads=True)
+                    )
+                    by_direction.append([[next(gradients) for _ in each] for each in outputs])
         finally:
             for handle in handles:
                 handle.remove()
@@ -218,10 +226,15 @@ class StageSensitivity:
         for groups in groups_of:  # one set at a time: together they are large in single precision
             found = []
             for path in groups.consumers:
-                inputs = _side_by_side(seen[path][0].float(), self._branches)
-                backward = [_side_by_side(gradients.float(), self._branches) for gradients in of_path[path]]
+                inputs = _side_by_side(seen[path][0].detach().float(), self._branches)
+                backward = [_side_by_side(gradient.float(), self._branches) for (gradient,) in of_path[path]]
                 found.append((inputs, torch.stack(backward)))
             yield found
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """Return the tensors that a module returned."""
+    return [output] if isinstance(output, Tensor) else [each for each in output if isinstance(each, Tensor)]
 
 
 @contextmanager

@@ -110,7 +110,7 @@ class NoiseProcess:
                 raise DiffesError(f"{name} counts its sigmas from the clean end (invert_sigmas), which plans do not")
             n = int(config.num_train_timesteps)
             sigmas = np.arange(1, n + 1) / n
-            return cls(np.maximum(1 - sigmas, LEAST_SIGNAL), sigmas, "flow_prediction")
+            return cls(np.maximum(1 - sigmas, LEAST_SIGNAL**2), sigmas, "flow_prediction")
         if not hasattr(scheduler, "alphas_cumprod"):
             raise DiffesError(
                 f"{name} does not count in training timesteps, of which stages and plans are made: it has no table of "

@@ -40,6 +40,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         keeps: number of clean predictions of earlier calls that are kept for the next step.
         index: steps done since `set_timesteps`, which is the number of the next call.
         fits: solver that fits the coefficients during the run, where they are not fitted yet.
+        made_for: shape of an image's latents that the plan was made for; latents of another shape are warned of, once.
+            None where it is not known.
         replaces: the pipeline's scheduler whose place it takes, if any; `save_pretrained` then writes that one, so that
             diffusers alone opens the pipeline's folder.
 
@@ -94,6 +96,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.keeps = max(map(len, self.coefficients)) - 2
         self.fits: Solver | None = None
         self.replaces: Any = None
+        self.made_for: tuple[int, ...] | None = None
         self.timesteps = self._told(None)
         self.num_inference_steps = len(self.plan)
         self.index = 0
@@ -206,6 +209,15 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise DiffesError(
                 f"all {len(self.plan)} calls of the applied plan are made. Call set_timesteps to begin another run."
             )
+        if self.made_for not in (None, tuple(sample.shape[1:])):
+            warnings.warn(
+                f"the applied plan was made for latents of shape {self.made_for}, and this call has "
+                f"{tuple(sample.shape[1:])}: another size may need other timesteps and coefficients, which "
+                "`diffes.fit(pipe, plan, call=...)` fits",
+                DiffesWarning,
+                stacklevel=2,
+            )
+            self.made_for = None
         row = self.coefficients[self.index]
         if len(row) > 2 + len(self._clean):  # the run began at a later call
             row = DDIM().row([*self.noises, END], self.index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ def fit(
     calls: float | None = None,
     guidance: Guidance | None = None,
     prompts: str | Path | None = None,
+    call: Mapping[str, Any] | None = None,
     solver: str = "fitted",
     probes: int = 64,
     heldout: int = 64,
@@ -84,6 +85,8 @@ def fit(
         guidance: classifier-free guidance scale that the plan will be used at, or the two ends of a range, over which
             the probes are spread. When left out: that of the folder, else 1.
         prompts: for text-to-image models, a JSON file of prompts `search` and `heldout`; the model's own when left out.
+        call: further arguments of the pipeline's call, as it will be used: height, width and so on. Of a list of
+            prompts every second one is held out.
         solver: a name of `diffes.solvers.SOLVERS` whose coefficients are fitted, with options after a colon.
         probes: number of images for the fit.
         heldout: number of images for the report.
@@ -119,6 +122,8 @@ def fit(
         raise DiffesError("a run is applied to this pipeline, and a fit needs the dense one: diffes.remove(pipe) first")
     if prompts is not None:
         adapter.use_prompts(Path(prompts))
+    if call is not None:
+        adapter.use_call(call)
     home = Path(plan) if isinstance(plan, str | Path) else None
     given, facts, bank = _given(plan, home, calls, adapter)
     if guidance is None:

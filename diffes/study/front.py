@@ -366,6 +366,7 @@ def facts_of(plans: Plans) -> dict[str, Any]:
             "solver": SOLVER, "steps": plans.reference_steps, "spacing": SPACING, "final_sigma": 0.0,
             "alphas": [process.at(t).alpha for t in (0, len(process.alphas) // 2, len(process.alphas) - 1)],
         },
+        "latent_shape": list(plans.heldout.final_reference.shape[1:]),
         "prediction_type": process.prediction,
         "solver": plans.solver,
         "currency": config.cost,
