@@ -10,17 +10,23 @@ import torch
 from conftest import tiny_vae, weighty
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLLTXVideo,
     DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -129,6 +135,32 @@ def flux() -> FluxPipeline:
     )  # fmt: skip
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     return FluxPipeline(scheduler, vae, CLIPTextModel(clip_config()), clip_tokenizer(), encoder, tokenizer, transformer)
+
+
+def ltx() -> LTXPipeline:
+    """Of a class that has no adapter: video, with packed latents."""
+    encoder, tokenizer = t5()
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, patch_size=1, patch_size_t=1, num_attention_heads=4, attention_head_dim=8,
+        cross_attention_dim=32, num_layers=1, caption_channels=16,
+    )  # fmt: skip
+    vae = AutoencoderKLLTXVideo(
+        in_channels=3, out_channels=3, latent_channels=8, block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4, layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5,
+        spatio_temporal_scaling=(True, True, False, False), decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False,) * 5, upsample_residual=(False,) * 4, upsample_factor=(1,) * 4,
+        timestep_conditioning=False, patch_size=1, patch_size_t=1, encoder_causal=True, decoder_causal=False,
+    )  # fmt: skip
+    return LTXPipeline(FlowMatchEulerDiscreteScheduler(), vae, encoder, tokenizer, transformer)
+
+
+def ddpm() -> DDPMPipeline:
+    """Of a class that has no adapter: pixels, no conditions, noise in every step."""
+    unet = UNet2DModel(
+        sample_size=16, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    return DDPMPipeline(unet, DDPMScheduler(clip_sample=False))
 
 
 FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {

@@ -23,6 +23,7 @@ MAY_IMPORT = {folder: set(ORDER[:i]) for i, folder in enumerate(ORDER)}  # a fol
 MAY_IMPORT["adapters"] -= {"results"}
 MAY_IMPORT["figures"] = {"spaces", "results", "solvers", "adapters"}
 MAY_IMPORT["study"] |= {"figures"}
+MAY_IMPORT["testing"] = set(ORDER) - {"results", "workers", "study"}
 
 
 def imported(path: Path) -> set[str]:

@@ -57,11 +57,20 @@ def load_pipeline(model: str, *, device: str = "cpu", dtype: torch.dtype = torch
     folder = model_folder(model)
     try:
         with _quiet(diffusers_logging), _quiet(transformers_logging):
-            pipe = DiffusionPipeline.from_pretrained(str(folder or model), dtype=dtype)
+            parts = DiffusionPipeline.load_config(folder or model)
+            left_out = {name: None for name, part in parts.items() if part in ([None, None], (None, None))}
+            options: dict[str, Any] = {} if folder is None or not _is_fp16(folder) else {"variant": "fp16"}
+            pipe = DiffusionPipeline.from_pretrained(str(folder or model), dtype=dtype, **left_out, **options)
         return pipe.to(device)
     except Exception as error:  # safetensors, hub clients and torch each raise their own classes here
         reason = " ".join(str(error).split())[:300]
         raise DiffesError(f"{model!r} could not be loaded on {device}: {type(error).__name__}: {reason}") from error
+
+
+def _is_fp16(folder: Path) -> bool:
+    """Return True where a folder holds an fp16 variant of its weights and no others."""
+    names = [path.name for path in folder.glob("*/*.safetensors")]
+    return bool(names) and all(".fp16." in name for name in names)
 
 
 def pipeline_class(model: str) -> type[DiffusionPipeline]:

@@ -337,6 +337,11 @@ def prepare(
         pipe.set_progress_bar_config(disable=True)
         adapter = adapter_for(pipe)
     adapter.configure(config.prompts, config.call)
+    if kind.prunes and type(adapter) is ModelAdapter:
+        raise DiffesError(
+            f"diffes knows no layers of {type(adapter.pipe).__name__} that it could prune or reuse: search plans of "
+            "dense calls (--genes steps), or write an adapter for it"
+        )
     kind.check(config, adapter)
     try_adapter(adapter, config.steps, config.scale)
     adapter.check_sampler()

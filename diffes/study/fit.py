@@ -109,6 +109,7 @@ def fit(
     """
     at_least("probes", probes, 1)
     at_least("heldout", heldout, 2)
+    at_least("reference_steps", reference_steps, 1)
     if not SOLVERS.parse(solver)[0].fits:
         raise DiffesError(f"solver {solver!r} has no coefficients to fit; choose fitted")
     if guidance is not None:

@@ -127,7 +127,7 @@ def complete_front(
         )
     extra: dict[str, Any] = {"budgets": sorted(budgets)}
     if adapter is not None:
-        extra["call"] = said(adapter.call)
+        extra["call_arguments"] = said(adapter.call)
     config = with_threads(config, out / files.CONFIG)
     with held(out):
         return _front_in(config, out, progress, extra, overwrite, on_evaluation, workers, adapter)

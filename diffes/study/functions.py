@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from diffusers import DiffusionPipeline
 
@@ -72,6 +72,14 @@ class Front:
     def _repr_markdown_(self) -> str:
         rows = [tables.COLUMNS, ["---"] * len(tables.COLUMNS), *tables.rows_of(self.points)]
         return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), *(f"\n{line}" for line in self.verdicts())])
+
+
+@overload
+def search(out: DiffusionPipeline, **settings: Any) -> Front: ...
+
+
+@overload
+def search(out: str | Path | None = None, **settings: Any) -> Front | Report: ...
 
 
 def search(

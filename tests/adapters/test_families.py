@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, pipeline
-from masking import assert_dense, masked, state
 
 import diffes
 from diffes.adapters import ModelAdapter, adapter_for
@@ -21,6 +18,7 @@ from diffes.pruning.calibration import CalibrationSet
 from diffes.runtime.router import Router
 from diffes.solvers.scheduler import PlanScheduler
 from diffes.spaces.schedule import Schedule, Stages
+from diffes.testing import AdapterConformance
 
 STAGES = Stages.equal(4)
 
@@ -40,25 +38,34 @@ def called(adapter: ModelAdapter, n_steps: int, guidance: float) -> torch.Tensor
     return adapter.generate(probes.conditions, n_steps=n_steps, guidance=guidance, generator=generators)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_runs_equal_the_pipelines_own_call(family: ModelAdapter, guidance: float) -> None:
-    probes = family.make_probes(2, 3, "heldout")
-    assert torch.equal(family.decode(family.sample(probes, 4, guidance)), called(family, 4, guidance))
+class Conformance(AdapterConformance):
+    family: str
+
+    def make(self) -> ModelAdapter:
+        pipe, call = pipeline(self.family)
+        adapter = adapter_for(pipe)
+        adapter.use_call(call)
+        return adapter
 
 
-def test_a_run_goes_on_in_the_middle(family: ModelAdapter) -> None:
-    """A new call of the pipeline that begins at the latents of another one, at its scheduler's state."""
-    probes, process = family.make_probes(2, 3), family.process
-    whole = PlanScheduler.of(family.own_scheduler, [900, 600, 300, 100], "dpmsolver++")
-    expected = family.sample(probes, whole, 3.0)
-    with torch.no_grad():
-        at = family.start(probes, whole, 3.0)
-        for _ in range(2):
-            at = family.step(at, probes, 3.0)
-        at = replace(at, drive=None)
-        for _ in range(2):
-            at = family.step(at, probes, 3.0)
-    assert torch.equal(family.finish(at), expected) and process.prediction == whole.config.prediction_type
+class TestStableDiffusion1(Conformance):
+    family = "sd15"
+
+
+class TestPixArt(Conformance):
+    family = "pixart"
+
+
+class TestStableDiffusion3(Conformance):
+    family = "sd3"
+
+
+class TestStableDiffusion35(Conformance):
+    family = "sd35"
+
+
+class TestFlux(Conformance):
+    family = "flux"
 
 
 def test_first_order_steps_are_those_of_the_pipelines_own_scheduler() -> None:
@@ -75,25 +82,6 @@ def test_first_order_steps_are_those_of_the_pipelines_own_scheduler() -> None:
         probes = adapter.make_probes(2, 3)
         found, expected = (adapter.sample(probes, scheduler, 2.0) for scheduler in (ours, own))
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize("method", ["magnitude", "obs", "layer_drop"])
-def test_what_is_removed_is_removed_exactly(family: ModelAdapter, method: str) -> None:
-    """Pruned layers against full ones with zero columns, skipped blocks against blocks whose output is not used."""
-    probes = family.make_probes(8, 0)
-    data = CalibrationSet(family.noise(probes), probes.conditions, "noise")
-    allocation: Any = "equal" if method == "layer_drop" else "sensitivity"
-    bank = build_bank(family, make_method(method), STAGES, data, guidance=3.0, seed=0, only=[1], allocation=allocation)
-    router, latents, before = Router(family, bank), family.noise(probes[:2]), state(family)
-    timesteps = torch.tensor([300, 300])
-    for level in range(1, bank.max_level + 1):
-        with torch.no_grad(), router.routed(Schedule(STAGES, (0, level, 0, 0), bank.max_level)):
-            sliced = family.denoise_once(latents, timesteps, probes.conditions[:2])
-        with torch.no_grad(), ExitStack() as stack:
-            masked(family, bank, level, stack)
-            expected = family.denoise_once(latents, timesteps, probes.conditions[:2])
-        torch.testing.assert_close(sliced, expected, rtol=1e-4, atol=1e-4)
-    assert_dense(family, before)
 
 
 def test_outputs_of_earlier_calls_are_reused(family: ModelAdapter) -> None:

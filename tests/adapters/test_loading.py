@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline, DiTPipeline, StableDiffusionXLPipeline
 
 from diffes.adapters import ADAPTERS, ModelAdapter, adapter_for, load_pipeline, pipeline_class, shipped_models
@@ -54,6 +55,14 @@ def test_the_class_of_a_pipeline_is_read_without_loading_it(tiny_folder: Path, t
         (tmp_path / "model_index.json").write_text(content)
         with pytest.raises(DiffesError, match="could not be read"):
             pipeline_class(str(tmp_path))
+
+
+def test_a_folder_with_an_fp16_variant_only_is_loaded(tiny_folder: Path, tmp_path: Path) -> None:
+    pipe = load_pipeline(str(tiny_folder), dtype=torch.float16)
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    assert list(tmp_path.glob("*/*.fp16.safetensors"))
+    again = load_pipeline(str(tmp_path))
+    assert torch.equal(again.transformer.proj_out_2.weight, pipe.transformer.proj_out_2.weight.float())
 
 
 class Styled(DiTPipeline):  # type: ignore[misc]  # diffusers is not followed

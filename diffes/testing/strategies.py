@@ -1,12 +1,4 @@
-"""Conformance suites for strategies, mutations and crossovers of your own.
-
-Subclass one in a test file, and name what it tests; pytest finds the tests:
-
-    from diffes.testing import MutationConformance
-
-    class TestMine(MutationConformance):
-        name = "my_mutation"
-"""
+"""Conformance suites for strategies, mutations and crossovers."""
 
 from __future__ import annotations
 
