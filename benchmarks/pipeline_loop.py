@@ -2,7 +2,8 @@
 
 Before, adapters repeated each pipeline's loop. The last commit that did so is b8cc44b:
 
-    git worktree add /tmp/before b8cc44b && (cd /tmp/before && python -c "from setuptools import setup; setup()" -q egg_info)
+    git worktree add /tmp/before b8cc44b
+    (cd /tmp/before && python -c "from setuptools import setup; setup()" -q egg_info)    # its own entry points
     python benchmarks/pipeline_loop.py --before /tmp/before        # some minutes on one core
     python benchmarks/pipeline_loop.py --smoke                     # this version against itself, once
 
