@@ -237,6 +237,7 @@ class FrontRecord(Artifact):
     """Content of `front.json`: facts about the calibration and the reference, and plans with their measurements."""
 
     reference: Reference
+    strength: Fraction | None = None  # share of the trajectory, of pipelines that begin with an image
     latent_shape: list[Number] | None = None  # of one image, as the pipeline holds it; since format 2
     solver: Text
     currency: Text

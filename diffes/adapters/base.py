@@ -144,7 +144,7 @@ class ModelAdapter:
     Attributes:
         argument: name of the argument of the pipeline's call that holds the conditions, one an image; None where images
             have none.
-        batched: whether a call makes several images, from lists of conditions and generators. Else a call makes one.
+        lists: whether the pipeline's call takes lists of conditions and generators.
         null_first: whether the rows with the null condition come first in the pipeline's guided calls.
         time_scale: the timestep in a denoiser call over that of the scheduler; None where diffes does not know it.
         call: further arguments of every call of the pipeline.
@@ -153,7 +153,7 @@ class ModelAdapter:
     """
 
     argument: str | None = None
-    batched: ClassVar[bool] = False
+    lists: ClassVar[bool] = False
     null_first: ClassVar[bool] = False
     time_scale: ClassVar[float | None] = None
 
@@ -293,6 +293,11 @@ class ModelAdapter:
             self.use_call(read_call(Path(call)))
 
     @property
+    def batched(self) -> bool:
+        """True where a call makes several images. Pipelines that begin with an image of the user's make one a call."""
+        return self.lists and "image" not in self.takes
+
+    @property
     def takes(self) -> set[str]:
         """Names of the arguments of the pipeline's call."""
         return set(inspect.signature(type(self.pipe).__call__).parameters)
@@ -344,7 +349,7 @@ class ModelAdapter:
             call["num_inference_steps"] = n
         return Drive(
             self.pipe, self.denoisers, call, scheduler, index=index, answers=self._answers, texts=self._texts,
-            prepared=n_steps is None,
+            prepared=n_steps is None, strength=self.strength,
         )  # fmt: skip
 
     def advance(self, state: SamplingState, call: Call) -> SamplingState:
@@ -401,7 +406,7 @@ class ModelAdapter:
 
     def _first_call(self, conditions: Sequence[Condition], seeds: Sequence[int], guidance: float) -> FirstCall:
         """Return the arguments of the first denoiser call on images, under a scheduler that does not scale latents."""
-        scheduler = PlanScheduler.of(self.own_scheduler, [self.n_timesteps - 1], "ddim", self.device)
+        scheduler = PlanScheduler.of(self.own_scheduler, [self.reach - 1], "ddim", self.device)
         probes = Probes(tuple(seeds), tuple(conditions))
         with torch.no_grad():
             return self._drive(probes, guidance, scheduler).first_call()
@@ -579,6 +584,18 @@ class ModelAdapter:
         """T, the number of training timesteps."""
         return int(self.own_scheduler.config.num_train_timesteps)
 
+    @property
+    def strength(self) -> float | None:
+        """Share of the trajectory that the pipeline samples, from an image of the call; None where it samples all."""
+        known = inspect.signature(type(self.pipe).__call__).parameters.get("strength")
+        given = self.call.get("strength", known.default if known is not None else None)
+        return float(given) if isinstance(given, int | float) and given < 1 else None
+
+    @property
+    def reach(self) -> int:
+        """Number of training timesteps that plans choose from: all of them, or with a strength s the cleanest s T."""
+        return self.n_timesteps if self.strength is None else max(round(self.strength * self.n_timesteps), 1)
+
     def timesteps(self, n_steps: int) -> list[float]:
         """Return the training timesteps of a sampling run, one per denoiser call (Heun makes two a step), noisiest
         first."""
@@ -711,7 +728,7 @@ class ModelAdapter:
 
     def _rendered(self, latents: Tensor) -> Any:
         """Return what the pipeline makes of final latents: a run whose calls are all made."""
-        scheduler = PlanScheduler.of(self.own_scheduler, [self.n_timesteps - 1], "ddim", self.device)
+        scheduler = PlanScheduler.of(self.own_scheduler, [self.reach - 1], "ddim", self.device)
         probes = Probes((0,) * len(latents), (self.choices("search")[0],) * len(latents))
         options: dict[str, Any] = {"output_type": "np"} if "output_type" in self.takes else {}
         return self._drive(probes, 1.0, scheduler, 1, **options).output(latents)

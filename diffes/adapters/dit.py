@@ -18,7 +18,7 @@ class DiTAdapter(ModelAdapter):
 
     pipe: DiTPipeline
     argument = "class_labels"
-    batched = True
+    lists = True
     time_scale = 1.0
 
     def blocks(self) -> list[str]:

@@ -7,6 +7,7 @@ import contextvars
 import copy
 import functools
 import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,6 +106,8 @@ class Drive:
         index: number of calls that are done; above 0 the pipeline begins with the latents that `latents` is given.
         answers: shapes of the denoisers' results.
         texts: cache of encoded prompts.
+        strength: share of the trajectory that the pipeline samples; None where it samples all of it. It then drops
+            timesteps from the beginning, by their number, and is offered as many more.
         prepared: False where the pipeline is to set the scheduler's timesteps, and `first_call` leaves it after that.
 
     Example:
@@ -120,7 +123,7 @@ class Drive:
 
     __slots__ = (
         "__weakref__", "_answering", "_answers", "_call", "_coroutine", "_denoisers", "_first", "_grad", "_latents",
-        "_own", "_pipe", "_stand_in", "_texts", "index",
+        "_own", "_pipe", "_stand_in", "_strength", "_texts", "index",
     )  # fmt: skip
 
     def __init__(
@@ -134,6 +137,7 @@ class Drive:
         answers: Answers | None = None,
         texts: Texts | None = None,
         prepared: bool = True,
+        strength: float | None = None,
     ) -> None:
         self.index = index
         self._pipe, self._denoisers, self._call = pipe, tuple(denoisers), dict(call)
@@ -141,6 +145,7 @@ class Drive:
         self._answering, self._first = index > 0, False
         self._latents: Tensor | None = None
         self._stand_in = self._standing_in(scheduler) if prepared else scheduler
+        self._strength = strength if prepared else None
         self._own: dict[str, Any] = {"_progress_bar_config": QUIET}  # private attributes, as the call has set them
         self._grad = torch.is_grad_enabled()
         self._coroutine = greenlet(self._run)
@@ -202,7 +207,20 @@ class Drive:
         call = type(pipe).__call__
         if torch.is_grad_enabled():  # diffusers' calls are decorated with `torch.no_grad`
             call = inspect.unwrap(call)
-        return call(pipe, **self._call)
+        if self._strength is None:
+            return call(pipe, **self._call)
+        left = self._stand_in.timesteps
+        for n in offers(len(left), self._strength):
+            dropped = n - len(left)
+            self._stand_in.timesteps = torch.cat([left[:1].expand(dropped), left])
+            self._stand_in.set_begin_index = functools.partial(_begin, dropped)
+            try:
+                return call(pipe, **self._call | {"num_inference_steps": n})
+            except _BeginsElsewhere:
+                continue
+        raise DiffesError(
+            f"{type(pipe).__name__} cannot begin {len(left)} calls at strength {self._strength:g}: choose another"
+        )
 
     def _resumed(self, latents: Tensor | None) -> Any:
         self._coroutine.parent = greenlet.getcurrent()
@@ -277,6 +295,29 @@ class Drive:
         if hasattr(scheduler, "scale_model_input"):  # schedulers of flow matching have none
             made.scale_model_input = scheduler.scale_model_input
         return made
+
+
+class _BeginsElsewhere(Exception):
+    """Error: a pipeline drops another number of timesteps than it was offered more."""
+
+
+def _begin(expected: int, begin_index: int = 0) -> None:
+    if begin_index != expected:
+        raise _BeginsElsewhere
+
+
+def offers(n: int, strength: float) -> list[int]:
+    """Return the numbers of steps at which a pipeline makes `n` calls at a strength below 1.
+
+    Pipelines drop the first calls by number. Some make `int(N s)` of N, others that number rounded up.
+
+    Example:
+        >>> offers(3, 0.6)
+        [5, 6, 4]
+    """
+    near = math.floor(n / strength)
+    likely = [near, near + 1, near - 1, near + 2]
+    return [m for m in likely if m >= n and n in (int(m * strength), m - int(m - m * strength))]
 
 
 class _StandIn:

@@ -22,7 +22,7 @@ class TextToImageAdapter(ModelAdapter):
     """
 
     argument = "prompt"
-    batched = True
+    lists = True
     time_scale = 1.0
     null_first = True
 

@@ -109,7 +109,7 @@ class PlanEvaluator(RoutedEvaluator):
         return replace(plan, coefficients=rows)
 
     def _reference_steps(self) -> PlanScheduler:
-        steps = trailing(self.reference_steps, self.adapter.n_timesteps)
+        steps = trailing(self.reference_steps, self.adapter.reach)
         return PlanScheduler.of(self.adapter.pipe.scheduler, steps, SOLVER, self.adapter.device)
 
     def _reference_in_parts(self, n: int) -> Tensor:
@@ -118,7 +118,7 @@ class PlanEvaluator(RoutedEvaluator):
         finals = super()._reference_in_parts(n)
         if self._passed is not None:
             states = torch.cat([torch.stack(self._passed[start]) for start in sorted(self._passed)], dim=1)
-            steps = trailing(self.reference_steps, self.adapter.n_timesteps)
+            steps = trailing(self.reference_steps, self.adapter.reach)
             self.recorded = Reference(states, tuple(steps), self.process.along(steps))
             self._passed = None
         self.reference_calls = self.reference_steps * self.rows(self.probes)

@@ -114,7 +114,7 @@ class Plans:
         at_least("nodes", self.nodes, 2)
         at_least("fit_probes", self.fit_probes, 1)
         at_least("reference_steps", self.reference_steps, 1)
-        scheduler, most = self.bench.adapter.pipe.scheduler, self.bench.adapter.n_timesteps
+        scheduler, most = self.bench.adapter.pipe.scheduler, self.bench.adapter.reach
         object.__setattr__(self, "reference_steps", min(self.reference_steps, most))
         if clips := [name for name in CLIPS if own_of(scheduler).config.get(name)]:
             warnings.warn(
@@ -144,7 +144,7 @@ class Plans:
     def costs(self) -> list[list[float]]:
         """Cost (nodes, H + 1) of a call at each node, the cleanest first, at each level."""
         stages, table = self.bench.levels.stages, self.call_costs
-        grid = Stages.equal(self.nodes, self.bench.adapter.n_timesteps)
+        grid = Stages.equal(self.nodes, self.bench.adapter.reach)
         return [list(table[stages.stage_of(hi - 1)]) for _, hi in grid.ranges]
 
     def space(self, calls: float | None, genes: Genes = "joint", starts: Sequence[Sequence[int]] = ()) -> PlanSpace:
@@ -160,7 +160,7 @@ class Plans:
         """
         allowed = (0,) if genes == "steps" else None
         return PlanSpace.dense_calls(
-            self.costs, calls, allowed=allowed, starts=starts, n_timesteps=self.bench.adapter.n_timesteps,
+            self.costs, calls, allowed=allowed, starts=starts, n_timesteps=self.bench.adapter.reach,
             reusing=self.bench.router.bank.reusing,
         )  # fmt: skip
 
@@ -227,8 +227,12 @@ class Plans:
 
     def spaced(self, calls: float) -> list[list[int]]:
         """Return the timesteps of as many dense calls as a budget pays for, in each even spacing."""
-        n, scheduler = whole_calls(calls), self.bench.adapter.pipe.scheduler
-        return [spaced(scheduler, n, name) for name in spacings_of(scheduler)]
+        adapter, n = self.bench.adapter, whole_calls(calls)
+        scheduler, share = adapter.pipe.scheduler, adapter.reach / adapter.n_timesteps
+        found = [spaced(scheduler, n, name) for name in spacings_of(scheduler)]
+        if share == 1:
+            return found
+        return [sorted({max(round((t + 1) * share) - 1, 0) for t in each}, reverse=True) for each in found]
 
     def of_dense(self, timesteps: Sequence[int], solver: str) -> Plan:
         """Return the plan of dense calls at some timesteps, the noisiest first."""
@@ -285,7 +289,7 @@ class Plans:
             genes: "steps" (every call is dense) or "joint".
             known: plans that were found before.
         """
-        space, n, size = self.space(calls, genes), whole_calls(calls), self.bench.adapter.n_timesteps
+        space, n, size = self.space(calls, genes), whole_calls(calls), self.bench.adapter.reach
         powers = itertools.product(POWERS, SHIFTS) if genes == "steps" else ()
         spacings = [*self.spaced(calls), *(power_spaced(n, size, power, shift) for power, shift in powers)]
         dense = [self.nearest(self.of_dense(timesteps, self.solver)) for timesteps in spacings]
@@ -309,7 +313,7 @@ class Plans:
 
         They call as many evenly spaced timesteps as the workbench has steps, by DPM-Solver++ 2M.
         """
-        return self.searched.by(SOLVER, trailing(self.bench.config.steps, self.bench.adapter.n_timesteps))
+        return self.searched.by(SOLVER, trailing(self.bench.config.steps, self.bench.adapter.reach))
 
     def level_space(self, calls: float) -> SearchSpace:
         """Return the space of schedules at the timesteps of `fixed` that cost at most so many dense calls.

@@ -337,10 +337,11 @@ def prepare(
         pipe.set_progress_bar_config(disable=True)
         adapter = adapter_for(pipe)
     adapter.configure(config.prompts, config.call)
-    if kind.prunes and type(adapter) is ModelAdapter:
+    if kind.prunes and not adapter.batched:
+        what = "knows no layers of" if type(adapter) is ModelAdapter else "calibrates no layers of"
         raise DiffesError(
-            f"diffes knows no layers of {type(adapter.pipe).__name__} that it could prune or reuse: search plans of "
-            "dense calls (--genes steps), or write an adapter for it"
+            f"diffes {what} {type(adapter.pipe).__name__} that it could prune or reuse: search plans of dense calls "
+            "(--genes steps), or search a text-to-image pipeline around the same denoiser and apply that run here"
         )
     kind.check(config, adapter)
     try_adapter(adapter, config.steps, config.scale)

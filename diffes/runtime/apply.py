@@ -110,6 +110,8 @@ def apply(pipe: P, run: str | Path | Plan | Result, *, calls: float | None = Non
         planned = planned_scheduler(own, schedule, front) if isinstance(schedule, Plan) else None
         if planned is not None and front is not None and front.latent_shape:
             planned.made_for = tuple(front.latent_shape)
+        if planned is not None and front is not None:
+            planned.strength = front.strength
         if front is not None:
             router.guidance = tuple(front.guidance_range or [front.guidance] * 2)
         router.install(schedule)

@@ -42,6 +42,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         fits: solver that fits the coefficients during the run, where they are not fitted yet.
         made_for: shape of an image's latents that the plan was made for; latents of another shape are warned of, once.
             None where it is not known.
+        strength: share of the trajectory that the plan was made for, in pipelines that begin with an image and drop
+            the first timesteps by their number; None where it is all of it. `set_timesteps` then offers as many more.
         replaces: the pipeline's scheduler whose place it takes, if any; `save_pretrained` then writes that one, so that
             diffusers alone opens the pipeline's folder.
 
@@ -97,6 +99,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.fits: Solver | None = None
         self.replaces: Any = None
         self.made_for: tuple[int, ...] | None = None
+        self.strength: float | None = None
+        self._dropped = 0  # timesteps that the pipeline is expected to drop
         self.timesteps = self._told(None)
         self.num_inference_steps = len(self.plan)
         self.index = 0
@@ -164,14 +168,20 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
         if sigmas is not None and num_inference_steps is None:  # pipelines of flow matching make their own
             num_inference_steps = len(sigmas)
-        if given is None and num_inference_steps is not None and num_inference_steps != len(self.plan):
+        asked = self.num_inference_steps if num_inference_steps is None else num_inference_steps
+        if self.strength is None:
+            self._dropped = 0
+        else:  # the pipeline goes on from here with the timesteps after those that it drops
+            self._dropped = asked - min(int(asked * self.strength), asked)
+        if given is None and num_inference_steps is not None and self.strength is None and asked != len(self.plan):
             warnings.warn(
                 f"the applied plan makes {len(self.plan)} denoiser calls, so num_inference_steps={num_inference_steps} "
                 "is ignored. diffes.remove(pipe) restores the pipeline's own scheduler.",
                 DiffesWarning,
                 stacklevel=2,
             )
-        self.timesteps = self._told(device)
+        told = self._told(device)
+        self.timesteps = torch.cat([told[:1].expand(self._dropped), told])
         self.index, self._clean = 0, ()
 
     def _told(self, device: Any) -> Tensor:
@@ -180,8 +190,25 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return made + 1.0 if self.config.prediction_type == "flow_prediction" else made
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin at a later call of the plan; its steps are of first order as long as predictions are missing."""
-        self.index = begin_index
+        """Begin at a later call of the plan; its steps are of first order as long as predictions are missing.
+
+        Raises:
+            DiffesError: the plan was made for a strength, and the pipeline begins elsewhere; or no call is left.
+        """
+        if self.strength is not None and begin_index != self._dropped:
+            shares = ((m, m * self.strength) for m in range(len(self.plan), 1001))
+            n = next((m for m, share in shares if abs(share - round(share)) < 1e-9), 1000)
+            raise DiffesError(
+                f"the applied plan was made for strength {self.strength:g}, and the pipeline begins at another place. "
+                f"Pass strength={self.strength:g} and num_inference_steps={n}, or call diffes.remove(pipe)."
+            )
+        if begin_index - self._dropped >= len(self.plan):
+            raise DiffesError(
+                f"the pipeline drops the first {begin_index} steps, and the applied plan has {len(self.plan)}: it was "
+                "made for a whole trajectory. Search one for this strength, diffes.search(pipe, call=dict(image=..., "
+                "strength=...)), or call diffes.remove(pipe)."
+            )
+        self.index = begin_index - self._dropped
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """Return the latents as they are."""

@@ -231,7 +231,9 @@ def estimate(plans: Plans, budgets: Sequence[float], genes: Genes) -> str:
 def _seconds_of_an_image(adapter: ModelAdapter, n: int, guidance: float) -> float:
     """Return the seconds that a denoiser call takes for each image, where `n` of them are sampled together."""
     probes = adapter.make_probes(n if adapter.batched else 1, 0)
-    scheduler = PlanScheduler.of(adapter.own_scheduler, trailing(3, adapter.n_timesteps), SOLVER, adapter.device)
+    scheduler = PlanScheduler.of(
+        adapter.own_scheduler, trailing(min(3, adapter.reach), adapter.reach), SOLVER, adapter.device
+    )
     state = adapter.step(adapter.start(probes, scheduler, guidance), probes, guidance)  # warms up
     begins = time.perf_counter()
     state = adapter.step(state, probes, guidance)
@@ -367,6 +369,7 @@ def facts_of(plans: Plans) -> dict[str, Any]:
             "alphas": [process.at(t).alpha for t in (0, len(process.alphas) // 2, len(process.alphas) - 1)],
         },
         "latent_shape": list(plans.heldout.final_reference.shape[1:]),
+        **({} if plans.bench.adapter.strength is None else {"strength": plans.bench.adapter.strength}),
         "prediction_type": process.prediction,
         "solver": plans.solver,
         "currency": config.cost,

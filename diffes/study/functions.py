@@ -166,7 +166,7 @@ def _of_pipeline(
     if "guidance" not in given:
         given["guidance"] = adapter.default_guidance if scale is None else scale
     adapter.use_call(arguments)
-    if not adapter.blocks():
+    if not adapter.batched:
         given.setdefault("genes", "steps")
     if sum(parameter.numel() for parameter in adapter.denoiser.parameters()) > LARGE:
         given = {**OF_LARGE, **given}

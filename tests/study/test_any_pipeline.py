@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 from collections.abc import Callable
@@ -10,13 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Counting
-from diffusers import DDPMPipeline, EDMEulerScheduler
+from conftest import Counting, make_run, open_pipe
+from diffusers import (
+    DDPMPipeline,
+    EDMEulerScheduler,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+)
 from families import ddpm, ltx, pipeline
 
 import diffes
 from diffes.adapters import ModelAdapter, adapter_for
 from diffes.errors import DiffesError, DiffesWarning
+from diffes.spaces.schedule import Plan, Stages
 from diffes.study.functions import Front
 
 VIDEO = {"prompt": ["a fox", "a hen"], "height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 8}
@@ -159,3 +167,51 @@ def test_a_large_model_gets_fewer_probes(monkeypatch: pytest.MonkeyPatch) -> Non
     _, adapter, config = functions._of_pipeline(quiet(ddpm), "fashion-dit", None, 1, {"calls": 3, "heldout": 5})
     assert type(adapter) is ModelAdapter
     assert (config.probes, config.reference_steps, config.heldout, config.genes) == (8, 50, 5, "steps")
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+def test_a_plan_for_a_strength_makes_all_its_calls(name: str) -> None:
+    """diffusers drops the first calls by their number, rounded down by one family and up by the other."""
+    kinds = {"sd15": StableDiffusionImg2ImgPipeline, "sd3": StableDiffusion3Img2ImgPipeline}
+    base, call = pipeline(name)
+    more = {"requires_safety_checker": False} if name == "sd15" else {}
+    pipe: Any = kinds[name](**base.components, **more)
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    size = {} if name == "sd15" else {"height": 16, "width": 16}
+    call |= {"image": image, "strength": 0.6, **size}
+    found = diffes.search(pipe, calls=3, call=call, guidance=2.0, genes="steps", progress=Counting(), **SMALL)
+    assert found.record.strength == 0.6
+    assert all(max(point.timesteps) < 600 for point in found.points)
+    denoiser = base.unet if name == "sd15" else base.transformer
+    one = call | {"prompt": "a fox", "guidance_scale": 2.0, "output_type": "latent"}
+    diffes.apply(pipe, found)
+    for n in (5, 10, 50):
+        assert counted(denoiser, functools.partial(pipe, **one, num_inference_steps=n)) == 3
+    with pytest.raises(DiffesError, match=r"made for strength 0.6.*Pass strength=0.6 and num_inference_steps=5"):
+        pipe(**one | {"strength": 0.3})
+    diffes.remove(pipe)
+    with pytest.raises(DiffesError, match=r"drops the first \d+ steps, and the applied plan has 3.*strength=\.\.\."):
+        diffes.apply(base, Plan(Stages.equal(1), ((999, 0), (500, 0), (200, 0)), 1, "ddim"))
+        pipe.scheduler = base.scheduler
+        pipe(**one)
+
+
+def test_a_run_with_levels_is_applied_to_pipelines_around_the_same_denoiser(
+    tiny_sdxl_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    run = make_run(tmp_path_factory, tiny_sdxl_folder, "obs")
+    pipe = open_pipe(tiny_sdxl_folder)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": "h a", "image": torch.rand(1, 3, 16, 16), "strength": 0.8, "num_inference_steps": 5}
+    other = StableDiffusionXLImg2ImgPipeline(**pipe.components, add_watermarker=False)
+    other.set_progress_bar_config(disable=True)
+
+    def made() -> Any:
+        return other(**call, generator=torch.Generator().manual_seed(0), output_type="np").images
+
+    before = made()
+    diffes.apply(other, run)
+    assert (made() != before).any()
+    diffes.remove(other)
+    assert (made() == before).all()
