@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from diffes.config import COMPARED, FRONT, Guidance, RunConfig, WorkerOptions
+from diffes.config import COMPARED, FRONT, Guidance, RunConfig, WorkerOptions, parse_variations
 from diffes.errors import DiffesError, PluginError
 from diffes.registry import GROUPS, check_names
 
@@ -317,12 +317,11 @@ def ablate(
     if settings.genes == "levels" and settings.cost == "auto":  # levels cost something else with another method
         settings = replace(settings, cost="macs", budget=0.7 if settings.budget is None else settings.budget)
     _checked(settings)
-    for text in vary:  # unknown names, before torch is imported
-        name, _, values = text.removeprefix("--").partition("=")
-        for value in values.split(",") if name in GROUPS and ":" not in values else ():
+    varied = parse_variations(vary)
+    for name, values in varied.items():  # unknown names, before torch is imported
+        for value in values if name in GROUPS else ():
             check_names(**{name: value})
     with _terminal(log_file) as terminal:
-        varied = terminal.parse_variations(vary)
         out = out or _named(f"ablate-{'-'.join(varied)}", settings, seed=False)
         terminal.experiment(settings, varied, seeds, out, processes)
 

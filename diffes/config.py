@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from diffes.errors import DiffesError, at_least, unknown_name
@@ -390,6 +391,57 @@ def in_words(guidance: Guidance) -> str:
         '1.5 to 4'
     """
     return f"{guidance[0]:g} to {guidance[1]:g}" if isinstance(guidance, tuple) else f"{guidance:g}"
+
+
+def parse_variations(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """Parse the settings that `diffes ablate` varies.
+
+    Args:
+        texts: `option=value,value,...`; an option may come again. A value with a colon has options of its own and is
+            not split at commas: `method=obs:damping=0.1,weighting=log`.
+
+    Returns:
+        Values by the name of the setting, in the order given.
+
+    Raises:
+        DiffesError: there is no such setting, or a value is not of its type.
+
+    Example:
+        >>> parse_variations(["calls=4,6", "solver=fitted:memory=2"])
+        {'calls': [4.0, 6.0], 'solver': ['fitted:memory=2']}
+    """
+    hints = _hints()
+    found: dict[str, list[Any]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        name = name.strip().removeprefix("--").replace("-", "_")
+        if not equals or not values:
+            raise DiffesError(f"{text!r} varies nothing; write option=value,value, for instance stages=2,5,10")
+        if name not in hints or name == "seed":
+            raise unknown_name("option to vary", name, set(hints) - {"seed"})
+        parts = [values] if ":" in values else values.split(",")
+        found.setdefault(name, []).extend(_converted(name, part, hints[name]) for part in parts)
+    if not found:
+        raise DiffesError(
+            "nothing to vary: write option=value,value, for instance stages=2,5,10 metric=ssim,latent_mse"
+        )
+    return found
+
+
+def _converted(name: str, text: str, hint: Any) -> Any:
+    types = [t for t in get_args(hint) if t is not type(None)] if isinstance(hint, UnionType) else [hint]
+    choices = get_args(types[0])
+    if choices and text not in choices:
+        raise DiffesError(f"{name} must be one of {', '.join(map(str, choices))}, got {text!r}")
+    if types[0] is bool:
+        choices = ("true", "false")
+        if text.lower() not in choices:
+            raise DiffesError(f"{name} must be one of {', '.join(choices)}, got {text!r}")
+        return text.lower() == "true"
+    try:
+        return text if choices else types[0](text)
+    except ValueError as error:
+        raise DiffesError(f"{name} must be a {types[0].__name__}, got {text!r}") from error
 
 
 @dataclass(frozen=True)

@@ -166,13 +166,6 @@ def export(run: Path, out: Path, **options: Any) -> None:
     console.print(f"next: python -c 'import diffes; pipe = diffes.load(\"{out}\")'", highlight=False, markup=False)
 
 
-def parse_variations(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """Parse settings to vary; see `diffes.study.grid.parse_variations`."""
-    from diffes.study import grid
-
-    return grid.parse_variations(texts)
-
-
 def experiment(
     config: RunConfig, varied: Mapping[str, Sequence[Any]], seeds: int, out: Path, workers: WorkerOptions
 ) -> None:

@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from diffes.config import ALONE, ResourceSettings, RunConfig, WorkerOptions, changed, names_of
 from diffes.errors import DiffesError, at_least, unknown_name
@@ -23,53 +22,6 @@ from diffes.study.equal_cost import calls_of, config_of
 
 CALLS_OF = {"probes", "steps", "guidance", "genes", "calls"}  # settings on which the calls of an evaluation depend
 UNSEEN = names_of(ResourceSettings) | {"seed", "study", "device"}  # settings that get no column in a table
-
-
-def parse_variations(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """Parse the settings that `diffes ablate` varies.
-
-    Args:
-        texts: `option=value,value,...`; an option may come again. A value with a colon has options of its own and is
-            not split at commas: `method=obs:damping=0.1,weighting=log`.
-
-    Returns:
-        Values by the name of the setting, in the order given.
-
-    Raises:
-        DiffesError: there is no such setting, or a value is not of its type.
-    """
-    hints = get_type_hints(RunConfig)
-    found: dict[str, list[Any]] = {}
-    for text in texts:
-        name, equals, values = text.partition("=")
-        name = name.strip().removeprefix("--").replace("-", "_")
-        if not equals or not values:
-            raise DiffesError(f"{text!r} varies nothing; write option=value,value, for instance stages=2,5,10")
-        if name not in hints or name == "seed":
-            raise unknown_name("option to vary", name, set(hints) - {"seed"})
-        parts = [values] if ":" in values else values.split(",")
-        found.setdefault(name, []).extend(_convert(name, part, hints[name]) for part in parts)
-    if not found:
-        raise DiffesError(
-            "nothing to vary: write option=value,value, for instance stages=2,5,10 metric=ssim,latent_mse"
-        )
-    return found
-
-
-def _convert(name: str, text: str, hint: Any) -> Any:
-    types = [t for t in get_args(hint) if t is not type(None)] if isinstance(hint, UnionType) else [hint]
-    choices = get_args(types[0])
-    if choices and text not in choices:
-        raise DiffesError(f"{name} must be one of {', '.join(map(str, choices))}, got {text!r}")
-    if types[0] is bool:
-        choices = ("true", "false")
-        if text.lower() not in choices:
-            raise DiffesError(f"{name} must be one of {', '.join(choices)}, got {text!r}")
-        return text.lower() == "true"
-    try:
-        return text if choices else types[0](text)
-    except ValueError as error:
-        raise DiffesError(f"{name} must be a {types[0].__name__}, got {text!r}") from error
 
 
 def grid(base: RunConfig, varied: Mapping[str, Sequence[Any]], seeds: int) -> list[RunConfig]:

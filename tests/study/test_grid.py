@@ -13,7 +13,7 @@ import torch
 from conftest import Counting
 
 from diffes import terminal
-from diffes.config import ALONE, RunConfig
+from diffes.config import ALONE, RunConfig, parse_variations
 from diffes.errors import DiffesError
 from diffes.measure.metrics import METRICS, latent_mse
 from diffes.results.record import UNIFORM
@@ -36,7 +36,7 @@ from diffes.study.equal_cost import TOLERANCE, at_budget, calls_of, same
     ],
 )
 def test_variations_are_read(texts: list[str], expected: dict[str, list[Any]]) -> None:
-    assert grid.parse_variations(texts) == expected
+    assert parse_variations(texts) == expected
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_variations_are_read(texts: list[str], expected: dict[str, list[Any]]) -
 )
 def test_bad_variations_are_refused(texts: list[str], message: str) -> None:
     with pytest.raises(DiffesError, match=message):
-        grid.parse_variations(texts)
+        parse_variations(texts)
 
 
 def test_cells_of_one_calibrated_model_follow_each_other(base: RunConfig) -> None:
