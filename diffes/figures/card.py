@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffes.figures import tables
-from diffes.figures.plain_loop import plain_loop, rows_of
+from diffes.figures.plain_loop import is_written_out, plain_loop, rows_of
 from diffes.forms import Artifact, FrontRecord, PlanPoint, ScheduleFacts
 from diffes.results import folder, report
 from diffes.results.artifact import BASE
@@ -70,7 +70,8 @@ def of_plan(name: str, plan: Plan, front: FrontRecord, rivals: Sequence[PlanPoin
     timed = f" of {on.batch} images on {on.device} ({on.threads} threads)" if on else ""
     model = f"{name}/{BASE}" if _bundled(front) else front.model
     alone = "All calls are dense, so torch and diffusers alone give such images" if dense else "Written out, a run is"
-    calls = zip(plan.timesteps, point.sigmas, plan.levels, rows_of(plan, point.sigmas), strict=True)
+    flows = front.prediction_type == "flow_prediction"
+    calls = zip(plan.timesteps, point.sigmas, plan.levels, rows_of(plan, point.sigmas, flows), strict=True)
     lines = "\n".join(
         f"| {timestep} | {sigma:.6g} | {level} | {', '.join(f'{each:.6g}' for each in row)} |"
         for timestep, sigma, level, row in calls
@@ -89,14 +90,7 @@ pipe = diffes.load("{name}")  # this folder; a diffusers pipeline comes back
 
 The scheduler is the plan's, and makes its {len(plan.calls)} calls whatever `num_inference_steps` says.
 
-## In plain torch
-
-{alone}:
-
-```python
-{plain_loop(plan, front, model, name, pipeline)}```
-
-## Measured
+{_written_out(plan, front, model, name, pipeline, alone)}## Measured
 
 On {front.heldout or "the"} held-out probes, against the dense model at {reference.steps} steps of
 `{reference.solver}` (spacing `{reference.spacing}`, final sigma zero), {_guided(front)}; ms is
@@ -114,6 +108,25 @@ first.
 {lines}
 
 ![the front: error against cost](front.png)
+"""
+
+
+def _written_out(plan: Plan, front: FrontRecord, model: str, name: str, pipeline: Any, alone: str) -> str:
+    """Return the section with a loop of plain torch; of pipelines whose calls are not known, what such a loop needs."""
+    if not is_written_out(pipeline):
+        return """## Without diffes
+
+Step `i` is `x' = row[0] x + row[1] D_i + row[2] D_(i-1) + ...`, with the coefficients below and the clean predictions
+`D` that the outputs of the network stand for. The timesteps are what its scheduler tells the network.
+
+"""
+    return f"""## In plain torch
+
+{alone}:
+
+```python
+{plain_loop(plan, front, model, name, pipeline)}```
+
 """
 
 

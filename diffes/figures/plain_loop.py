@@ -16,11 +16,32 @@ CLEAN = {"epsilon": "(x - s * out) / a", "v_prediction": "a * x - s * out", "sam
 GUIDED = "\n    no, yes = out.chunk(2)\n    out = no + {guidance!r} * (yes - no)"
 
 
-def rows_of(plan: Plan, sigmas: Sequence[float]) -> Sequence[Sequence[float]]:
-    """Return the coefficients of each call of a plan; without fitted ones, compute them from noise over signal."""
+WRITTEN_OUT = {"DiTPipeline", "StableDiffusionXLPipeline"}  # pipelines whose denoiser calls are written below
+
+
+def is_written_out(pipeline: type) -> bool:
+    """Return True where `plain_loop` knows the denoiser calls of a class of pipelines.
+
+    Example:
+        >>> from diffusers import DiTPipeline, FluxPipeline
+        >>> is_written_out(DiTPipeline), is_written_out(FluxPipeline)
+        (True, False)
+    """
+    return bool(WRITTEN_OUT & {each.__name__ for each in pipeline.__mro__})
+
+
+def rows_of(plan: Plan, sigmas: Sequence[float], flows: bool = False) -> Sequence[Sequence[float]]:
+    """Return the coefficients of each call of a plan; without fitted ones, compute them from noise over signal.
+
+    Args:
+        plan: the plan.
+        sigmas: noise over signal at each call.
+        flows: whether the process is that of flow matching, in which signal and noise add up to 1.
+    """
     if plan.coefficients is not None:
         return plan.coefficients
-    noises = [Noise((1 + sigma**2) ** -0.5, sigma * (1 + sigma**2) ** -0.5) for sigma in sigmas]
+    sizes = [1 + sigma if flows else (1 + sigma**2) ** 0.5 for sigma in sigmas]
+    noises = [Noise(1 / size, sigma / size) for size, sigma in zip(sizes, sigmas, strict=True)]
     return coefficients(plan.solver, [*noises, END])
 
 
