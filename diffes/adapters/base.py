@@ -160,6 +160,7 @@ class ModelAdapter:
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.pipe = pipe
         self.room: dict[str, int] = {}
+        self._rows: dict[float, int] = {}
         self.call: dict[str, Any] = {}
         self._checked_sampler: Any = None
         self._clock: Any = None
@@ -182,12 +183,13 @@ class ModelAdapter:
         """
         parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
         found = [name for name in parts if name.rstrip("_0123456789") in DENOISERS]
+        beside = [name for name in parts if name.startswith("controlnet")]  # called with them
         if not found:
             raise DiffesError(
                 f"no denoiser is found among the components of {type(self.pipe).__name__} ({', '.join(parts)}): it is "
                 f"called {' or '.join(DENOISERS)} in the pipelines that diffes knows"
             )
-        return found
+        return [*found, *beside]
 
     @property
     def denoiser(self) -> Any:
@@ -232,7 +234,22 @@ class ModelAdapter:
 
     def rows_per_image(self, guidance: float) -> int:
         """Return the denoiser calls of a step, in rows, for each image."""
-        return self.guided(guidance).branches
+        if self.lists:
+            return self.guided(guidance).branches
+        if guidance not in self._rows:  # counted in a step: other families may call several times
+            rows, module = list[int](), self.denoiser
+            hook = module.register_forward_pre_hook(
+                lambda _module, args, kwargs: rows.append(len(_latents_of(args, kwargs)[1])), with_kwargs=True
+            )
+            probes = self.make_probes(1, 0)
+            scheduler = PlanScheduler.of(self.own_scheduler, [self.reach - 1], "ddim", self.device)
+            try:
+                with torch.no_grad():
+                    self.called(self.start(probes, scheduler, guidance), probes, guidance).drive.close()
+            finally:
+                hook.remove()
+            self._rows[guidance] = sum(rows)
+        return self._rows[guidance]
 
     @cached_property
     def conditions(self) -> dict[Split, list[Condition]]:
@@ -267,7 +284,13 @@ class ModelAdapter:
         Raises:
             DiffesError: the pipeline takes no such argument, or diffes sets it itself.
         """
+        if not isinstance(call, Mapping):
+            raise DiffesError(f"call holds arguments of the pipeline's call by name, got {type(call).__name__}")
         known = inspect.signature(type(self.pipe).__call__).parameters
+        for name in (each for each in CONDITIONS if each in call):
+            given = call[name] if isinstance(call[name], list | tuple) else [call[name]]
+            if not len(given) or any(isinstance(each, str) and not each.strip() for each in given):
+                raise DiffesError(f"{name} of the call holds one condition or more, none empty, got {call[name]!r}")
         for name in call:
             if name in SET_HERE:
                 raise DiffesError(f"leave {name} out of the call: {SET_HERE[name]}")
@@ -280,6 +303,7 @@ class ModelAdapter:
         self.call = dict(call)
         self.__dict__.pop("conditions", None)
         self._replayed.clear()
+        self._rows.clear()
 
     def configure(self, prompts: str | None, call: str | None) -> None:
         """Draw probes from the prompts of a file, and make calls with the arguments in another, where they are named.
@@ -305,8 +329,13 @@ class ModelAdapter:
     @property
     def default_guidance(self) -> float:
         """Guidance scale of a call of the pipeline that names none; 1 where the pipeline takes none."""
+        known = inspect.signature(type(self.pipe).__call__).parameters
+        return float(known["guidance_scale"].default) if self._has_scale else 1.0
+
+    @cached_property
+    def _has_scale(self) -> bool:
         known = inspect.signature(type(self.pipe).__call__).parameters.get("guidance_scale")
-        return float(known.default) if known is not None and isinstance(known.default, int | float) else 1.0
+        return known is not None and isinstance(known.default, int | float)
 
     def call_of(self, probes: Probes, guidance: float) -> dict[str, Any]:
         """Return the arguments of the pipeline's call that makes these images, without its scheduler's steps."""
@@ -315,8 +344,10 @@ class ModelAdapter:
         if self.argument is not None:
             conditions = list(probes.conditions)
             made[self.argument] = conditions if self.batched else conditions[0]
-        if "guidance_scale" in self.takes:
-            made["guidance_scale"] = guidance if probes.guidance is None else Scales(guidance, probes.guidance)
+        if self._has_scale:
+            scales = probes.guidance
+            several = scales is not None and self.batched
+            made["guidance_scale"] = Scales(guidance, scales or ()) if several else scales[0] if scales else guidance
         return made | {"generator": generators if self.batched else generators[0]}
 
     def start(self, probes: Probes, steps: int | Any, guidance: float) -> SamplingState:
@@ -332,6 +363,13 @@ class ModelAdapter:
             drive = self._drive(probes, guidance, state.scheduler, state.index)
         with self.counted_by(state.scheduler):
             output, latents = drive.next(state.latents)
+        scale = drive.argument("guidance_scale")
+        if isinstance(scale, Scales) and scale > 1 and not scale.used:
+            drive.close()
+            raise DiffesError(
+                f"{type(self.pipe).__name__} does not mix branches by a guidance scale for each image, so a plan for a "
+                "range of guidance cannot be fitted: give one scale"
+            )
         return Call(output, latents, drive)
 
     def _drive(
@@ -571,7 +609,9 @@ class ModelAdapter:
 
     @property
     def device(self) -> torch.device:
-        """Device of the denoiser."""
+        """Device on which the denoiser computes."""
+        if "_hf_hook" in vars(self.denoiser):  # its parameters are elsewhere between calls
+            return torch.device(self.pipe._execution_device)
         return next(self.denoiser.parameters()).device
 
     @property

@@ -11,6 +11,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,9 +34,9 @@ FirstCall = tuple[tuple[Any, ...], dict[str, Any]]
 class Answers:
     """Shapes of what denoisers return, so that a call whose result nobody reads is answered at once.
 
-    A pipeline that continues a run in the middle has to go through the loop once before it takes the latents of that
-    run. The call that it makes there is answered with zeros of the shape that calls on such latents had before, in a
-    batch of any size.
+    A pipeline that continues a run in the middle goes through the steps that are done, because it may count them. The
+    calls that it makes there are answered with zeros of the shape that calls on such latents had before, in a batch of
+    any size.
     """
 
     def __init__(self) -> None:
@@ -121,10 +122,7 @@ class Drive:
         >>> drive.close()
     """
 
-    __slots__ = (
-        "__weakref__", "_answering", "_answers", "_call", "_coroutine", "_denoisers", "_first", "_grad", "_latents",
-        "_own", "_pipe", "_stand_in", "_strength", "_texts", "index",
-    )  # fmt: skip
+    __slots__ = ("__weakref__", "_call", "_coroutine", "_grad", "_own", "index")
 
     def __init__(
         self,
@@ -140,15 +138,14 @@ class Drive:
         strength: float | None = None,
     ) -> None:
         self.index = index
-        self._pipe, self._denoisers, self._call = pipe, tuple(denoisers), dict(call)
-        self._answers, self._texts = answers or Answers(), texts or Texts()
-        self._answering, self._first = index > 0, False
-        self._latents: Tensor | None = None
-        self._stand_in = self._standing_in(scheduler) if prepared else scheduler
-        self._strength = strength if prepared else None
+        self._call = _Call(
+            pipe, tuple(denoisers), dict(call), answers or Answers(), texts or Texts(),
+            strength if prepared else None, to_answer=index,
+        )  # fmt: skip
+        self._call.scheduler = self._call.standing_in(scheduler) if prepared else scheduler
         self._own: dict[str, Any] = {"_progress_bar_config": QUIET}  # private attributes, as the call has set them
         self._grad = torch.is_grad_enabled()
-        self._coroutine = greenlet(self._run)
+        self._coroutine = greenlet(self._call.run)  # which knows nothing of this object, so that it can be collected
         self._coroutine.gr_context = contextvars.copy_context()
 
     def next(self, latents: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -167,15 +164,15 @@ class Drive:
         found = self._resumed(latents)
         if self._coroutine.dead:
             raise DiffesError(
-                f"{type(self._pipe).__name__} returned before step {self.index + 1} of its scheduler: it does not make "
-                "the calls that its scheduler asks for, so diffes cannot sample with it"
+                f"{type(self._call.pipe).__name__} returned before step {self.index + 1} of its scheduler: it does not "
+                "make the calls that its scheduler asks for, so diffes cannot sample with it"
             )
         self.index += 1
         return found  # type: ignore[no-any-return]
 
     def first_call(self) -> FirstCall:
         """Return the arguments of the first denoiser call, and leave the pipeline there."""
-        self._first = True
+        self._call.leaves = True
         found: FirstCall = self._resumed(None)
         self.close()
         return found
@@ -185,12 +182,17 @@ class Drive:
         found = self._resumed(latents)
         if not self._coroutine.dead:
             self.close()
-            raise DiffesError(f"{type(self._pipe).__name__} makes more steps than its scheduler has timesteps")
+            raise DiffesError(f"{type(self._call.pipe).__name__} makes more steps than its scheduler has timesteps")
         return found
+
+    def argument(self, name: str) -> Any:
+        """Return an argument of the call; None where it has none of that name."""
+        return self._call.arguments.get(name)
 
     def close(self) -> None:
         """Leave the pipeline where it is."""
         if self._coroutine and not self._coroutine.dead:
+            self._coroutine.parent = greenlet.getcurrent()
             with self._inside():
                 self._coroutine.throw()
 
@@ -201,27 +203,6 @@ class Drive:
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Return None: a copy of a run begins another call."""
 
-    def _run(self, latents: Tensor | None) -> Any:
-        self._latents = latents
-        pipe = self._pipe
-        call = type(pipe).__call__
-        if torch.is_grad_enabled():  # diffusers' calls are decorated with `torch.no_grad`
-            call = inspect.unwrap(call)
-        if self._strength is None:
-            return call(pipe, **self._call)
-        left = self._stand_in.timesteps
-        for n in offers(len(left), self._strength):
-            dropped = n - len(left)
-            self._stand_in.timesteps = torch.cat([left[:1].expand(dropped), left])
-            self._stand_in.set_begin_index = functools.partial(_begin, dropped)
-            try:
-                return call(pipe, **self._call | {"num_inference_steps": n})
-            except _BeginsElsewhere:
-                continue
-        raise DiffesError(
-            f"{type(pipe).__name__} cannot begin {len(left)} calls at strength {self._strength:g}: choose another"
-        )
-
     def _resumed(self, latents: Tensor | None) -> Any:
         self._coroutine.parent = greenlet.getcurrent()
         with self._inside():
@@ -230,59 +211,108 @@ class Drive:
     @contextmanager
     def _inside(self) -> Iterator[None]:
         """Give the pipeline the state of this call inside the context, and its own one afterwards."""
-        attributes, grad = self._pipe.__dict__, torch.is_grad_enabled()
-        before = {name: value for name, value in attributes.items() if _is_private(name)}
-        parts = {name: attributes[name] for name in (*self._denoisers, "scheduler")}
+        call, pipe = self._call, self._call.pipe
+        attributes, grad = pipe.__dict__, torch.is_grad_enabled()
+        names = ("scheduler", "encode_prompt", *call.denoisers)
+        before = {name: value for name, value in attributes.items() if _is_private(name) or name in names}
         hooks: list[Any] = []
-        attributes |= self._own | {"scheduler": self._stand_in}
-        if hasattr(self._pipe, "encode_prompt"):
-            attributes["encode_prompt"] = self._texts.remembering(self._pipe.encode_prompt)
-        for name in self._denoisers:
-            if self._answering or self._first:
-                attributes[name] = _StandIn(parts[name], functools.partial(self._called, name, parts[name]))
+        attributes |= self._own | {"scheduler": call.scheduler}
+        if hasattr(pipe, "encode_prompt"):
+            attributes["encode_prompt"] = call.texts.remembering(pipe.encode_prompt)
+        for name in call.denoisers:
+            module = before[name]
+            if call.to_answer or call.leaves:
+                attributes[name] = _StandIn(module, functools.partial(call.called, name, module))
             elif self._coroutine.gr_frame is None and not self._coroutine.dead:  # the first call of the run
-                hooks.append(parts[name].register_forward_hook(functools.partial(self._learn, name), with_kwargs=True))
+                hooks.append(module.register_forward_hook(functools.partial(call.learn, name), with_kwargs=True))
         torch.set_grad_enabled(self._grad)
         try:
             yield
         finally:
             self._grad = torch.is_grad_enabled()
             torch.set_grad_enabled(grad)
-            self._own |= {name: value for name, value in attributes.items() if _is_private(name)}
-            for name in [name for name in attributes if _is_private(name) and name not in before]:
+            self._own = {name: value for name, value in attributes.items() if _is_private(name)}
+            for name in [name for name in attributes if (_is_private(name) or name in names) and name not in before]:
                 del attributes[name]
-            attributes |= before | parts
-            attributes.pop("encode_prompt", None)
+            attributes |= before
             for hook in hooks:
                 hook.remove()
 
-    def _learn(self, name: str, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._answers.learn(name, args, kwargs, output)
 
-    def _called(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
+@dataclass(eq=False)
+class _Call:
+    """What the frames of a suspended call refer to.
+
+    Args:
+        pipe: the pipeline.
+        denoisers: names of its components that are called in every step.
+        arguments: of the call.
+        answers: shapes of the denoisers' results.
+        texts: cache of encoded prompts.
+        strength: share of the trajectory that is sampled.
+        to_answer: number of steps that are left to be answered at once.
+        leaves: whether the pipeline is left at its first denoiser call.
+        latents: latents with which the pipeline goes on after the answered steps.
+        scheduler: the one that it has.
+    """
+
+    pipe: Any
+    denoisers: tuple[str, ...]
+    arguments: dict[str, Any]
+    answers: Answers
+    texts: Texts
+    strength: float | None
+    to_answer: int
+    leaves: bool = False
+    latents: Tensor | None = None
+    scheduler: Any = None
+
+    def run(self, latents: Tensor | None) -> Any:
+        self.latents = latents
+        call = type(self.pipe).__call__
+        if torch.is_grad_enabled():  # diffusers' calls are decorated with `torch.no_grad`
+            call = inspect.unwrap(call)
+        if self.strength is None:
+            return call(self.pipe, **self.arguments)
+        left = self.scheduler.timesteps
+        for n in offers(len(left), self.strength):
+            dropped = n - len(left)
+            self.scheduler.timesteps = torch.cat([left[:1].expand(dropped), left])
+            self.scheduler.set_begin_index = functools.partial(_begin, dropped)
+            try:
+                return call(self.pipe, **self.arguments | {"num_inference_steps": n})
+            except _BeginsElsewhere:
+                continue
+        raise DiffesError(
+            f"{type(self.pipe).__name__} cannot begin {len(left)} calls at strength {self.strength:g}: choose another"
+        )
+
+    def learn(self, name: str, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.answers.learn(name, args, kwargs, output)
+
+    def called(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Stand in for a denoiser: leave the pipeline with the arguments, or answer at once."""
-        if self._first:
+        if self.leaves:
             _wait((args, kwargs))
-        found = self._answers.of(name, args, kwargs) if self._answering else None
+        found = self.answers.of(name, args, kwargs) if self.to_answer else None
         if found is None:
             found = unwrapped(module).forward(*args, **kwargs)  # without hooks: only the shape of the result is wanted
-            self._answers.learn(name, args, kwargs, found)
+            self.answers.learn(name, args, kwargs, found)
         return found
 
-    def _standing_in(self, scheduler: Any) -> Any:
-        """Return a scheduler like the given one, which has the timesteps that are left and stops at every step."""
+    def standing_in(self, scheduler: Any) -> Any:
+        """Return a scheduler like the given one that stops at every step; the steps that are done are answered."""
         made = copy.copy(scheduler)
-        made.timesteps = scheduler.timesteps[max(self.index - 1, 0) :]
 
         @functools.wraps(scheduler.set_timesteps)
         def set_timesteps(*_args: Any, **_kwargs: Any) -> None: ...
 
         @functools.wraps(scheduler.step)
         def step(model_output: Tensor, timestep: Any, sample: Tensor, *_args: Any, **kwargs: Any) -> Any:
-            if self._answering:
-                self._answering, after = False, self._latents
-                for name in self._denoisers:  # the pipeline goes on with the denoiser itself
-                    self._pipe.__dict__[name] = self._pipe.__dict__[name]._module
+            if self.to_answer:
+                self.to_answer, after = self.to_answer - 1, self.latents
+                for name in () if self.to_answer else self.denoisers:  # it goes on with the denoisers themselves
+                    self.pipe.__dict__[name] = self.pipe.__dict__[name]._module
             else:
                 after = _wait((model_output, sample))
             if not kwargs.get("return_dict", True):
@@ -290,7 +320,7 @@ class Drive:
             return DDIMSchedulerOutput(prev_sample=after, pred_original_sample=after)
 
         made.set_timesteps, made.step = set_timesteps, step
-        made.replaces = own_of(self._pipe.scheduler)
+        made.replaces = own_of(self.pipe.scheduler)
         made.set_begin_index = lambda *_args, **_kwargs: None
         if hasattr(scheduler, "scale_model_input"):  # schedulers of flow matching have none
             made.scale_model_input = scheduler.scale_model_input

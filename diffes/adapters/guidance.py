@@ -87,14 +87,16 @@ class Scales(float):
     """
 
     scales: tuple[float, ...]
+    used: bool  # whether predictions were multiplied
 
     def __new__(cls, scale: float, scales: Sequence[float]) -> Scales:
         made = super().__new__(cls, scale)
-        made.scales = tuple(scales)
+        made.scales, made.used = tuple(scales), False
         return made
 
     def __mul__(self, other: Any) -> Any:
         if not isinstance(other, Tensor):
             return super().__mul__(other)
+        self.used = True
         factors = torch.tensor(self.scales, dtype=other.dtype, device=other.device)
         return factors.view(-1, *[1] * (other.dim() - 1)) * other

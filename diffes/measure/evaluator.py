@@ -70,6 +70,7 @@ class RoutedEvaluator(abc.ABC):
         self.guidance = guidance
         self.probes = probes
         self.batch = batch if router.adapter.batched else 1
+        self.adapter.rows_per_image(guidance)  # some are counted, while the model is dense
         self._cache_bytes = max(cache_bytes, REUSE_CACHE_BYTES) if router.bank.reusing else cache_bytes
         self._cache, self._alone = (_StateCache(self._cache_bytes) for _ in range(2))
         self._due: dict[tuple[Candidate, float], int] = {}  # counted, not measured yet

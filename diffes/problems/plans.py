@@ -128,7 +128,8 @@ class Plans:
             raise DiffesError(
                 "plans need what a call costs, and a level is no cost of a call: set cost to macs or latency"
             )
-        check_visited(self.bench.levels, self.bench.config)
+        if len(self.bench.router.bank):
+            check_visited(self.bench.levels, self.bench.config)
 
     @property
     def fits(self) -> bool:
@@ -411,6 +412,8 @@ class PlanProblem(Problem):
             NoiseProcess.of(adapter.pipe.scheduler)  # refuses processes that plans do not know
             stages = Stages.equal(config.stages, adapter.n_timesteps)
             steps = stages.count_steps(adapter.timesteps(config.steps))
+            if not cls.prunes:
+                return
             check_visited(SearchSpace.mean_sparsity(stages, 1, 0.0, steps), config)
 
     @classmethod

@@ -94,6 +94,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise DiffesError(f"alphas must be in (0, 1] and sigmas in [0, 1], got {list(alphas)} and {list(sigmas)}")
         check_rows(coefficients, len(plan))
         self.coefficients = [tuple(float(each) for each in row) for row in coefficients]
+        self.sigmas = torch.tensor([*(float(s) / float(a) for a, s in zip(alphas, sigmas, strict=True)), 0.0])
         self.noises = [Noise(float(a), float(s)) for a, s in zip(alphas, sigmas, strict=True)]
         self.keeps = max(map(len, self.coefficients)) - 2
         self.fits: Solver | None = None
@@ -176,7 +177,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if given is None and num_inference_steps is not None and self.strength is None and asked != len(self.plan):
             warnings.warn(
                 f"the applied plan makes {len(self.plan)} denoiser calls, so num_inference_steps={num_inference_steps} "
-                "is ignored. diffes.remove(pipe) restores the pipeline's own scheduler.",
+                "has no effect here. A pipeline that counts its steps itself, for instance to end guidance early, "
+                f"needs num_inference_steps={len(self.plan)}. diffes.remove(pipe) restores its own scheduler.",
                 DiffesWarning,
                 stacklevel=2,
             )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffes import files
 from diffes.adapters import ModelAdapter, adapter_for, load_pipeline
+from diffes.adapters.base import read_call
 from diffes.config import Guidance, RunConfig, checked_guidance, in_words
 from diffes.errors import DiffesError, at_least
 from diffes.figures import charts, plots
@@ -64,7 +65,7 @@ def fit(
     calls: float | None = None,
     guidance: Guidance | None = None,
     prompts: str | Path | None = None,
-    call: Mapping[str, Any] | None = None,
+    call: Mapping[str, Any] | str | None = None,
     solver: str = "fitted",
     probes: int = 64,
     heldout: int = 64,
@@ -83,7 +84,8 @@ def fit(
             the timesteps of dense calls, falling.
         calls: for a folder, the most that the plan may cost, in dense calls; the best such plan is taken.
         guidance: classifier-free guidance scale that the plan will be used at, or the two ends of a range, over which
-            the probes are spread. When left out: that of the folder, else 1.
+            the probes are spread. When left out: that of the call, or the pipeline's default if a call is given without
+            one; else that of the folder, else 1.
         prompts: for text-to-image models, a JSON file of prompts `search` and `heldout`; the model's own when left out.
         call: further arguments of the pipeline's call, as it will be used: height, width and so on. Of a list of
             prompts every second one is held out.
@@ -124,7 +126,15 @@ def fit(
     if prompts is not None:
         adapter.use_prompts(Path(prompts))
     if call is not None:
-        adapter.use_call(call)
+        arguments = read_call(Path(call)) if isinstance(call, str) else call
+        scale = arguments.get("guidance_scale") if isinstance(arguments, Mapping) else None
+        if scale is not None and guidance is not None:
+            raise DiffesError(f"guidance={guidance} and guidance_scale={scale} of the call: leave one out")
+        if isinstance(arguments, Mapping):
+            arguments = {name: value for name, value in arguments.items() if name != "guidance_scale"}
+        adapter.use_call(arguments)
+        if guidance is None:
+            guidance = checked_guidance(adapter.default_guidance if scale is None else scale)
     home = Path(plan) if isinstance(plan, str | Path) else None
     given, facts, bank = _given(plan, home, calls, adapter)
     if guidance is None:

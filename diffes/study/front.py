@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -127,7 +128,7 @@ def complete_front(
         )
     extra: dict[str, Any] = {"budgets": sorted(budgets)}
     if adapter is not None:
-        extra["call_arguments"] = said(adapter.call)
+        extra |= {"call_arguments": said(adapter.call), "fingerprint": fingerprint(adapter.denoiser)}
     config = with_threads(config, out / files.CONFIG)
     with held(out):
         return _front_in(config, out, progress, extra, overwrite, on_evaluation, workers, adapter)
@@ -203,13 +204,17 @@ def _front_in(
 
 
 def said(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call for a record: texts and numbers as they are, the class of anything else."""
+    """Return the arguments of a call for a record: texts and numbers as they are, a digest of anything else."""
     plain = str | int | float | None
 
     def one(value: Any) -> Any:
         if isinstance(value, list | tuple):
             return [one(each) for each in value]
-        return value if isinstance(value, plain) else type(value).__name__
+        if isinstance(value, plain):
+            return value
+        pixels = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        held = pixels.tobytes() if pixels.dtype != object else repr(value).encode()
+        return f"{type(value).__name__} {hashlib.sha256(held).hexdigest()[:12]}"
 
     return {name: one(value) for name, value in call.items()}
 
@@ -239,7 +244,10 @@ def _seconds_of_an_image(adapter: ModelAdapter, n: int, guidance: float) -> floa
     state = adapter.step(state, probes, guidance)
     if adapter.device.type == "cuda":
         torch.cuda.synchronize(adapter.device)
-    return (time.perf_counter() - begins) / len(probes)
+    seconds = time.perf_counter() - begins
+    if state.drive is not None:
+        state.drive.close()
+    return seconds / len(probes)
 
 
 def make_references(plans: Plans, progress: Progress) -> None:

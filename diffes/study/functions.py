@@ -159,7 +159,10 @@ def _of_pipeline(
     if isinstance(out, DiffusionPipeline) and not (model == RunConfig.model or model is out):
         raise DiffesError(f"a pipeline object was given, and model={model!r} beside it: leave one out")
     adapter, given = adapter_for(pipe), dict(settings)
-    arguments = read_call(Path(call)) if isinstance(call, str) else dict(call or {})
+    arguments = read_call(Path(call)) if isinstance(call, str) else {} if call is None else call
+    if not isinstance(arguments, Mapping):
+        raise DiffesError(f"call holds arguments of the pipeline's call by name, got {type(arguments).__name__}")
+    arguments = dict(arguments)
     scale = arguments.pop("guidance_scale", None)
     if scale is not None and "guidance" in given:
         raise DiffesError(f"guidance={given['guidance']} and guidance_scale={scale} of the call: leave one out")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +12,8 @@ import torch
 from families import FAMILIES, pipeline
 
 import diffes
-from diffes.adapters import ModelAdapter, adapter_for
+from diffes.adapters import ModelAdapter, SamplingState, adapter_for
+from diffes.errors import DiffesError
 from diffes.measure.evaluator import ScheduleEvaluator
 from diffes.measure.metrics import make_metric
 from diffes.pruning import make_method
@@ -133,3 +137,62 @@ def test_gradients_pass_through_the_pipelines_call() -> None:
                 differences.append(float(final()))
                 bias[i] -= h
             assert float(gradient[i]) == pytest.approx((differences[0] - differences[1]) / 2e-2, rel=2e-3)
+
+
+@pytest.fixture
+def counting() -> ModelAdapter:
+    """Of a pipeline that skips layers in some of its steps, by their number."""
+    pipe, call = pipeline("sd35")
+    adapter = adapter_for(pipe)
+    skips = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.3, "skip_layer_guidance_stop": 0.8}
+    adapter.use_call(call | skips | {"skip_layer_guidance_scale": 5.0})
+    return adapter
+
+
+def test_a_pipeline_that_counts_its_steps_goes_on_in_the_middle(counting: ModelAdapter) -> None:
+    probes = counting.make_probes(2, 3)
+    whole = PlanScheduler.of(counting.own_scheduler, [900, 600, 300, 100], "dpmsolver++")
+    expected = counting.sample(probes, whole, 3.0)
+    plain = adapter_for(counting.pipe)
+    plain.use_call({"max_sequence_length": 4})
+    assert not torch.equal(plain.sample(probes, whole, 3.0), expected)
+    with torch.no_grad():
+        at = counting.start(probes, whole, 3.0)
+        for _ in range(4):
+            at = counting.step(replace(at, drive=None), probes, 3.0)
+    assert torch.equal(counting.finish(at), expected)
+
+
+def test_runs_that_are_left_in_the_middle_are_freed(counting: ModelAdapter) -> None:
+    """Also inside a denoiser call of another run; attributes of the pipeline are as they were."""
+    pipe, probes = counting.pipe, counting.make_probes(1, 3)
+    pipe.encode_prompt = pipe.encode_prompt  # the user's own
+    before = dict(pipe.__dict__)
+
+    def begun() -> SamplingState:
+        scheduler = PlanScheduler.of(counting.own_scheduler, [900, 600, 300], "ddim")
+        return counting.step(counting.start(probes, scheduler, 3.0), probes, 3.0)
+
+    with torch.no_grad():
+        states = [begun() for _ in range(3)]
+        drives = [weakref.ref(state.drive) for state in states]
+        handle = pipe.transformer.register_forward_hook(lambda *_: states.pop().drive.close())  # type: ignore[union-attr]
+        last = begun()
+        handle.remove()
+        states.clear()
+    assert all(drive() is None for drive in drives) and last.drive is not None
+    assert dict(pipe.__dict__) == before
+    held = weakref.ref(pipe.transformer)
+    del counting.pipe, pipe, last, before, begun
+    counting.__dict__.clear()
+    gc.collect()
+    assert held() is None
+
+
+def test_a_guidance_scale_for_each_image_has_to_be_used() -> None:
+    pipe, call = pipeline("flux")
+    adapter = adapter_for(pipe)
+    adapter.use_call(call)
+    probes = adapter.make_probes(2, 3).over(1.5, 4.0)
+    with pytest.raises(DiffesError, match="FluxPipeline does not mix branches by a guidance scale for each image"):
+        adapter.sample(probes, 3, 2.75)

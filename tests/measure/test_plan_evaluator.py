@@ -178,7 +178,7 @@ def test_a_plan_refuses_other_timesteps(tiny: ModelAdapter) -> None:
     for given in ({"timesteps": [999, 500]}, {"timesteps": [999]}, {"sigmas": [2.0, 1.0]}):
         with pytest.raises(DiffesError, match=r"visits the timesteps \[999, 400\], got .* diffes.remove"):
             ready.set_timesteps(**given)
-    with pytest.warns(UserWarning, match=r"makes 2 denoiser calls, so num_inference_steps=20 is ignored"):
+    with pytest.warns(UserWarning, match=r"makes 2 denoiser calls, so num_inference_steps=20 has no effect here"):
         ready.set_timesteps(20)
     assert ready.timesteps.tolist() == [999, 400]
 
@@ -193,7 +193,7 @@ def test_a_pipeline_with_the_planned_scheduler_makes_what_the_evaluator_measures
     with router.routed(plan):
         once = images(untrained.pipe, steps=4)
         assert np.array_equal(images(untrained.pipe, steps=4), once)
-        with pytest.warns(UserWarning, match="makes 4 denoiser calls, so num_inference_steps=5 is ignored"):
+        with pytest.warns(UserWarning, match="makes 4 denoiser calls, so num_inference_steps=5 has no effect here"):
             assert np.array_equal(images(untrained.pipe, steps=5), once)
     fresh = open_adapter(untrained.pipe.config._name_or_path)
     fresh.pipe.scheduler = PlanScheduler.of(fresh.pipe.scheduler, plan.timesteps, solver)

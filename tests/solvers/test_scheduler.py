@@ -127,7 +127,9 @@ def test_latents_keep_their_dtype_and_are_summed_in_fp32(dtype: torch.dtype) -> 
 
 def test_another_number_of_steps_is_replaced_with_one_warning() -> None:
     scheduler = PlanScheduler.of(OWN, PLAN, "ddim")
-    with pytest.warns(UserWarning, match=r"makes 5 denoiser calls, so num_inference_steps=20 is ignored") as said:
+    with pytest.warns(
+        UserWarning, match=r"makes 5 denoiser calls, so num_inference_steps=20 has no effect here"
+    ) as said:
         scheduler.set_timesteps(20)
     assert len(said) == 1 and said[0].filename == __file__
     assert scheduler.timesteps.tolist() == PLAN and scheduler.num_inference_steps == 5

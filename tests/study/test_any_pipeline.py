@@ -114,6 +114,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"genes": "joint"}, "knows no layers of LTXPipeline that it could prune or reuse"),
     ({"genes": "levels", "calls": None}, "schedules of levels are searched for a model by name"),
     ({"model": "fashion-dit2"}, "a pipeline object was given, and model='fashion-dit2' beside it"),
+    ({"call": [1]}, "call holds arguments of the pipeline's call by name, got list"),
+    ({"call": {"prompt": []}}, "prompt of the call holds one condition or more, none empty, got []"),
+    ({"call": {"prompt": ["a", " "]}}, "prompt of the call holds one condition or more, none empty"),
     ({"reference_steps": 0}, "reference_steps must be at least 1, got 0"),
 ]
 

@@ -207,7 +207,7 @@ def test_apply_runs_the_best_plan_within_and_remove_restores(front: Path, tiny_f
     once = images(pipe, steps=len(plan.calls))
     assert not np.array_equal(once, dense)
     with pytest.warns(
-        UserWarning, match=f"makes {len(plan.calls)} denoiser calls, so num_inference_steps=50 is ignored"
+        UserWarning, match=f"makes {len(plan.calls)} denoiser calls, so num_inference_steps=50 has no effect here"
     ):
         assert np.array_equal(images(pipe, steps=50), once)
     planned, pipe.scheduler = pipe.scheduler, own
