@@ -348,7 +348,14 @@ class ModelAdapter:
             scales = probes.guidance
             several = scales is not None and self.batched
             made["guidance_scale"] = Scales(guidance, scales or ()) if several else scales[0] if scales else guidance
+        if self._changes_latents:
+            made["output_type"] = "latent"
         return made | {"generator": generators if self.batched else generators[0]}
+
+    @property
+    def _changes_latents(self) -> bool:
+        """True where the pipeline, or a callback of the call, changes latents after the scheduler's last step."""
+        return "output_type" in self.takes and ("mask_image" in self.takes or "callback_on_step_end" in self.call)
 
     def start(self, probes: Probes, steps: int | Any, guidance: float) -> SamplingState:
         """Return the state before the first step of a run of `steps` steps, or of a scheduler with timesteps set."""
@@ -399,7 +406,10 @@ class ModelAdapter:
         timestep = scheduler.timesteps[state.index]
         after = scheduler.step(call.output, timestep, call.latents, **options).prev_sample
         ended = state.index + 1 == len(scheduler.timesteps)
-        if ended:
+        if ended and self._changes_latents:
+            found = call.drive.output(after)[0]
+            after = found if isinstance(found, Tensor) and found.shape == after.shape else after
+        elif ended:
             call.drive.close()
         return SamplingState(after, scheduler, state.index + 1, state.images, drive=None if ended else call.drive)
 

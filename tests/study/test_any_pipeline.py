@@ -17,6 +17,7 @@ from diffusers import (
     EDMEulerScheduler,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionXLImg2ImgPipeline,
 )
 from families import ddpm, ltx, pipeline
@@ -24,6 +25,7 @@ from families import ddpm, ltx, pipeline
 import diffes
 from diffes.adapters import ModelAdapter, adapter_for
 from diffes.errors import DiffesError, DiffesWarning
+from diffes.solvers.scheduler import PlanScheduler
 from diffes.spaces.schedule import Plan, Stages
 from diffes.study.functions import Front
 
@@ -218,3 +220,23 @@ def test_a_run_with_levels_is_applied_to_pipelines_around_the_same_denoiser(
     assert (made() != before).any()
     diffes.remove(other)
     assert (made() == before).all()
+
+
+def test_what_is_measured_is_what_the_pipeline_ends_with() -> None:
+    """Inpainting pastes the original over what a mask leaves out, after the last step too."""
+    base, call = pipeline("sd15")
+    pipe: Any = StableDiffusionInpaintPipeline(**base.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    mask = torch.ones(1, 1, 16, 16)
+    mask[..., :8] = 0
+    call |= {"image": torch.rand(1, 3, 16, 16), "mask_image": mask, "strength": 1.0, "height": 16, "width": 16}
+    adapter = adapter_for(pipe)
+    adapter.use_call(call)
+    probes = adapter.make_probes(1, 3)
+    planned = PlanScheduler.of(pipe.scheduler, [900, 500, 200], "dpmsolver++")
+    found = adapter.sample(probes, planned, 2.0)
+    pipe.scheduler = planned
+    generator = torch.Generator().manual_seed(probes.seeds[0])
+    options = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "latent", "generator": generator}
+    own = pipe(**call | {"prompt": probes.conditions[0]} | options).images
+    assert torch.equal(found, own)
