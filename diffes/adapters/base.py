@@ -213,7 +213,8 @@ class ModelAdapter:
         first = self.process.told_at(0)
         given = kwargs["timestep"] if "timestep" in kwargs else args[1]
         timesteps = given.flatten().tolist() if isinstance(given, Tensor) else [given]
-        timestep = float(timesteps[0]) / self.time_scale - first
+        told = float(timesteps[0]) / self.time_scale
+        timestep = max(told - first, 0.0) if told >= 0 else told  # shifted sigmas may end below the first timestep
         if any(other != timesteps[0] for other in timesteps):
             raise DiffesError(
                 f"the rows of a denoiser call have timesteps from {min(timesteps):g} to {max(timesteps):g}, but pruned "
@@ -649,7 +650,8 @@ class ModelAdapter:
     def timesteps(self, n_steps: int) -> list[float]:
         """Return the training timesteps of a sampling run, one per denoiser call (Heun makes two a step), noisiest
         first."""
-        return [float(t) - self.process.told_at(0) for t in self.fresh_scheduler(n_steps).timesteps]
+        first = self.process.told_at(0)
+        return [max(float(t) - first, 0.0) if t >= 0 else float(t) for t in self.fresh_scheduler(n_steps).timesteps]
 
     def check_sampler(self) -> None:
         """Check that the scheduler counts in training timesteps, because stages are ranges of these.

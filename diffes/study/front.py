@@ -235,19 +235,22 @@ def estimate(plans: Plans, budgets: Sequence[float], genes: Genes) -> str:
 @torch.no_grad()
 def _seconds_of_an_image(adapter: ModelAdapter, n: int, guidance: float) -> float:
     """Return the seconds that a denoiser call takes for each image, where `n` of them are sampled together."""
-    probes = adapter.make_probes(n if adapter.batched else 1, 0)
-    scheduler = PlanScheduler.of(
-        adapter.own_scheduler, trailing(min(3, adapter.reach), adapter.reach), SOLVER, adapter.device
-    )
-    state = adapter.step(adapter.start(probes, scheduler, guidance), probes, guidance)  # warms up
-    begins = time.perf_counter()
-    state = adapter.step(state, probes, guidance)
-    if adapter.device.type == "cuda":
-        torch.cuda.synchronize(adapter.device)
-    seconds = time.perf_counter() - begins
-    if state.drive is not None:
-        state.drive.close()
-    return seconds / len(probes)
+    timesteps = trailing(min(3, adapter.reach), adapter.reach)
+
+    def timed(n: int) -> float:
+        probes = adapter.make_probes(n, 0)
+        scheduler = PlanScheduler.of(adapter.own_scheduler, timesteps, SOLVER, adapter.device)
+        state = adapter.step(adapter.start(probes, scheduler, guidance), probes, guidance)  # warms up
+        begins = time.perf_counter()
+        state = adapter.step(state, probes, guidance)
+        if adapter.device.type == "cuda":
+            torch.cuda.synchronize(adapter.device)
+        seconds = time.perf_counter() - begins
+        if state.drive is not None:
+            state.drive.close()
+        return seconds / n
+
+    return adapter.within_room(timed, n if adapter.batched else 1)
 
 
 def make_references(plans: Plans, progress: Progress) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from families import FAMILIES, pipeline
 
 import diffes
@@ -187,6 +188,17 @@ def test_runs_that_are_left_in_the_middle_are_freed(counting: ModelAdapter) -> N
     counting.__dict__.clear()
     gc.collect()
     assert held() is None
+
+
+def test_sigmas_that_end_below_the_first_timestep_are_in_the_first_stage() -> None:
+    pipe, call = pipeline("sd3")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=0.3)
+    adapter = adapter_for(pipe)
+    adapter.use_call(call)
+    assert min(float(t) for t in adapter.fresh_scheduler(20).timesteps) < 1
+    assert adapter.timesteps(20)[-1] == 0
+    assert adapter.timestep((), {"timestep": torch.tensor([0.5, 0.5])}) == 0
+    adapter.check_sampler()
 
 
 def test_a_guidance_scale_for_each_image_has_to_be_used() -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import Counting
+from diffusers import DiTTransformer2DModel
 
 from diffes.adapters import ModelAdapter
-from diffes.adapters.dit import DiTAdapter
 from diffes.config import RunConfig, changed
 from diffes.errors import DiffesError
 from diffes.problems.workbench import prepare
@@ -25,15 +25,15 @@ ROWS = 6  # three images with guidance
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of all denoiser calls that were made; larger ones than `ROWS` find no room."""
     made: list[int] = []
-    denoise_once = DiTAdapter.denoise_once
+    forward = DiTTransformer2DModel.forward
 
-    def limited(self: DiTAdapter, latents: torch.Tensor, *args: Any) -> torch.Tensor:
+    def limited(self: DiTTransformer2DModel, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if len(latents) > ROWS:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         made.append(len(latents))
-        return denoise_once(self, latents, *args)
+        return forward(self, latents, *args, **kwargs)
 
-    monkeypatch.setattr(DiTAdapter, "denoise_once", limited)
+    monkeypatch.setattr(DiTTransformer2DModel, "forward", limited)
     return made
 
 

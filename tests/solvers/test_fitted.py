@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +11,10 @@ import torch
 from conftest import N_STAGES, small_bank
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import diffes
-from diffes.adapters import Condition, ModelAdapter
+from diffes.adapters import ModelAdapter
 from diffes.errors import DiffesError
 from diffes.measure.metrics import make_metric
 from diffes.measure.plan_evaluator import PlanEvaluator
@@ -139,14 +140,31 @@ def test_the_last_step_of_a_fit_is_that_of_least_squares(untrained: ModelAdapter
 
 
 def row_by_row(adapter: ModelAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls the denoiser on each row alone, so that what it says does not depend on the batch."""
-    once = adapter.denoise_once
+    """Calls the denoiser and encodes prompts for each row alone, so that what they say does not depend on the batch."""
+    pipe: Any = adapter.pipe
+    forward = adapter.denoiser.forward
 
-    def each(latents: Tensor, timesteps: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        at = timesteps.expand(len(latents))
-        return torch.cat([once(latents[i : i + 1], at[i : i + 1], conditions[i : i + 1]) for i in range(len(latents))])
+    def each(*args: Any, **kwargs: Any) -> Any:
+        n, found = len(args[0]), []
+        for i in range(n):
 
-    monkeypatch.setattr(adapter, "denoise_once", each)
+            def row(each: Tensor, i: int = i) -> Tensor:
+                return each[i : i + 1] if each.dim() and len(each) == n else each
+
+            one = tree_map_only(Tensor, row, (args, kwargs))
+            found.append(forward(*one[0], **one[1]))
+        together = torch.cat([output[0] for output in found])
+        return (together,) if isinstance(found[0], tuple) else type(found[0])(together)
+
+    monkeypatch.setattr(adapter.denoiser, "forward", each)
+    if hasattr(pipe, "encode_prompt"):
+        encode = pipe.encode_prompt
+
+        def encoded(prompt: list[str], **options: Any) -> tuple[Any, ...]:
+            found = [encode(prompt=[text], **options) for text in prompt]
+            return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True))
+
+        monkeypatch.setattr(pipe, "encode_prompt", encoded, raising=False)
 
 
 @pytest.mark.slow
