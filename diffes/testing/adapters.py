@@ -83,6 +83,18 @@ class AdapterConformance:
             seen.remove()
             assert sum(rows) == 2 * adapter.rows_per_image(guidance)
 
+    def test_a_bare_call_is_told_what_the_pipeline_tells(self) -> None:
+        """Calibration calls the denoiser itself; timestep and conditions have to be those of a run."""
+        adapter = self.make()
+        probes, steps = (
+            adapter.make_probes(2, 3),
+            PlanScheduler.of(adapter.own_scheduler, [500], "ddim", adapter.device),
+        )
+        with torch.no_grad():
+            call = adapter.called(adapter.start(probes, steps, 1.0), probes, 1.0)
+            found = adapter.denoise_once(call.latents, torch.tensor([500, 500]), probes.conditions)
+        torch.testing.assert_close(found[:, : call.output.shape[1]], call.output, rtol=TOLERANCE, atol=TOLERANCE)
+
     def test_level_0_is_the_dense_model(self) -> None:
         adapter = self.make()
         probes = adapter.make_probes(2, 3)
