@@ -285,6 +285,9 @@ def sample_images(
     routed, facts = chosen(run, calls)
     own_steps = facts.steps if isinstance(facts, ScheduleFacts) else len(facts.points[0].timesteps)
     adapter = adapter_for(load(run, device=device, calls=calls, resident=resident))
+    if (run / files.CONFIG).is_file():  # a run, not an export: its images are made by the call that it was searched for
+        settings = files.read_json(run / files.CONFIG).get("settings")
+        adapter.configure(None, settings.get("call") if isinstance(settings, dict) else None)
     wanted = list(conditions) if conditions is not None else list(adapter.choices("heldout")[:8])
     n_steps = own_steps if steps is None else steps
     if isinstance(routed, Plan) and n_steps != own_steps:

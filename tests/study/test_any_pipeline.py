@@ -28,6 +28,7 @@ from diffes.errors import DiffesError, DiffesWarning
 from diffes.solvers.scheduler import PlanScheduler
 from diffes.spaces.schedule import Plan, Stages
 from diffes.study.functions import Front
+from diffes.study.run import sample_images
 
 VIDEO = {"prompt": ["a fox", "a hen"], "height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 8}
 SMALL: dict[str, Any] = {"max_evals": 4, "probes": 2, "heldout": 2, "fit_probes": 2, "reference_steps": 12}
@@ -163,6 +164,19 @@ def test_the_call_of_a_model_by_name(tmp_path: Path) -> None:
         (tmp_path / "call.json").write_text(text)
         with pytest.raises(DiffesError, match=said):
             adapter.configure(None, str(tmp_path / "call.json"))
+
+
+def test_samples_of_a_run_are_made_by_its_call(tmp_path: Path) -> None:
+    pipe, _ = pipeline("sd3")
+    pipe.save_pretrained(tmp_path / "model")
+    (tmp_path / "call.json").write_text(
+        '{"max_sequence_length": 4, "prompt": ["a fox", "a hen"], "height": 8, "width": 8}'
+    )
+    options: dict[str, Any] = {"model": str(tmp_path / "model"), "call": str(tmp_path / "call.json"), **SMALL}
+    diffes.search(tmp_path / "run", genes="steps", calls=2, guidance=2.0, progress=Counting(), **options)
+    options = {"seed": 0, "steps": None, "guidance": None, "device": "cpu"}
+    images, captions = sample_images(tmp_path / "run", None, **options)
+    assert images.shape == (1, 3, 8, 8) and captions == ["a hen"]
 
 
 def test_a_large_model_gets_fewer_probes(monkeypatch: pytest.MonkeyPatch) -> None:
