@@ -1,6 +1,6 @@
-"""What does it cost that every run is the pipeline's own call? Evaluations by two versions of diffes, taking turns.
+"""Time of evaluations by the pipeline's own call, against the version whose adapters repeated each pipeline's loop.
 
-Before, adapters repeated each pipeline's loop. The last commit that did so is b8cc44b:
+Both versions take turns. The last commit with such loops is b8cc44b:
 
     git worktree add /tmp/before b8cc44b
     (cd /tmp/before && python -c "from setuptools import setup; setup()" -q egg_info)    # its own entry points

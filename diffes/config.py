@@ -25,8 +25,10 @@ LATER: dict[str, Any] = {
     "call": None,
 }  # fmt: skip
 KINDS = {"levels": "levels", "steps": "plans", "joint": "plans"}  # kinds of what is searched
-OF_PROBLEMS = {"budget": "levels", "calls": "plans", "solver": "plans", "nodes": "plans", "fit_probes": "plans"}
-OF_PROBLEMS["reference_steps"] = "plans"
+OF_PROBLEMS = {
+    "budget": "levels", "calls": "plans", "solver": "plans", "nodes": "plans", "fit_probes": "plans",
+    "reference_steps": "plans",
+}  # fmt: skip
 DEFAULTS: dict[str, Any] = {"budget": 0.5, "calls": 6.0, "solver": "fitted", "nodes": 64, "fit_probes": 48}
 LARGE = 300_000_000  # parameters of a denoiser from which on a pipeline object gets the settings below
 OF_LARGE = {"probes": 8, "fit_probes": 16, "heldout": 16, "reference_steps": 50, "max_evals": 60}

@@ -138,7 +138,7 @@ def flux() -> FluxPipeline:
 
 
 def ltx() -> LTXPipeline:
-    """Of a class that has no adapter: video, with packed latents."""
+    """A pipeline without an adapter: video, with packed latents."""
     encoder, tokenizer = t5()
     transformer = LTXVideoTransformer3DModel(
         in_channels=8, out_channels=8, patch_size=1, patch_size_t=1, num_attention_heads=4, attention_head_dim=8,
@@ -155,7 +155,7 @@ def ltx() -> LTXPipeline:
 
 
 def ddpm() -> DDPMPipeline:
-    """Of a class that has no adapter: pixels, no conditions, noise in every step."""
+    """A pipeline without an adapter: pixels, no conditions, noise in every step."""
     unet = UNet2DModel(
         sample_size=16, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=4,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
@@ -170,7 +170,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "sd35": (sd35, {"max_sequence_length": 4}),
     "flux": (flux, {"max_sequence_length": 4, "height": 8, "width": 8}),
 }
-"""By name: what builds a pipeline, and further arguments of its call."""
+"""Functions that build a pipeline, and further arguments of its call, by name."""
 
 
 def pipeline(name: str) -> tuple[Any, dict[str, Any]]:

@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -285,9 +285,7 @@ class ModelAdapter:
         Raises:
             DiffesError: the pipeline takes no such argument, or diffes sets it itself.
         """
-        if not isinstance(call, Mapping):
-            raise DiffesError(f"call holds arguments of the pipeline's call by name, got {type(call).__name__}")
-        known = inspect.signature(type(self.pipe).__call__).parameters
+        known = self._parameters
         for name in (each for each in CONDITIONS if each in call):
             given = call[name] if isinstance(call[name], list | tuple) else [call[name]]
             if not len(given) or any(isinstance(each, str) and not each.strip() for each in given):
@@ -306,6 +304,30 @@ class ModelAdapter:
         self._replayed.clear()
         self._rows.clear()
 
+    def use_given(self, call: Any, guidance: T | None) -> T | float:
+        """Make every call of the pipeline with a user's arguments, and return the guidance scale that they are for.
+
+        Args:
+            call: arguments by name, `guidance_scale` maybe among them, or the path of a JSON file of them.
+            guidance: scale that was given beside the call; None where none was.
+
+        Returns:
+            That scale, or the one of the call, or the pipeline's default.
+
+        Raises:
+            DiffesError: both are given, or the arguments are not usable (see `use_call`).
+        """
+        arguments = read_call(Path(call)) if isinstance(call, str) else call
+        if not isinstance(arguments, Mapping):
+            raise DiffesError(f"call holds arguments of the pipeline's call by name, got {type(arguments).__name__}")
+        scale = arguments.get("guidance_scale")
+        if scale is not None and guidance is not None:
+            raise DiffesError(f"guidance={guidance} and guidance_scale={scale} of the call: leave one out")
+        self.use_call({name: value for name, value in arguments.items() if name != "guidance_scale"})
+        if guidance is not None:
+            return guidance
+        return self.default_guidance if scale is None else float(scale)
+
     def configure(self, prompts: str | None, call: str | None) -> None:
         """Draw probes from the prompts of a file, and make calls with the arguments in another, where they are named.
 
@@ -322,20 +344,23 @@ class ModelAdapter:
         """True where a call makes several images. Pipelines that begin with an image of the user's make one a call."""
         return self.lists and "image" not in self.takes
 
+    @cached_property
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(type(self.pipe).__call__).parameters
+
     @property
-    def takes(self) -> set[str]:
+    def takes(self) -> Collection[str]:
         """Names of the arguments of the pipeline's call."""
-        return set(inspect.signature(type(self.pipe).__call__).parameters)
+        return self._parameters.keys()
 
     @property
     def default_guidance(self) -> float:
         """Guidance scale of a call of the pipeline that names none; 1 where the pipeline takes none."""
-        known = inspect.signature(type(self.pipe).__call__).parameters
-        return float(known["guidance_scale"].default) if self._has_scale else 1.0
+        return float(self._parameters["guidance_scale"].default) if self._has_scale else 1.0
 
-    @cached_property
+    @property
     def _has_scale(self) -> bool:
-        known = inspect.signature(type(self.pipe).__call__).parameters.get("guidance_scale")
+        known = self._parameters.get("guidance_scale")
         return known is not None and isinstance(known.default, int | float)
 
     def call_of(self, probes: Probes, guidance: float) -> dict[str, Any]:
@@ -638,7 +663,7 @@ class ModelAdapter:
     @property
     def strength(self) -> float | None:
         """Share of the trajectory that the pipeline samples, from an image of the call; None where it samples all."""
-        known = inspect.signature(type(self.pipe).__call__).parameters.get("strength")
+        known = self._parameters.get("strength")
         given = self.call.get("strength", known.default if known is not None else None)
         return float(given) if isinstance(given, int | float) and given < 1 else None
 
@@ -840,7 +865,7 @@ def _latents_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int | s
     return place, (kwargs if isinstance(place, str) else args)[place]  # type: ignore[index]
 
 
-def _no_training_timestep(scheduler: str, reason: str = "it has no noise schedule of variances") -> DiffesError:
+def _no_training_timestep(scheduler: str, reason: str) -> DiffesError:
     return DiffesError(
         f"{scheduler} does not count in training timesteps ({reason}), but stages are ranges of them: give the "
         "pipeline another scheduler, for instance DPMSolverMultistepScheduler.from_config, or "

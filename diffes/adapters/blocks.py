@@ -13,7 +13,7 @@ from diffes.adapters.groups import GroupSet, channels_of, heads_of
 
 @dataclass(frozen=True)
 class BlockForm:
-    """What the forward of a transformer block takes and returns.
+    """Form of a transformer block: where its forward takes and returns which states, and its prunable layers.
 
     Args:
         hidden: place of the hidden states in what it returns; None where it returns them alone.

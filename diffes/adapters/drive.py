@@ -241,7 +241,7 @@ class Drive:
 
 @dataclass(eq=False)
 class _Call:
-    """What the frames of a suspended call refer to.
+    """State of a pipeline's call that its coroutine needs. It does not refer to the `Drive`, which can so be freed.
 
     Args:
         pipe: the pipeline.

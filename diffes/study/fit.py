@@ -15,7 +15,6 @@ from torch import Tensor
 
 from diffes import files
 from diffes.adapters import ModelAdapter, adapter_for, load_pipeline
-from diffes.adapters.base import read_call
 from diffes.config import Guidance, RunConfig, checked_guidance, in_words
 from diffes.errors import DiffesError, at_least
 from diffes.figures import charts, plots
@@ -126,15 +125,7 @@ def fit(
     if prompts is not None:
         adapter.use_prompts(Path(prompts))
     if call is not None:
-        arguments = read_call(Path(call)) if isinstance(call, str) else call
-        scale = arguments.get("guidance_scale") if isinstance(arguments, Mapping) else None
-        if scale is not None and guidance is not None:
-            raise DiffesError(f"guidance={guidance} and guidance_scale={scale} of the call: leave one out")
-        if isinstance(arguments, Mapping):
-            arguments = {name: value for name, value in arguments.items() if name != "guidance_scale"}
-        adapter.use_call(arguments)
-        if guidance is None:
-            guidance = checked_guidance(adapter.default_guidance if scale is None else scale)
+        guidance = checked_guidance(adapter.use_given(call, guidance))
     home = Path(plan) if isinstance(plan, str | Path) else None
     given, facts, bank = _given(plan, home, calls, adapter)
     if guidance is None:

@@ -15,7 +15,6 @@ from typing import Any, TypeVar, overload
 from diffusers import DiffusionPipeline
 
 from diffes.adapters import ModelAdapter, adapter_for
-from diffes.adapters.base import read_call
 from diffes.config import COMPARED, FRONT, LARGE, OF_LARGE, RunConfig, WorkerOptions, settings_of
 from diffes.errors import DiffesError
 from diffes.figures import tables
@@ -159,16 +158,7 @@ def _of_pipeline(
     if isinstance(out, DiffusionPipeline) and not (model == RunConfig.model or model is out):
         raise DiffesError(f"a pipeline object was given, and model={model!r} beside it: leave one out")
     adapter, given = adapter_for(pipe), dict(settings)
-    arguments = read_call(Path(call)) if isinstance(call, str) else {} if call is None else call
-    if not isinstance(arguments, Mapping):
-        raise DiffesError(f"call holds arguments of the pipeline's call by name, got {type(arguments).__name__}")
-    arguments = dict(arguments)
-    scale = arguments.pop("guidance_scale", None)
-    if scale is not None and "guidance" in given:
-        raise DiffesError(f"guidance={given['guidance']} and guidance_scale={scale} of the call: leave one out")
-    if "guidance" not in given:
-        given["guidance"] = adapter.default_guidance if scale is None else scale
-    adapter.use_call(arguments)
+    given["guidance"] = adapter.use_given({} if call is None else call, given.get("guidance"))
     if not adapter.batched:
         given.setdefault("genes", "steps")
     if sum(parameter.numel() for parameter in adapter.denoiser.parameters()) > LARGE:

@@ -50,12 +50,9 @@ class AdapterConformance:
     def test_runs_equal_the_pipelines_own_call(self) -> None:
         adapter = self.make()
         probes = adapter.make_probes(2, 3, "heldout")
-        generators: Any = [torch.Generator().manual_seed(seed) for seed in probes.seeds]
         for guidance in (1.0, self.guidance):
-            options = {"n_steps": 4, "guidance": guidance, "generator": generators}
-            for generator, seed in zip(generators, probes.seeds, strict=True):
-                generator.manual_seed(seed)
-            own = adapter.generate(probes.conditions, **options)
+            generators: Any = [torch.Generator().manual_seed(seed) for seed in probes.seeds]
+            own = adapter.generate(probes.conditions, n_steps=4, guidance=guidance, generator=generators)
             assert torch.equal(adapter.decode(adapter.sample(probes, 4, guidance)), own)
 
     def test_a_run_goes_on_in_the_middle(self) -> None:
@@ -86,10 +83,8 @@ class AdapterConformance:
     def test_a_bare_call_is_told_what_the_pipeline_tells(self) -> None:
         """Calibration calls the denoiser itself; timestep and conditions have to be those of a run."""
         adapter = self.make()
-        probes, steps = (
-            adapter.make_probes(2, 3),
-            PlanScheduler.of(adapter.own_scheduler, [500], "ddim", adapter.device),
-        )
+        probes = adapter.make_probes(2, 3)
+        steps = PlanScheduler.of(adapter.own_scheduler, [500], "ddim", adapter.device)
         with torch.no_grad():
             call = adapter.called(adapter.start(probes, steps, 1.0), probes, 1.0)
             found = adapter.denoise_once(call.latents, torch.tensor([500, 500]), probes.conditions)
@@ -125,17 +120,17 @@ class AdapterConformance:
                 torch.testing.assert_close(pruned, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
     def test_multiply_accumulates_of_a_pruned_call_are_counted_exactly(self) -> None:
-        """What is taken off the dense model's by group, against a call that is counted."""
+        """Compare the count of the dense model minus that of the missing groups with a call that is counted."""
         adapter = self.make()
         bank = self.bank(adapter, "magnitude")
         router, sets = Router(adapter, bank), adapter.group_sets()
-        dense, by_module = macs_by_module(adapter), macs_by_module(adapter)
+        by_module = macs_by_module(adapter)
         level = bank.max_level // 2
         off = sum(
             by_module[groups.name] / groups.n_groups * (groups.n_groups - kept)
             for groups, kept in zip(sets, bank.kept((STAGE, level), sets), strict=True)
         )
-        assert abs(dense[""] - off - macs_at(router, STAGES, STAGE, level)) < 1e-6 * dense[""]
+        assert abs(by_module[""] - off - macs_at(router, STAGES, STAGE, level)) < 1e-6 * by_module[""]
 
     def test_every_consumer_is_calibrated(self) -> None:
         adapter = self.make()

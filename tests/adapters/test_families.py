@@ -115,7 +115,7 @@ def test_a_plan_is_fitted_and_runs_in_the_pipeline(family: ModelAdapter) -> None
 
 
 def test_gradients_pass_through_the_pipelines_call() -> None:
-    """Of the final latents with respect to a parameter, against finite differences, in double precision."""
+    """Compare gradients of the final latents with finite differences, in double precision."""
     pipe, call = pipeline("sd3")
     adapter = adapter_for(pipe.to(torch.float64))
     adapter.use_call(call)
@@ -142,7 +142,7 @@ def test_gradients_pass_through_the_pipelines_call() -> None:
 
 @pytest.fixture
 def counting() -> ModelAdapter:
-    """Of a pipeline that skips layers in some of its steps, by their number."""
+    """Adapter of a pipeline that skips layers in some of its steps, by their number."""
     pipe, call = pipeline("sd35")
     adapter = adapter_for(pipe)
     skips = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.3, "skip_layer_guidance_stop": 0.8}

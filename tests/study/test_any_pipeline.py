@@ -43,7 +43,7 @@ def quiet(build: Callable[[], Any]) -> Any:
 
 
 def counted(module: torch.nn.Module, call: Callable[[], object]) -> int:
-    """How often a module is called."""
+    """Count the calls of a module."""
     calls: list[object] = []
     handle = module.register_forward_hook(lambda *_: calls.append(None))
     with warnings.catch_warnings():
