@@ -346,7 +346,7 @@ class ModelAdapter:
 
     @cached_property
     def _parameters(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(type(self.pipe).__call__).parameters
+        return dict(inspect.signature(type(self.pipe).__call__).parameters)  # a dict can be copied deeply
 
     @property
     def takes(self) -> Collection[str]:
