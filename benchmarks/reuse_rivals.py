@@ -197,7 +197,7 @@ class Rivals:
 
     def alternation(self, method: str) -> Candidate | None:
         """Everything in every m-th call, and one level of a method that reuses in the others."""
-        bank, space = self.bench.router.bank, self.bench.space
+        bank, space = self.bench.router.bank, self.bench.levels
         sets = {"deep_reuse": "up_layers", "block_reuse": "branches"}
         levels = [k for k in range(1, space.max_level + 1) if sets[method] in bank[space.visited[0], k]]
 

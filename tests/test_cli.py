@@ -320,7 +320,6 @@ def test_bad_options_are_named(
         (["--strategy", "exhaustive"], "exhaustive"),
         (["--mutation", "level_step:size=2"], "level_step"),
         (["--storage", "sqlite:///none.db"], "is for --genes levels"),
-        (["--stages", "40"], "are not calibrated because no step of the workbench is in them"),
         (["--genes", "levels", "--calls", "6"], "--calls 6 sets the budget of plans"),
         (["--genes", "levels", "--nodes", "8"], "--nodes 8 is for plans"),
         (["--genes", "levels", "--solver", "ddim"], "--solver ddim is for plans"),

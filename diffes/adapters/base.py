@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from diffes.adapters.blocks import form_of
-from diffes.adapters.drive import Answers, Drive, FirstCall, Texts, unwrapped
+from diffes.adapters.drive import Answers, Drive, FirstCall, Texts, latents_of, unwrapped
 from diffes.adapters.groups import (
     PLAIN_PROCESSORS,
     AnySet,
@@ -29,6 +29,7 @@ from diffes.adapters.groups import (
     GroupSet,
     NoHeads,
     UpLayerSet,
+    norm_across_heads,
 )
 from diffes.adapters.guidance import ClassifierFreeGuidance, Scales
 from diffes.errors import DiffesError
@@ -145,8 +146,11 @@ class ModelAdapter:
         argument: name of the argument of the pipeline's call that holds the conditions, one an image; None where images
             have none.
         lists: whether the pipeline's call takes lists of conditions and generators.
+        merges: whether the branches of guidance are rows of one denoiser call, two where the scale is above 1.
         null_first: whether the rows with the null condition come first in the pipeline's guided calls.
+        unguided: a guidance scale at which the denoiser sees the given conditions only.
         time_scale: the timestep in a denoiser call over that of the scheduler; None where diffes does not know it.
+        time_origin: timestep in a denoiser call where that of the scheduler is 0.
         call: further arguments of every call of the pipeline.
         room: largest number of images at a time that the device was found to have room for, by use: "calls" or
             "gradients".
@@ -154,8 +158,11 @@ class ModelAdapter:
 
     argument: str | None = None
     lists: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
     null_first: ClassVar[bool] = False
+    unguided: ClassVar[float] = 1.0
     time_scale: ClassVar[float | None] = None
+    time_origin: ClassVar[float] = 0.0
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.pipe = pipe
@@ -167,12 +174,17 @@ class ModelAdapter:
         self._process: tuple[Any, NoiseProcess] | None = None
         self._answers, self._texts = Answers(), Texts()
         self._replayed: OrderedDict[tuple[Condition, ...], FirstCall] = OrderedDict()
-        own = Path(pipe.config.get("_name_or_path") or "") / CALL  # no path where it was built from parts in Python
-        if own.is_file():
-            self.use_call(read_call(own))
+        if self.folder is not None and (self.folder / CALL).is_file():
+            self.use_call(read_call(self.folder / CALL))
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
                 component.eval()
+
+    @property
+    def folder(self) -> Path | None:
+        """Local folder that the pipeline was loaded from; None where it was built in Python or is a hub's."""
+        name = self.pipe.config.get("_name_or_path")
+        return Path(name) if name and Path(name).is_dir() else None
 
     @cached_property
     def denoisers(self) -> list[str]:
@@ -213,7 +225,7 @@ class ModelAdapter:
         first = self.process.told_at(0)
         given = kwargs["timestep"] if "timestep" in kwargs else args[1]
         timesteps = given.flatten().tolist() if isinstance(given, Tensor) else [given]
-        told = float(timesteps[0]) / self.time_scale
+        told = (float(timesteps[0]) - self.time_origin) / self.time_scale
         timestep = max(told - first, 0.0) if told >= 0 else told  # shifted sigmas may end below the first timestep
         if any(other != timesteps[0] for other in timesteps):
             raise DiffesError(
@@ -235,12 +247,12 @@ class ModelAdapter:
 
     def rows_per_image(self, guidance: float) -> int:
         """Return the denoiser calls of a step, in rows, for each image."""
-        if self.lists:
+        if self.merges:
             return self.guided(guidance).branches
         if guidance not in self._rows:  # counted in a step: other families may call several times
             rows, module = list[int](), self.denoiser
             hook = module.register_forward_pre_hook(
-                lambda _module, args, kwargs: rows.append(len(_latents_of(args, kwargs)[1])), with_kwargs=True
+                lambda _module, args, kwargs: rows.append(len(latents_of(args, kwargs)[1])), with_kwargs=True
             )
             probes = self.make_probes(1, 0)
             scheduler = PlanScheduler.of(self.own_scheduler, [self.reach - 1], "ddim", self.device)
@@ -488,8 +500,8 @@ class ModelAdapter:
     def noise(self, probes: Probes) -> Tensor:
         """Return the noise (n, ...) that the pipeline begins with."""
         parts = [probes] if self.batched else [probes[i : i + 1] for i in range(len(probes))]
-        calls = [self._first_call(part.conditions, part.seeds, 1.0) for part in parts]
-        return torch.cat([_latents_of(*call)[1] for call in calls])
+        calls = [self._first_call(part.conditions, part.seeds, self.unguided) for part in parts]
+        return torch.cat([latents_of(*call)[1] for call in calls])
 
     def denoise_once(self, latents: Tensor, timesteps: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """Make a bare denoiser call: return predictions (n, ...) for latents (n, ...) at timesteps (n,).
@@ -499,17 +511,18 @@ class ModelAdapter:
         """
         given, named = self._arguments(tuple(conditions))
         args, kwargs = list(given), dict(named)
-        place, _ = _latents_of(args, kwargs)
-        (kwargs if isinstance(place, str) else args)[place] = latents  # type: ignore[index]
+        place, _ = latents_of(args, kwargs)
+        listed = isinstance((kwargs if isinstance(place, str) else args)[place], list)  # type: ignore[index]
+        (kwargs if isinstance(place, str) else args)[place] = list(latents) if listed else latents  # type: ignore[index]
         if self.time_scale is not None:
             told = self.process.told(timesteps.to(self.device))
-            told = told if self.time_scale == 1 else told * self.time_scale
+            told = told if self.time_scale == 1 else self.time_origin + told * self.time_scale
             at: Any = "timestep" if "timestep" in kwargs else 1
             before = (kwargs if at == "timestep" else args)[at]
             float_told = isinstance(before, Tensor) and before.is_floating_point()
             (kwargs if at == "timestep" else args)[at] = told.to(before.dtype) if float_told else told
-        found: Tensor = self.denoiser(*args, **kwargs)[0]
-        return found
+        found = self.denoiser(*args, **kwargs)[0]
+        return torch.stack(found) if listed else found
 
     def _arguments(self, conditions: tuple[Condition, ...]) -> FirstCall:
         """Return the arguments of a denoiser call with a row for each condition."""
@@ -518,11 +531,13 @@ class ModelAdapter:
             return self._replayed[conditions]
         nulls = [i for i, condition in enumerate(conditions) if condition is None]
         guided = bool(nulls) and self.argument is not None
+        if guided and not self.merges:
+            raise DiffesError(f"{type(self).__name__} makes no denoiser calls with the null condition")
         stand_in = next((c for c in conditions if c is not None), self.choices("search")[0])
         known = [stand_in if condition is None else condition for condition in conditions]
-        found = self._first_call(known, [0] * len(known), 2.0 if guided else 1.0)
+        found = self._first_call(known, [0] * len(known), 2.0 if guided else self.unguided)
         n = len(conditions)
-        if guided and len(_latents_of(*found)[1]) == 2 * n:
+        if guided and len(latents_of(*found)[1]) == 2 * n:
             first, second = (n, 0) if self.null_first else (0, n)  # where rows with and without condition begin
             rows = torch.tensor([(second if i in nulls else first) + i for i in range(n)], device=self.device)
             found = tree_map_only(Tensor, lambda x: x[rows.to(x.device)] if x.dim() and len(x) == 2 * n else x, found)
@@ -568,10 +583,21 @@ class ModelAdapter:
         """
         if kind == "depth":
             return max(len(self.blocks()), 1)
-        return max((groups.n_groups for groups in self.group_sets() if groups.attention is not None), default=1)
+        layers = (self.denoiser.get_submodule(path) for path in self.branches().sources)
+        return max((int(layer.heads) for layer in layers if hasattr(layer, "heads")), default=1)
 
     def prunable(self, kind: str) -> Sequence[AnySet]:
-        """Return the sets that methods of a kind remove or reuse. Kinds of several methods are joined by "+"."""
+        """Return the sets that methods of a kind remove or reuse. Kinds of several methods are joined by "+".
+
+        Raises:
+            DiffesError: the pipeline has several denoisers, so that no level has one cost.
+        """
+        several = [name for name in self.denoisers if not name.startswith("controlnet")]
+        if len(several) > 1:
+            raise DiffesError(
+                f"{type(self.pipe).__name__} has {len(several)} denoisers ({', '.join(several)}), and diffes prunes "
+                "pipelines with one: search plans of dense calls (--genes steps)"
+            )
         found: list[AnySet] = []
         for each in dict.fromkeys(kind.split("+")):
             if each == "depth":
@@ -584,7 +610,9 @@ class ModelAdapter:
 
     def branches(self) -> BranchSet:
         """Return the attentions and FFNs of every block, in the order of the forward pass."""
-        return BranchSet(tuple(groups.name for groups in self.group_sets()))
+        blocks = [(path, self.denoiser.get_submodule(path)) for path in self.blocks()]
+        found = [each for path, block in blocks for each in form_of(block).branches(path, block)]
+        return BranchSet(tuple(each[0] for each in found), tuple(each[1:] for each in found))
 
     def up_layers(self) -> UpLayerSet | None:
         """Return the layers of a U-Net's decoder path; None where the denoiser is no U-Net."""
@@ -594,6 +622,11 @@ class ModelAdapter:
         """Return the heads and FFN channels of every block, in the order of the forward pass."""
         submodule = self.denoiser.get_submodule
         return [groups for path in self.blocks() for groups in form_of(submodule(path)).sets(path, submodule(path))]
+
+    def whole_attentions(self) -> list[str]:
+        """Return the paths of attention layers whose heads cannot be removed, because a norm runs across them all."""
+        sources = [(path, self.denoiser.get_submodule(path)) for path in self.branches().sources]
+        return [path for path, layer in sources if hasattr(layer, "heads") and norm_across_heads(layer)]
 
     def skipped(self, block: nn.Module) -> Callable[..., Any]:
         """Return the forward that a block gets when it is skipped. The block itself stays in the model."""
@@ -808,7 +841,7 @@ class ModelAdapter:
         scheduler = PlanScheduler.of(self.own_scheduler, [self.reach - 1], "ddim", self.device)
         probes = Probes((0,) * len(latents), (self.choices("search")[0],) * len(latents))
         options: dict[str, Any] = {"output_type": "np"} if "output_type" in self.takes else {}
-        return self._drive(probes, 1.0, scheduler, 1, **options).output(latents)
+        return self._drive(probes, self.unguided, scheduler, 1, **options).output(latents)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -856,13 +889,6 @@ def _pixels(output: Any) -> Tensor:
         shape = tuple(getattr(pixels, "shape", ())) or type(found).__name__
         raise DiffesError(f"the pipeline makes no images that metrics can compare, got {shape}: take a latent metric")
     return pixels.permute(0, 3, 1, 2) if isinstance(found, np.ndarray) else pixels
-
-
-def _latents_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int | str, Tensor]:
-    """Return the place of the latents in the arguments of a denoiser call, and the latents."""
-    names = [name for name in ("hidden_states", "sample", "x") if isinstance(kwargs.get(name), Tensor)]
-    place: int | str = 0 if args and isinstance(args[0], Tensor) else names[0]
-    return place, (kwargs if isinstance(place, str) else args)[place]  # type: ignore[index]
 
 
 def _no_training_timestep(scheduler: str, reason: str) -> DiffesError:

@@ -19,6 +19,7 @@ class DiTAdapter(ModelAdapter):
     pipe: DiTPipeline
     argument = "class_labels"
     lists = True
+    merges = True
     time_scale = 1.0
 
     def blocks(self) -> list[str]:

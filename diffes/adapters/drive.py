@@ -47,20 +47,22 @@ class Answers:
         key = _key(name, args, kwargs)
         if key not in self._known:
             shapes = tree_map_only(Tensor, lambda each: torch.empty_like(each, device="meta"), output)
-            self._known[key] = len(_first(args, kwargs)), shapes
+            self._known[key] = len(latents_of(args, kwargs)[1]), shapes
 
     def of(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any | None:
         """Return zeros for a call; None where the shape of its result is not known."""
-        known, latents = self._known.get(_key(name, args, kwargs)), _first(args, kwargs)
+        known, latents = self._known.get(_key(name, args, kwargs)), latents_of(args, kwargs)[1]
         if known is None:
             return None
         rows, shapes = known
 
-        def zeros(like: Tensor) -> Tensor:
+        def zeros(like: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+            if isinstance(like, list):
+                return [torch.zeros_like(like[0], device=latents.device)] * len(latents)
             shape = (len(like) * len(latents) // rows, *like.shape[1:])
             return torch.zeros(shape, dtype=like.dtype, device=latents.device)
 
-        return tree_map_only(Tensor, zeros, shapes)
+        return tree_map_only((Tensor, list), zeros, shapes, is_leaf=lambda each: isinstance(each, list))
 
 
 class Texts:
@@ -383,11 +385,15 @@ def _is_private(name: str) -> bool:
     return name.startswith("_") and name != "_internal_dict"
 
 
-def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the first tensor of a denoiser call: the latents."""
-    return next(each for each in tree_leaves([args, kwargs]) if isinstance(each, Tensor))
+def latents_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int | str, Tensor]:
+    """Return the place of the latents in the arguments of a denoiser call, and the latents (n, ...), which some
+    denoisers take as a list."""
+    names = [name for name in ("hidden_states", "sample", "x") if kwargs.get(name) is not None]
+    place: int | str = 0 if args and isinstance(args[0], Tensor | list) else names[0]
+    found = (kwargs if isinstance(place, str) else args)[place]  # type: ignore[index]
+    return place, torch.stack(found) if isinstance(found, list) else found
 
 
 def _key(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, torch.Size, torch.dtype]:
-    first = _first(args, kwargs)
-    return name, first.shape[1:], first.dtype
+    latents = latents_of(args, kwargs)[1]
+    return name, latents.shape[1:], latents.dtype

@@ -147,13 +147,18 @@ class ReuseSet(Prunable):
     def n_groups(self) -> int:  # type: ignore[override]
         return len(self.sources)
 
+    @property
+    def modules(self) -> frozenset[str]:
+        """Module paths that may return an earlier output, or need not be computed."""
+        return frozenset([*self.sources, *self.idle([self.n_groups - 1])])
+
     def recalled(self, kept: Sequence[int]) -> list[str]:
         """Return the module paths that return an earlier output where only the groups `kept` are computed."""
         raise NotImplementedError
 
     def idle(self, kept: Sequence[int]) -> list[str]:
         """Return the module paths that then need not be computed."""
-        return []
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -162,14 +167,26 @@ class BranchSet(ReuseSet):
     norms and residual connections around them are computed in every call.
 
     Args:
+        inside: (n,) paths of the modules that only source i reads.
         name: the name in a bank.
     """
 
+    inside: tuple[tuple[str, ...], ...]
     name: str = "branches"
 
+    @property
+    def modules(self) -> frozenset[str]:
+        return frozenset([*self.sources, *self.idle([])])
+
     def recalled(self, kept: Sequence[int]) -> list[str]:
+        return [self.sources[i] for i in self._reused(kept)]
+
+    def idle(self, kept: Sequence[int]) -> list[str]:
+        return [path for i in self._reused(kept) for path in self.inside[i]]
+
+    def _reused(self, kept: Sequence[int]) -> list[int]:
         computed = set(kept)
-        return [path for i, path in enumerate(self.sources) if i not in computed]
+        return [i for i in range(self.n_groups) if i not in computed]
 
 
 @dataclass(frozen=True)
@@ -228,8 +245,18 @@ def heads_of(path: str, attention: Any) -> GroupSet:
     )  # fmt: skip
 
 
+def norm_across_heads(attention: Any) -> bool:
+    """Return True where queries or keys are normalised over all heads together."""
+    norms: list[Any] = [getattr(attention, name, None) for name in ("norm_q", "norm_k")]
+    shapes = [getattr(norm, "normalized_shape", getattr(norm, "dim", ())) for norm in norms]
+    return attention.heads > 1 and any(math.prod(shape) == attention.to_q.weight.shape[0] for shape in shapes)
+
+
 def channels_of(path: str, ffn: Any) -> GroupSet:
-    """Return the channels of one of diffusers' FFNs (`FeedForward`) at a module path."""
+    """Return the channels of one of diffusers' FFNs (`FeedForward`, or Z-Image's with three matrices) at a module
+    path."""
+    if hasattr(ffn, "w1"):
+        return GroupSet(path, ffn.w2.weight.shape[1], 1, (f"{path}.w1", f"{path}.w3"), (f"{path}.w2",))
     return GroupSet(path, ffn.net[2].weight.shape[1], 1, (f"{path}.net.0.proj",), (f"{path}.net.2",))
 
 

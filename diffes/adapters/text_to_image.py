@@ -1,4 +1,5 @@
-"""Text-to-image pipelines: prompts by split. Serves Stable Diffusion 3, PixArt, Sana and Flux as it is."""
+"""Text-to-image and text-to-video pipelines: prompts by split. Serves Stable Diffusion 3, PixArt, Sana, LTX and
+CogVideoX as it is."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from diffes.adapters.base import Condition, ModelAdapter, Split
+from torch import Tensor
+
+from diffes.adapters.base import Condition, ModelAdapter, Probes, Split
 from diffes.adapters.blocks import known_blocks
 from diffes.adapters.prompts import PROMPTS, default_prompts, read_prompts
 from diffes.errors import DiffesError
@@ -23,6 +26,7 @@ class TextToImageAdapter(ModelAdapter):
 
     argument = "prompt"
     lists = True
+    merges = True
     time_scale = 1.0
     null_first = True
 
@@ -32,8 +36,8 @@ class TextToImageAdapter(ModelAdapter):
     @cached_property
     def prompts(self) -> dict[str, list[str]]:
         """Prompts by split."""
-        own = Path(getattr(self.pipe.config, "_name_or_path", "")) / PROMPTS  # no path if built from parts in Python
-        return read_prompts(own) if own.is_file() else default_prompts()
+        own = None if self.folder is None else self.folder / PROMPTS
+        return read_prompts(own) if own is not None and own.is_file() else default_prompts()
 
     def choices(self, split: Split) -> Sequence[Condition]:
         if "prompt" in self.call:
@@ -50,9 +54,30 @@ class TextToImageAdapter(ModelAdapter):
 
 
 class FluxAdapter(TextToImageAdapter):
-    """Adapter for `FluxPipeline`, whose denoiser is told a thousandth of the timestep and reads the guidance itself."""
+    """Adapter for `FluxPipeline` and `QwenImagePipeline`, whose denoisers are told a thousandth of the timestep. Flux
+    reads the guidance itself; calls for a negative prompt are made apart, where `true_cfg_scale` of the call is set."""
 
+    merges = False
     time_scale = 1e-3
 
-    def rows_per_image(self, guidance: float) -> int:
-        return 1
+
+class VideoAdapter(TextToImageAdapter):
+    """Adapter for `WanPipeline` and `HunyuanVideoPipeline`, which call for a negative prompt apart."""
+
+    merges = False
+
+
+class ZImageAdapter(TextToImageAdapter):
+    """Adapter for `ZImagePipeline`, whose denoiser takes lists, is told a time that rises from 0 to 1, and predicts the
+    negative of the velocity. Every scale above 0 guides."""
+
+    merges = False
+    unguided = 0.0
+    time_scale = -1e-3
+    time_origin = 1.0
+
+    def noise(self, probes: Probes) -> Tensor:
+        return super().noise(probes).squeeze(2)  # the pipeline adds an axis for one frame
+
+    def denoise_once(self, latents: Tensor, timesteps: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        return -super().denoise_once(latents.unsqueeze(2), timesteps, conditions).squeeze(2)

@@ -52,12 +52,15 @@ class Problem(abc.ABC):
         fills_budget: whether a result that costs less than the budget falls short of what was asked; results are then
             compared at the budget itself, by interpolation.
         prunes: whether genomes have pruned or reusing calls. Else nothing is calibrated.
+        calls_anywhere: whether genomes may call any timestep. Every stage is then calibrated, else those that the
+            pipeline's own steps are in.
         rivals: names of what stands beside a result, in the order of tables.
     """
 
     example: ClassVar[SearchSpace]
     fills_budget: ClassVar[bool] = False
     prunes: ClassVar[bool] = True
+    calls_anywhere: ClassVar[bool] = False
     rivals: ClassVar[tuple[str, ...]]
 
     def __init__(self, bench: Workbench) -> None:

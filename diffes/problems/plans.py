@@ -401,6 +401,7 @@ class PlanProblem(Problem):
 
     example = PlanSpace.dense_calls([[1.0, 0.5]] * 6, 2.0)
     rivals = ("dense", "off-the-shelf")
+    calls_anywhere = True
     genes: ClassVar[Genes]
 
     @classmethod
@@ -410,11 +411,6 @@ class PlanProblem(Problem):
         SOLVERS.make(config.solver or "")
         if adapter is not None:
             NoiseProcess.of(adapter.pipe.scheduler)  # refuses processes that plans do not know
-            stages = Stages.equal(config.stages, adapter.n_timesteps)
-            steps = stages.count_steps(adapter.timesteps(config.steps))
-            if not cls.prunes:
-                return
-            check_visited(SearchSpace.mean_sparsity(stages, 1, 0.0, steps), config)
 
     @classmethod
     def calls_of(cls, config: RunConfig) -> int:

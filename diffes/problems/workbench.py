@@ -348,6 +348,8 @@ def prepare(
     adapter.check_sampler()
     stages = Stages.equal(config.stages, adapter.n_timesteps)
     steps = stages.count_steps(adapter.timesteps(config.steps))
+    if kind.calls_anywhere:
+        steps = tuple(max(n, 1) for n in steps)
     top = method.max_level(adapter) if kind.prunes else 1
     space = SearchSpace(stages, top, steps, (tuple(range(top, -1, -1)),) * len(stages), None)
     if config.cost == "level" and config.budget is not None:

@@ -68,6 +68,7 @@ def build_bank(
         DiffesError: calibration data are needed and there are none, or a layer's statistics are not finite.
     """
     chosen = list(range(len(stages)) if only is None else only)
+    guidance = guidance if adapter.merges else 1.0  # else the calls of the null condition are made apart
     workshop = Workshop(memory)
 
     def built(part: PruningMethod) -> WeightBank:

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffes.adapters import ModelAdapter, model_folder
+from diffes.adapters import ModelAdapter
 from diffes.config import HELDOUT_SEED, RunConfig
 from diffes.errors import DiffesError
 from diffes.files import write_safely
@@ -113,7 +113,7 @@ def calibration_of(config: RunConfig, adapter: ModelAdapter, keep: Keep | None =
     if config.calibration_data is not None:
         path: Path | None = Path(config.calibration_data)
     else:
-        home = model_folder(config.model)
+        home = adapter.folder
         path = home / "calibration.npz" if home and (home / "calibration.npz").is_file() else None
     if path is not None:
         return load_calibration(adapter, path, config.calibration_samples)

@@ -22,22 +22,25 @@ class Memory:
 
     A call continues the run where it is the run's next one: on the same conditions, in a batch of the same shape, and
     later than the call before; under a plan, at the plan's next call. Any other call begins a run. A sampler may call
-    twice at a place (Heun), but not at the run's first.
+    twice at a place (Heun), but not at the run's first. Pipelines that call for one branch of guidance after the other
+    have a memory for each.
 
     Args:
         begun: place of the run's first call. Places rise along a run: under a plan a place is the number of the call,
             else its timestep, negated.
         last: place of the run's latest call.
-        shape: of the latents.
+        shape: of the latents; of a list of them, that of each.
         conditions: all other tensors that a call was given, except its timestep.
         outputs: by module path, the last one that was computed.
+        others: memories of the other branches, which have none themselves.
     """
 
     begun: float
     last: float
-    shape: torch.Size
+    shape: tuple[torch.Size, ...]
     conditions: tuple[Tensor, ...]
     outputs: dict[str, Any] = field(default_factory=dict)
+    others: tuple[Memory, ...] = ()
 
     @classmethod
     def of_call(
@@ -55,20 +58,33 @@ class Memory:
         named = {name: value for name, value in kwargs.items() if name != "timestep"}
         sample = args[0] if args else named.pop("sample" if "sample" in named else "hidden_states")
         conditions = tuple(each for each in tree_leaves([*args[2:], named]) if isinstance(each, Tensor))
-        made = cls(place, place, sample.shape, conditions)
-        if before is None or not before._continued_by(made, counted):
-            return made
-        return replace(made, begun=before.begun, outputs=dict(before.outputs))
+        made = cls(place, place, tuple(each.shape for each in tree_leaves(sample)), conditions)
+        known = () if before is None else (before, *before.others)
+        run = next((each for each in known if each._continued_by(made, counted)), None)
+        if run is None:  # other branches may have begun in the same step
+            others = (each for each in known if each.begun == each.last == place and not each._same(made))
+        else:
+            made = replace(made, begun=run.begun, outputs=dict(run.outputs))
+            others = (each for each in known if each is not run)
+        return replace(made, others=tuple(replace(each, others=()) for each in others))
+
+    def ended(self) -> Memory | None:
+        """Return what is left once the run of this branch needs no memory: that of the other branches."""
+        return replace(self.others[0], others=self.others[1:]) if self.others else None
 
     def _continued_by(self, call: Memory, counted: bool) -> bool:
         again = call.last == self.last
         if counted and not again and call.last != self.last + 1:
             return False
-        if call.last < self.last or (again and call.last == self.begun) or call.shape != self.shape:
-            return False
+        return not (call.last < self.last or (again and call.last == self.begun)) and self._same(call)
+
+    def _same(self, call: Memory) -> bool:
+        """Return True where a call has the same conditions and shape."""
         pairs = zip(call.conditions, self.conditions, strict=False)
-        return len(call.conditions) == len(self.conditions) and all(
-            new is old or (new.shape == old.shape and torch.equal(new, old)) for new, old in pairs
+        return (
+            call.shape == self.shape
+            and len(call.conditions) == len(self.conditions)
+            and all(new is old or (new.shape == old.shape and torch.equal(new, old)) for new, old in pairs)
         )
 
 
@@ -90,8 +106,7 @@ class ReusePart(Part):
     def __init__(self, adapter: ModelAdapter, groups: ReuseSet, memory: Callable[[], Memory]) -> None:
         self.groups = groups
         self._memory = memory
-        everything = {*groups.sources, *(groups.idle([groups.n_groups - 1]))}
-        self._modules: dict[str, nn.Module] = {path: adapter.denoiser.get_submodule(path) for path in everything}
+        self._modules: dict[str, nn.Module] = {path: adapter.denoiser.get_submodule(path) for path in groups.modules}
         self._covered: dict[str, Any] = {}  # by module path, the earlier forward, None where it is that of the class
         self.watched: frozenset[str] = frozenset()
 
@@ -131,6 +146,10 @@ class ReusePart(Part):
 
 
 def placeholder(hidden_states: Tensor, *_args: Any, **kwargs: Any) -> Any:
-    """Return a stand-in for the output of a layer that is neither computed nor read: one channel of its input."""
-    first = hidden_states[:, :1]
-    return (first,) if kwargs.get("return_dict") is False else first
+    """Return a stand-in for the output of a layer that is neither computed nor read: its input, of an image one channel
+    of it; what is returned beside is that of the text."""
+    if hidden_states.dim() == 4:
+        first = hidden_states[:, :1]
+        return (first,) if kwargs.get("return_dict") is False else first
+    text = kwargs.get("encoder_hidden_states")
+    return hidden_states if text is None else (hidden_states, text)

@@ -189,6 +189,8 @@ class WidthPart(Part):
         attention, self._bypassed = self.attention, None
         heads = self.groups.n_groups if left is None else left.kept.numel()
         attention.__dict__["heads"] = max(heads, 1)  # a module's own `setattr` takes ten times as long
+        if "inner_dim" in attention.__dict__:  # some processors divide it by the heads
+            attention.__dict__["inner_dim"] = max(heads, 1) * self.groups.size
         put_forward(attention, self._forward)
         if not heads:
             stand_in = self._adapter.without_heads(attention)

@@ -263,8 +263,8 @@ class Router:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_call(self, *_: Any) -> None:
-        if not self._watching:
-            self.memory = None
+        if not self._watching and self.memory is not None:
+            self.memory = self.memory.ended()
 
     def _recalled(self, key: tuple[int, int]) -> list[str]:
         """Return the modules that return an earlier output in a stage at a level."""

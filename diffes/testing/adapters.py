@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,10 +51,12 @@ class AdapterConformance:
     def test_runs_equal_the_pipelines_own_call(self) -> None:
         adapter = self.make()
         probes = adapter.make_probes(2, 3, "heldout")
-        for guidance in (1.0, self.guidance):
-            generators: Any = [torch.Generator().manual_seed(seed) for seed in probes.seeds]
-            own = adapter.generate(probes.conditions, n_steps=4, guidance=guidance, generator=generators)
-            assert torch.equal(adapter.decode(adapter.sample(probes, 4, guidance)), own)
+        options = {"num_inference_steps": 4, "output_type": "np"}
+        for guidance in (adapter.unguided, self.guidance):
+            for part in [probes] if adapter.batched else [probes[:1], probes[1:]]:
+                call = adapter.call_of(part, guidance) | {k: v for k, v in options.items() if k in adapter.takes}
+                (ours,), own = adapter.render(adapter.sample(part, 4, guidance)), adapter.pipe(**call)
+                assert np.array_equal(ours[0], own[0])
 
     def test_a_run_goes_on_in_the_middle(self) -> None:
         """A new call of the pipeline begins with the latents of another one, at its scheduler's state."""
@@ -69,7 +72,7 @@ class AdapterConformance:
 
     def test_denoiser_calls_are_counted_in_rows(self) -> None:
         adapter = self.make()
-        for guidance in (1.0, self.guidance):
+        for guidance in (adapter.unguided, self.guidance):
             probes, rows = adapter.make_probes(2, 3), list[int]()
             seen = adapter.denoiser.register_forward_pre_hook(
                 lambda _module, args, kwargs, rows=rows: rows.append(len(args[0] if args else kwargs["hidden_states"])),
@@ -86,7 +89,7 @@ class AdapterConformance:
         probes = adapter.make_probes(2, 3)
         steps = PlanScheduler.of(adapter.own_scheduler, [500], "ddim", adapter.device)
         with torch.no_grad():
-            call = adapter.called(adapter.start(probes, steps, 1.0), probes, 1.0)
+            call = adapter.called(adapter.start(probes, steps, adapter.unguided), probes, adapter.unguided)
             found = adapter.denoise_once(call.latents, torch.tensor([500, 500]), probes.conditions)
         torch.testing.assert_close(found[:, : call.output.shape[1]], call.output, rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -136,7 +139,7 @@ class AdapterConformance:
         adapter = self.make()
         latents, conditions = self.inputs(adapter, 4)
         data = CalibrationSet(latents, conditions, "noise")
-        run = StagePass(adapter, STAGES.ranges[STAGE], data, guided=True, seed=0)
+        run = StagePass(adapter, STAGES.ranges[STAGE], data, guided=adapter.merges, seed=0)
         found = input_moments(run, adapter.group_sets(), full=False)
         for groups in adapter.group_sets():
             assert len(found[groups.name]) == len(groups.consumers)
@@ -179,7 +182,10 @@ def masked(adapter: ModelAdapter, bank: WeightBank, level: int, stack: ExitStack
 
 
 def _handed_on(_block: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Return what goes into a block, in the form of what comes out: joint blocks return the text's states first."""
-    if isinstance(output, tuple):
-        return kwargs["encoder_hidden_states"], kwargs["hidden_states"]
-    return args[0]
+    """Return what goes into a block, in the form of what comes out: joint blocks return states of the text, too, which
+    are of another shape."""
+    given = [*args, *kwargs.values()]
+    states = [each for each in given if isinstance(each, Tensor) and each.dim() == 3]
+    if not isinstance(output, tuple):
+        return next(each for each in states if each.shape == output.shape)
+    return tuple(None if made is None else next(each for each in states if each.shape == made.shape) for made in output)

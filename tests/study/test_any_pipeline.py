@@ -20,7 +20,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionXLImg2ImgPipeline,
 )
-from families import ddpm, ltx, pipeline
+from families import ddpm, latte, pipeline
 
 import diffes
 from diffes.adapters import ModelAdapter, adapter_for
@@ -30,7 +30,7 @@ from diffes.spaces.schedule import Plan, Stages
 from diffes.study.functions import Front
 from diffes.study.run import sample_images
 
-VIDEO = {"prompt": ["a fox", "a hen"], "height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 8}
+VIDEO = {"prompt": ["a fox", "a hen"], "height": 16, "width": 16, "video_length": 2, "clean_caption": False}
 SMALL: dict[str, Any] = {"max_evals": 4, "probes": 2, "heldout": 2, "fit_probes": 2, "reference_steps": 12}
 
 
@@ -54,19 +54,33 @@ def counted(module: torch.nn.Module, call: Callable[[], object]) -> int:
 
 
 def test_a_video_pipeline_runs_a_fitted_plan() -> None:
-    pipe, progress = quiet(ltx), Counting()
+    pipe, progress = quiet(latte), Counting()
     found = diffes.search(pipe, calls=3, call=VIDEO, progress=progress, **SMALL)
     assert any("denoiser calls on one image each" in title for title in progress.titles)
     assert {point.kind for point in found.points} == {"dense", "off-the-shelf", "dense-planned", "dense-fitted"}
     assert all(point.latent_mse is not None and point.image_mse is None for point in found.points)
-    assert found.record.guidance == 3.0  # that of the pipeline's own default
+    assert found.record.guidance == 7.5  # that of the pipeline's own default
     diffes.apply(pipe, found)
     call = VIDEO | {"prompt": "a fox", "output_type": "latent"}
     assert counted(pipe.transformer, lambda: pipe(**call)) == 3
-    with pytest.warns(DiffesWarning, match=r"made for latents of shape \(192, 8\), and this call has \(384, 8\)"):
-        pipe(**call | {"height": 64})
+    with pytest.warns(
+        DiffesWarning, match=r"made for latents of shape \(4, 2, 4, 4\), and this call has \(4, 2, 8, 4\)"
+    ):
+        pipe(**call | {"height": 32})
     diffes.remove(pipe)
     assert counted(pipe.transformer, lambda: pipe(**call, num_inference_steps=2)) == 2
+
+
+def test_pruned_calls_are_searched_for_a_pipeline_object() -> None:
+    """Every stage is calibrated, also those that the pipeline's shifted steps leave out."""
+    pipe, call = pipeline("z_image")
+    options: dict[str, Any] = {"stages": 8, "calibration_samples": 4, "method": "wanda", **SMALL}
+    found = diffes.search(pipe, calls=2, call=call, progress=Counting(), **options)
+    assert "joint" in {point.kind for point in found.points}
+    assert min(adapter_for(pipe).timesteps(20)) > 125
+    diffes.apply(pipe, found)
+    assert counted(pipe.transformer, lambda: pipe(**call | {"prompt": "a fox", "output_type": "latent"})) >= 2
+    diffes.remove(pipe)
 
 
 def test_a_pipeline_without_conditions_and_a_folder(tmp_path: Path) -> None:
@@ -94,7 +108,7 @@ def test_a_result_without_a_folder_lives_as_long_as_it_is_used() -> None:
 
 
 def test_every_second_prompt_is_held_out() -> None:
-    adapter = adapter_for(quiet(ltx))
+    adapter = adapter_for(quiet(latte))
     adapter.use_call(VIDEO | {"prompt": ["a", "b", "c", "d", "e"]})
     assert adapter.choices("search") == ["a", "c", "e"] and adapter.choices("heldout") == ["b", "d"]
     adapter.use_call(VIDEO | {"prompt": "alone"})
@@ -109,12 +123,12 @@ class Stubborn(DDPMPipeline):  # type: ignore[misc]
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"call": {"heigth": 8}}, "LTXPipeline takes no argument 'heigth'; it takes prompt"),
+    ({"call": {"heigth": 8}}, "LattePipeline takes no argument 'heigth'; it takes prompt"),
     ({"call": {"num_inference_steps": 8}}, "leave num_inference_steps out of the call: a plan says how many"),
     ({"call": {"latents": None}}, "leave latents out of the call: every probe has noise of its own"),
     ({"workers": 2}, "workers=2 load the model by its name, and a pipeline object was given"),
     ({"call": {"guidance_scale": 2.0}, "guidance": 3.0}, "guidance=3.0 and guidance_scale=2.0 of the call: leave one"),
-    ({"genes": "joint"}, "knows no layers of LTXPipeline that it could prune or reuse"),
+    ({"genes": "joint"}, "knows no layers of LattePipeline that it could prune or reuse"),
     ({"genes": "levels", "calls": None}, "schedules of levels are searched for a model by name"),
     ({"model": "fashion-dit2"}, "a pipeline object was given, and model='fashion-dit2' beside it"),
     ({"call": [1]}, "call holds arguments of the pipeline's call by name, got list"),
@@ -128,7 +142,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 def test_what_does_not_go_together_is_refused(settings: dict[str, Any], message: str) -> None:
     given = {"call": VIDEO, "calls": 2, "progress": Counting(), **settings}
     with pytest.raises(DiffesError) as caught:
-        diffes.search(quiet(ltx), **given)
+        diffes.search(quiet(latte), **given)
     assert message in str(caught.value)
 
 
