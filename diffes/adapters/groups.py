@@ -69,7 +69,7 @@ class Prunable:
 
 @dataclass(frozen=True)
 class GroupSet(Prunable):
-    """Groups inside layers (width): the heads of an attention or the channels of an FFN.
+    """Groups inside layers (width): the heads of an attention, the channels of an FFN or of a ResNet block.
 
     Removing a group removes its rows from every producer and its columns from every consumer.
 
@@ -82,6 +82,8 @@ class GroupSet(Prunable):
             multiple: of a gated FFN (GEGLU), channel i is row i and row n_groups + i.
         consumers: paths of the linear layers that read them, of one shape.
         attention: path of the attention module whose heads the groups are; None for channels.
+        norm: path of the normalisation whose groups they are, one of the producers; None where they are not.
+        counted: paths of the modules whose cost falls with the groups; `name` when left out.
     """
 
     kind = "width"
@@ -93,6 +95,8 @@ class GroupSet(Prunable):
     producers: tuple[str, ...]
     consumers: tuple[str, ...] = field()
     attention: str | None = None
+    norm: str | None = None
+    counted: tuple[str, ...] = ()
 
     @property
     def width(self) -> int:

@@ -50,10 +50,12 @@ def macs_per_group(adapter: ModelAdapter, counts: Mapping[str, int]) -> dict[str
     """Return the multiply-accumulates of one group of each group set, from counts of the dense model
     (`macs_by_module`).
 
-    The cost of an attention layer is proportional to its heads, that of an FFN to its channels, and no set changes the
-    cost of another. So a pruned network saves exactly the sum over the groups that it lacks.
+    The cost of an attention layer is proportional to its heads, that of an FFN or of two convolutions to the channels
+    between, and no set changes the cost of another. So a pruned network saves exactly the sum over the groups that it
+    lacks.
     """
+    of = {groups: groups.counted or (groups.name,) for groups in adapter.group_sets()}
     return {
-        groups.name: counts[groups.name] / groups.n_groups
-        for groups in adapter.group_sets() if groups.name in counts
+        groups.name: sum(counts[path] for path in paths) / groups.n_groups
+        for groups, paths in of.items() if all(path in counts for path in paths)
     }  # fmt: skip

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from diffusers.models.resnet import ResnetBlock2D
+
 from diffes.adapters.blocks import known_blocks
-from diffes.adapters.groups import UpLayerSet
+from diffes.adapters.convolutions import resnet_channels
+from diffes.adapters.groups import GroupSet, UpLayerSet
 from diffes.adapters.text_to_image import TextToImageAdapter
 from diffes.adapters.unet import unet_layers
 
@@ -12,9 +15,10 @@ class UNetAdapter(TextToImageAdapter):
     """Adapter for `StableDiffusionPipeline`, `StableDiffusionXLPipeline` and their relatives; conditions are prompts.
 
     Every transformer block has three group sets: the heads of its self-attention, the heads of its cross-attention and
-    the GEGLU channels of its FFN. Widths differ inside one U-Net (SDXL: 10 heads of 640 channels, 20 of 1280), so a
+    the GEGLU channels of its FFN. Every ResNet block has one: the channels between its convolutions. Widths differ inside one U-Net (SDXL: 10 heads of 640 channels, 20 of 1280), so a
     level is a fraction: under the equal allocation, level k of H = 20 removes k/20 of the heads and channels of every
-    layer, rounded to whole heads where a layer has 10. Convolutions, time embeddings and projections stay dense.
+    layer, rounded to whole heads where a layer has 10. Time embeddings, projections and the convolutions
+    between blocks stay dense.
     """
 
     def rows_per_image(self, guidance: float) -> int:
@@ -24,6 +28,15 @@ class UNetAdapter(TextToImageAdapter):
     def blocks(self) -> list[str]:
         order = ("down_blocks", "mid_block", "up_blocks")  # of the forward pass; modules are registered in another
         return sorted(known_blocks(self.denoiser), key=lambda path: order.index(path.split(".")[0]))
+
+    def group_sets(self) -> list[GroupSet]:
+        """Return the heads and FFN channels of every block, and the channels of every ResNet block, in the order of the
+        forward pass."""
+        submodule, order = self.denoiser.get_submodule, ("down_blocks", "mid_block", "up_blocks")
+        resnets = [p for p, module in self.denoiser.named_modules() if isinstance(module, ResnetBlock2D)]
+        found = (resnet_channels(path, submodule(path)) for path in resnets)
+        convolutions = sorted((each for each in found if each), key=lambda each: order.index(each.name.split(".")[0]))
+        return [*super().group_sets(), *convolutions]
 
     def up_layers(self) -> UpLayerSet:
         return unet_layers(self.denoiser)

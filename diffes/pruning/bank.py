@@ -303,7 +303,8 @@ def check_bank(bank: WeightBank, header: Mapping[str, Any], adapter: ModelAdapte
             for name, prunable in sets.items():
                 n = prunable.n_kept(level, bank.max_level or adapter.max_level(bank.kind)) if equal else None
                 if name in entry:
-                    outputs = [len(adapter.denoiser.get_submodule(path).weight) for path in prunable.consumers]
+                    layers = [adapter.denoiser.get_submodule(path) for path in prunable.consumers]
+                    outputs = [layer.weight.numel() // layer.weight.shape[1] for layer in layers]
                     check_weights(prunable, entry[name], n, outputs)
                 elif n not in (None, prunable.n_groups):
                     raise ValueError(f"stage {stage} at level {level} must prune {name}, but has no weights of it")

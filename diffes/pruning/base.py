@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffes.adapters import GroupSet, Kind, ModelAdapter, ReuseSet
+from diffes.adapters.convolutions import as_matrix
 from diffes.adapters.groups import Prunable
 from diffes.errors import at_least
 from diffes.plugins import guarded
@@ -44,7 +45,8 @@ class LayerWeights:
 
     Args:
         producers: weights (n_rows, d_in) of the producing layers; gated FFNs have twice the rows.
-        consumers: weights (d_out, n_groups * size) of the consuming layers.
+        consumers: weights (d_out, n_groups * size) of the consuming layers; a convolution is a matrix, too (see
+            `diffes.adapters.convolutions`).
     """
 
     producers: tuple[Tensor, ...]
@@ -54,10 +56,11 @@ class LayerWeights:
     def of(cls, denoiser: Any, groups: GroupSet) -> LayerWeights:
         """Return the present weights of a group set, detached."""
         producers, consumers = (
-            tuple(denoiser.get_submodule(path).weight.detach() for path in paths)
+            [denoiser.get_submodule(path).weight.detach() for path in paths]
             for paths in (groups.producers, groups.consumers)
         )
-        return cls(producers, consumers)
+        matrices = (weight.flatten(1) for weight in producers if weight.dim() > 1)  # without that of a norm
+        return cls(tuple(matrices), tuple(as_matrix(weight) for weight in consumers))
 
 
 @dataclass(frozen=True)

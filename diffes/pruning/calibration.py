@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffes.adapters import BlockSet, Condition, GroupSet, ModelAdapter, check_finite
 from diffes.adapters.blocks import form_of
+from diffes.adapters.convolutions import as_tokens
 from diffes.errors import DiffesError
 from diffes.plugins import guarded, unexpected
 from diffes.pruning.base import BlockChanges
@@ -193,10 +194,10 @@ def _input_moments(run: StagePass, paths: Sequence[str], full: bool) -> dict[str
     total: dict[str, float] = {}
     weights = torch.empty(0)
 
-    def observe(path: str) -> Callable[[object, tuple[Tensor, ...]], None]:
-        def hook(_module: object, inputs: tuple[Tensor, ...]) -> None:
-            scale = weights.sqrt().view(-1, *[1] * (inputs[0].ndim - 1))
-            x = (inputs[0].float() * scale).flatten(0, -2)
+    def observe(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            tokens = as_tokens(inputs[0].float(), module)
+            x = (tokens * weights.sqrt().view(-1, *[1] * (tokens.ndim - 1))).flatten(0, -2)
             found = x.T @ x if full else x.square().sum(0)
             sums[path] = sums[path].add_(found) if path in sums else found
             total[path] = total.get(path, 0.0) + float(weights.sum()) * len(x) / len(weights)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffes.adapters import ClassifierFreeGuidance, GroupSet, ModelAdapter
+from diffes.adapters.convolutions import as_rows, as_tokens
 from diffes.errors import DiffesError
 from diffes.pruning.allocation import Floats, Rungs
 from diffes.pruning.base import GroupWeights, LayerWeights
@@ -219,15 +220,18 @@ class StageSensitivity:
 
     def _seen(self, groups_of: Sequence[GroupSet], drawn: _Drawn) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Yield, for each consumer of each set, its inputs (n, tokens, d_in) and the gradients (directions, n, tokens,
-        d_out) of `v^T f` with respect to its outputs. The tokens of both branches are those of one sample."""
+        d_out) of `v^T f` with respect to its outputs; of a convolution, pixels and the rows of its matrix. The tokens
+        of both branches are those of one sample."""
         paths = [path for groups in groups_of for path in groups.consumers]
         seen, by_direction = self._observed(paths, drawn, backward=True)
         of_path = dict(zip(paths, zip(*by_direction, strict=True), strict=True))
         for groups in groups_of:  # one set at a time: together they are large in single precision
             found = []
             for path in groups.consumers:
-                inputs = _side_by_side(seen[path][0].detach().float(), self._branches)
-                backward = [_side_by_side(gradient.float(), self._branches) for (gradient,) in of_path[path]]
+                layer = self.adapter.denoiser.get_submodule(path)
+                inputs = _side_by_side(as_tokens(seen[path][0].detach().float(), layer), self._branches)
+                gradients = [as_rows(gradient.float(), layer) for (gradient,) in of_path[path]]
+                backward = [_side_by_side(gradient, self._branches) for gradient in gradients]
                 found.append((inputs, torch.stack(backward)))
             yield found
 

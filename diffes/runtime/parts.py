@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffes.adapters import BlockSet, GroupSet, ModelAdapter
+from diffes.adapters.convolutions import as_weight
 from diffes.adapters.groups import is_fused
 from diffes.errors import DiffesError
 from diffes.pruning.base import GroupWeights
@@ -105,6 +106,7 @@ class WidthPart(Part):
         self.modules = [held.layer for held in self._held]
         self._left: GroupWeights | None = None  # the weights that are loaded
         self.attention: Any = denoiser.get_submodule(groups.attention) if groups.attention is not None else None
+        self.norm: Any = denoiser.get_submodule(groups.norm) if groups.norm is not None else None
         self._forward = self.attention.__dict__.get("forward") if self.attention is not None else None
         self._bypassed: Any = None  # the processor at the time when attention lost its last head
         if self.attention is not None:
@@ -175,6 +177,8 @@ class WidthPart(Part):
     def _load(self, left: GroupWeights | None) -> None:
         if self.attention is not None:
             self._load_attention(left)
+        if self.norm is not None:
+            self.norm.__dict__["num_groups"] = self.groups.n_groups if left is None else max(left.kept.numel(), 1)
         self._left = left
         try:
             for parameter, tensor in zip(self._parameters, self._tensors(left), strict=True):
@@ -206,14 +210,17 @@ class WidthPart(Part):
             for held in self._away:
                 held.put_back()
             return [held.dense.to(held.parameter.device, held.parameter.dtype) for held in self._held]
-        if self.in_place is not None or not left.kept.numel():  # without heads, it depends on the present processor
+        bare = self.attention is not None and not left.kept.numel()  # without heads, the present processor decides
+        if self.in_place is not None or bare:
             return self._cut(left)
         return self._resident.get(self.groups.name, left, lambda: self._cut(left))
 
     def _cut(self, left: GroupWeights) -> list[Tensor]:
         """Build what each parameter holds where some of the groups are left."""
         device = self.consumers[0].device
-        silent = self._bypassed is not None and "forward" not in self.attention.__dict__
+        silent = not left.kept.numel() and (
+            self.norm is not None or (self._bypassed is not None and "forward" not in self.attention.__dict__)
+        )  # one group is left, and what it says is multiplied by zero
         kept = left.kept.new_zeros(1) if silent else left.kept
         features = self.groups.features(kept.to(device, torch.long))
         if self.in_place is not None:
@@ -227,13 +234,15 @@ class WidthPart(Part):
         if silent:
             columns = [torch.zeros_like(tensor) for tensor in columns]
             dense = (held.dense for held in self.consumers)
-            consumers = [weight.new_zeros(len(weight), len(features), device=device) for weight in dense]
+            consumers = [weight.index_select(1, features.to(weight.device)).zero_().to(device) for weight in dense]
         elif not left.consumers:
             consumers = [held.dense.to(device).index_select(1, features) for held in self.consumers]
         elif self.in_place is not None:
             consumers = [streamed(consumer, device) for consumer in left.consumers]
         else:
             consumers = [consumer.to(device) for consumer in left.consumers]
+        pairs = zip(consumers, self.consumers, strict=True)
+        consumers = [as_weight(each, held.dense) if each.dim() == 2 else each for each, held in pairs]
         return [*consumers, *rows, *columns]
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from diffes.adapters import BlockSet, GroupSet, ModelAdapter
-from diffes.adapters.macs import macs_by_module
+from diffes.adapters.convolutions import as_weight
+from diffes.adapters.macs import macs_by_module, macs_per_group
 from diffes.measure.currencies import macs_at
 from diffes.pruning import make_method
 from diffes.pruning.bank import WeightBank
@@ -128,9 +129,10 @@ class AdapterConformance:
         bank = self.bank(adapter, "magnitude")
         router, sets = Router(adapter, bank), adapter.group_sets()
         by_module = macs_by_module(adapter)
+        by_group = macs_per_group(adapter, by_module)
         level = bank.max_level // 2
         off = sum(
-            by_module[groups.name] / groups.n_groups * (groups.n_groups - kept)
+            by_group[groups.name] * (groups.n_groups - kept)
             for groups, kept in zip(sets, bank.kept((STAGE, level), sets), strict=True)
         )
         assert abs(by_module[""] - off - macs_at(router, STAGES, STAGE, level)) < 1e-6 * by_module[""]
@@ -171,7 +173,8 @@ def masked(adapter: ModelAdapter, bank: WeightBank, level: int, stack: ExitStack
             for i, path in enumerate(prunable.consumers):
                 layer = adapter.denoiser.get_submodule(path)
                 dense, full = layer.weight.data, torch.zeros_like(layer.weight)
-                full[:, columns] = left.consumers[i] if left.consumers else dense[:, columns]
+                kept = as_weight(left.consumers[i], dense) if left.consumers else dense[:, columns]
+                full[:, columns] = kept
                 layer.weight.data = full
                 stack.callback(setattr, layer.weight, "data", dense)
         elif isinstance(prunable, BlockSet):

@@ -55,7 +55,8 @@ def check_sampling_loop(adapter: ModelAdapter, guidance: float) -> None:
 
 
 def test_group_sets_cover_every_block(adapter: ModelAdapter) -> None:
-    sets = adapter.group_sets()
+    everything = adapter.group_sets()
+    sets = [groups for groups in everything if groups.norm is None]
     per_block = 2 if type(adapter.pipe).__name__ == "DiTPipeline" else 3  # a U-Net's blocks have cross-attention
     assert len(sets) == per_block * len(adapter.blocks())
     for groups in sets:
@@ -64,6 +65,12 @@ def test_group_sets_cover_every_block(adapter: ModelAdapter) -> None:
         for producer in groups.producers:
             halves = 2 if "ff" in producer and per_block == 3 else 1  # GEGLU: values over gates
             assert adapter.denoiser.get_submodule(producer).out_features == halves * consumer.in_features
+    for groups in everything[len(sets) :]:  # channels of ResNet blocks
+        first, *_, norm = (adapter.denoiser.get_submodule(path) for path in groups.producers)
+        consumer = adapter.denoiser.get_submodule(groups.consumers[0])
+        assert first.out_channels == norm.num_channels == consumer.in_channels == groups.n_groups * groups.size
+    resnets = [m for m in adapter.denoiser.modules() if type(m).__name__ == "ResnetBlock2D"]
+    assert len(everything) == len(sets) + len(resnets)
     assert max(groups.n_groups for groups in sets if groups.attention is not None) == adapter.max_level("width")
     assert adapter.max_level("depth") == len(adapter.blocks())
 

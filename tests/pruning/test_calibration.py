@@ -37,7 +37,10 @@ def test_moments_are_those_of_the_inputs(untrained: ModelAdapter, data: Calibrat
     for groups in untrained.group_sets():
         seen: list[torch.Tensor] = []
         layer = untrained.denoiser.get_submodule(groups.consumers[0])
-        hook = layer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].flatten(0, 1)))
+        last = 1 if isinstance(layer, torch.nn.Conv2d) else -1
+        hook = layer.register_forward_pre_hook(
+            lambda _, inputs, seen=seen, last=last: seen.append(inputs[0].movedim(last, -1).flatten(0, -2))
+        )
         found = moments(untrained, data, (250, 500))[groups.name]
         squares = moments(untrained, data, (250, 500), full=False)[groups.name]
         hook.remove()

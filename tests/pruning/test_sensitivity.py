@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffes.adapters import GroupSet, ModelAdapter
+from diffes.adapters.convolutions import as_matrix
 from diffes.errors import DiffesError
 from diffes.pruning import GroupWeights, sensitivity
 from diffes.pruning.allocation import Rungs
@@ -24,7 +25,7 @@ def calibration(adapter: ModelAdapter, n: int) -> CalibrationSet:
 
 def a_little_smaller(adapter: ModelAdapter, groups: GroupSet, factor: float) -> list[GroupWeights]:
     """Dense, and with all of the consumer's weights a little smaller."""
-    weight = adapter.denoiser.get_submodule(groups.consumers[0]).weight.detach()
+    weight = as_matrix(adapter.denoiser.get_submodule(groups.consumers[0]).weight.detach())
     everything = torch.arange(groups.n_groups, dtype=torch.int32)
     return [GroupWeights(everything), GroupWeights(everything, (weight * (1 - factor),))]
 
