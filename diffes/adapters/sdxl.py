@@ -15,10 +15,10 @@ class UNetAdapter(TextToImageAdapter):
     """Adapter for `StableDiffusionPipeline`, `StableDiffusionXLPipeline` and their relatives; conditions are prompts.
 
     Every transformer block has three group sets: the heads of its self-attention, the heads of its cross-attention and
-    the GEGLU channels of its FFN. Every ResNet block has one: the channels between its convolutions. Widths differ inside one U-Net (SDXL: 10 heads of 640 channels, 20 of 1280), so a
-    level is a fraction: under the equal allocation, level k of H = 20 removes k/20 of the heads and channels of every
-    layer, rounded to whole heads where a layer has 10. Time embeddings, projections and the convolutions
-    between blocks stay dense.
+    the GEGLU channels of its FFN. Every ResNet block has one: the channels between its convolutions. Widths differ
+    inside one U-Net (SDXL: 10 heads of 640 channels, 20 of 1280), so a level is a fraction: under the equal allocation,
+    level k of H = 20 removes k/20 of the groups of every layer, rounded to whole heads where a layer has 10. Time
+    embeddings, projections, and the convolutions between blocks stay dense.
     """
 
     def rows_per_image(self, guidance: float) -> int:
