@@ -1,4 +1,4 @@
-"""Do diffusers' own fast tests of both pipelines pass with a schedule routed through every denoiser?
+"""Do diffusers' own fast tests of six pipelines pass with a schedule routed through every denoiser?
 
 Every pipeline that the tests make gets a router (magnitude, three stages): all levels 0 ("dense"), 0 and H / 2 in turns
 ("alternating"), H / 2 everywhere ("half"). What fails there and passes untouched is listed, with what it said.
@@ -8,8 +8,8 @@ Every pipeline that the tests make gets a router (magnitude, three stages): all 
     python benchmarks/diffusers_tests.py CHECKOUT            # tens of minutes
     python benchmarks/diffusers_tests.py CHECKOUT --smoke
 
-With HF_HUB_OFFLINE=1 the tokenizer that the tests load from the hub is one of single letters; what else they load from
-there fails untouched too.
+With HF_HUB_OFFLINE=1 the tokenizers that the tests load from the hub are of single letters and of no words, and T5's
+configuration is a small one; what else they load from there fails untouched too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from typing import Any
 
 import diffusers
 import pytest
-from transformers import CLIPTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerFast, T5Config
 
 from diffes.adapters import adapter_for
 from diffes.pruning import make_method
@@ -41,7 +42,12 @@ RESULTS = Path(__file__).parent / "results"
 FILES = {
     "DiTPipeline": "tests/pipelines/dit/test_dit.py",
     "StableDiffusionXLPipeline": "tests/pipelines/stable_diffusion_xl/test_stable_diffusion_xl.py",
+    "StableDiffusionPipeline": "tests/pipelines/stable_diffusion/test_stable_diffusion.py",
+    "PixArtAlphaPipeline": "tests/pipelines/pixart_alpha/test_pixart.py",
+    "StableDiffusion3Pipeline": "tests/pipelines/stable_diffusion_3/test_pipeline_stable_diffusion_3.py",
+    "FluxPipeline": "tests/pipelines/flux/test_pipeline_flux.py",
 }
+FAST = "FastTests or ((TestStableDiffusionPipeline or TestFluxPipeline) and not (Integration or Ckpt or DeviceMap))"
 STAGES = Stages.equal(3)  # the tests' two steps are in the first and the second
 LEVELS = {"dense": (0, 0, 0), "alternating": (0, 1, 0), "half": (1, 1, 1)}  # in halves of H
 MODE, OUT = "DIFFES_ROUTED", "DIFFES_OUTCOMES"  # environment of the tests: a key of LEVELS or nothing; a file
@@ -50,7 +56,9 @@ MODE, OUT = "DIFFES_ROUTED", "DIFFES_OUTCOMES"  # environment of the tests: a ke
 def route(pipe: Any) -> None:
     """Routes the schedule of the environment through a new pipeline; one whose denoiser is routed stays as it is."""
     adapter = adapter_for(pipe)
-    if adapter.denoiser is None or hasattr(adapter.denoiser, "_routed_by_test"):
+    if all(pipe.components.get(name) is None for name in ("transformer", "unet")):  # made to encode prompts only
+        return
+    if hasattr(adapter.denoiser, "_routed_by_test"):
         return
     bank = build_bank(adapter, make_method("magnitude"), STAGES, None, guidance=2.0, seed=0, allocation="equal")
     router = Router(adapter, bank)
@@ -66,15 +74,30 @@ def letters(*_: Any, **__: Any) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=[], pad_token="<|endoftext|>", model_max_length=77)
 
 
+def words(*_: Any, **__: Any) -> PreTrainedTokenizerFast:
+    """Stands in for T5's tokenizer: every word is unknown to it."""
+    made = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=512, **ends)
+
+
+def t5_config(*_: Any, **__: Any) -> T5Config:
+    """Stands in for the configuration of a tiny T5."""
+    return T5Config(vocab_size=8, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+
+
 def pytest_configure() -> None:
     """As a plug-in of pytest: every pipeline is routed once it is made."""
-    if os.environ.get("HF_HUB_OFFLINE"):
-        own_tokenizer = CLIPTokenizer.from_pretrained
+    stand_ins = ((CLIPTokenizer, letters), (AutoTokenizer, words), (AutoConfig, t5_config))
+    for loaded, stand_in in stand_ins if os.environ.get("HF_HUB_OFFLINE") else ():
 
-        def found(path: Any, *args: Any, **kwargs: Any) -> Any:
-            return (own_tokenizer if Path(path).exists() else letters)(path, *args, **kwargs)
+        def found(
+            path: Any, *args: Any, _own: Any = loaded.from_pretrained, _other: Any = stand_in, **kwargs: Any
+        ) -> Any:
+            return (_own if Path(path).exists() else _other)(path, *args, **kwargs)
 
-        CLIPTokenizer.from_pretrained = found
+        loaded.from_pretrained = found
     for name in FILES:
         made: Any = getattr(diffusers, name)
         own = made.__init__
@@ -98,7 +121,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def outcomes(checkout: Path, mode: str, only: str) -> dict[str, tuple[str, str]]:
-    """Outcome of each test of both files, and what it said."""
+    """Outcome of each test of all files, and what it said."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "outcomes.jsonl"
         out.touch()
@@ -113,7 +136,7 @@ def outcomes(checkout: Path, mode: str, only: str) -> dict[str, tuple[str, str]]
 
 
 def report(checkout: Path, modes: Sequence[str], only: str) -> str:
-    """Counts of both pipelines and these schedules, and the differences, in Markdown."""
+    """Counts of all pipelines and these schedules, and the differences, in Markdown."""
     counts = ["| pipeline | schedule | passed | skipped | failed | as untouched |", "|---|---|---|---|---|---|"]
     differences = ["| test | schedule | said |", "|---|---|---|"]
     untouched = outcomes(checkout, "", only)
@@ -158,14 +181,15 @@ def report(checkout: Path, modes: Sequence[str], only: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path)
-    parser.add_argument("--only", default="FastTests", help="of pytest's -k")
+    parser.add_argument("--only", default=FAST, help="of pytest's -k")
+    parser.add_argument("--schedules", nargs="+", choices=list(LEVELS), default=list(LEVELS))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     if args.smoke:
         args.only = "DiTPipelineFastTests and test_inference_batch_consistent"
         args.out = Path("runs/smoke") if args.out == RESULTS else args.out
-    text = report(args.checkout, ["half"] if args.smoke else list(LEVELS), args.only)
+    text = report(args.checkout, ["half"] if args.smoke else args.schedules, args.only)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "diffusers_tests.md").write_text(text, encoding="utf-8")
     print(text)

@@ -719,7 +719,10 @@ class ModelAdapter:
         """
         if self.own_scheduler is self._checked_sampler or self.device.type == "meta":
             return
-        visited = self.timesteps(min(10, self.n_timesteps))
+        scheduler = copy.deepcopy(self.own_scheduler)  # not by a run of the pipeline: this may be inside of one
+        shifts = {"mu": 1.0} if getattr(scheduler.config, "use_dynamic_shifting", False) else {}
+        scheduler.set_timesteps(min(10, self.n_timesteps), **shifts)
+        visited = [float(t) for t in scheduler.timesteps]
         if min(visited) < 0 or 2 * max(visited) < self.n_timesteps:
             raise _no_training_timestep(
                 type(self.own_scheduler).__name__, f"it goes from {max(visited):.4g} to {min(visited):.4g}"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel, ZImageTransformer2DModel
+from diffusers.hooks import FirstBlockCacheConfig
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.attention import BasicTransformerBlock
 from families import FAMILIES, pipeline, wan
@@ -264,6 +265,18 @@ def test_sigmas_that_end_below_the_first_timestep_are_in_the_first_stage() -> No
     assert adapter.timesteps(20)[-1] == 0
     assert adapter.timestep((), {"timestep": torch.tensor([0.5, 0.5])}) == 0
     adapter.check_sampler()
+
+
+def test_a_schedule_routes_under_a_cache_of_diffusers() -> None:
+    """Caches need the context that the pipeline has set around the denoiser call: no other run may begin there."""
+    pipe, call = pipeline("flux")
+    adapter = adapter_for(pipe)
+    bank = build_bank(adapter, make_method("magnitude"), STAGES, None, guidance=1.0, seed=0, allocation="equal")
+    router = Router(adapter, bank)
+    router.install(Schedule(STAGES, (0,) * 4, bank.max_level))
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.05))
+    assert pipe(**call, num_inference_steps=2, output_type="np")[0].shape == (4, 8, 8, 3)
+    router.remove()
 
 
 def test_a_guidance_scale_for_each_image_has_to_be_used() -> None:
