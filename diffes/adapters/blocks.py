@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffes.adapters.groups import GroupSet, channels_of, heads_of, norm_across_heads
+from diffes.adapters.groups import GroupSet, channels_of, heads_of, norm_across_heads, sharing
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class BlockForm:
         attentions: names of its attention layers with heads that can be removed, in the order of the forward pass.
         ffns: names of its FFNs with channels that can be removed, likewise.
         others: further layers whose outputs a call may reuse, each with the layers that only it reads.
+        sharing: names of the projection that makes the channels of its FFN, and of the output projection which these
+            share with the heads of `attn`; None where there is none.
         states: names of the arguments that hold the hidden states and those of the text, the first two.
 
     Example:
@@ -35,6 +37,7 @@ class BlockForm:
     attentions: tuple[str, ...] = ()
     ffns: tuple[str, ...] = ()
     others: tuple[tuple[str, ...], ...] = ()
+    sharing: tuple[str, str] | None = None
     states: tuple[str, str] = ("hidden_states", "encoder_hidden_states")
 
     def skipped(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,6 +61,8 @@ class BlockForm:
         without some of them, the others would change."""
         attentions = [each for each in _named(self.attentions, path, block) if not norm_across_heads(each[1])]
         ffns = _named(self.ffns, path, block)
+        if self.sharing is not None:
+            return sharing(path, block.attn, *self.sharing, block)
         return [*(heads_of(*each) for each in attentions), *(channels_of(*each) for each in ffns)]
 
     def branches(self, path: str, block: Any) -> list[tuple[str, ...]]:
@@ -75,8 +80,7 @@ def _named(names: Sequence[str], path: str, block: Any) -> list[tuple[str, Any]]
 _JOINT = BlockForm(1, 0, ("attn", "attn2"), ("ff", "ff_context"))
 _VIDEO = BlockForm(attentions=("attn1", "attn2"), ffns=("ff", "ffn"))
 _HUNYUAN = BlockForm(0, 1, ("attn",), ("ff", "ff_context"))
-# heads and channels share a projection, so only whole blocks are removed, and its output is reused
-_HUNYUAN_SINGLE = BlockForm(0, 1, others=(("proj_out", "attn", "proj_mlp"),))
+_HUNYUAN_SINGLE = BlockForm(0, 1, others=(("proj_out", "attn", "proj_mlp"),), sharing=("proj_mlp", "proj_out"))
 BLOCKS: dict[str, BlockForm] = {
     "BasicTransformerBlock": BlockForm(attentions=("attn1", "attn2"), ffns=("ff",)),  # DiT, PixArt, U-Nets
     "JointTransformerBlock": _JOINT,  # Stable Diffusion 3 and 3.5

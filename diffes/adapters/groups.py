@@ -84,6 +84,8 @@ class GroupSet(Prunable):
         attention: path of the attention module whose heads the groups are; None for channels.
         norm: path of the normalisation whose groups they are, one of the producers; None where they are not.
         counted: paths of the modules whose cost falls with the groups; `name` when left out.
+        first: first of the set's inputs among those of its consumer, if other sets have the other inputs; None where
+            the consumers read this set alone.
     """
 
     kind = "width"
@@ -97,6 +99,7 @@ class GroupSet(Prunable):
     attention: str | None = None
     norm: str | None = None
     counted: tuple[str, ...] = ()
+    first: int | None = None
 
     @property
     def width(self) -> int:
@@ -107,8 +110,12 @@ class GroupSet(Prunable):
     def removed(self) -> tuple[str, ...]:
         return (*(f"{path}." for path in self.producers), *(f"{path}.weight" for path in self.consumers))
 
+    def own(self, inputs: Tensor, dim: int = -1) -> Tensor:
+        """Return those of a consumer's inputs, or of its weight's columns, that are the set's."""
+        return inputs if self.first is None else inputs.narrow(dim, self.first, self.width)
+
     def features(self, groups: Tensor) -> Tensor:
-        """Return the consumer input indices (n * size,) of group indices (n,), group by group."""
+        """Return the indices (n * size,) of group indices (n,), group by group, among the set's inputs."""
         return (groups[:, None] * self.size + torch.arange(self.size, device=groups.device)).flatten()
 
 
@@ -262,6 +269,25 @@ def channels_of(path: str, ffn: Any) -> GroupSet:
     if hasattr(ffn, "w1"):
         return GroupSet(path, ffn.w2.weight.shape[1], 1, (f"{path}.w1", f"{path}.w3"), (f"{path}.w2",))
     return GroupSet(path, ffn.net[2].weight.shape[1], 1, (f"{path}.net.0.proj",), (f"{path}.net.2",))
+
+
+def sharing(path: str, attention: Any, inner: str, out: str, block: Any) -> list[GroupSet]:
+    """Return heads and channels of a block whose attention and FFN have one output projection together: it reads the
+    heads first, then the channels.
+
+    Args:
+        path: of the block.
+        attention: its attention, without an output projection.
+        inner: name of the projection that makes the channels.
+        out: name of the output projection.
+        block: the block.
+    """
+    width, channels = attention.to_q.weight.shape[0], getattr(block, inner).weight.shape[0]
+    consumers, where = (f"{path}.{out}",), f"{path}.attn"
+    producers = tuple(f"{where}.{part}" for part in ("to_q", "to_k", "to_v"))
+    heads = GroupSet(where, attention.heads, width // attention.heads, producers, consumers, attention=where, first=0)
+    made = GroupSet(f"{path}.{inner}", channels, 1, (f"{path}.{inner}",), consumers, first=width)
+    return [heads, made]
 
 
 def is_fused(attention: Any) -> bool:

@@ -54,8 +54,12 @@ def macs_per_group(adapter: ModelAdapter, counts: Mapping[str, int]) -> dict[str
     between, and no set changes the cost of another. So a pruned network saves exactly the sum over the groups that it
     lacks.
     """
-    of = {groups: groups.counted or (groups.name,) for groups in adapter.group_sets()}
-    return {
-        groups.name: sum(counts[path] for path in paths) / groups.n_groups
-        for groups, paths in of.items() if all(path in counts for path in paths)
-    }  # fmt: skip
+    found = {}
+    for groups in adapter.group_sets():
+        shares = dict.fromkeys(groups.counted or (groups.name,), 1.0)
+        if groups.first is not None:  # its part of the consumer that it shares
+            (consumer,) = groups.consumers
+            shares[consumer] = groups.width / adapter.denoiser.get_submodule(consumer).weight.shape[1]
+        if all(path in counts for path in shares):
+            found[groups.name] = sum(counts[path] * share for path, share in shares.items()) / groups.n_groups
+    return found

@@ -60,7 +60,7 @@ class LayerWeights:
             for paths in (groups.producers, groups.consumers)
         )
         matrices = (weight.flatten(1) for weight in producers if weight.dim() > 1)  # without that of a norm
-        return cls(tuple(matrices), tuple(as_matrix(weight) for weight in consumers))
+        return cls(tuple(matrices), tuple(as_matrix(groups.own(weight, 1)) for weight in consumers))
 
 
 @dataclass(frozen=True)

@@ -184,33 +184,36 @@ def input_moments(run: StagePass, sets: Sequence[GroupSet], *, full: bool) -> di
         sets: the sets of the consumers.
         full: True for `E[x x^T]` (d, d), False for its diagonal `E[x^2]` (d,).
     """
-    paths = [path for groups in sets for path in groups.consumers]
-    found = run.within_room(lambda fitting: _input_moments(fitting, paths, full))
-    return {groups.name: tuple(found[path] for path in groups.consumers) for groups in sets}
+    return run.within_room(lambda fitting: _input_moments(fitting, sets, full))
 
 
-def _input_moments(run: StagePass, paths: Sequence[str], full: bool) -> dict[str, Tensor]:
-    sums: dict[str, Tensor] = {}
-    total: dict[str, float] = {}
+def _input_moments(run: StagePass, sets: Sequence[GroupSet], full: bool) -> dict[str, tuple[Tensor, ...]]:
+    sums: dict[tuple[str, str], Tensor] = {}
+    total: dict[tuple[str, str], float] = {}
     weights = torch.empty(0)
 
-    def observe(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def observe(groups: GroupSet, path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        key = (groups.name, path)
+
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            tokens = as_tokens(inputs[0].float(), module)
+            tokens = groups.own(as_tokens(inputs[0].float(), module))
             x = (tokens * weights.sqrt().view(-1, *[1] * (tokens.ndim - 1))).flatten(0, -2)
             found = x.T @ x if full else x.square().sum(0)
-            sums[path] = sums[path].add_(found) if path in sums else found
-            total[path] = total.get(path, 0.0) + float(weights.sum()) * len(x) / len(weights)
+            sums[key] = sums[key].add_(found) if key in sums else found
+            total[key] = total.get(key, 0.0) + float(weights.sum()) * len(x) / len(weights)
 
         return hook
 
     with ExitStack() as hooks:
-        for path in paths:
-            layer = run.adapter.denoiser.get_submodule(path)
-            hooks.callback(layer.register_forward_pre_hook(observe(path)).remove)
+        for groups in sets:
+            for path in groups.consumers:
+                layer = run.adapter.denoiser.get_submodule(path)
+                hooks.callback(layer.register_forward_pre_hook(observe(groups, path)).remove)
         for weights in run.run():  # noqa: B007 (the hooks read it)
             pass
-    return {path: found.div_(total[path]) for path, found in sums.items()}  # in place, because they fill the memory
+    for key, found in sums.items():
+        found.div_(total[key])  # in place, because they fill the memory
+    return {groups.name: tuple(sums[groups.name, path] for path in groups.consumers) for groups in sets}
 
 
 def block_changes(run: StagePass, blocks: BlockSet) -> BlockChanges:

@@ -222,14 +222,14 @@ class StageSensitivity:
         """Yield, for each consumer of each set, its inputs (n, tokens, d_in) and the gradients (directions, n, tokens,
         d_out) of `v^T f` with respect to its outputs; of a convolution, pixels and the rows of its matrix. The tokens
         of both branches are those of one sample."""
-        paths = [path for groups in groups_of for path in groups.consumers]
+        paths = list(dict.fromkeys(path for groups in groups_of for path in groups.consumers))
         seen, by_direction = self._observed(paths, drawn, backward=True)
         of_path = dict(zip(paths, zip(*by_direction, strict=True), strict=True))
         for groups in groups_of:  # one set at a time: together they are large in single precision
             found = []
             for path in groups.consumers:
                 layer = self.adapter.denoiser.get_submodule(path)
-                inputs = _side_by_side(as_tokens(seen[path][0].detach().float(), layer), self._branches)
+                inputs = _side_by_side(groups.own(as_tokens(seen[path][0].detach().float(), layer)), self._branches)
                 gradients = [as_rows(gradient.float(), layer) for (gradient,) in of_path[path]]
                 backward = [_side_by_side(gradient, self._branches) for gradient in gradients]
                 found.append((inputs, torch.stack(backward)))

@@ -65,8 +65,68 @@ class Part:
         return False
 
 
-class WidthPart(Part):
-    """The layers around one group set, with their dense tensors at hand.
+class SwappedPart(Part):
+    """Layers whose parameters get other tensors, with their dense ones at hand.
+
+    Args:
+        name: for messages.
+        layers: the layers as they are in the model, maybe with adapters of peft around them.
+        held: the parameters that are swapped.
+
+    Attributes:
+        modules: those whose parameters are swapped.
+    """
+
+    def __init__(self, name: str, layers: Sequence[Any], held: Sequence[Held]) -> None:
+        self._name = name
+        self._adapters = [(layer, _adapters(layer)) for layer in layers if hasattr(layer, "base_layer")]
+        self._held = tuple(held)
+        self._parameters = [each.parameter for each in held]
+        self._places: list[Any] = [(each.layer._parameters, each.name, each.parameter) for each in held]
+        self.modules = [each.layer for each in held]
+        self.note()
+
+    def note(self) -> None:
+        self._versions, self._pointers = _versions(self._parameters), [p.data_ptr() for p in self._parameters]
+
+    def check_unchanged(self) -> None:
+        if self._cast:
+            now, then = self._held[0].parameter, self._held[0]
+            raise DiffesError(
+                f"the model was moved or cast, from {then.dense.dtype} on {then.device} to {now.dtype} on "
+                f"{now.device}, while a schedule was routed through it: call diffes.remove(pipe), move it, call "
+                "diffes.apply again"
+            )
+        if any(_adapters(layer) != known for layer, known in self._adapters):
+            raise replaced()
+        if self.changed:
+            raise written(self._name)
+
+    @property
+    def _cast(self) -> bool:
+        first = self._held[0]
+        return first.parameter.dtype != first.dense.dtype or first.parameter.device != first.device
+
+    @property
+    def changed(self) -> bool:
+        if _versions(self._parameters) != self._versions or any(
+            layer[name] is not p for layer, name, p in self._places
+        ):
+            return True
+        if [p.data_ptr() for p in self._parameters] == self._pointers or self._cast:
+            return False
+        if all(_equal(p, tensor) for p, tensor in zip(self._parameters, self._loaded(), strict=True)):
+            self.note()  # they were moved to another device and back
+            return False
+        return True
+
+    def _loaded(self) -> list[Tensor]:
+        """Return what each parameter holds as it was loaded last."""
+        raise NotImplementedError
+
+
+class WidthPart(SwappedPart):
+    """The layers around one group set. A consumer that the set shares with others is a `SharedPart`.
 
     Attention keeps its processor, even one that is set later. Where attention has no heads left, the adapter's
     replacement stands in for its forward, or else one head whose outputs are multiplied by zeros.
@@ -79,7 +139,6 @@ class WidthPart(Part):
             `diffes.runtime.in_place`), so that pruned layers are no copies.
 
     Attributes:
-        modules: those whose parameters are swapped.
         in_place: moves the rows; None where pruned layers are copies.
     """
 
@@ -91,29 +150,20 @@ class WidthPart(Part):
         self._adapter = adapter
         denoiser = adapter.denoiser
         producers = [denoiser.get_submodule(path) for path in groups.producers]
-        consumers = [denoiser.get_submodule(path) for path in groups.consumers]
-        layers = [layer for layer in (*producers, *consumers) if hasattr(layer, "base_layer")]  # those with adapters
-        self._adapters = [(layer, _adapters(layer)) for layer in layers]
+        consumers = [denoiser.get_submodule(path) for path in (groups.consumers if groups.first is None else ())]
         self.consumers = [Held(_base(layer), "weight") for layer in consumers]
         by_row = [held for layer in producers for held in (*_own(layer), *_lora(layer, "lora_B"))]
         self._by_row, self._by_column = by_row, [held for layer in consumers for held in _lora(layer, "lora_A")]
-        self._held = (*self.consumers, *self._by_row, *self._by_column)
         self._away = (*self.consumers, *self._by_column)  # put away while pruned rows are in place
         self.in_place = in_place(by_row, self._away, groups.n_groups, groups.size, alone)
-        self._parameters = [held.parameter for held in self._held]
-        self._places: list[Any] = [(held.layer._parameters, held.name, held.parameter) for held in self._held]
-        self.note()
-        self.modules = [held.layer for held in self._held]
-        self._left: GroupWeights | None = None  # the weights that are loaded
+        super().__init__(groups.name, (*producers, *consumers), (*self.consumers, *by_row, *self._by_column))
+        self.left: GroupWeights | None = None  # the weights that are loaded
         self.attention: Any = denoiser.get_submodule(groups.attention) if groups.attention is not None else None
         self.norm: Any = denoiser.get_submodule(groups.norm) if groups.norm is not None else None
         self._forward = self.attention.__dict__.get("forward") if self.attention is not None else None
         self._bypassed: Any = None  # the processor at the time when attention lost its last head
         if self.attention is not None:
             check_attention(groups.name, self.attention)
-
-    def note(self) -> None:
-        self._versions, self._pointers = _versions(self._parameters), [p.data_ptr() for p in self._parameters]
 
     def check_dense(self) -> None:
         if any(held.is_part() for held in self._by_row):
@@ -123,38 +173,9 @@ class WidthPart(Part):
             )
 
     def check_unchanged(self) -> None:
-        if self._cast:
-            now, then = self.consumers[0].parameter, self.consumers[0]
-            raise DiffesError(
-                f"the model was moved or cast, from {then.dense.dtype} on {then.device} to {now.dtype} on "
-                f"{now.device}, while a schedule was routed through it: call diffes.remove(pipe), move it, call "
-                "diffes.apply again"
-            )
-        if any(_adapters(layer) != known for layer, known in self._adapters):
-            raise replaced()
         if self.attention is not None:
             check_attention(self.groups.name, self.attention)
-        if self.changed:
-            raise written(self.groups.name)
-
-    @property
-    def _cast(self) -> bool:
-        return any(
-            held.parameter.dtype != held.dense.dtype or held.parameter.device != held.device for held in self.consumers
-        )
-
-    @property
-    def changed(self) -> bool:
-        if _versions(self._parameters) != self._versions or any(
-            layer[name] is not p for layer, name, p in self._places
-        ):
-            return True
-        if [p.data_ptr() for p in self._parameters] == self._pointers or self._cast:
-            return False
-        if all(_equal(p, tensor) for p, tensor in zip(self._parameters, self._tensors(self._left), strict=True)):
-            self.note()  # they were moved to another device and back
-            return False
-        return True
+        super().check_unchanged()
 
     @property
     def spoilt(self) -> bool:
@@ -174,12 +195,15 @@ class WidthPart(Part):
         if self.attention is not None and is_fused(self.attention):  # since routing began, maybe from pruned layers
             self.attention.fuse_projections()
 
+    def _loaded(self) -> list[Tensor]:
+        return self._tensors(self.left)
+
     def _load(self, left: GroupWeights | None) -> None:
         if self.attention is not None:
             self._load_attention(left)
         if self.norm is not None:
             self.norm.__dict__["num_groups"] = self.groups.n_groups if left is None else max(left.kept.numel(), 1)
-        self._left = left
+        self.left = left
         try:
             for parameter, tensor in zip(self._parameters, self._tensors(left), strict=True):
                 parameter.data = tensor
@@ -217,10 +241,8 @@ class WidthPart(Part):
 
     def _cut(self, left: GroupWeights) -> list[Tensor]:
         """Build what each parameter holds where some of the groups are left."""
-        device = self.consumers[0].device
-        silent = not left.kept.numel() and (
-            self.norm is not None or (self._bypassed is not None and "forward" not in self.attention.__dict__)
-        )  # one group is left, and what it says is multiplied by zero
+        device = self._by_row[0].device
+        silent = self.silent(left)
         kept = left.kept.new_zeros(1) if silent else left.kept
         features = self.groups.features(kept.to(device, torch.long))
         if self.in_place is not None:
@@ -233,17 +255,79 @@ class WidthPart(Part):
         columns = [held.dense.to(device).index_select(1, features) for held in self._by_column]
         if silent:
             columns = [torch.zeros_like(tensor) for tensor in columns]
-            dense = (held.dense for held in self.consumers)
-            consumers = [weight.index_select(1, features.to(weight.device)).zero_().to(device) for weight in dense]
-        elif not left.consumers:
-            consumers = [held.dense.to(device).index_select(1, features) for held in self.consumers]
-        elif self.in_place is not None:
-            consumers = [streamed(consumer, device) for consumer in left.consumers]
-        else:
-            consumers = [consumer.to(device) for consumer in left.consumers]
-        pairs = zip(consumers, self.consumers, strict=True)
-        consumers = [as_weight(each, held.dense) if each.dim() == 2 else each for each, held in pairs]
+        consumers = [
+            cut_columns(held.dense, each, features, silent, self.in_place is not None, device)
+            for held, each in zip(self.consumers, left.consumers or [None] * len(self.consumers), strict=False)
+        ]
         return [*consumers, *rows, *columns]
+
+    def silent(self, left: GroupWeights) -> bool:
+        """Return True where no group is left, and layers need one: it is kept, and multiplied by zero."""
+        return not left.kept.numel() and (
+            self.norm is not None or (self._bypassed is not None and "forward" not in self.attention.__dict__)
+        )
+
+
+def cut_columns(
+    dense: Tensor, compensated: Tensor | None, features: Tensor, silent: bool, streams: bool, device: torch.device
+) -> Tensor:
+    """Return the weight of a consumer with some of its inputs.
+
+    Args:
+        dense: its weight with all of a set's inputs.
+        compensated: those columns of a method that compensates, as a matrix; None where they stay as they are.
+        features: indices of the inputs.
+        silent: whether they are to count nothing.
+        streams: whether a tensor of the bank is copied without waiting.
+        device: where the layer computes.
+    """
+    if silent or compensated is None:
+        found = dense.to(device).index_select(1, features)
+        return found.zero_() if silent else found
+    return as_weight(streamed(compensated, device) if streams else compensated.to(device), dense)
+
+
+class SharedPart(SwappedPart):
+    """A consumer whose inputs are those of several group sets, one after the other.
+
+    Args:
+        layer: the consumer.
+        path: its module path.
+        parts: the sets' other layers, in the order of their inputs.
+    """
+
+    def __init__(self, layer: Any, path: str, parts: Sequence[WidthPart]) -> None:
+        self._parts = parts
+        super().__init__(path, [layer], [Held(_base(layer), "weight"), *_lora(layer, "lora_A")])
+
+    def load_dense(self) -> None:
+        """Take what the sets' other layers were loaded with: dense if they are."""
+        try:
+            for parameter, tensor in zip(self._parameters, self._loaded(), strict=True):
+                parameter.data = tensor
+        finally:
+            self.note()
+
+    def _loaded(self) -> list[Tensor]:
+        lefts = [(part, part.left) for part in self._parts]
+        if all(left is None for _, left in lefts):
+            return [held.dense.to(held.parameter.device, held.parameter.dtype) for held in self._held]
+        return [
+            torch.cat([self._piece(held.dense, part, left, i > 0) for part, left in lefts], 1)
+            for i, held in enumerate(self._held)
+        ]
+
+    def _piece(self, dense: Tensor, part: WidthPart, left: GroupWeights | None, adapts: bool) -> Tensor:
+        """Return the columns that a set has in a tensor: the weight, or a matrix of an adapter."""
+        groups, device = part.groups, self._held[0].device
+        own = groups.own(dense.to(device), 1)
+        if left is None:
+            return own
+        silent = part.silent(left)
+        kept = left.kept.new_zeros(1) if silent else left.kept
+        features = groups.features(kept.to(device, torch.long))
+        compensated = left.consumers[0] if left.consumers and not adapts else None
+        return cut_columns(own, compensated, features, silent, part.in_place is not None, device)
 
 
 class DepthPart(Part):

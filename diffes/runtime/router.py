@@ -19,7 +19,7 @@ from diffes.pruning.bank import StageWeights, WeightBank
 from diffes.runtime.checks import check_cuttable, check_not_offloaded, replaced, tree_of, written
 from diffes.runtime.in_place import copied, unshared
 from diffes.runtime.memory import Memory, ReusePart
-from diffes.runtime.parts import DepthPart, Part, WidthPart
+from diffes.runtime.parts import DepthPart, Part, SharedPart, SwappedPart, WidthPart
 from diffes.runtime.resident import Resident, limit_of
 from diffes.solvers.scheduler import PlanScheduler
 from diffes.spaces.schedule import Plan, Schedule
@@ -83,13 +83,19 @@ class Router:
         self.resident = Resident(resident if isinstance(resident, int) else limit_of(resident, device))
         alone = unshared(adapter.denoiser) if self.resident.limit == 0 else frozenset()
         self._parts = {p.name: self._part(p, alone) for p in adapter.prunable(bank.kind)}
+        parts = [part for part in self._parts.values() if isinstance(part, WidthPart)]
+        for path in dict.fromkeys(
+            path for part in parts if part.groups.first is not None for path in part.groups.consumers
+        ):
+            sharing = [part for part in parts if path in part.groups.consumers]  # they are loaded before it
+            self._parts[path] = SharedPart(adapter.denoiser.get_submodule(path), path, sharing)
         self._tree = list(tree_of(adapter.denoiser, adapter.group_sets()))
         self._reuse = [part for part in self._parts.values() if isinstance(part, ReusePart)]
         self._keeps = False  # True to keep outputs that this schedule does not reuse
         self._wanted: frozenset[str] = frozenset()  # modules whose outputs are kept
         self._reused_until = -math.inf  # the last place of a run at which outputs are reused
-        parts = [part for part in self._parts.values() if isinstance(part, WidthPart)]
-        self._saved = list(_owners(adapter.denoiser, parts))
+        swapped = [part for part in self._parts.values() if isinstance(part, SwappedPart)]
+        self._saved = list(_owners(adapter.denoiser, swapped))
         self._in_place = {module for part in parts if part.in_place for module in part.in_place.modules}
         self._current: StageWeights | None = None
         self._watching = False
@@ -297,7 +303,7 @@ def _last(schedule: Schedule | Plan, key: tuple[int, int]) -> float:
     return -schedule.stages.ranges[key[0]][0]
 
 
-def _owners(denoiser: nn.Module, parts: Sequence[WidthPart]) -> Iterator[nn.Module]:
+def _owners(denoiser: nn.Module, parts: Sequence[SwappedPart]) -> Iterator[nn.Module]:
     """Yield the denoiser, and every module that contains a swapped parameter."""
     swapped = {id(module) for part in parts for module in part.modules}
     for module in denoiser.modules():

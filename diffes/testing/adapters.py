@@ -169,10 +169,11 @@ def masked(adapter: ModelAdapter, bank: WeightBank, level: int, stack: ExitStack
         if left is None:  # dense at this level
             continue
         if isinstance(prunable, GroupSet):
-            columns = prunable.features(left.kept.long())
+            columns = prunable.features(left.kept.long()) + (prunable.first or 0)
             for i, path in enumerate(prunable.consumers):
                 layer = adapter.denoiser.get_submodule(path)
-                dense, full = layer.weight.data, torch.zeros_like(layer.weight)
+                dense, full = layer.weight.data, layer.weight.data.clone()
+                prunable.own(full, 1).zero_()
                 kept = as_weight(left.consumers[i], dense) if left.consumers else dense[:, columns]
                 full[:, columns] = kept
                 layer.weight.data = full

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -23,12 +24,15 @@ from diffes.errors import DiffesError
 from diffes.measure.evaluator import ScheduleEvaluator
 from diffes.measure.metrics import make_metric
 from diffes.pruning import make_method
+from diffes.pruning.bank import WeightBank
+from diffes.pruning.base import GroupWeights
 from diffes.pruning.build import build_bank
 from diffes.pruning.calibration import CalibrationSet
 from diffes.runtime.router import Router
 from diffes.solvers.scheduler import PlanScheduler
 from diffes.spaces.schedule import Schedule, Stages
 from diffes.testing import AdapterConformance
+from diffes.testing.adapters import masked
 
 STAGES = Stages.equal(4)
 
@@ -286,3 +290,43 @@ def test_a_guidance_scale_for_each_image_has_to_be_used() -> None:
     probes = adapter.make_probes(2, 3).over(1.5, 4.0)
     with pytest.raises(DiffesError, match="FluxPipeline does not mix branches by a guidance scale for each image"):
         adapter.sample(probes, 3, 2.75)
+
+
+@pytest.mark.parametrize("name", ["flux", "hunyuan_video"])
+def test_heads_and_channels_that_share_a_projection_are_routed_together(name: str) -> None:
+    """Streamed or resident, with some of both left, one of them, or none; what was dense is dense again, to the bit."""
+    pipe, call = pipeline(name)
+    adapter = adapter_for(pipe)
+    adapter.use_call(call)
+    probes = adapter.make_probes(2, 0)
+    latents, at = adapter.noise(probes), torch.tensor([300, 300])
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    heads, channels = (groups for groups in adapter.group_sets() if groups.first is not None)
+    shared = pipe.transformer.get_submodule(heads.consumers[0])
+    kept = torch.arange(0, 4, 2, dtype=torch.int32), torch.arange(0, channels.n_groups, 3, dtype=torch.int32)
+    some, none = (GroupWeights(kept[0]), GroupWeights(kept[1])), GroupWeights(kept[0][:0])
+    entries = [{heads.name: some[0], channels.name: some[1]}, {channels.name: some[1]}, {heads.name: none}]
+    bank = WeightBank({(1, level): entry for level, entry in enumerate(entries, 1)}, "width", max_level=3)
+    found: dict[str, list[torch.Tensor]] = {}
+    for resident in ("all", "stream"):
+        router = Router(adapter, bank, resident=resident)
+        for level in range(1, 4):
+            with torch.no_grad(), router.routed(Schedule(STAGES, (0, level, 0, 0), 3)):
+                found.setdefault(resident, []).append(adapter.denoise_once(latents, at, probes.conditions))
+                left = entries[level - 1]
+                n = [len(left[g.name].kept) if g.name in left else g.n_groups for g in (heads, channels)]
+                assert shared.weight.shape[1] == max(n[0], 1) * heads.size + n[1]
+    for level, pruned in enumerate(found["all"], 1):
+        assert torch.equal(pruned, found["stream"][level - 1])
+        with torch.no_grad(), ExitStack() as stack:
+            masked(adapter, bank, level, stack)
+            expected = adapter.denoise_once(latents, at, probes.conditions)
+        torch.testing.assert_close(pruned, expected, rtol=1e-4, atol=1e-4)
+    after = pipe.transformer.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    router = Router(adapter, bank)
+    with router.routed(Schedule(STAGES, (0, 1, 0, 0), 3)), torch.no_grad():
+        adapter.denoise_once(latents, at, probes.conditions)
+        shared.weight.mul_(2)
+        with pytest.raises(DiffesError, match="proj_out were changed while a run was applied"):
+            adapter.denoise_once(latents, at, probes.conditions)

@@ -1,6 +1,6 @@
 """What levels reach in published denoisers: shares of parameters and multiply-accumulates, on the meta device.
 
-    python benchmarks/families.py        # no weights, no downloads; about a minute
+    python benchmarks/published_families.py        # no weights, no downloads; about a minute
 
 A call on one image or video, without guidance. "width" removes heads and channels, "depth" whole blocks, "reuse"
 returns outputs of an earlier call: each column is the share that the highest level leaves out.
@@ -187,7 +187,7 @@ def row(name: str, built: Built) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     versions = f"diffusers {diffusers.__version__}, torch {torch.__version__}"
     lines = [
-        f"{versions}, the meta device: `python benchmarks/families.py`",
+        f"{versions}, the meta device: `python benchmarks/published_families.py`",
         "",
         "| model | parameters | GMACs a call | heads and channels | of these convolutions | blocks | reused outputs |",
         "|---|---|---|---|---|---|---|",
@@ -214,8 +214,8 @@ def main() -> None:
                 rows.append(row(name, build()))
                 print(rows[-1], flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "families.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    (args.out / "families.md").write_text(table(rows), encoding="utf-8")
+    (args.out / "published_families.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (args.out / "published_families.md").write_text(table(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
