@@ -173,6 +173,7 @@ def row(name: str, built: Built) -> dict[str, Any]:
         return round(sum(macs.get(path, 0.0) for path in found) / macs[root], 4)
 
     counted = [path for groups in (*blocks, *resnets) for path in (groups.counted or (groups.name,))]
+    counted += dict.fromkeys(groups.consumers[0] for groups in blocks if groups.first is not None)  # shared
     parameters = sum(p.numel() for p in net.parameters())
     layers = {at(net, path) for groups in (*blocks, *resnets) for path in (*groups.producers, *groups.consumers)}
     return {
