@@ -11,19 +11,21 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffes.adapters.groups import GroupSet
+from diffes.adapters.groups import GroupSet, base_of
 
 
 def resnet_channels(path: str, resnet: Any) -> GroupSet | None:
     """Return the channels between the convolutions of a ResNet block at a module path, in the groups over which they
-    are normalised: without a whole group, the others stay as they are. None where there is one group only.
+    are normalised: without a whole group, the others stay as they are. None where there is one group only, or where
+    the second convolution makes pixels of another number.
 
     Args:
         path: of the block.
         resnet: a `ResnetBlock2D`.
     """
-    norm = resnet.norm2
-    if not isinstance(norm, nn.GroupNorm) or norm.num_groups < 2:
+    norm, conv2 = resnet.norm2, base_of(resnet.conv2)
+    plain = conv2.stride == (1, 1) and conv2.padding == tuple(k // 2 for k in conv2.kernel_size)
+    if not isinstance(norm, nn.GroupNorm) or norm.num_groups < 2 or not plain:
         return None
     inner = [name for name in ("conv1", "time_emb_proj") if getattr(resnet, name, None) is not None]
     layers = tuple(f"{path}.{name}" for name in (*inner, "conv2"))
@@ -47,7 +49,7 @@ def as_weight(matrix: Tensor, like: Tensor) -> Tensor:
 
 def as_tokens(inputs: Tensor, layer: nn.Module) -> Tensor:
     """Return the inputs of a layer (n, ..., d_in): of a convolution (n, C, h, w), its pixels (n, h w, C)."""
-    return inputs.flatten(2).transpose(1, 2) if isinstance(layer, nn.Conv2d) else inputs
+    return inputs.flatten(2).transpose(1, 2) if isinstance(base_of(layer), nn.Conv2d) else inputs
 
 
 def as_rows(gradient: Tensor, layer: nn.Module) -> Tensor:
@@ -56,12 +58,10 @@ def as_rows(gradient: Tensor, layer: nn.Module) -> Tensor:
     Output pixel p of a convolution reads input pixel q = p + offset; so the row of that offset has, at q, the gradient
     of output pixel q - offset.
     """
-    if not isinstance(layer, nn.Conv2d):
+    convolution = base_of(layer)
+    if not isinstance(convolution, nn.Conv2d):
         return gradient
     n, d_out, *_ = gradient.shape
-    k = layer.kernel_size
-    padding = (k[0] // 2, k[1] // 2)
-    if layer.stride != (1, 1) or layer.padding != padding:
-        raise NotImplementedError(f"a convolution with stride {layer.stride} and padding {layer.padding}")
-    shifted = F.unfold(gradient, k, padding=padding).view(n, d_out, *k, -1).flip(2, 3)
+    k = convolution.kernel_size
+    shifted = F.unfold(gradient, k, padding=(k[0] // 2, k[1] // 2)).view(n, d_out, *k, -1).flip(2, 3)
     return shifted.flatten(1, 3).transpose(1, 2)

@@ -290,6 +290,11 @@ def sharing(path: str, attention: Any, inner: str, out: str, block: Any) -> list
     return [heads, made]
 
 
+def base_of(layer: Any) -> Any:
+    """Return the layer itself, without the adapters that peft has put around it."""
+    return getattr(layer, "base_layer", layer)
+
+
 def is_fused(attention: Any) -> bool:
     """Return True where attention reads `to_qkv`, not `to_q`, `to_k`, `to_v`; in older classes, the processor tells."""
     if not getattr(attention, "fused_projections", False):

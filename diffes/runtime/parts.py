@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffes.adapters import BlockSet, GroupSet, ModelAdapter
 from diffes.adapters.convolutions import as_weight
-from diffes.adapters.groups import is_fused
+from diffes.adapters.groups import base_of, is_fused
 from diffes.errors import DiffesError
 from diffes.pruning.base import GroupWeights
 from diffes.runtime.checks import check_attention, replaced, written
@@ -151,7 +151,7 @@ class WidthPart(SwappedPart):
         denoiser = adapter.denoiser
         producers = [denoiser.get_submodule(path) for path in groups.producers]
         consumers = [denoiser.get_submodule(path) for path in (groups.consumers if groups.first is None else ())]
-        self.consumers = [Held(_base(layer), "weight") for layer in consumers]
+        self.consumers = [Held(base_of(layer), "weight") for layer in consumers]
         by_row = [held for layer in producers for held in (*_own(layer), *_lora(layer, "lora_B"))]
         self._by_row, self._by_column = by_row, [held for layer in consumers for held in _lora(layer, "lora_A")]
         self._away = (*self.consumers, *self._by_column)  # put away while pruned rows are in place
@@ -298,7 +298,7 @@ class SharedPart(SwappedPart):
 
     def __init__(self, layer: Any, path: str, parts: Sequence[WidthPart]) -> None:
         self._parts = parts
-        super().__init__(path, [layer], [Held(_base(layer), "weight"), *_lora(layer, "lora_A")])
+        super().__init__(path, [layer], [Held(base_of(layer), "weight"), *_lora(layer, "lora_A")])
 
     def load_dense(self) -> None:
         """Take what the sets' other layers were loaded with: dense if they are."""
@@ -375,14 +375,9 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 
 
-def _base(layer: Any) -> Any:
-    """Return the layer itself, without the adapters that peft has put around it."""
-    return getattr(layer, "base_layer", layer)
-
-
 def _own(layer: Any) -> list[Held]:
     """Return weight and bias of a layer, without those of its adapters."""
-    base = _base(layer)
+    base = base_of(layer)
     return [Held(base, name) for name in ("weight", "bias") if getattr(base, name, None) is not None]
 
 

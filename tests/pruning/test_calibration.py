@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from peft import LoraConfig
 
 from diffes.adapters import BlockSet, Condition, ModelAdapter
 from diffes.errors import DiffesError
@@ -47,6 +48,19 @@ def test_moments_are_those_of_the_inputs(untrained: ModelAdapter, data: Calibrat
         x = torch.cat(seen[: len(seen) // 2])
         torch.testing.assert_close(found, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(squares, x.square().mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_moments_of_a_convolution_with_a_lora_are_those_of_its_channels(tiny_sdxl: ModelAdapter) -> None:
+    """A new LoRA adds nothing."""
+    noise = CalibrationSet(
+        tiny_sdxl.noise(tiny_sdxl.make_probes(4, 0)), tiny_sdxl.make_probes(4, 0).conditions, "noise"
+    )
+    expected = moments(tiny_sdxl, noise, (250, 500))
+    tiny_sdxl.pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["conv1", "conv2", "to_out.0"]))
+    found = moments(tiny_sdxl, noise, (250, 500))
+    assert expected.keys() == found.keys()
+    for name, each in expected.items():
+        torch.testing.assert_close(found[name], each)
 
 
 def test_samples_count_by_their_weight(untrained: ModelAdapter, data: CalibrationSet) -> None:
