@@ -59,10 +59,10 @@ class BlockForm:
     def sets(self, path: str, block: Any) -> list[GroupSet]:
         """Return the heads and FFN channels of a block at a module path. Heads stay where a norm runs across them all:
         without some of them, the others would change."""
-        attentions = [each for each in _named(self.attentions, path, block) if not norm_across_heads(each[1])]
-        ffns = _named(self.ffns, path, block)
         if self.sharing is not None:
             return sharing(path, block.attn, *self.sharing, block)
+        attentions = [each for each in _named(self.attentions, path, block) if not norm_across_heads(each[1])]
+        ffns = _named(self.ffns, path, block)
         return [*(heads_of(*each) for each in attentions), *(channels_of(*each) for each in ffns)]
 
     def branches(self, path: str, block: Any) -> list[tuple[str, ...]]:

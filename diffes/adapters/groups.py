@@ -29,7 +29,8 @@ class Prunable:
         name: the name in a bank.
         n_groups: number of groups in the dense model.
         size: inputs of each consumer that belong to one group.
-        consumers: paths of the linear layers whose inputs go with the groups; none where whole modules are left out.
+        consumers: paths of the linear layers and convolutions whose inputs go with the groups; none where whole modules
+            are left out.
         interchangeable: True where the cost of a call depends on how many groups are left, not on which ones.
     """
 
@@ -109,6 +110,15 @@ class GroupSet(Prunable):
     @property
     def removed(self) -> tuple[str, ...]:
         return (*(f"{path}." for path in self.producers), *(f"{path}.weight" for path in self.consumers))
+
+    def n_kept(self, level: int, max_level: int) -> int:
+        """Return the number of groups left at a level. Of those that are normalised one stays."""
+        return max(super().n_kept(level, max_level), 0 if self.norm is None else 1)
+
+    def check_kept(self, kept: Tensor) -> None:
+        super().check_kept(kept)
+        if self.norm is not None and not len(kept):
+            raise ValueError(f"one group of {self.name} has to stay, because it is normalised")
 
     def own(self, inputs: Tensor, dim: int = -1) -> Tensor:
         """Return those of a consumer's inputs, or of its weight's columns, that are the set's."""

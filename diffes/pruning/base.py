@@ -102,7 +102,7 @@ class PruningMethod(abc.ABC):
 
 
 class WidthMethod(PruningMethod):
-    """Base class of methods that remove heads and FFN channels of every group set."""
+    """Base class of methods that remove heads and channels of every group set."""
 
     kind = "width"
 

@@ -61,11 +61,11 @@ class Memory:
         made = cls(place, place, tuple(each.shape for each in tree_leaves(sample)), conditions)
         known = () if before is None else (before, *before.others)
         run = next((each for each in known if each._continued_by(made, counted)), None)
-        if run is None:  # other branches may have begun in the same step
-            others = (each for each in known if each.begun == each.last == place and not each._same(made))
+        if run is None:  # a run, or a branch of one that others were called for in the same step
+            others = [each for each in known if each.last == place and not each._same(made)]
         else:
             made = replace(made, begun=run.begun, outputs=dict(run.outputs))
-            others = (each for each in known if each is not run)
+            others = [each for each in known if each is not run and each.last >= run.last]
         return replace(made, others=tuple(replace(each, others=()) for each in others))
 
     def ended(self) -> Memory | None:

@@ -202,7 +202,7 @@ class WidthPart(SwappedPart):
         if self.attention is not None:
             self._load_attention(left)
         if self.norm is not None:
-            self.norm.__dict__["num_groups"] = self.groups.n_groups if left is None else max(left.kept.numel(), 1)
+            self.norm.__dict__["num_groups"] = self.groups.n_groups if left is None else left.kept.numel()
         self.left = left
         try:
             for parameter, tensor in zip(self._parameters, self._tensors(left), strict=True):
@@ -237,7 +237,7 @@ class WidthPart(SwappedPart):
         bare = self.attention is not None and not left.kept.numel()  # without heads, the present processor decides
         if self.in_place is not None or bare:
             return self._cut(left)
-        return self._resident.get(self.groups.name, left, lambda: self._cut(left))
+        return self._resident.get(self.groups.name, [left], lambda: self._cut(left))
 
     def _cut(self, left: GroupWeights) -> list[Tensor]:
         """Build what each parameter holds where some of the groups are left."""
@@ -262,10 +262,8 @@ class WidthPart(SwappedPart):
         return [*consumers, *rows, *columns]
 
     def silent(self, left: GroupWeights) -> bool:
-        """Return True where no group is left, and layers need one: it is kept, and multiplied by zero."""
-        return not left.kept.numel() and (
-            self.norm is not None or (self._bypassed is not None and "forward" not in self.attention.__dict__)
-        )
+        """Return True where no head is left, and the processor needs one: it is kept, and multiplied by zero."""
+        return not left.kept.numel() and self._bypassed is not None and "forward" not in self.attention.__dict__
 
 
 def cut_columns(
@@ -293,41 +291,56 @@ class SharedPart(SwappedPart):
     Args:
         layer: the consumer.
         path: its module path.
-        parts: the sets' other layers, in the order of their inputs.
+        parts: the sets' other layers, in the order of their inputs; they are loaded before it.
+        resident: cache of pruned layers.
     """
 
-    def __init__(self, layer: Any, path: str, parts: Sequence[WidthPart]) -> None:
-        self._parts = parts
+    def __init__(self, layer: Any, path: str, parts: Sequence[WidthPart], resident: Resident) -> None:
+        self._parts, self._resident, self._path = parts, resident, path
         super().__init__(path, [layer], [Held(base_of(layer), "weight"), *_lora(layer, "lora_A")])
 
     def load_dense(self) -> None:
-        """Take what the sets' other layers were loaded with: dense if they are."""
+        """Take the columns of the groups that the sets' other layers were loaded with: all, if these are dense."""
         try:
             for parameter, tensor in zip(self._parameters, self._loaded(), strict=True):
                 parameter.data = tensor
+            if self._streams and any(part.left is not None for part in self._parts):
+                for held in self._held:
+                    held.put_away()
         finally:
             self.note()
 
+    @property
+    def _streams(self) -> bool:
+        return any(part.in_place is not None for part in self._parts)
+
     def _loaded(self) -> list[Tensor]:
-        lefts = [(part, part.left) for part in self._parts]
-        if all(left is None for _, left in lefts):
+        left = [part.left for part in self._parts]
+        if all(each is None for each in left):
+            for held in self._held:
+                held.put_back()
             return [held.dense.to(held.parameter.device, held.parameter.dtype) for held in self._held]
+        bare = any(part.attention is not None and part.left and not part.left.kept.numel() for part in self._parts)
+        return self._cut() if self._streams or bare else self._resident.get(self._path, left, self._cut)
+
+    def _cut(self) -> list[Tensor]:
         return [
-            torch.cat([self._piece(held.dense, part, left, i > 0) for part, left in lefts], 1)
+            torch.cat([self._piece(held.dense, part, adapts=i > 0) for part in self._parts], 1)
             for i, held in enumerate(self._held)
         ]
 
-    def _piece(self, dense: Tensor, part: WidthPart, left: GroupWeights | None, adapts: bool) -> Tensor:
+    def _piece(self, dense: Tensor, part: WidthPart, adapts: bool) -> Tensor:
         """Return the columns that a set has in a tensor: the weight, or a matrix of an adapter."""
-        groups, device = part.groups, self._held[0].device
-        own = groups.own(dense.to(device), 1)
+        left, groups, device = part.left, part.groups, self._held[0].device
+        own = groups.own(dense, 1)
         if left is None:
-            return own
+            return own.to(device)
         silent = part.silent(left)
         kept = left.kept.new_zeros(1) if silent else left.kept
-        features = groups.features(kept.to(device, torch.long))
         compensated = left.consumers[0] if left.consumers and not adapts else None
-        return cut_columns(own, compensated, features, silent, part.in_place is not None, device)
+        return cut_columns(
+            own, compensated, groups.features(kept.to(device, torch.long)), silent, self._streams, device
+        )
 
 
 class DepthPart(Part):

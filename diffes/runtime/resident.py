@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from diffes.errors import DiffesError
 from diffes.pruning.base import GroupWeights
 
 MODES = ("auto", "all", "stream")
+Key = tuple[str, tuple[int, ...]]
 CGROUP = Path("/sys/fs/cgroup")  # memory limits of a container, where it has some
 
 
@@ -31,11 +32,11 @@ class Resident:
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
         self.nbytes = 0
-        self._held: OrderedDict[tuple[str, int], tuple[GroupWeights, list[Tensor]]] = OrderedDict()
+        self._held: OrderedDict[Key, tuple[Sequence[GroupWeights | None], list[Tensor]]] = OrderedDict()
 
-    def get(self, name: str, left: GroupWeights, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Return the tensors of a set for these weights of a bank, from the cache or made now."""
-        key = (name, id(left))  # `left` is held too, so that no other object gets its id
+    def get(self, name: str, left: Sequence[GroupWeights | None], make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Return the tensors of a layer for these weights of a bank, of each set, from the cache or made now."""
+        key: Key = (name, tuple(map(id, left)))  # they are held too, so that no other object gets such an id
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key][1]

@@ -88,7 +88,7 @@ class Router:
             path for part in parts if part.groups.first is not None for path in part.groups.consumers
         ):
             sharing = [part for part in parts if path in part.groups.consumers]  # they are loaded before it
-            self._parts[path] = SharedPart(adapter.denoiser.get_submodule(path), path, sharing)
+            self._parts[path] = SharedPart(adapter.denoiser.get_submodule(path), path, sharing, self.resident)
         self._tree = list(tree_of(adapter.denoiser, adapter.group_sets()))
         self._reuse = [part for part in self._parts.values() if isinstance(part, ReusePart)]
         self._keeps = False  # True to keep outputs that this schedule does not reuse

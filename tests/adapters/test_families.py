@@ -306,7 +306,8 @@ def test_heads_and_channels_that_share_a_projection_are_routed_together(name: st
     kept = torch.arange(0, 4, 2, dtype=torch.int32), torch.arange(0, channels.n_groups, 3, dtype=torch.int32)
     some, none = (GroupWeights(kept[0]), GroupWeights(kept[1])), GroupWeights(kept[0][:0])
     entries = [{heads.name: some[0], channels.name: some[1]}, {channels.name: some[1]}, {heads.name: none}]
-    bank = WeightBank({(1, level): entry for level, entry in enumerate(entries, 1)}, "width", max_level=3)
+    held = {(1, level): entry for level, entry in enumerate(entries, 1)}
+    bank = WeightBank(held, "width", max_level=3)
     found: dict[str, list[torch.Tensor]] = {}
     for resident in ("all", "stream"):
         router = Router(adapter, bank, resident=resident)
@@ -316,6 +317,13 @@ def test_heads_and_channels_that_share_a_projection_are_routed_together(name: st
                 left = entries[level - 1]
                 n = [len(left[g.name].kept) if g.name in left else g.n_groups for g in (heads, channels)]
                 assert shared.weight.shape[1] == max(n[0], 1) * heads.size + n[1]
+    router = Router(adapter, bank, resident="all")
+    with torch.no_grad(), router.routed(Schedule(STAGES, (0, 1, 0, 0), 3)):
+        seen = []
+        for timestep in (300, 900, 300):
+            adapter.denoise_once(latents, torch.tensor([timestep] * 2), probes.conditions)
+            seen.append(shared.weight.data_ptr())
+    assert seen[0] == seen[2] != seen[1]  # it stays ready
     for level, pruned in enumerate(found["all"], 1):
         assert torch.equal(pruned, found["stream"][level - 1])
         with torch.no_grad(), ExitStack() as stack:
