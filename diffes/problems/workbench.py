@@ -361,6 +361,11 @@ def prepare(
     if not kind.prunes:
         router = Router(adapter, WeightBank({}, "width", max_level=top))
         return _priced(Workbench(config, adapter, space, router, metric, costs or [], pool=pool), progress)
+    if any(part.kind == "width" for part in method.parts) and (whole := adapter.whole_attentions()):
+        progress.say(
+            f"the heads of {len(whole)} attention layers stay, because a norm runs across all of them: {whole[0]} "
+            "and those like it. Channels are removed"
+        )
     memory, looks = config.bank_bytes, uses_data(config)
     with progress.task(f"calibrating {config.method}", len(space.visited) * len(method.parts)) as advance:
         if looks and (elsewhere is not None or keep is not None):

@@ -83,6 +83,14 @@ def test_pruned_calls_are_searched_for_a_pipeline_object() -> None:
     diffes.remove(pipe)
 
 
+def test_heads_that_stay_are_named() -> None:
+    pipe, call = pipeline("ltx")
+    options: dict[str, Any] = {"stages": 2, "method": "magnitude", "progress": (progress := Counting()), **SMALL}
+    diffes.search(pipe, calls=2, call=call, **options)
+    said = "the heads of 2 attention layers stay, because a norm runs across all of them: transformer_blocks.0.attn1"
+    assert any(title.startswith(said) for title in progress.titles)
+
+
 def test_a_pipeline_without_conditions_and_a_folder(tmp_path: Path) -> None:
     pipe = quiet(ddpm)
     options: dict[str, Any] = {"model": pipe, "calls": 2, "progress": Counting(), **SMALL}
