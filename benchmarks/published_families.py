@@ -1,4 +1,4 @@
-"""What levels reach in published denoisers: shares of parameters and multiply-accumulates, on the meta device.
+"""Table of published denoisers: the shares of multiply-accumulates that levels can leave out, on the meta device.
 
     python benchmarks/published_families.py        # no weights, no downloads; about a minute
 

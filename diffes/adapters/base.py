@@ -512,8 +512,9 @@ class ModelAdapter:
         given, named = self._arguments(tuple(conditions))
         args, kwargs = list(given), dict(named)
         place, _ = latents_of(args, kwargs)
-        listed = isinstance((kwargs if isinstance(place, str) else args)[place], list)  # type: ignore[index]
-        (kwargs if isinstance(place, str) else args)[place] = list(latents) if listed else latents  # type: ignore[index]
+        holder: Any = kwargs if isinstance(place, str) else args
+        listed = isinstance(holder[place], list)
+        holder[place] = list(latents) if listed else latents
         if self.time_scale is not None:
             told = self.process.told(timesteps.to(self.device))
             told = told if self.time_scale == 1 else self.time_origin + told * self.time_scale

@@ -60,7 +60,7 @@ class BlockForm:
         """Return the heads and FFN channels of a block at a module path. Heads stay where a norm runs across them all:
         without some of them, the others would change."""
         if self.sharing is not None:
-            return sharing(path, block.attn, *self.sharing, block)
+            return sharing(path, block, *self.sharing)
         attentions = [each for each in _named(self.attentions, path, block) if not norm_across_heads(each[1])]
         ffns = _named(self.ffns, path, block)
         return [*(heads_of(*each) for each in attentions), *(channels_of(*each) for each in ffns)]

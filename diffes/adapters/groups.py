@@ -281,17 +281,17 @@ def channels_of(path: str, ffn: Any) -> GroupSet:
     return GroupSet(path, ffn.net[2].weight.shape[1], 1, (f"{path}.net.0.proj",), (f"{path}.net.2",))
 
 
-def sharing(path: str, attention: Any, inner: str, out: str, block: Any) -> list[GroupSet]:
-    """Return heads and channels of a block whose attention and FFN have one output projection together: it reads the
-    heads first, then the channels.
+def sharing(path: str, block: Any, inner: str, out: str) -> list[GroupSet]:
+    """Return heads and channels of a block whose attention `attn` and FFN have one output projection together: it reads
+    the heads first, then the channels.
 
     Args:
         path: of the block.
-        attention: its attention, without an output projection.
+        block: the block.
         inner: name of the projection that makes the channels.
         out: name of the output projection.
-        block: the block.
     """
+    attention = block.attn
     width, channels = attention.to_q.weight.shape[0], getattr(block, inner).weight.shape[0]
     consumers, where = (f"{path}.{out}",), f"{path}.attn"
     producers = tuple(f"{where}.{part}" for part in ("to_q", "to_k", "to_v"))

@@ -26,17 +26,19 @@ class UNetAdapter(TextToImageAdapter):
         return 1 if distilled else super().rows_per_image(guidance)
 
     def blocks(self) -> list[str]:
-        order = ("down_blocks", "mid_block", "up_blocks")  # of the forward pass; modules are registered in another
-        return sorted(known_blocks(self.denoiser), key=lambda path: order.index(path.split(".")[0]))
+        return sorted(known_blocks(self.denoiser), key=_place)
 
     def group_sets(self) -> list[GroupSet]:
-        """Return the heads and FFN channels of every block, and the channels of every ResNet block, in the order of the
-        forward pass."""
-        submodule, order = self.denoiser.get_submodule, ("down_blocks", "mid_block", "up_blocks")
-        resnets = [p for p, module in self.denoiser.named_modules() if isinstance(module, ResnetBlock2D)]
-        found = (resnet_channels(path, submodule(path)) for path in resnets)
-        convolutions = sorted((each for each in found if each), key=lambda each: order.index(each.name.split(".")[0]))
-        return [*super().group_sets(), *convolutions]
+        """Return the heads and FFN channels of every block, then the channels of every ResNet block, both in the order
+        of the forward pass."""
+        resnets = {path: each for path, each in self.denoiser.named_modules() if isinstance(each, ResnetBlock2D)}
+        found = (resnet_channels(path, resnets[path]) for path in sorted(resnets, key=_place))
+        return [*super().group_sets(), *(each for each in found if each is not None)]
 
     def up_layers(self) -> UpLayerSet:
         return unet_layers(self.denoiser)
+
+
+def _place(path: str) -> int:
+    """Return the place of a module's path of the U-Net in the forward pass; modules are registered in another order."""
+    return ("down_blocks", "mid_block", "up_blocks").index(path.split(".")[0])

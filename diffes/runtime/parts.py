@@ -242,8 +242,7 @@ class WidthPart(SwappedPart):
     def _cut(self, left: GroupWeights) -> list[Tensor]:
         """Build what each parameter holds where some of the groups are left."""
         device = self._by_row[0].device
-        silent = self.silent(left)
-        kept = left.kept.new_zeros(1) if silent else left.kept
+        kept, silent = self.routed(left)
         features = self.groups.features(kept.to(device, torch.long))
         if self.in_place is not None:
             rows = self.in_place.first(kept.cpu().numpy())
@@ -261,9 +260,11 @@ class WidthPart(SwappedPart):
         ]
         return [*consumers, *rows, *columns]
 
-    def silent(self, left: GroupWeights) -> bool:
-        """Return True where no head is left, and the processor needs one: it is kept, and multiplied by zero."""
-        return not left.kept.numel() and self._bypassed is not None and "forward" not in self.attention.__dict__
+    def routed(self, left: GroupWeights) -> tuple[Tensor, bool]:
+        """Return the groups that layers keep, and whether they are to count nothing: where no head is left and the
+        processor needs one, one is kept and multiplied by zero."""
+        silent = not left.kept.numel() and self._bypassed is not None and "forward" not in self.attention.__dict__
+        return left.kept.new_zeros(1) if silent else left.kept, silent
 
 
 def cut_columns(
@@ -335,8 +336,7 @@ class SharedPart(SwappedPart):
         own = groups.own(dense, 1)
         if left is None:
             return own.to(device)
-        silent = part.silent(left)
-        kept = left.kept.new_zeros(1) if silent else left.kept
+        kept, silent = part.routed(left)
         compensated = left.consumers[0] if left.consumers and not adapts else None
         return cut_columns(
             own, compensated, groups.features(kept.to(device, torch.long)), silent, self._streams, device

@@ -352,7 +352,7 @@ def test_bad_methods_are_refused(tiny: ModelAdapter, stages: Stages) -> None:
 
 
 def test_a_branch_that_begins_later_leaves_the_memory_of_the_others() -> None:
-    """As of skip-layer guidance; a branch that is no longer called is forgotten."""
+    """Skip-layer guidance begins and ends such a branch. Its memory is dropped once it is no longer called."""
     latents, a, b = torch.zeros(2, 4), torch.ones(1), torch.zeros(1)
     memory, begun = None, []
     for place, condition in ((0, a), (1, a), (1, b), (2, a), (2, b), (3, a), (4, a)):
